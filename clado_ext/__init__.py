@@ -1,0 +1,8 @@
+"""Kernels for mixed-precision quantization as torch ops, for CPU and CUDA. Needs torch alone."""
+
+import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
+
+from ._native import has_cuda, set_simd, simd_level
+from .bitpack import pack, packed_columns, unpack
+
+__all__ = ["has_cuda", "pack", "packed_columns", "set_simd", "simd_level", "unpack"]

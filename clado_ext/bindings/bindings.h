@@ -1,0 +1,18 @@
+// The native module knows no torch: addresses, sizes, strides in elements, dtype codes, device, stream and threads are integers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* as(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_bitpack(py::module_& m);

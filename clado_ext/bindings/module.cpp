@@ -1,0 +1,15 @@
+#include "bindings.h"
+#include "common/simd.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels of clado_ext as plain functions of addresses and sizes; use the torch ops in clado_ext instead.";
+#ifdef CLADO_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("simd_level", [] { return static_cast<int>(clado::simd_level()); }, "SIMD level in use: 0 base, 1 AVX2, 2 AVX-512.");
+  m.def("set_simd", [](int level) { return static_cast<int>(clado::set_simd(static_cast<clado::Simd>(level))); },
+        py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");
+  bind_bitpack(m);
+}

@@ -1,0 +1,85 @@
+"""Pack integer codes of 2 to 8 bits into int32 words, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._registry import call, define, require
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes into dense int32 words along the last dimension.
+
+    Stored is ``code + 2**(bits-1)``, least significant bit first, without gaps; every row ends on a whole word. For 2, 4 and
+    8 bits this is the ``pack-quantized`` layout of compressed-tensors.
+
+    Args:
+        codes: int8 ``[..., K]``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``.
+        bits: width, 2 to 8.
+
+    Returns:
+        int32 ``[..., ceil(K * bits / 32)]`` on the same device.
+
+    Raises:
+        ValueError: wrong dtype, rank or width; on the CPU also a code outside its range (CUDA keeps its low bits).
+    """
+    return torch.ops.clado.pack(codes, bits)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of :func:`pack`.
+
+    Args:
+        packed: int32 ``[..., ceil(columns * bits / 32)]``.
+        bits: width, 2 to 8.
+        columns: number of codes per row, K.
+
+    Returns:
+        int8 ``[..., columns]`` on the same device.
+
+    Raises:
+        ValueError: wrong dtype, rank, width, or a last dimension that does not fit ``columns``.
+    """
+    return torch.ops.clado.unpack(packed, bits, columns)
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """Number of int32 words that hold ``columns`` codes of ``bits`` bits."""
+    return (columns * bits + 31) // 32
+
+
+def _allocate_pack(codes: Tensor, bits: int) -> Tensor:
+    require(codes.dtype == torch.int8, "pack", "codes", "be int8", codes.dtype)
+    require(codes.dim() >= 1, "pack", "codes", "have at least one dimension", f"{codes.dim()}")
+    require(2 <= bits <= 8, "pack", "bits", "lie in 2..8", bits)
+    return codes.new_empty((*codes.shape[:-1], packed_columns(codes.shape[-1], bits)), dtype=torch.int32)
+
+
+def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
+    columns = codes.shape[-1]
+    rows = codes.numel() // columns if columns else 0
+    source = codes.contiguous()
+    inside = call("pack", codes.device, source.data_ptr(), out.data_ptr(), rows, columns, bits)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    require(inside is not False, "pack", "codes", f"lie in [{low}, {high}]", "a code outside")
+
+
+def _allocate_unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    require(packed.dtype == torch.int32, "unpack", "packed", "be int32", packed.dtype)
+    require(packed.dim() >= 1, "unpack", "packed", "have at least one dimension", f"{packed.dim()}")
+    require(2 <= bits <= 8, "unpack", "bits", "lie in 2..8", bits)
+    require(columns >= 0, "unpack", "columns", "not be negative", columns)
+    words = packed_columns(columns, bits)
+    require(packed.shape[-1] == words, "unpack", "packed", f"have {words} words per row", packed.shape[-1])
+    return packed.new_empty((*packed.shape[:-1], columns), dtype=torch.int8)
+
+
+def _launch_unpack(packed: Tensor, bits: int, columns: int, out: Tensor) -> None:
+    rows = out.numel() // columns if columns else 0
+    source = packed.contiguous()
+    call("unpack", packed.device, source.data_ptr(), out.data_ptr(), rows, columns, bits)
+
+
+define("pack(Tensor codes, int bits) -> Tensor", _allocate_pack, _launch_pack)
+define("unpack(Tensor packed, int bits, int columns) -> Tensor", _allocate_unpack, _launch_unpack)

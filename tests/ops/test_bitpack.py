@@ -1,0 +1,94 @@
+"""pack and unpack against the plain-torch twin; integer results are exact."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clado_ext
+from clado_ext.reference import bitpack as oracle
+from tests.ops.devices import DEVICES, SIMD_LEVELS
+
+BITS = range(2, 9)
+
+
+def random_codes(shape: tuple[int, ...], bits: int, device: str) -> torch.Tensor:
+    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1,), (5, 31), (3, 32), (4, 33), (7, 1), (2, 3, 257), (0, 8), (4, 0), (1, 4096)])
+def test_matches_oracle_and_round_trips(shape: tuple[int, ...], bits: int, device: str) -> None:
+    codes = random_codes(shape, bits, device)
+    packed = clado_ext.pack(codes, bits)
+    assert packed.shape[-1] == clado_ext.packed_columns(shape[-1], bits)
+    torch.testing.assert_close(packed, oracle.pack(codes, bits), rtol=0, atol=0)
+    torch.testing.assert_close(clado_ext.unpack(packed, bits, shape[-1]), codes, rtol=0, atol=0)
+    torch.testing.assert_close(oracle.unpack(packed, bits, shape[-1]), codes, rtol=0, atol=0)
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 200), bits=st.integers(2, 8), seed=st.integers(0, 2**31))
+def test_round_trip_property(rows: int, columns: int, bits: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    codes = random_codes((rows, columns), bits, "cpu")
+    assert torch.equal(clado_ext.unpack(clado_ext.pack(codes, bits), bits, columns), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_same_words_at_every_simd_level_and_thread_count(bits: int) -> None:
+    codes = random_codes((9, 1000), bits, "cpu")
+    threads, level = torch.get_num_threads(), clado_ext.simd_level()
+    results = []
+    try:
+        for simd in SIMD_LEVELS:
+            clado_ext.set_simd(simd)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                packed = clado_ext.pack(codes, bits)
+                results += [packed, clado_ext.unpack(packed, bits, 1000)]
+    finally:
+        torch.set_num_threads(threads)
+        clado_ext.set_simd(level)
+    assert all(torch.equal(r, results[0]) for r in results[::2])
+    assert all(torch.equal(r, codes) for r in results[1::2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_input(device: str) -> None:
+    codes = random_codes((64, 6), 4, device).t()
+    assert torch.equal(clado_ext.pack(codes, 4), clado_ext.pack(codes.contiguous(), 4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_op_is_well_formed(device: str) -> None:
+    codes = random_codes((3, 40), 3, device)
+    torch.library.opcheck(torch.ops.clado.pack.default, (codes, 3))
+    torch.library.opcheck(torch.ops.clado.unpack.default, (clado_ext.pack(codes, 3), 3, 40))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_graph_break(device: str) -> None:
+    codes = random_codes((3, 40), 5, device)
+    round_trip = torch.compile(
+        lambda c: clado_ext.unpack(clado_ext.pack(c, 5), 5, 40), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(round_trip(codes), codes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clado_ext.pack(torch.zeros(4), 4), "pack: codes must be int8, got torch.float32"),
+        (lambda: clado_ext.pack(torch.zeros(4, dtype=torch.int8), 9), "pack: bits must lie in 2..8, got 9"),
+        (lambda: clado_ext.pack(torch.tensor(1, dtype=torch.int8), 4), "pack: codes must have at least one dimension"),
+        (lambda: clado_ext.pack(torch.full((40,), 8, dtype=torch.int8), 4), r"pack: codes must lie in \[-8, 7\]"),
+        (
+            lambda: clado_ext.unpack(torch.zeros(2, dtype=torch.int32), 4, 40),
+            "unpack: packed must have 5 words per row, got 2",
+        ),
+    ],
+)
+def test_bad_input(call, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        call()
