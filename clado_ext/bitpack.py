@@ -11,8 +11,8 @@ from ._registry import call, define, require
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack signed codes into dense int32 words along the last dimension.
 
-    Stored is ``code + 2**(bits-1)``, least significant bit first, without gaps; every row ends on a whole word. For 2, 4 and
-    8 bits this is the ``pack-quantized`` layout of compressed-tensors.
+    Stored is ``code + 2**(bits-1)``, least significant bit first, without gaps; every row ends on a whole word. For 2,
+    4 and 8 bits this is the ``pack-quantized`` layout of compressed-tensors.
 
     Args:
         codes: int8 ``[..., K]``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``.

@@ -18,7 +18,7 @@ class Quantizer:
 
     Attributes:
         group_size: -1 one scale per output channel; 0 one per tensor; g > 0 one per g consecutive inputs of a channel.
-        scale_steps: shrink factors 1, 0.99, 0.98, … tried for the least squared error (95: the paper's code; 1: absmax).
+        scale_steps: shrink factors 1, 0.99, 0.98, … tried for the least squared error (95 as in the paper; 1: absmax).
     """
 
     group_size: int = -1
