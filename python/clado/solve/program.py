@@ -1,0 +1,120 @@
+"""The integer quadratic program by itself: candidates, layers, matrix and budget rows, nothing of networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """min ½ xᵀGx over x with one candidate per layer and rows·x ≤ limits.
+
+    Attributes:
+        matrix: G, ``[V, V]`` float64, finite, symmetric, zero between candidates of one layer.
+        layer: ``[V]`` int64, layer of each candidate: 0…L−1, ascending, none left out.
+        rows: ``[P, V]`` int64, use of each budget by each candidate.
+        limits: ``[P]`` int64.
+    """
+
+    matrix: NDArray[np.float64]
+    layer: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    limits: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.layer)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.layer[-1]) + 1
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """``[L + 1]``: layer i holds candidates starts[i] … starts[i + 1] − 1."""
+        return np.searchsorted(self.layer, np.arange(self.num_layers + 1))
+
+    @property
+    def last(self) -> NDArray[np.int64]:
+        """``[L]``: last candidate of each layer."""
+        return self.starts[1:] - 1
+
+    @property
+    def free(self) -> NDArray[np.int64]:
+        """All candidates but the last one of each layer."""
+        return np.setdiff1d(np.arange(self.size), self.last)
+
+    @property
+    def row_scale(self) -> NDArray[np.float64]:
+        """``[P]``: what to divide a budget row by so that its numbers are near one."""
+        largest = np.abs(self.rows).max(axis=1, initial=1).astype(float)
+        return np.maximum(np.abs(self.limits).astype(float), largest)
+
+    def value(self, choice: NDArray[np.int64]) -> float:
+        """½ xᵀGx of ``[L]`` chosen candidates."""
+        return float(self.matrix[np.ix_(choice, choice)].sum() / 2)
+
+    def feasible(self, choice: NDArray[np.int64]) -> bool:
+        """Whether ``[L]`` chosen candidates meet every budget, in exact integer arithmetic."""
+        return bool((self.rows[:, choice].sum(axis=1) <= self.limits).all())
+
+    def scaled(self, factor: float) -> Program:
+        """The same program with its objective multiplied by ``factor``."""
+        return Program(self.matrix * factor, self.layer, self.rows, self.limits)
+
+    def restricted(self, keep: NDArray[np.int64]) -> Program:
+        """The program over the candidates ``keep`` (ascending, at least one of every layer)."""
+        return Program(self.matrix[np.ix_(keep, keep)], self.layer[keep], self.rows[:, keep], self.limits)
+
+
+def within_reach(program: Program, keep: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of ``keep`` that meet every budget beside the cheapest candidates of the other layers.
+
+    Repeated until nothing changes; a layer may end up without a candidate, which proves that the budgets conflict.
+    """
+    while True:
+        layer, rows = program.layer[keep], program.rows[:, keep]
+        cheapest = np.full((len(rows), program.num_layers), np.iinfo(np.int64).max)
+        for row, least in zip(rows, cheapest, strict=True):
+            np.minimum.at(least, layer, row)
+        spare = program.limits - cheapest.sum(axis=1)
+        fits = (rows - cheapest[:, layer] <= spare[:, None]).all(axis=0)
+        if fits.all():
+            return keep
+        keep = keep[fits]
+        if len(np.unique(program.layer[keep])) < program.num_layers:
+            return keep
+
+
+def worth_keeping(program: Program, upper: float) -> NDArray[np.int64]:
+    """Candidates that may be part of a choice with a value of at most ``upper``, budgets aside.
+
+    Candidate v is dropped when its own term, its interaction with the best candidate of each other layer, and half of
+    the least interactions among those layers already exceed ``upper``.
+    """
+    keep = np.arange(program.size)
+    margin = 1e-9 * max(abs(upper), float(np.abs(np.diag(program.matrix)).sum()) * 1e-6)
+    while True:
+        part = program.restricted(keep)
+        good = _least_value_with(part) <= upper + margin
+        if good.all():
+            return keep
+        keep = keep[good]
+
+
+def _least_value_with(program: Program) -> NDArray[np.float64]:
+    """``[V]``: a lower bound on every choice that holds candidate v."""
+    first, each = program.starts[:-1], np.arange(program.size)
+    half = np.diag(program.matrix) / 2
+    across = program.matrix - np.diag(2 * half)
+    least = np.minimum.reduceat(across, first, axis=1)
+    least[each, program.layer] = 0
+    share = half + least.sum(axis=1) / 2
+    others = np.minimum.reduceat(share[None, :] - least.T[program.layer] / 2 + across, first, axis=1)
+    others[each, program.layer] = 0
+    return half + others.sum(axis=1)

@@ -1,0 +1,292 @@
+"""The convex form of the program: a block-diagonal shift found by a semidefinite program.
+
+On one-hot x the products inside a layer are known (x_m x_n = 0, x_m² = x_m), so multiples of them change nothing. The
+shift that makes the objective convex and its relaxation tightest is the dual solution of
+
+    min ⟨C, Y⟩   over  Y = [[1, yᵀ], [y, ·]] ⪰ 0,  Y_jj = y_j,  Y_jk = 0 within a layer,  budgets in y,
+
+where y holds every candidate but the last one of each layer (quadratic convex reformulation: Billionnet, Elloumi,
+Plateau 2009). It is solved by a primal-dual interior point method that is dual feasible at every step (Helmberg,
+Rendl, Vanderbei, Wolkowicz 1996), so it may stop at any time with a valid bound.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+from numpy.typing import NDArray
+
+from .program import Program
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ConvexForm:
+    """½ xᵀQx + cᵀx + constant: convex, and equal to ½ xᵀGx on every one-hot x.
+
+    Attributes:
+        quadratic: Q, ``[V, V]``, positive semidefinite up to ``slack``.
+        linear: c, ``[V]``.
+        constant: a number.
+        slack: what rounding may have cost: every bound from this form is lowered by it.
+        bound: lower bound of the semidefinite relaxation, slack subtracted.
+        multipliers: ``[rows]``, non-negative, one per budget, in units of objective per unit of the budget row.
+    """
+
+    quadratic: Array
+    linear: Array
+    constant: float
+    slack: float
+    bound: float
+    multipliers: Array
+
+
+@dataclass(frozen=True)
+class _Step:
+    primal: Array
+    slack: Array
+    dual: Array
+    barrier: Array
+
+
+class _Semidefinite:
+    """min ⟨C, Y⟩ with A(Y) = b for the first rows, A(Y) ≤ b for the last ``slacks`` rows, Y ⪰ 0.
+
+    Row k of A is Σ_e R[k, e] Y[p_e, q_e] with R sparse.
+    """
+
+    def __init__(self, cost: Array, p: NDArray, q: NDArray, rows: scipy.sparse.csr_matrix, right: Array, slacks: int):
+        self.cost, self.p, self.q, self.rows, self.right, self.slacks = cost, p, q, rows, right, slacks
+        self.equal = len(right) - slacks
+
+    def apply(self, matrix: Array) -> Array:
+        return self.rows @ ((matrix[self.p, self.q] + matrix[self.q, self.p]) / 2)
+
+    def adjoint(self, dual: Array) -> Array:
+        weight = self.rows.T @ dual / 2
+        out = np.zeros_like(self.cost)
+        np.add.at(out, (self.p, self.q), weight)
+        np.add.at(out, (self.q, self.p), weight)
+        return out
+
+    def schur(self, primal: Array, inverse: Array) -> Array:
+        """M[k, l] = ⟨A_k, primal · A_l · inverse⟩."""
+        p, q = self.p, self.q
+        xp, xq, zp, zq = primal[p], primal[q], inverse[p], inverse[q]
+        mixed = xq[:, p] * zp[:, q]
+        entries = mixed + mixed.T
+        entries += xq[:, q] * zp[:, p]
+        entries += xp[:, p] * zq[:, q]
+        return self.rows @ (self.rows @ entries.T).T / 4
+
+    def solve(self, primal: Array, dual: Array, tolerance: float, deadline: float, target: float) -> Array:
+        """Best dual vector with C − Aᵀ(dual) ≻ 0 and dual ≤ 0 on inequality rows; ``dual`` must be such a vector."""
+        right, equal = self.right, self.equal
+        slack = np.maximum(right[equal:] - self.apply(primal)[equal:], 0.1)
+        barrier = self.cost - self.adjoint(dual)
+        best, size = dual, len(self.cost) + self.slacks
+        for _ in range(60):
+            inverse = _inverse(barrier)
+            if inverse is None:
+                break
+            reduced = -dual[equal:]
+            complementarity = float(np.vdot(primal, barrier) + slack @ reduced) / size
+            value = float(right @ dual)
+            if complementarity * size <= tolerance * max(1.0, abs(value)) or value >= target:
+                break
+            if time.monotonic() > deadline:
+                break
+            schur = self.schur(primal, inverse)
+            schur[np.arange(equal, len(right)), np.arange(equal, len(right))] += slack / reduced
+            try:
+                solver = scipy.linalg.cho_factor(schur, check_finite=False)
+            except np.linalg.LinAlgError:
+                break
+            state = (primal, slack, dual, barrier, inverse)
+            affine = self._step(state, solver, 0.0, None)
+            a, b = self._lengths(state, affine)
+            gap = np.vdot(primal + a * affine.primal, barrier + b * affine.barrier)
+            gap += (slack + a * affine.slack) @ (reduced - b * affine.dual[equal:])
+            ratio = float(gap) / size / complementarity
+            centre = complementarity * min(0.8, max(1e-8, ratio * ratio))
+            step = self._step(state, solver, centre, affine)
+            a, b = self._lengths(state, step)
+            if max(a, b) < 1e-4:
+                break
+            primal = primal + 0.95 * a * step.primal
+            slack = slack + 0.95 * a * step.slack
+            dual = dual + 0.95 * b * step.dual
+            barrier = self.cost - self.adjoint(dual)
+            if right @ dual >= right @ best:
+                best = dual
+        return best
+
+    def _step(self, state: tuple[Array, ...], solver: tuple, centre: float, affine: _Step | None) -> _Step:
+        """Newton step towards complementarity ``centre``; with the second-order term of ``affine`` if given."""
+        primal, slack, dual, _, inverse = state
+        reduced = -dual[self.equal :]
+        aim = self.right - centre * self.apply(inverse)
+        aim[self.equal :] -= centre / reduced
+        if affine is not None:
+            second = affine.primal @ affine.barrier @ inverse
+            second_slack = -affine.slack * affine.dual[self.equal :] / reduced
+            aim += self.apply(second)
+            aim[self.equal :] += second_slack
+        change = scipy.linalg.cho_solve(solver, aim, check_finite=False)
+        barrier = -self.adjoint(change)
+        d_primal = centre * inverse - primal - _symmetric(primal @ barrier @ inverse)
+        d_slack = centre / reduced - slack + slack / reduced * change[self.equal :]
+        if affine is not None:
+            d_primal -= _symmetric(second)
+            d_slack -= second_slack
+        return _Step(d_primal, d_slack, change, barrier)
+
+    def _lengths(self, state: tuple[Array, ...], step: _Step) -> tuple[float, float]:
+        primal, slack, dual, barrier, _ = state
+        return (
+            _longest(primal, step.primal, slack, step.slack),
+            _longest(barrier, step.barrier, -dual[self.equal :], -step.dual[self.equal :]),
+        )
+
+
+def _inverse(matrix: Array) -> Array | None:
+    """Inverse of a positive definite matrix; None where rounding makes it look indefinite."""
+    factor, info = scipy.linalg.lapack.dpotrf(matrix, lower=1)
+    if info != 0:
+        return None
+    inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1)
+    return None if info != 0 else np.tril(inverse) + np.tril(inverse, -1).T
+
+
+def _symmetric(matrix: Array) -> Array:
+    return (matrix + matrix.T) / 2
+
+
+def _definite(matrix: Array) -> bool:
+    return scipy.linalg.lapack.dpotrf(matrix, lower=1, clean=0)[1] == 0
+
+
+def _longest(matrix: Array, direction: Array, vector: Array, change: Array) -> float:
+    """A step in (0, 1] that keeps matrix + step·direction positive definite and vector + step·change positive."""
+    shrinking = change < 0
+    step = min(1.0, float((vector[shrinking] / -change[shrinking]).min(initial=np.inf)))
+    for _ in range(40):
+        if _definite(matrix + step * direction):
+            return step
+        step *= 0.8
+    return 0.0
+
+
+def convex_form(
+    program: Program, tolerance: float = 1e-7, deadline: float = np.inf, target: float = np.inf
+) -> ConvexForm:
+    """Shift ``program`` so that its relaxation is as tight as a block-diagonal shift can make it.
+
+    Args:
+        program: validated, scaled, with at least one point that meets the budgets.
+        tolerance: relative duality gap at which the semidefinite program counts as solved.
+        deadline: ``time.monotonic()`` value at which to stop with the best shift so far.
+        target: stop once the bound exceeds this value.
+    """
+    basis, base = _reduced_basis(program)
+    half = program.matrix / 2
+    cost = np.empty((basis.shape[1] + 1,) * 2)
+    cost[0, 0] = half[np.ix_(base, base)].sum()
+    cost[1:, 0] = cost[0, 1:] = basis.T @ half[:, base].sum(axis=1)
+    cost[1:, 1:] = basis.T @ (basis.T @ half).T
+    problem, shift_rows = _build(program, basis, base, cost)
+    dual = problem.solve(_interior(program), _feasible_dual(problem, shift_rows), tolerance, deadline, target)
+    return _form(program, problem, dual, shift_rows)
+
+
+def _reduced_basis(program: Program) -> tuple[scipy.sparse.csc_matrix, NDArray[np.int64]]:
+    """Sparse B and the last candidate of each layer, with x = one_hot(base) + B y."""
+    base = program.last
+    free = program.free
+    columns = np.arange(len(free))
+    entries = (
+        np.r_[np.ones(len(free)), -np.ones(len(free))],
+        (np.r_[free, base[program.layer[free]]], np.r_[columns, columns]),
+    )
+    return scipy.sparse.csc_matrix(entries, shape=(program.size, len(free))), base
+
+
+def _build(program: Program, basis: scipy.sparse.csc_matrix, base: NDArray, cost: Array) -> tuple[_Semidefinite, int]:
+    """The semidefinite program; its first rows (count returned) are the in-layer ones, then Y_00 = 1, then budgets."""
+    count = basis.shape[1]
+    layer = program.layer[program.free]
+    j, k = np.nonzero((layer[:, None] == layer[None, :]) & np.tri(count, dtype=bool).T)
+    inside = len(j)
+    # Elements: (0, 0), then (0, y), then pairs of one layer.
+    p = np.r_[0, np.zeros(count, np.int64), j + 1]
+    q = np.r_[0, np.arange(1, count + 1), k + 1]
+    same = np.flatnonzero(j == k)
+    row = np.r_[np.arange(inside), same, inside]
+    column = np.r_[1 + count + np.arange(inside), 1 + j[same], 0]
+    value = np.r_[np.ones(inside), -np.ones(len(same)), 1.0]
+    shifts = scipy.sparse.csr_matrix((value, (row, column)), shape=(inside + 1, len(p)))
+    scaled = program.rows / program.row_scale[:, None]
+    budget = np.zeros((len(scaled), len(p)))
+    budget[:, 0] = scaled[:, base].sum(axis=1)
+    budget[:, 1 : count + 1] = scaled @ basis
+    right = np.r_[np.zeros(inside), 1.0, program.limits / program.row_scale]
+    rows = scipy.sparse.vstack([shifts, scipy.sparse.csr_matrix(budget)]).tocsr()
+    return _Semidefinite(cost, p, q, rows, right, len(scaled)), inside
+
+
+def _interior(program: Program) -> Array:
+    """The moment matrix of independent uniform layers: positive definite, right in every equality."""
+    layer = program.layer[program.free]
+    mean = 1.0 / np.bincount(program.layer)[layer]
+    moments = np.outer(np.r_[1.0, mean], np.r_[1.0, mean])
+    inside = layer[:, None] == layer[None, :]
+    moments[1:, 1:][inside] = 0
+    moments[np.arange(1, len(mean) + 1), np.arange(1, len(mean) + 1)] = mean
+    return moments
+
+
+def _feasible_dual(problem: _Semidefinite, inside: int) -> Array:
+    """A dual vector with C − Aᵀ(dual) clearly positive definite: a large multiple of the diagonal."""
+    cost = problem.cost
+    size = len(cost) - 1
+    shift = 1.0 + np.abs(cost[1:, 1:]).sum(axis=1)
+    dual = np.zeros(len(problem.right))
+    diagonal = np.flatnonzero(problem.p[1 + size :] == problem.q[1 + size :])
+    dual[diagonal] = -shift
+    dual[inside + 1 :] = -1.0
+    rest = cost - problem.adjoint(dual)
+    schur = rest[0, 0] - rest[0, 1:] @ scipy.linalg.solve(rest[1:, 1:], rest[1:, 0], assume_a="pos")
+    dual[inside] = schur - 1.0 - abs(schur)
+    return dual
+
+
+def _rounding(matrix: Array) -> float:
+    """How far below zero the smallest eigenvalue of a matrix that should be positive semidefinite can be."""
+    epsilon = 8 * len(matrix) * np.finfo(float).eps * float(np.abs(np.diag(matrix)).max())
+    return epsilon if _definite(matrix) else epsilon + max(0.0, -float(np.linalg.eigvalsh(matrix)[0]))
+
+
+def _form(program: Program, problem: _Semidefinite, dual: Array, inside: int) -> ConvexForm:
+    barrier = problem.cost - problem.adjoint(dual)
+    slack = _rounding(barrier) * (1 + 2 * program.num_layers)
+    only_shift = dual.copy()
+    only_shift[inside:] = 0
+    form = problem.cost - problem.adjoint(only_shift)
+    quadratic, linear = np.zeros((program.size,) * 2), np.zeros(program.size)
+    quadratic[np.ix_(program.free, program.free)] = 2 * form[1:, 1:]
+    linear[program.free] = 2 * form[0, 1:]
+    multipliers = -dual[inside + 1 :] / program.row_scale
+    return ConvexForm(quadratic, linear, float(form[0, 0]), slack, float(problem.right @ dual) - slack, multipliers)
+
+
+def linear_form(program: Program) -> ConvexForm:
+    """The form of a program without interactions; its bound is the sum of the smallest entries of the layers."""
+    linear = np.diag(program.matrix) / 2
+    bound = float(np.minimum.reduceat(linear, program.starts[:-1]).sum())
+    slack = 1e-14 * float(np.abs(linear).sum())
+    return ConvexForm(np.zeros_like(program.matrix), linear, 0.0, slack, bound - slack, np.zeros(len(program.limits)))
