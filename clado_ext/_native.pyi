@@ -8,3 +8,37 @@ def pack_cpu(codes: int, words: int, rows: int, columns: int, bits: int, threads
 def unpack_cpu(words: int, codes: int, rows: int, columns: int, bits: int, threads: int, /) -> None: ...
 def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
+def iqp_search_cpu(
+    matrix: int,
+    starts: int,
+    rows: int,
+    limits: int,
+    layers: int,
+    budgets: int,
+    choice: int,
+    seed: int,
+    work: int,
+    seconds: float,
+    target: float,
+    /,
+) -> bool: ...
+def iqp_prove_cpu(
+    matrix: int,
+    starts: int,
+    rows: int,
+    limits: int,
+    layers: int,
+    budgets: int,
+    quadratic: int,
+    linear: int,
+    multipliers: int,
+    constant: float,
+    slack: float,
+    choice: int,
+    alive: int,
+    outcome: int,
+    tolerance: float,
+    nodes: int,
+    seconds: float,
+    /,
+) -> None: ...

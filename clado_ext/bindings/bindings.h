@@ -16,3 +16,5 @@ T* as(Address address) {
 }
 
 void bind_bitpack(py::module_& m);
+void bind_iqp_prove(py::module_& m);
+void bind_iqp_search(py::module_& m);

@@ -4,6 +4,6 @@ from .errors import CladoError
 from .plan import Plan
 from .quantizer import Quantizer
 from .sensitivity import Layer, Sensitivity
-from .solve import solve
+from .solve import LinearConstraint, Solver, solve
 
-__all__ = ["CladoError", "Layer", "Plan", "Quantizer", "Sensitivity", "solve"]
+__all__ = ["CladoError", "Layer", "LinearConstraint", "Plan", "Quantizer", "Sensitivity", "Solver", "solve"]

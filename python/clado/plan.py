@@ -29,7 +29,8 @@ class Plan:
         usage: {budget: {"used": …, "limit": …}} in the budget's own unit.
         objective_name: "original", "clipped", "shrunk" or "diagonal": what ``objective`` and ``bound`` belong to.
         values: the plan's value under each objective that is defined for the matrix.
-        negative_mass: sum of the magnitudes of the negative eigenvalues of G over the sum of all magnitudes.
+        negative_mass: sum of the magnitudes of the negative eigenvalues of G over the sum of all magnitudes; None
+            where G is too large for that.
         solver: what found and what proved the plan.
         seconds: wall time of the solve.
         layer_bytes: {layer name: bytes} of packed codes and scales, as export writes them.
@@ -48,7 +49,7 @@ class Plan:
     usage: dict[str, dict[str, float]]
     objective_name: str = "original"
     values: dict[str, float] = field(default_factory=dict)
-    negative_mass: float = 0.0
+    negative_mass: float | None = None
     solver: str = ""
     seconds: float = 0.0
     layer_bytes: dict[str, int] = field(default_factory=dict)
@@ -134,7 +135,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "usage": (dict,),
     "objective_name": (str,),
     "values": (dict,),
-    "negative_mass": _NUMBER,
+    "negative_mass": (*_NUMBER, type(None)),
     "solver": (str,),
     "seconds": _NUMBER,
     "layer_bytes": (dict,),

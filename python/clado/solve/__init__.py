@@ -1,5 +1,6 @@
 """From a sensitivity matrix and budgets to a plan with a certificate."""
 
-from .solver import solve
+from .budgets import LinearConstraint
+from .solver import Solver, solve
 
-__all__ = ["solve"]
+__all__ = ["LinearConstraint", "Solver", "solve"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +20,33 @@ from ..errors import CladoError, require
 from ..sensitivity import Sensitivity
 
 MIB = 2**20
+Table = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class LinearConstraint:
+    """A constraint of the user's own: Σ coefficients[layer][bits] over the chosen bits is at most ``limit``.
+
+    Attributes:
+        name: what usage and messages call it.
+        coefficients: {layer: {bits: number}}; what is left out counts as zero.
+        limit: a number.
+    """
+
+    name: str
+    coefficients: Table
+    limit: float
 
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """use·x ≤ limit in whole units of ``1/units`` of what the user counts in.
+    """use·x ≤ limit in whole units, ``units`` of which make one of what the user counts in.
 
     Attributes:
         name: the argument it came from.
         use: ``[V]`` int64, use of each candidate.
         limit: int, largest allowed use.
-        units: how many of these whole units make one of the user's (bytes per MiB, weights per average bit).
+        units: bytes per MiB, weights per average bit, and the like.
         given: the limit as the user gave it.
     """
 
@@ -44,59 +64,143 @@ class Budget:
 
 def make_budgets(
     sens: Sensitivity,
-    avg_bits: float | None,
-    size_mb: float | None,
-    size_bytes: float | None,
-    bitops: float | None,
-    act_bits: int,
+    *,
+    avg_bits: float | None = None,
+    size_mb: float | None = None,
+    size_bytes: float | None = None,
+    bitops: float | None = None,
+    latency_ms: float | None = None,
+    latency: Table | str | os.PathLike[str] | None = None,
+    constraints: Sequence[LinearConstraint] = (),
+    act_bits: int = 32,
 ) -> list[Budget]:
     """Rows of the budgets that are given; see :func:`clado.solve` for their units."""
     layers, bits = sens.layers, np.array(sens.bits, dtype=np.int64)
     numel = np.array([layer.numel for layer in layers], dtype=np.int64)
     macs = np.array([layer.macs for layer in layers], dtype=np.int64)
-    weight_bits = np.outer(numel, bits).ravel()
     stored = np.array([sens.quantizer.storage_bytes(layer.shape, b) for layer in layers for b in sens.bits], np.int64)
-    require(1 <= act_bits <= 32, "solve", "act_bits", "lie in 1..32", act_bits)
+    require(isinstance(act_bits, int) and 1 <= act_bits <= 32, "solve", "act_bits", "lie in 1..32", act_bits)
     require(bitops is None or bool(macs.any()), "solve", "bitops", "come with layers whose macs are known", "no macs")
-    operations = np.outer(macs * int(act_bits), bits).ravel()
-    given: list[tuple[str, Any, NDArray[np.int64], Fraction]] = [
-        ("avg_bits", avg_bits, weight_bits, Fraction(max(1, int(numel.sum())))),
+    rows: list[tuple[str, Any, NDArray[np.int64], Fraction]] = [
+        ("avg_bits", avg_bits, np.outer(numel, bits).ravel(), Fraction(max(1, int(numel.sum())))),
         ("size_mb", size_mb, stored, Fraction(MIB)),
         ("size_bytes", size_bytes, stored, Fraction(1)),
-        ("bitops", bitops, operations, Fraction(1)),
+        ("bitops", bitops, np.outer(macs * act_bits, bits).ravel(), Fraction(1)),
     ]
-    budgets = [_budget(name, limit, use, units) for name, limit, use, units in given if limit is not None]
-    require(bool(budgets), "solve", "budget", "be given: avg_bits, size_mb, size_bytes or bitops", "none")
+    budgets = [_whole_budget(name, limit, use, units) for name, limit, use, units in rows if limit is not None]
+    if latency_ms is not None:
+        require(latency is not None, "solve", "latency", "be given with latency_ms", None)
+        assert latency is not None
+        table = latency if isinstance(latency, Mapping) else read_latency(latency)
+        whole = {name for name in (layer.name for layer in layers) if set(table.get(name, ())) >= set(sens.bits)}
+        missing = [layer.name for layer in layers if layer.name not in whole]
+        require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
+        known = {name: table[name] for name in whole}
+        budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, latency_ms)))
+    budgets += [_real_budget(sens, constraint) for constraint in constraints]
+    need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms or constraints"
+    require(bool(budgets), "solve", "budget", need, "none")
+    names = [budget.name for budget in budgets]
+    require(len(set(names)) == len(names), "solve", "constraints", "have names of their own", names)
     return budgets
 
 
-def _budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:
-    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
-    require(number and math.isfinite(limit) and limit > 0, "solve", name, "be a positive finite number", repr(limit))
-    whole = Fraction(limit) * units if isinstance(limit, (int, Fraction)) else Fraction(float(limit)) * units
+def read_latency(path: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
+    """A latency table: JSON ``{layer: {bits: ms}}``, or CSV with the columns ``layer,bits,ms``.
+
+    Raises:
+        CladoError: no such file, or other content.
+    """
+    source = Path(path)
+    require(source.is_file(), "latency", "path", "be a CSV or JSON file", source)
+    table: dict[str, dict[int, float]] = {}
+    try:
+        text = source.read_text(encoding="utf-8")
+        if source.suffix.lower() == ".json":
+            return {name: {int(b): float(ms) for b, ms in row.items()} for name, row in json.loads(text).items()}
+        for row in csv.DictReader(text.splitlines()):
+            table.setdefault(row["layer"], {})[int(row["bits"])] = float(row["ms"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        message = f"latency: path must be JSON {{layer: {{bits: ms}}}} or CSV layer,bits,ms, got {source} ({error})"
+        raise CladoError(message) from None
+    return table
+
+
+def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:
+    _check_limit(name, limit, positive=True)
+    whole = Fraction(limit if isinstance(limit, (int, Fraction)) else float(limit)) * units
     nearest = round(whole)
     # A limit that was computed in floating point from a use must allow that use.
     close = abs(whole - nearest) <= whole * Fraction(1, 2**51)
-    return Budget(name, use, min(int(nearest if close else math.floor(whole)), 2**62), units, float(limit))
+    return Budget(name, use, min(int(nearest if close else math.floor(whole)), 2**62), units, limit)
+
+
+def _real_budget(sens: Sensitivity, constraint: LinearConstraint) -> Budget:
+    """Real coefficients in units of a power of two so small that rounding stays below 1e-14 of the largest sum."""
+    name, limit = constraint.name, constraint.limit
+    _check_limit(name, limit, positive=False)
+    real = np.zeros(sens.num_candidates)
+    for layer, row in constraint.coefficients.items():
+        for bits, value in row.items():
+            if bits in sens.bits:
+                real[sens.index(layer, bits)] = value
+    require(bool(np.isfinite(real).all()), "solve", name, "have finite coefficients", "NaN or infinity")
+    largest = np.abs(real).reshape(len(sens.layers), -1).max(axis=1).sum()
+    exponent = 50 - math.frexp(max(largest, 1e-300))[1]
+    use = np.array([round(Fraction(value) * Fraction(2) ** exponent) for value in real], dtype=np.int64)
+    # Half a unit of rounding per layer; a limit beyond every sum is cut to stay within int64.
+    whole = math.floor(Fraction(float(limit)) * Fraction(2) ** exponent) + (len(sens.layers) + 2) // 2
+    return Budget(name, use, max(-(2**60), min(whole, 2**60)), Fraction(2) ** exponent, limit)
+
+
+def _check_limit(name: str, limit: Any, positive: bool) -> None:
+    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool) and math.isfinite(limit)
+    must = "be a positive finite number" if positive else "have a finite limit"
+    require(number and (not positive or limit > 0), "solve", name, must, repr(limit))
 
 
 def allowed_candidates(
-    sens: Sensitivity, pin: Mapping[str, int] | None, forbid: Mapping[str, int | Sequence[int]] | None
+    sens: Sensitivity,
+    pin: Mapping[str, int] | None,
+    forbid: Mapping[str, int | Sequence[int]] | None,
+    min_bits: int | Mapping[str, int] | None,
+    max_bits: int | Mapping[str, int] | None,
 ) -> NDArray[np.bool_]:
-    """``[V]`` mask of the candidates that pins and bans leave over."""
-    allowed = np.ones(sens.num_candidates, dtype=bool)
+    """``[V]`` mask of the candidates that pins, bans and limits per layer leave over."""
     names = [layer.name for layer in sens.layers]
-    for name, width in dict(pin or {}).items():
-        chosen = sens.index(name, width)
-        first = names.index(name) * len(sens.bits)
-        allowed[first : first + len(sens.bits)] &= np.arange(first, first + len(sens.bits)) == chosen
+    width = np.tile(np.array(sens.bits), len(names))
+    allowed = np.ones(sens.num_candidates, dtype=bool)
+    for name, chosen in dict(pin or {}).items():
+        allowed[_candidates(sens, name)] &= np.arange(len(sens.bits)) == sens.index(name, chosen) % len(sens.bits)
     for name, widths in dict(forbid or {}).items():
-        for width in [widths] if isinstance(widths, int) else widths:
-            allowed[sens.index(name, width)] = False
-    for i, name in enumerate(names):
-        left = bool(allowed[i * len(sens.bits) : (i + 1) * len(sens.bits)].any())
-        require(left, "solve", "pin and forbid", f"leave layer {name!r} a width", "none")
+        for bits in [widths] if isinstance(widths, int) else widths:
+            allowed[sens.index(name, bits)] = False
+    for sign, limit, argument in ((1, min_bits, "min_bits"), (-1, max_bits, "max_bits")):
+        per_layer = dict.fromkeys(names, limit) if isinstance(limit, int) else dict(limit or {})
+        for name, bits in per_layer.items():
+            require(isinstance(bits, int), "solve", argument, "hold whole widths", repr(bits))
+            allowed[_candidates(sens, name)] &= sign * width[_candidates(sens, name)] >= sign * bits
+    for name in names:
+        left = bool(allowed[_candidates(sens, name)].any())
+        require(left, "solve", "pin, forbid, min_bits and max_bits", f"leave layer {name!r} a width", "none")
     return allowed
+
+
+def _candidates(sens: Sensitivity, name: str) -> slice:
+    first = sens.index(name, sens.bits[0])
+    return slice(first, first + len(sens.bits))
+
+
+def layer_groups(sens: Sensitivity, shared_layers: Sequence[Sequence[str]]) -> NDArray[np.int64]:
+    """``[L]``: group of each layer, numbered by first member; layers of one of ``shared_layers`` are one group."""
+    names = [layer.name for layer in sens.layers]
+    leader = list(range(len(names)))
+    for group in shared_layers:
+        require(not isinstance(group, str), "solve", "shared_layers", "hold groups of layer names", repr(group))
+        members = sorted(sens.index(name, sens.bits[0]) // len(sens.bits) for name in group)
+        heads = {leader[i] for i in members}
+        leader = [min(heads) if head in heads else head for head in leader]
+    return np.unique(leader, return_inverse=True)[1].astype(np.int64)
 
 
 def check_minimum(budget: Budget, layer: NDArray[np.int64], keep: NDArray[np.int64]) -> None:
@@ -107,5 +211,5 @@ def check_minimum(budget: Budget, layer: NDArray[np.int64], keep: NDArray[np.int
     if least > budget.limit:
         raise CladoError(
             f"solve: {budget.name} must be at least {budget.shown(least):.10g} (every layer at its cheapest width), "
-            f"got {budget.given:.10g}, which is {budget.shown(least) - budget.given:.4g} too low"
+            f"got {float(budget.given):.10g}, which is {budget.shown(least) - budget.given:.4g} too low"
         )

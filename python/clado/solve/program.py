@@ -118,3 +118,27 @@ def _least_value_with(program: Program) -> NDArray[np.float64]:
     others = np.minimum.reduceat(share[None, :] - least.T[program.layer] / 2 + across, first, axis=1)
     others[each, program.layer] = 0
     return half + others.sum(axis=1)
+
+
+def merged(program: Program, keep: NDArray[np.int64], groups: NDArray[np.int64]) -> tuple[Program, NDArray[np.int64]]:
+    """The program over groups of layers that take the same candidate number, and which of its candidates are left.
+
+    What two layers of a group do to each other goes to the diagonal. ``program`` has equally many candidates in every
+    layer; ``groups`` is ``[L]`` and numbers the groups from 0 in the order of their first layers.
+    """
+    if len(groups) == groups[-1] + 1 == program.num_layers:
+        return program, keep
+    count = program.size // program.num_layers
+    target = np.repeat(groups * count, count) + np.tile(np.arange(count), program.num_layers)
+    size = (int(groups.max()) + 1) * count
+    matrix, rows = np.zeros((size, size)), np.zeros((len(program.rows), size), np.int64)
+    np.add.at(matrix, (target[:, None], target[None, :]), program.matrix)
+    for row, old in zip(rows, program.rows, strict=True):
+        np.add.at(row, target, old)
+    layer = np.repeat(np.arange(size // count), count)
+    matrix[(layer[:, None] == layer[None, :]) & ~np.eye(size, dtype=bool)] = 0
+    banned = np.ones(program.size, dtype=bool)
+    banned[keep] = False
+    left = np.ones(size, dtype=bool)
+    left[target[banned]] = False
+    return Program(matrix, layer, rows, program.limits), np.flatnonzero(left)

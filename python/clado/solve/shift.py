@@ -45,13 +45,30 @@ class ConvexForm:
     bound: float
     multipliers: Array
 
+    def scaled(self, factor: float) -> ConvexForm:
+        """The form of the same program with its objective multiplied by ``factor``."""
+        return ConvexForm(
+            self.quadratic * factor,
+            self.linear * factor,
+            self.constant * factor,
+            self.slack * factor,
+            self.bound * factor,
+            self.multipliers * factor,
+        )
+
+    def restricted(self, keep: NDArray[np.int64], multipliers: Array) -> ConvexForm:
+        """The form over the candidates ``keep`` for other budgets, whose bound is then unknown."""
+        quadratic = self.quadratic[np.ix_(keep, keep)]
+        return ConvexForm(quadratic, self.linear[keep], self.constant, self.slack, -np.inf, multipliers)
+
 
 @dataclass(frozen=True)
 class _Step:
     primal: Array
     slack: Array
     dual: Array
-    barrier: Array
+    change: scipy.sparse.csr_matrix  # of the barrier
+    barrier: Array  # the same, dense
 
 
 class _Semidefinite:
@@ -67,12 +84,15 @@ class _Semidefinite:
     def apply(self, matrix: Array) -> Array:
         return self.rows @ ((matrix[self.p, self.q] + matrix[self.q, self.p]) / 2)
 
-    def adjoint(self, dual: Array) -> Array:
+    def adjoint(self, dual: Array) -> scipy.sparse.csr_matrix:
+        """Aᵀ(dual), symmetric."""
         weight = self.rows.T @ dual / 2
-        out = np.zeros_like(self.cost)
-        np.add.at(out, (self.p, self.q), weight)
-        np.add.at(out, (self.q, self.p), weight)
-        return out
+        both = (np.r_[weight, weight], (np.r_[self.p, self.q], np.r_[self.q, self.p]))
+        return scipy.sparse.csr_matrix(both, shape=self.cost.shape)
+
+    def barrier(self, dual: Array) -> Array:
+        """C − Aᵀ(dual), dense."""
+        return self.cost - self.adjoint(dual).toarray()
 
     def schur(self, primal: Array, inverse: Array) -> Array:
         """M[k, l] = ⟨A_k, primal · A_l · inverse⟩."""
@@ -88,7 +108,7 @@ class _Semidefinite:
         """Best dual vector with C − Aᵀ(dual) ≻ 0 and dual ≤ 0 on inequality rows; ``dual`` must be such a vector."""
         right, equal = self.right, self.equal
         slack = np.maximum(right[equal:] - self.apply(primal)[equal:], 0.1)
-        barrier = self.cost - self.adjoint(dual)
+        barrier = self.barrier(dual)
         best, size = dual, len(self.cost) + self.slacks
         for _ in range(60):
             inverse = _inverse(barrier)
@@ -121,7 +141,7 @@ class _Semidefinite:
             primal = primal + 0.95 * a * step.primal
             slack = slack + 0.95 * a * step.slack
             dual = dual + 0.95 * b * step.dual
-            barrier = self.cost - self.adjoint(dual)
+            barrier = self.barrier(dual)
             if right @ dual >= right @ best:
                 best = dual
         return best
@@ -133,18 +153,18 @@ class _Semidefinite:
         aim = self.right - centre * self.apply(inverse)
         aim[self.equal :] -= centre / reduced
         if affine is not None:
-            second = affine.primal @ affine.barrier @ inverse
+            second = _product(affine.primal, affine.change, inverse)
             second_slack = -affine.slack * affine.dual[self.equal :] / reduced
             aim += self.apply(second)
             aim[self.equal :] += second_slack
         change = scipy.linalg.cho_solve(solver, aim, check_finite=False)
-        barrier = -self.adjoint(change)
-        d_primal = centre * inverse - primal - _symmetric(primal @ barrier @ inverse)
+        adjoint = -self.adjoint(change)
+        d_primal = centre * inverse - primal - _symmetric(_product(primal, adjoint, inverse))
         d_slack = centre / reduced - slack + slack / reduced * change[self.equal :]
         if affine is not None:
             d_primal -= _symmetric(second)
             d_slack -= second_slack
-        return _Step(d_primal, d_slack, change, barrier)
+        return _Step(d_primal, d_slack, change, adjoint, adjoint.toarray())
 
     def _lengths(self, state: tuple[Array, ...], step: _Step) -> tuple[float, float]:
         primal, slack, dual, barrier, _ = state
@@ -161,6 +181,11 @@ def _inverse(matrix: Array) -> Array | None:
         return None
     inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1)
     return None if info != 0 else np.tril(inverse) + np.tril(inverse, -1).T
+
+
+def _product(left: Array, middle: scipy.sparse.csr_matrix, right: Array) -> Array:
+    """left · middle · right for symmetric ``left`` and ``middle``."""
+    return (middle @ left).T @ right
 
 
 def _symmetric(matrix: Array) -> Array:
@@ -259,7 +284,7 @@ def _feasible_dual(problem: _Semidefinite, inside: int) -> Array:
     diagonal = np.flatnonzero(problem.p[1 + size :] == problem.q[1 + size :])
     dual[diagonal] = -shift
     dual[inside + 1 :] = -1.0
-    rest = cost - problem.adjoint(dual)
+    rest = problem.barrier(dual)
     schur = rest[0, 0] - rest[0, 1:] @ scipy.linalg.solve(rest[1:, 1:], rest[1:, 0], assume_a="pos")
     dual[inside] = schur - 1.0 - abs(schur)
     return dual
@@ -272,11 +297,11 @@ def _rounding(matrix: Array) -> float:
 
 
 def _form(program: Program, problem: _Semidefinite, dual: Array, inside: int) -> ConvexForm:
-    barrier = problem.cost - problem.adjoint(dual)
+    barrier = problem.barrier(dual)
     slack = _rounding(barrier) * (1 + 2 * program.num_layers)
     only_shift = dual.copy()
     only_shift[inside:] = 0
-    form = problem.cost - problem.adjoint(only_shift)
+    form = problem.barrier(only_shift)
     quadratic, linear = np.zeros((program.size,) * 2), np.zeros(program.size)
     quadratic[np.ix_(program.free, program.free)] = 2 * form[1:, 1:]
     linear[program.free] = 2 * form[0, 1:]

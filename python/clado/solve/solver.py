@@ -1,11 +1,13 @@
-"""solve: budgets, preparation, heuristics, bound, exact search, and the plan that says what was proven."""
+"""solve: from a sensitivity matrix, budgets and wishes to a plan that says what was proven."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +16,15 @@ from ..errors import CladoError, require
 from ..plan import Plan
 from ..sensitivity import Sensitivity, same_layer
 from . import scip
-from .budgets import Budget, allowed_candidates, check_minimum, make_budgets
-from .heuristic import search
+from .budgets import Budget, LinearConstraint, Table, allowed_candidates, check_minimum, layer_groups, make_budgets
+from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
-from .program import Program, within_reach, worth_keeping
-from .shift import ConvexForm, convex_form, linear_form
+from .program import Program, merged, within_reach
+from .shift import ConvexForm, linear_form
 from .threads import one_thread
 
-SOLVERS = ("auto", "scip", "heuristic")
-CLOSED = 1e-6  # gap at which a plan counts as optimal
 Choice = NDArray[np.int64]
+EIGEN_LIMIT = 1500  # candidates beyond which the clipped value is reported only when it is the objective
 
 
 def solve(
@@ -32,11 +33,18 @@ def solve(
     size_mb: float | None = None,
     size_bytes: float | None = None,
     bitops: float | None = None,
+    latency_ms: float | None = None,
     *,
+    latency: Table | str | os.PathLike[str] | None = None,
+    constraints: Sequence[LinearConstraint] = (),
     objective: str = "original",
     pin: Mapping[str, int] | None = None,
     forbid: Mapping[str, int | Sequence[int]] | None = None,
+    min_bits: int | Mapping[str, int] | None = None,
+    max_bits: int | Mapping[str, int] | None = None,
+    shared_layers: Sequence[Sequence[str]] = (),
     act_bits: int = 32,
+    start: Plan | None = None,
     time_limit: float = 60.0,
     gap: float = 0.0,
     seed: int = 0,
@@ -50,14 +58,22 @@ def solve(
         size_mb: upper bound on the exported bytes of the layers (codes and scales) in MiB (2**20 bytes).
         size_bytes: the same in bytes.
         bitops: upper bound on Σ macs·bits·act_bits for one sample.
+        latency_ms: upper bound on the sum of ``latency``.
+        latency: {layer: {bits: ms}}, or a file that :func:`clado.solve.budgets.read_latency` reads.
+        constraints: linear constraints of your own.
         objective: "original", "clipped", "shrunk" or "diagonal"; see :func:`clado.solve.objectives.objective_matrix`.
         pin: {layer: bits} that must be taken.
         forbid: {layer: bits or several bits} that must not be taken.
+        min_bits: least bits, for all layers or {layer: bits}.
+        max_bits: most bits, likewise.
+        shared_layers: groups of layer names that take the same bits.
         act_bits: width of the activations in ``bitops``; 32 while they stay float.
+        start: a plan to begin with, where it is feasible; the answer is never worse.
         time_limit: seconds of wall time.
         gap: stop once the gap (see :class:`clado.Plan`) is proven to be at most this.
         seed: of everything random; the same call gives the same plan unless the time limit ended it.
-        solver: "auto" or "scip" (heuristics, bound, exact search), "heuristic" (heuristics and bound).
+        solver: "auto" or "bnb" (heuristics, semidefinite bound, native branch and bound), "scip" (SCIP in its place),
+            "heuristic" (heuristics and bound only).
 
     Returns:
         Plan: its status is "infeasible" when the budgets are proven to conflict although each alone could be met.
@@ -66,111 +82,166 @@ def solve(
         CladoError: no budget, a budget below its minimum, a layer or width that is unknown, NaN or infinity in the
             matrix at a candidate that is allowed, an unknown objective or solver.
     """
-    started = time.monotonic()
-    require(solver in SOLVERS, "solve", "solver", f"be one of {SOLVERS}", repr(solver))
-    require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
-    require(math.isfinite(time_limit) and time_limit > 0, "solve", "time_limit", "be positive seconds", time_limit)
-    require(math.isfinite(gap) and gap >= 0, "solve", "gap", "be non-negative", gap)
-    budgets = make_budgets(sens, avg_bits, size_mb, size_bytes, bitops, act_bits)
-    layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
-    keep = np.flatnonzero(allowed_candidates(sens, pin, forbid))
-    original = _finite_matrix(sens, keep)
-    for budget in budgets:
-        check_minimum(budget, layer, keep)
+    arguments = dict(locals())
+    return Solver(arguments.pop("sens")).solve(**arguments)
 
-    with one_thread():
-        inside = same_layer(len(sens.layers), len(sens.bits))
-        matrices = {
-            name: objective_matrix(original, sens.stderr, inside, name)
-            for name in NAMES
-            if name == objective or name != "shrunk" or errors_known(sens.stderr, inside)
-        }
-        rows = np.stack([budget.use for budget in budgets])
-        limits = np.array([budget.limit for budget in budgets], dtype=np.int64)
-        whole = Program(matrices[objective], layer, rows, limits)
-        answer = _answer(whole, keep, started + time_limit, gap, seed, solver)
+
+class Solver:
+    """A sensitivity matrix that is solved many times: what does not depend on the budgets is computed once.
+
+    With ``solver="heuristic"`` a question that was asked before with other limits, pins or bans is answered in
+    milliseconds: its bound then comes from the convex form of the earlier answer.
+    """
+
+    def __init__(self, sens: Sensitivity):
+        self.sens = sens
+        self.layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
+        self._matrices: dict[str, NDArray[np.float64]] = {}
+        self._mass: float | None = None
+        self._forms: dict[Any, ConvexForm] = {}
+        self._dropped: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def solve(
+        self,
+        *,
+        objective: str = "original",
+        pin: Mapping[str, int] | None = None,
+        forbid: Mapping[str, int | Sequence[int]] | None = None,
+        min_bits: int | Mapping[str, int] | None = None,
+        max_bits: int | Mapping[str, int] | None = None,
+        shared_layers: Sequence[Sequence[str]] = (),
+        start: Plan | None = None,
+        time_limit: float = 60.0,
+        gap: float = 0.0,
+        seed: int = 0,
+        solver: str = "auto",
+        **budget_arguments: Any,
+    ) -> Plan:
+        """See :func:`clado.solve`."""
+        started = time.monotonic()
+        require(solver in SOLVERS, "solve", "solver", f"be one of {SOLVERS}", repr(solver))
+        require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
+        require(math.isfinite(time_limit) and time_limit > 0, "solve", "time_limit", "be positive seconds", time_limit)
+        require(math.isfinite(gap) and gap >= 0, "solve", "gap", "be non-negative", gap)
+        effort = Effort(started + time_limit, gap, seed, solver)
+        budgets = make_budgets(self.sens, **budget_arguments)
+        keep = np.flatnonzero(allowed_candidates(self.sens, pin, forbid, min_bits, max_bits))
+        for budget in budgets:
+            check_minimum(budget, self.layer, keep)
+        with one_thread():
+            self._refresh(keep)
+            program = Program(
+                self._matrix(objective),
+                self.layer,
+                np.stack([budget.use for budget in budgets]),
+                np.array([budget.limit for budget in budgets], dtype=np.int64),
+            )
+            groups = layer_groups(self.sens, shared_layers)
+            answer = self._answer(program, keep, groups, effort, start, (objective, tuple(b.name for b in budgets)))
+            if answer.choice is None:
+                note = _conflict(program, keep, groups, budgets, effort)
+                return self._infeasible(objective, note, time.monotonic() - started)
+            plan = self._plan(program, budgets, objective, answer)
+        return replace(plan, seconds=time.monotonic() - started)
+
+    def _answer(
+        self, program: Program, keep: Choice, groups: Choice, effort: Effort, start: Plan | None, key: tuple
+    ) -> Answer:
+        """Solve over groups of layers; the choice comes back over layers."""
+        small, keep = merged(program, keep, groups)
+        count = len(self.sens.bits)
+        leaders = np.unique(groups, return_index=True)[1]
+        begin = None
+        if start is not None and list(start.bits) == [layer.name for layer in self.sens.layers]:
+            widths = np.array([self.sens.bits.index(b) if b in self.sens.bits else 0 for b in start.bits.values()])
+            begin = np.arange(len(leaders)) * count + widths[leaders]
+        key = (*key, groups.tobytes())
+        if len(np.unique(small.layer[keep])) < small.num_layers:
+            return Answer(None, math.inf, "presolve")
+        if effort.solver == "heuristic" and key not in self._forms and small.size <= EIGEN_LIMIT:
+            reach = within_reach(small, keep)
+            if len(reach) == small.size:
+                self._forms[key] = shifted(small, effort.share(0.5))
+        answer = certify(small, keep, effort, begin, self._forms.get(key))
         if answer.choice is None:
-            note = _conflict(whole, keep, budgets, started + time_limit)
-            return _infeasible(sens, budgets, objective, note, time.monotonic() - started)
-        values = {name: Program(matrix, layer, rows, limits).value(answer.choice) for name, matrix in matrices.items()}
-        mass = negative_mass(matrices["original"])
-    return _plan(sens, budgets, objective, answer, values, mass, whole, time.monotonic() - started)
+            return answer
+        return replace(answer, choice=np.arange(len(groups)) * count + answer.choice[groups] % count)
+
+    def _refresh(self, keep: Choice) -> None:
+        """Drop what was computed for another set of candidates that are not finite."""
+        dropped = _not_finite(self.sens, keep)
+        if not np.array_equal(dropped, self._dropped):
+            self._matrices, self._forms, self._mass, self._dropped = {}, {}, None, dropped
+
+    def _matrix(self, name: str) -> NDArray[np.float64]:
+        if name not in self._matrices:
+            original = self.sens.matrix
+            original[self._dropped, :] = 0
+            original[:, self._dropped] = 0
+            inside = same_layer(len(self.sens.layers), len(self.sens.bits))
+            self._matrices[name] = objective_matrix(original, self.sens.stderr, inside, name)
+        return self._matrices[name]
+
+    def _values(self, choice: Choice, objective: str) -> dict[str, float]:
+        inside = same_layer(len(self.sens.layers), len(self.sens.bits))
+        known = {"shrunk": errors_known(self.sens.stderr, inside), "clipped": len(inside) <= EIGEN_LIMIT}
+        names = [name for name in NAMES if name == objective or known.get(name, True)]
+        return {name: float(self._matrix(name)[np.ix_(choice, choice)].sum() / 2) for name in names}
+
+    def _plan(self, program: Program, budgets: list[Budget], objective: str, answer: Answer) -> Plan:
+        sens, choice = self.sens, answer.choice
+        assert choice is not None
+        if self._mass is None and program.size <= EIGEN_LIMIT:
+            self._mass = negative_mass(self._matrix("original"))
+        value = program.value(choice)
+        bound = min(answer.bound, value)
+        unit = reference(program, choice)
+        gap = (value - bound) / unit if unit > 0 else 0.0
+        bits = {layer.name: sens.bits[v % len(sens.bits)] for layer, v in zip(sens.layers, choice, strict=True)}
+        stored = {layer.name: sens.quantizer.storage_bytes(layer.shape, bits[layer.name]) for layer in sens.layers}
+        return Plan(
+            bits=bits,
+            objective=value,
+            bound=bound,
+            gap=gap,
+            status="optimal" if gap <= CLOSED else "feasible",
+            usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in budgets},
+            objective_name=objective,
+            values=self._values(choice, objective),
+            negative_mass=self._mass,
+            solver=answer.solver,
+            layer_bytes=stored,
+            layer_numel={layer.name: layer.numel for layer in sens.layers},
+            candidate_bits=sens.bits,
+            quantizer=sens.quantizer.to_json(),
+            fingerprint=dict(sens.fingerprint),
+        )
+
+    def _infeasible(self, objective: str, note: str, seconds: float) -> Plan:
+        return Plan(
+            bits={},
+            objective=None,
+            bound=None,
+            gap=None,
+            status="infeasible",
+            usage={},
+            objective_name=objective,
+            solver="scip",
+            seconds=seconds,
+            candidate_bits=self.sens.bits,
+            quantizer=self.sens.quantizer.to_json(),
+            fingerprint=dict(self.sens.fingerprint),
+            note=note,
+        )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A choice of candidates of the whole program (None: proven infeasible), its proven bound, and who did it."""
-
-    choice: Choice | None
-    bound: float
-    solver: str
-
-
-def _answer(whole: Program, keep: Choice, deadline: float, gap: float, seed: int, solver: str) -> Answer:
-    reach = within_reach(whole, keep)
-    if len(np.unique(whole.layer[reach])) < whole.num_layers:
-        return Answer(None, math.inf, "presolve")
-    program = whole.restricted(reach)
-    largest = float(np.abs(program.matrix).max(initial=0.0))
-    scale = 1.0 / largest if largest > 0 else 1.0
-    incumbent = search(program.scaled(scale), seed, deadline=deadline)
-    if incumbent is None:
-        incumbent = _any_feasible(program, deadline, seed)
-        if incumbent is None:
-            return Answer(None, math.inf, "scip")
-    useful = worth_keeping(program, program.value(incumbent))
-    program, incumbent = program.restricted(useful), np.searchsorted(useful, incumbent)
-    diagonal = _reference(program, incumbent)
-    scale = 100.0 / diagonal if diagonal > 0 else scale
-    choice, bound, name = _prove(program.scaled(scale), incumbent, deadline, gap, seed, solver)
-    return Answer(reach[useful[choice]], bound / scale, name)
-
-
-def _prove(
-    program: Program, incumbent: Choice, deadline: float, gap: float, seed: int, solver: str
-) -> tuple[Choice, float, str]:
-    """A choice at least as good as ``incumbent`` and a lower bound on all choices, in the program's scale."""
-    value, reference = program.value(incumbent), _reference(program, incumbent)
-    if program.size == program.num_layers:
-        return incumbent, value, "presolve"
-    tolerance = max(gap, CLOSED / 4) * reference
-    form = _form(program, deadline, value - CLOSED / 4 * reference)
-    if form.bound >= value - tolerance or solver == "heuristic":
-        return incumbent, form.bound, "heuristic+sdp"
-    best, bound, _ = scip.exact(program, form, incumbent, deadline, tolerance, seed)
-    assert best is not None
-    return best, max(bound, form.bound), "scip"
-
-
-def _form(program: Program, deadline: float, target: float) -> ConvexForm:
-    across = program.layer[:, None] != program.layer[None, :]
-    if not program.matrix[across].any():
-        return linear_form(program)
-    return convex_form(program, deadline=deadline, target=target)
-
-
-def _reference(program: Program, choice: Choice) -> float:
-    """What gaps are relative to: the larger of |objective| and the sum of the magnitudes on the diagonal, halved."""
-    return max(abs(program.value(choice)), float(np.abs(np.diag(program.matrix)[choice]).sum() / 2))
-
-
-def _any_feasible(program: Program, deadline: float, seed: int) -> Choice | None:
-    """Some choice within the budgets by an integer linear program; None when there is none."""
-    nothing = Program(np.zeros_like(program.matrix), program.layer, program.rows, program.limits)
-    choice, _, finished = scip.exact(nothing, linear_form(nothing), None, deadline, 0.0, seed)
-    if choice is None and not finished:
-        raise CladoError("solve: time_limit must be longer to find any plan within the budgets, got none yet")
-    return choice
-
-
-def _finite_matrix(sens: Sensitivity, keep: Choice) -> NDArray[np.float64]:
-    """G with the rows of dropped candidates that are not finite set to zero.
+def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:
+    """``[V]`` mask of dropped candidates whose losses are not finite.
 
     Raises:
         CladoError: an allowed candidate has a loss increase, or an interaction with another one, that is not finite.
     """
-    matrix = sens.matrix
-    bad = ~np.isfinite(matrix)
+    bad: NDArray[np.bool_] = ~np.isfinite(sens.matrix)
     inner = bad[np.ix_(keep, keep)]
     if inner.any():
         own = keep[np.diag(inner)]
@@ -181,79 +252,27 @@ def _finite_matrix(sens: Sensitivity, keep: Choice) -> NDArray[np.float64]:
             f"solve: matrix must be finite at every allowed candidate, got NaN or infinity at (layer, bits) "
             f"{', '.join(names[:5])}{more}; measure them again or forbid them"
         )
-    matrix[bad] = 0
-    return matrix
+    dropped: NDArray[np.bool_] = np.asarray(bad.any(axis=1))
+    dropped[keep] = False
+    return dropped
 
 
-def _conflict(whole: Program, keep: Choice, budgets: list[Budget], deadline: float) -> str:
+def _conflict(program: Program, keep: Choice, groups: Choice, budgets: list[Budget], effort: Effort) -> str:
     """Which budget would have to give, and to what, for the others to hold."""
+    whole, keep = merged(program, keep, groups)
     needs = []
     for k, budget in enumerate(budgets):
         others = np.arange(len(budgets)) != k
-        unit = float(whole.row_scale[k])
-        cost = np.diag(2.0 * whole.rows[k] / unit)
+        cost = np.diag(2.0 * whole.rows[k] / whole.row_scale[k])
         relaxed = Program(cost, whole.layer, whole.rows[others], whole.limits[others])
         reach = within_reach(relaxed, keep)
         if len(np.unique(whole.layer[reach])) < whole.num_layers:
             continue
         part = relaxed.restricted(reach)
-        choice, _, finished = scip.exact(part, linear_form(part), None, max(deadline, time.monotonic() + 1), 0.0)
+        deadline = max(effort.share(0.5), time.monotonic() + 0.2)
+        choice, _, finished = scip.exact(part, linear_form(part), None, deadline, 0.0)
         if choice is not None and finished:
             least = int(whole.rows[k, reach[choice]].sum())
-            needs.append(f"{budget.name} at least {budget.shown(least):.10g} (got {budget.given:.10g})")
+            needs.append(f"{budget.name} at least {budget.shown(least):.10g} (got {float(budget.given):.10g})")
     names = " and ".join(budget.name for budget in budgets)
     return f"{names} cannot hold together; with the others kept: {' or '.join(needs) or 'no single one can mend it'}"
-
-
-def _infeasible(sens: Sensitivity, budgets: list[Budget], objective: str, note: str, seconds: float) -> Plan:
-    return Plan(
-        bits={},
-        objective=None,
-        bound=None,
-        gap=None,
-        status="infeasible",
-        usage={},
-        objective_name=objective,
-        solver="scip",
-        seconds=seconds,
-        candidate_bits=sens.bits,
-        quantizer=sens.quantizer.to_json(),
-        fingerprint=dict(sens.fingerprint),
-        note=note,
-    )
-
-
-def _plan(
-    sens: Sensitivity,
-    budgets: list[Budget],
-    objective: str,
-    answer: Answer,
-    values: dict[str, float],
-    mass: float,
-    whole: Program,
-    seconds: float,
-) -> Plan:
-    assert answer.choice is not None
-    value = values[objective]
-    bound = min(answer.bound, value)
-    reference = _reference(whole, answer.choice)
-    gap = (value - bound) / reference if reference > 0 else 0.0
-    bits = {layer.name: sens.bits[v % len(sens.bits)] for layer, v in zip(sens.layers, answer.choice, strict=True)}
-    return Plan(
-        bits=bits,
-        objective=value,
-        bound=bound,
-        gap=gap,
-        status="optimal" if gap <= CLOSED else "feasible",
-        usage={b.name: {"used": b.shown(b.use[answer.choice].sum()), "limit": b.given} for b in budgets},
-        objective_name=objective,
-        values=values,
-        negative_mass=mass,
-        solver=answer.solver,
-        seconds=seconds,
-        layer_bytes={layer.name: sens.quantizer.storage_bytes(layer.shape, bits[layer.name]) for layer in sens.layers},
-        layer_numel={layer.name: layer.numel for layer in sens.layers},
-        candidate_bits=sens.bits,
-        quantizer=sens.quantizer.to_json(),
-        fingerprint=dict(sens.fingerprint),
-    )

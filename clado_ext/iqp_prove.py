@@ -1,0 +1,125 @@
+"""Branch and bound for the integer quadratic program of bit-width selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._registry import define, require
+from .iqp_search import check_program, check_values, program_addresses
+
+
+def iqp_prove(
+    matrix: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    limits: Tensor,
+    quadratic: Tensor,
+    linear: Tensor,
+    multipliers: Tensor,
+    start: Tensor | None = None,
+    *,
+    constant: float = 0.0,
+    slack: float = 0.0,
+    tolerance: float = 0.0,
+    nodes: int = 10_000_000,
+    seconds: float = 60.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prove how good the best choice is, with a convex form ½ xᵀQx + cᵀx + constant that equals ½ xᵀGx on choices.
+
+    Args:
+        matrix, starts, rows, limits: as in :func:`clado_ext.iqp_search`.
+        quadratic: Q, float64 ``[V, V]``, symmetric, positive semidefinite up to what ``slack`` covers.
+        linear: c, float64 ``[V]``.
+        multipliers: float64 ``[P]``, non-negative, objective per unit of a row; where the dual ascent starts.
+        start: int64 ``[L]``, an incumbent.
+        constant: a number.
+        slack: taken off every bound.
+        tolerance: nodes that cannot beat the incumbent by more than this are closed.
+        nodes: limit on nodes.
+        seconds: limit on wall time.
+
+    Returns:
+        choice, int64 ``[L]``: the best feasible one (-1 throughout where none is known); alive, uint8 ``[V]``: 0 for
+        candidates that the root proved to be in no better choice; outcome, float64 ``[3]``: the proven bound (infinity:
+        nothing is feasible), nodes, and 1 when every node was closed.
+
+    Raises:
+        ValueError: tensors that are not on the CPU or of another dtype or shape, a matrix that is not finite.
+    """
+    given = starts.new_full((starts.numel() - 1,), -1) if start is None else start
+    return torch.ops.clado.iqp_prove(
+        matrix, starts, rows, limits, quadratic, linear, multipliers, given, constant, slack, tolerance, nodes, seconds
+    )
+
+
+def _allocate(
+    matrix: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    limits: Tensor,
+    quadratic: Tensor,
+    linear: Tensor,
+    multipliers: Tensor,
+    start: Tensor,
+    constant: float,
+    slack: float,
+    tolerance: float,
+    nodes: int,
+    seconds: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_program("iqp_prove", matrix, starts, rows, limits)
+    size, layers = matrix.shape[0], starts.numel() - 1
+    for name, tensor, shape in (
+        ("quadratic", quadratic, (size, size)),
+        ("linear", linear, (size,)),
+        ("multipliers", multipliers, (limits.shape[0],)),
+    ):
+        require(tensor.dtype == torch.float64, "iqp_prove", name, "be float64", tensor.dtype)
+        require(tensor.shape == shape, "iqp_prove", name, f"have shape {shape}", tuple(tensor.shape))
+    require(start.dtype == torch.int64, "iqp_prove", "start", "be int64", start.dtype)
+    require(start.shape == (layers,), "iqp_prove", "start", f"have shape {(layers,)}", tuple(start.shape))
+    require(slack >= 0 and tolerance >= 0, "iqp_prove", "slack and tolerance", "not be negative", (slack, tolerance))
+    require(seconds >= 0, "iqp_prove", "seconds", "not be negative", seconds)
+    return start.new_empty(layers), start.new_empty(size, dtype=torch.uint8), matrix.new_empty(3)
+
+
+def _launch(
+    matrix: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    limits: Tensor,
+    quadratic: Tensor,
+    linear: Tensor,
+    multipliers: Tensor,
+    start: Tensor,
+    constant: float,
+    slack: float,
+    tolerance: float,
+    nodes: int,
+    seconds: float,
+    choice: Tensor,
+    alive: Tensor,
+    outcome: Tensor,
+) -> None:
+    matrix, starts, rows, limits = (tensor.contiguous() for tensor in (matrix, starts, rows, limits))
+    quadratic, linear, multipliers = (tensor.contiguous() for tensor in (quadratic, linear, multipliers))
+    check_values("iqp_prove", matrix, starts, start)
+    finite = bool(quadratic.isfinite().all()) and bool(linear.isfinite().all())
+    require(finite, "iqp_prove", "quadratic and linear", "be finite", "NaN or infinity")
+    choice.copy_(start)
+    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), constant, slack)
+    out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
+    _native.iqp_prove_cpu(*program_addresses(matrix, starts, rows, limits), *form, *out, tolerance, nodes, seconds)
+    if int(choice[0]) < 0:
+        choice.fill_(-1)
+
+
+define(
+    "iqp_prove(Tensor matrix, Tensor starts, Tensor rows, Tensor limits, Tensor quadratic, Tensor linear, "
+    "Tensor multipliers, Tensor start, float constant, float slack, float tolerance, int nodes, float seconds) "
+    "-> (Tensor, Tensor, Tensor)",
+    _allocate,
+    _launch,
+)

@@ -1,0 +1,101 @@
+"""iqp_prove against trying every choice: closed bounds meet the optimum, open ones stay below it."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+import clado_ext
+from clado_ext.reference import iqp_prove as oracle
+from tests.ops.devices import SIMD_LEVELS
+from tests.ops.test_iqp_search import feasible, random_program, value
+
+
+def convex(program: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The crudest convex form: a multiple of the identity on Q, taken back from c."""
+    shift = torch.linalg.eigvalsh(program["matrix"])[0].clamp(max=0).neg() + 1e-9
+    size = len(program["matrix"])
+    return {
+        "quadratic": program["matrix"] + shift * torch.eye(size, dtype=torch.float64),
+        "linear": torch.full((size,), -float(shift) / 2, dtype=torch.float64),
+        "multipliers": torch.zeros(len(program["limits"]), dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_the_optimum(seed: int) -> None:
+    program = random_program(seed, budgets=1 + seed % 3, tightness=(0.1, 0.5, 1.0)[seed % 3])
+    choice, alive, outcome = clado_ext.iqp_prove(**program, **convex(program), tolerance=1e-7)
+    best, optimum = oracle.iqp_prove(**program)
+    bound, _, finished = outcome.tolist()
+    if not math.isfinite(optimum):
+        assert choice.eq(-1).all()
+        assert not finished or bound == math.inf
+        return
+    assert finished
+    assert feasible(program, choice)
+    assert value(program, choice) == pytest.approx(float(optimum), abs=2e-7)
+    assert optimum - 2e-7 <= bound <= optimum
+    # What the root dropped is in no choice that is better than the answer.
+    assert value(program, choice) <= optimum + 1e-12 or bool(alive[best].all())
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 20])
+@pytest.mark.parametrize("seed", range(6))
+def test_bound_of_an_open_tree_is_never_above_the_optimum(seed: int, nodes: int) -> None:
+    program = random_program(seed, layers=6, tightness=0.4)
+    _, _, outcome = clado_ext.iqp_prove(**program, **convex(program), nodes=nodes, tolerance=1e-9)
+    _, optimum = oracle.iqp_prove(**program)
+    assert outcome[0] <= optimum + 1e-9
+
+
+def test_same_tree_at_every_simd_level() -> None:
+    program = random_program(1, layers=12, tightness=0.4)
+    level, results = clado_ext.simd_level(), []
+    try:
+        for simd in SIMD_LEVELS:
+            clado_ext.set_simd(simd)
+            results += [clado_ext.iqp_prove(**program, **convex(program), nodes=300) for _ in range(2)]
+    finally:
+        clado_ext.set_simd(level)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_time_limit() -> None:
+    program = random_program(2, layers=60)
+    started = time.monotonic()
+    _, _, outcome = clado_ext.iqp_prove(**program, **convex(program), seconds=0.2)
+    assert time.monotonic() - started < 0.7
+    assert outcome[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quadratic": torch.zeros(2, 2, dtype=torch.float64)}, "quadratic must have shape"),
+        ({"linear": torch.zeros(3)}, "linear must be float64"),
+        ({"linear": torch.full((3,), math.nan, dtype=torch.float64)}, "quadratic and linear must be finite"),
+        ({"multipliers": torch.zeros(2, dtype=torch.float64)}, "multipliers must have shape"),
+        ({"tolerance": -1.0}, "slack and tolerance must not be negative"),
+        ({"seconds": -1.0}, "seconds must not be negative"),
+        ({"start": torch.tensor([0, 0])}, "start must hold"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    program = {
+        "matrix": torch.eye(3, dtype=torch.float64),
+        "starts": torch.tensor([0, 2, 3]),
+        "rows": torch.zeros(1, 3, dtype=torch.int64),
+        "limits": torch.zeros(1, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=f"iqp_prove: {message}"):
+        clado_ext.iqp_prove(**{**program, **convex(program), **change})
+
+
+def test_opcheck() -> None:
+    program = random_program(4)
+    start = torch.full((5,), -1)
+    arguments = (*program.values(), *convex(program).values(), start, 0.0, 0.0, 0.0, 100, 60.0)
+    torch.library.opcheck(torch.ops.clado.iqp_prove, arguments)
