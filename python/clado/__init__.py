@@ -4,6 +4,6 @@ from .errors import CladoError
 from .plan import Plan
 from .quantizer import Quantizer
 from .sensitivity import Layer, Sensitivity
-from .solve import LinearConstraint, Solver, solve
+from .solve import LinearConstraint, Solver, pareto, solve
 
-__all__ = ["CladoError", "Layer", "LinearConstraint", "Plan", "Quantizer", "Sensitivity", "Solver", "solve"]
+__all__ = ["CladoError", "Layer", "LinearConstraint", "Plan", "Quantizer", "Sensitivity", "Solver", "pareto", "solve"]
