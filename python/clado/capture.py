@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from .errors import CladoError, require
 from .sensitivity import Layer
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     torch.ops.aten.linear.default: "linear",
     torch.ops.aten.conv2d.default: "conv2d",
     torch.ops.aten.conv2d.padding: "conv2d",

@@ -8,6 +8,7 @@ share is computed once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class State:
     """Live values at a position.
 
     Attributes:
-        position: 2k before layer k's node, 2k + 1 behind it (:meth:`Executor.fork` steps over it), 2L at the end.
+        position: 2k before layer k's node, 2k + 1 behind it (:meth:`Executor.fork` steps over it), 2L at the end, -1 before
+            the first node. Segment ``position + 1`` leads to the next position.
         values: tensor (or tuple of tensors) per live node, streams stacked along the batch dimension, last fork outermost.
         samples: samples per stream.
         overrides: per stream, the perturbed weights it runs under.
@@ -73,7 +75,7 @@ class Executor:
         order = sorted(range(len(starts)), key=starts.__getitem__)
         require(order == list(range(len(starts))), "executor", "layers", "be used in order", "another order")
         bounds = [0, *(b for start in starts for b in (start, start + 1)), len(captured.nodes)]
-        pieces = [captured.nodes[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        pieces = [captured.nodes[a:b] for a, b in itertools.pairwise(bounds)]
         self._live = self._liveness(bounds)
         self._segments = [self._build(piece, self._live[k + 1]) for k, piece in enumerate(pieces)]
         self._flops = [0.0] * len(self._segments)
@@ -273,6 +275,7 @@ def _close(got: Any, wanted: Any, rtol: float) -> bool:
         return all(_close(g, w, rtol) for g, w in zip(got, wanted, strict=True))
     if got.shape != wanted.shape:
         return False
-    if not wanted.is_floating_point():
+    if not wanted.is_floating_point() or wanted.numel() == 0:
         return torch.equal(got, wanted)
-    return bool((got - wanted).abs().max() <= rtol * wanted.abs().max()) if wanted.numel() else True
+    largest = float(torch.where(torch.isfinite(wanted), wanted, 0).abs().max())
+    return torch.allclose(got, wanted, rtol=0, atol=rtol * largest, equal_nan=True)
