@@ -29,7 +29,9 @@ def test_cmake_builds_every_stem() -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_place_is_there(stem: str) -> None:
-    missing = [p.format(stem) for p in PLACES if p not in HOST_ONLY.get(stem, ()) and not (ROOT / p.format(stem)).is_file()]
+    missing = [
+        p.format(stem) for p in PLACES if p not in HOST_ONLY.get(stem, ()) and not (ROOT / p.format(stem)).is_file()
+    ]
     assert not missing
     assert (ROOT / "clado_ext/_native.pyi").read_text().count(f"# {stem}") == 1
     assert f"bind_{stem}(m)" in (ROOT / "clado_ext/bindings/module.cpp").read_text()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import clado
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
-import clado
 from clado.capture import capture
 from clado.executor import Executor
 from clado.profile import profile
 from clado.quantizer import Quantizer
 from clado.sensitivity import Sensitivity, same_layer
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from tests.models import small_cnn, timm_model, tiny_vit
 
 TIMM = [
@@ -32,7 +32,11 @@ TIMM = [
 def net_and_data(name: str, samples: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
     model, shape = tiny_vit() if name == "vit" else small_cnn()
     generator = torch.Generator().manual_seed(1)
-    return model, torch.randn(samples, *shape, generator=generator), torch.randint(0, 10, (samples,), generator=generator)
+    return (
+        model,
+        torch.randn(samples, *shape, generator=generator),
+        torch.randint(0, 10, (samples,), generator=generator),
+    )
 
 
 def plain_loop(model: nn.Module, sens: Sensitivity, x: Tensor, y: Tensor, loss: str) -> tuple[NDArray, NDArray]:
@@ -78,8 +82,17 @@ def test_exact_equals_the_plain_loop(name: str, loss: str) -> None:
     ends = name == "cnn"
     # float32: the second difference of float32 forwards is right to about 1e-4 of its norm (DESIGN §3.3); float64: rounding.
     for precision, tolerance in (("float32", 1e-4), ("float64", 1e-9)):
-        sens = profile(model, [(x, y)], estimator="exact", loss=loss, precision=precision, num_samples=24, batch_size=7,
-                       quantize_ends=ends, verbose=False)
+        sens = profile(
+            model,
+            [(x, y)],
+            estimator="exact",
+            loss=loss,
+            precision=precision,
+            num_samples=24,
+            batch_size=7,
+            quantize_ends=ends,
+            verbose=False,
+        )
         single, omega = plain_loop(model, sens, x, y, loss)
         assert relative(sens.delta_loss, single) < tolerance
         assert relative(sens.interaction, omega) < tolerance
@@ -141,7 +154,10 @@ def test_same_call_same_bits_and_chunks_add_up(estimator: str) -> None:
 def test_standard_errors_are_those_of_the_samples() -> None:
     model, x, y = net_and_data("vit", samples=6)
     whole = profile(model, [(x, y)], estimator="exact", loss="cross_entropy", verbose=False)
-    ones = [profile(model, [(x[k : k + 1], y[k : k + 1])], estimator="exact", loss="cross_entropy", verbose=False) for k in range(6)]
+    ones = [
+        profile(model, [(x[k : k + 1], y[k : k + 1])], estimator="exact", loss="cross_entropy", verbose=False)
+        for k in range(6)
+    ]
     losses = np.stack([one.delta_loss for one in ones])
     pairs = np.stack([one.interaction for one in ones])
     np.testing.assert_allclose(np.diag(whole.stderr), losses.std(0, ddof=1) / 6**0.5, rtol=1e-3)
@@ -257,9 +273,15 @@ class BatchMean(nn.Module):
     ("change", "message"),
     [
         ({"data_loader": []}, "data_loader must yield at least one sample"),
-        ({"data_loader": [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 9)]}, "data_loader must yield inputs of one shape"),
+        (
+            {"data_loader": [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 9)]},
+            "data_loader must yield inputs of one shape",
+        ),
         ({"data_loader": ["cat.png"]}, "data_loader must yield tensors or"),
-        ({"data_loader": [(torch.zeros(2, 1, 8, 8), torch.tensor([1, 10]))]}, r"targets must lie in 0\.\.9, got 1\.\.10"),
+        (
+            {"data_loader": [(torch.zeros(2, 1, 8, 8), torch.tensor([1, 10]))]},
+            r"targets must lie in 0\.\.9, got 1\.\.10",
+        ),
         ({"loss": "cross_entropy", "data_loader": [torch.zeros(2, 1, 8, 8)]}, r"must yield \(inputs, targets\)"),
         ({"bits": (2, 9)}, r"bits must be distinct ascending widths in 2\.\.8"),
         ({"bits": ()}, r"bits must be distinct ascending widths in 2\.\.8"),
