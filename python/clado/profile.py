@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
+from .checkpoint import Chunks, refuse_other_run
 from .errors import CladoError, require
 from .estimators import ESTIMATORS, Sums, expected_work
 from .executor import Executor
@@ -76,8 +77,8 @@ def profile(
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier.
-        output_dir: run directory; the result is saved there, and an earlier result of the very same run is loaded instead of
-            measured again. A directory of another run is refused.
+        output_dir: run directory; the result is saved there, chunk by chunk: the same call after an interruption goes on to
+            the same bits, after the end it loads the result. A directory of another run is refused.
         device: where to run; None: where the model is.
         seed: fixes torch's generator while ``data_loader`` is read, so that a shuffling loader gives the same samples.
         verbose: show a progress bar.
@@ -134,9 +135,9 @@ def profile(
         if known is not None:
             return known
         variants = quantized_variants(model, captured, bits, quantizer, place, dtype)
-        sums = _measure(
-            executor, estimator, variants, samples, None if loss == "kl" else samples.targets, chunk, verbose
-        )
+        chunks = Chunks(output_dir, fingerprint)
+        targets = None if loss == "kl" else samples.targets
+        sums = _measure(executor, estimator, variants, samples.inputs, targets, chunk, chunks, verbose)
 
     result = _assemble(sums, captured, bits, quantizer, fingerprint)
     result.info.update(
@@ -155,6 +156,7 @@ def profile(
     )
     if output_dir is not None:
         result.save(Path(output_dir) / FILE_NAME)
+        chunks.clear()
     return result
 
 
@@ -285,21 +287,28 @@ def _measure(
     executor: Executor,
     estimator: str,
     variants: list[list[Tensor]],
-    samples: Samples,
+    inputs: Tensor,
     targets: Tensor | None,
     chunk: int,
+    chunks: Chunks,
     verbose: bool,
 ) -> Sums:
     sums = Sums.zeros(sum(map(len, variants)))
-    count = samples.inputs.shape[0]
     device, dtype = variants[0][0].device, variants[0][0].dtype
-    total = expected_work(estimator, executor.suffix_share, len(variants[0])) * count
-    with progress_bar(f"profile ({estimator})", total, "forwards", verbose) as advance:
-        for first in range(0, count, chunk):
-            batch = _moved(samples.inputs[first : first + chunk], device, dtype)
-            target = None if targets is None else targets[first : first + chunk].to(device)
-            sums += ESTIMATORS[estimator](executor, variants, batch, target, lambda: advance(executor.work))
-            advance(executor.work)
+    per_sample = expected_work(estimator, executor.suffix_share, len(variants[0]))
+    with progress_bar(f"profile ({estimator})", per_sample * len(inputs), "forwards", verbose) as show:
+        while sums.samples < len(inputs):
+            first = sums.samples
+            part = chunks.load(first)
+            if part is None:
+                batch = _moved(inputs[first : first + chunk], device, dtype)
+                target = None if targets is None else targets[first : first + chunk].to(device)
+                part = ESTIMATORS[estimator](executor, variants, batch, target, lambda: show(executor.work))
+                chunks.save(first, part)
+            else:
+                executor.work += per_sample * part.samples
+            sums += part
+            show(executor.work)
     return sums
 
 
@@ -342,12 +351,5 @@ def _earlier(output_dir: str | os.PathLike[str] | None, fingerprint: dict[str, s
     if output_dir is None or not (Path(output_dir) / FILE_NAME).exists():
         return None
     known = Sensitivity.load(Path(output_dir) / FILE_NAME)
-    different = [item for item, value in fingerprint.items() if known.fingerprint.get(item) != value]
-    require(
-        not different,
-        "profile",
-        "output_dir",
-        "be new or hold the same run",
-        f"{output_dir}, whose {' and '.join(different)} differ",
-    )
+    refuse_other_run(known.fingerprint, fingerprint, Path(output_dir))
     return known

@@ -1,0 +1,114 @@
+"""A run killed at any moment resumes to the same bits; a full disk or a foreign directory loses nothing."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clado
+from clado import checkpoint
+from clado.profile import profile
+from clado.sensitivity import Sensitivity
+from tests.models import tiny_vit
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from clado.profile import profile
+from tests.models import tiny_vit
+model, shape = tiny_vit()
+x = torch.randn(48, *shape, generator=torch.Generator().manual_seed(1))
+print("ready", flush=True)
+for round in range(int(sys.argv[2])):
+    profile(model, [x], estimator="exact", batch_size=2, output_dir=f"{sys.argv[1]}/{round}", verbose=False)
+"""
+
+
+def data() -> tuple[torch.nn.Module, torch.Tensor]:
+    model, shape = tiny_vit()
+    return model, torch.randn(48, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def same(one: Sensitivity, other: Sensitivity) -> bool:
+    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in ("delta_loss", "interaction", "stderr"))
+
+
+def test_resumes_to_the_same_bits_after_kills(tmp_path: Path) -> None:
+    """Several runs in one process, killed with SIGKILL at random moments until the process gets through."""
+    torch.set_num_threads(1)
+    rounds, kills, generator = 10, 0, random.Random(0)
+    for _ in range(200):
+        process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), str(rounds)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + generator.uniform(0.3, 1.0) * (1 + kills / 10)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0
+    assert kills >= 3
+    model, x = data()
+    whole = profile(model, [x], estimator="exact", batch_size=2, verbose=False)
+    for r in range(rounds):
+        assert same(Sensitivity.load(tmp_path / str(r)), whole)
+        assert os.listdir(tmp_path / str(r)) == ["sensitivity.safetensors"]
+
+
+def test_interrupted_run_goes_on_and_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = data()
+    whole = profile(model, [x], batch_size=8, verbose=False)
+    saved, save = [], checkpoint.Chunks.save
+
+    def interrupting(self: checkpoint.Chunks, first: int, sums: object) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(first)
+        save(self, first, sums)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint.Chunks, "save", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False)
+    monkeypatch.setattr(checkpoint.Chunks, "save", lambda self, first, sums: (saved.append(first), save(self, first, sums))[1])
+    assert same(profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False), whole)
+    assert saved == [0, 8, 16, 24, 32, 40]
+
+
+def test_full_disk_is_one_line_and_keeps_finished_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = data()
+    write, calls = checkpoint.save_file, []
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, metadata)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(clado.CladoError, match="output_dir must have space left"):
+        profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False)
+    assert len(list((tmp_path / "chunks").iterdir())) == 2
+
+
+def test_chunks_of_another_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = data()
+    monkeypatch.setattr(checkpoint.Chunks, "clear", lambda self: None)
+    profile(model, [x], output_dir=tmp_path, verbose=False)
+    (tmp_path / "sensitivity.safetensors").unlink()
+    with pytest.raises(clado.CladoError, match="whose data differ"):
+        profile(model, [x[:40]], output_dir=tmp_path, verbose=False)
+    for path in (tmp_path / "chunks").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(clado.CladoError, match="whole chunk files, got a damaged"):
+        profile(model, [x], output_dir=tmp_path, verbose=False)
