@@ -46,7 +46,9 @@ def test_resumes_to_the_same_bits_after_kills(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     rounds, kills, generator = 10, 0, random.Random(0)
     for _ in range(200):
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), str(rounds)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(tmp_path), str(rounds)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         deadline = time.monotonic() + generator.uniform(0.3, 1.0) * (1 + kills / 10)
@@ -63,7 +65,8 @@ def test_resumes_to_the_same_bits_after_kills(tmp_path: Path) -> None:
     whole = profile(model, [x], estimator="exact", batch_size=2, verbose=False)
     for r in range(rounds):
         assert same(Sensitivity.load(tmp_path / str(r)), whole)
-        assert os.listdir(tmp_path / str(r)) == ["sensitivity.safetensors"]
+        left = [n for n in os.listdir(tmp_path / str(r)) if not n.startswith(".")]  # a kill may leave a temporary name
+        assert left == ["sensitivity.safetensors"]
 
 
 def test_interrupted_run_goes_on_and_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +83,9 @@ def test_interrupted_run_goes_on_and_does_not_repeat(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint.Chunks, "save", interrupting)
     with pytest.raises(KeyboardInterrupt):
         profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False)
-    monkeypatch.setattr(checkpoint.Chunks, "save", lambda self, first, sums: (saved.append(first), save(self, first, sums))[1])
+    monkeypatch.setattr(
+        checkpoint.Chunks, "save", lambda self, first, sums: (saved.append(first), save(self, first, sums))[1]
+    )
     assert same(profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False), whole)
     assert saved == [0, 8, 16, 24, 32, 40]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import clado
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import clado
 from clado.capture import capture
 from clado.executor import Executor
 from clado.profile import profile
 from clado.quantizer import Quantizer
 from clado.sensitivity import Sensitivity, same_layer
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
 from tests.models import small_cnn, timm_model, tiny_vit
 
 TIMM = [

@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import clado
 import numpy as np
 import torch
-from clado.sensitivity import Sensitivity
 from torch import Tensor, nn
+
+import clado
+from clado.sensitivity import Sensitivity
 
 
 def build(name: str, samples: int) -> tuple[nn.Module, Tensor]:

@@ -124,32 +124,31 @@ class Executor:
     def self_test(self, batch: Tensor, rtol: float = 1e-3) -> Tensor:
         """Check on real data that stacked streams do not mix, at every cut; also counts the work of every segment.
 
-        At each cut the live values are stacked twice and carried over one segment; both copies must give what the single
-        stream gives, so by induction every suffix is right. Returns the clean outputs ``[N, …]``.
+        At each cut the live values of two different batches are stacked and carried over one segment; both must give what
+        they give alone, so by induction every suffix is right. Returns the clean outputs ``[N, …]``.
 
         Raises:
             CladoError: a cut where stacking changes the values, named by the layer behind it.
         """
-        state = self.start(batch)
+        other = batch * 0.5 if batch.is_floating_point() else batch[:1].expand_as(batch)
+        states = [self.start(batch), self.start(other)]
         for position in range(-1, 2 * self.num_layers):
-            twice = State(
-                position, {n: self._stack([v, v], n) for n, v in state.values.items()}, state.samples, ({}, {})
-            )
+            values = {n: self._stack([s.values[n] for s in states], n) for n in states[0].values}
+            stacked = self._step(State(position, values, len(batch), ({}, {})), position)
             with FlopCounterMode(display=False) as counter:
-                following = self._step(state, position)
-            self._flops[position + 1] = counter.get_total_flops() / batch.shape[0]
-            doubled = self._step(twice, position)
-            for node, value in following.values.items():
-                if not _close(doubled.values[node], self._stack([value, value], node), rtol):
+                states[0] = self._step(states[0], position)
+            self._flops[position + 1] = counter.get_total_flops() / len(batch)
+            states[1] = self._step(states[1], position)
+            for node, value in stacked.values.items():
+                if not _close(value, self._stack([s.values[node] for s in states], node), rtol):
                     layer = self.captured.layers[min(max(position, 0) // 2, self.num_layers - 1)].name
                     raise CladoError(
                         f"capture: model must treat samples independently, got {node} near layer {layer} "
                         "that changes when batches are stacked (batch statistics, dropout or a mixed batch dimension?)"
                     )
-            state = following
         require(sum(self._flops) > 0, "capture", "model", "do matrix products", "none counted")
         self.work = 0.0
-        return state.values[self.captured.output]
+        return states[0].values[self.captured.output]
 
     def _step(self, state: State, position: int) -> State:
         """Run segment ``position + 1`` under the streams' own weights."""
@@ -277,5 +276,5 @@ def _close(got: Any, wanted: Any, rtol: float) -> bool:
         return False
     if not wanted.is_floating_point() or wanted.numel() == 0:
         return torch.equal(got, wanted)
-    largest = float(torch.where(torch.isfinite(wanted), wanted, 0).abs().max())
+    largest = torch.where(torch.isfinite(wanted), wanted, 0).abs().max().item()
     return torch.allclose(got, wanted, rtol=0, atol=rtol * largest, equal_nan=True)
