@@ -4,5 +4,19 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 
 from ._native import has_cuda, set_simd, simd_level
 from .bitpack import pack, packed_columns, unpack
+from .fake_quant import dequantize, fake_quant, fake_quant_into, quantize
+from .scale_search import scale_search
 
-__all__ = ["has_cuda", "pack", "packed_columns", "set_simd", "simd_level", "unpack"]
+__all__ = [
+    "dequantize",
+    "fake_quant",
+    "fake_quant_into",
+    "has_cuda",
+    "pack",
+    "packed_columns",
+    "quantize",
+    "scale_search",
+    "set_simd",
+    "simd_level",
+    "unpack",
+]

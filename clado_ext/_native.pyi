@@ -10,3 +10,88 @@ def pack_cpu(codes: int, words: int, rows: int, columns: int, bits: int, threads
 def unpack_cpu(words: int, codes: int, rows: int, columns: int, bits: int, threads: int, /) -> None: ...
 def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
+
+# fake_quant
+def fake_quant_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    values: int,
+    sqerr: int,
+    block_errors: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    threads: int,
+    /,
+) -> None: ...
+def quantize_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    codes: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    threads: int,
+    /,
+) -> None: ...
+def fake_quant_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    values: int,
+    sqerr: int,
+    block_errors: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def quantize_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    codes: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# scale_search
+def scale_search_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    steps: int,
+    threads: int,
+    /,
+) -> None: ...
+def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
+def scale_search_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    steps: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

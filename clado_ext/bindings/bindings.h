@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
@@ -16,3 +17,5 @@ T* as(Address address) {
 }
 
 void bind_bitpack(py::module_& m);
+void bind_fake_quant(py::module_& m);
+void bind_scale_search(py::module_& m);

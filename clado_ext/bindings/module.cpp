@@ -12,4 +12,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_simd", [](int level) { return static_cast<int>(clado::set_simd(static_cast<clado::Simd>(level))); },
         py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");
   bind_bitpack(m);
+  bind_fake_quant(m);
+  bind_scale_search(m);
 }
