@@ -18,7 +18,7 @@ def check_weight(op: str, weight: Tensor, bits: Sequence[int], group_size: int) 
     names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     require(weight.dtype in DTYPES, op, "weight", f"be {names}", weight.dtype)
     require(weight.dim() >= 1, op, "weight", "have at least one dimension", f"{weight.dim()}")
-    ascending = len(bits) > 0 and list(bits) == sorted(set(bits)) and 2 <= bits[0] and bits[-1] <= 8
+    ascending = len(bits) > 0 and list(bits) == sorted(set(bits)) and bits[0] >= 2 and bits[-1] <= 8
     require(ascending, op, "bits", "be distinct ascending widths in 2..8", tuple(bits))
     require(group_size == -1 or group_size > 0, op, "group_size", "be -1 or positive", group_size)
 

@@ -9,9 +9,8 @@ from torch import Tensor
 def grid(group: Tensor, bits: int, steps: int) -> Tensor:
     """The scales tried for one group, float32 ``[steps]``."""
     largest = group.float().abs().max()
-    first = torch.clamp(largest / (2 ** (bits - 1) - 1), min=torch.finfo(torch.float32).tiny)
     factors = torch.tensor([100 - k for k in range(steps)], dtype=torch.float32, device=group.device) / 100
-    return first * factors
+    return torch.clamp(largest / (2 ** (bits - 1) - 1) * factors, min=torch.finfo(torch.float32).tiny)
 
 
 def step_errors(group: Tensor, bits: int, steps: int) -> Tensor:

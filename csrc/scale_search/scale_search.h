@@ -3,8 +3,10 @@
 // `weight` is [rows, columns], contiguous. Every row is cut into groups of `group_size` consecutive columns (the last may be
 // shorter); group g of row r gets, for each of `num_bits` widths, one scale: scales[(b * rows + r) * groups + g], float32.
 //
-//   s_0 = max(absmax / (2^(bits-1) - 1), FLT_MIN), 1 for a group of zeros;   s_k = s_0 * ((100 - k) / 100), 0 <= k < steps
-//   error_k = sum of (clamp(round_half_even(w * (1 / s_k))) * s_k - w)^2 over the group, added as common/weights.h says
+//   s_k = max(absmax / (2^(bits-1) - 1) * ((100 - k) / 100), FLT_MIN), 0 <= k < steps;   1 for a group of zeros
+//   error_k = s_k^2 * sum over the group of (clamp(round_half_even(t)) - t)^2, t = w * (1 / s_k)
+//
+// in float32, the sum as common/weights.h says, its product with s_k^2 in float64 (so that no magnitude overflows).
 //
 // The s_k of least error is taken, the smallest k among equals. A group that holds NaN or infinity gets NaN.
 #pragma once

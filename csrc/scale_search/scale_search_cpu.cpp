@@ -28,22 +28,18 @@ CLADO_INLINE void absmax_body(const float* w, int padded, float* result) {
   if (sum_halves(spoiled) != 0.0f) *result = std::numeric_limits<float>::quiet_NaN();
 }
 
-// errors[k] = squared error of the block under scale[k].
-CLADO_INLINE void block_errors_body(const float* w, int padded, const float* scale, const float* inverse, int steps, float low,
+// errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale.
+CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low,
                                     float high, float* errors) {
   for (int k = 0; k < steps; k += kTogether) {
     Float16x sum[kTogether][2] = {};
-    float s[kTogether], inv[kTogether];
-    for (int t = 0; t < kTogether; ++t) {
-      const int step = std::min(k + t, steps - 1);
-      s[t] = scale[step];
-      inv[t] = inverse[step];
-    }
+    float inv[kTogether];
+    for (int t = 0; t < kTogether; ++t) inv[t] = inverse[std::min(k + t, steps - 1)];
     for (int i = 0; i < padded; i += kBlockLanes)
       for (int half = 0; half < 2; ++half) {
         const Float16x v = load(w + i + kLanes * half);
         for (int t = 0; t < kTogether; ++t) {
-          const Float16x e = round_even(clamp(v * inv[t], low, high)) * s[t] - v;
+          const Float16x x = v * inv[t], e = round_even(clamp(x, low, high)) - x;
           sum[t][half] += e * e;
         }
       }
@@ -53,23 +49,25 @@ CLADO_INLINE void block_errors_body(const float* w, int padded, const float* sca
 
 CLADO_SIMD_KERNEL(absmax, (const float* w, int padded, float* result), (w, padded, result))
 CLADO_SIMD_KERNEL(block_errors,
-                  (const float* w, int padded, const float* scale, const float* inverse, int steps, float low, float high,
-                   float* errors),
-                  (w, padded, scale, inverse, steps, low, high, errors))
+                  (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors),
+                  (w, padded, inverse, steps, low, high, errors))
 
 inline int padded_to_lanes(int count) { return (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes; }
 
 struct Grid {
   float scale[kMaxSteps], inverse[kMaxSteps];
   Grid(float largest, int bits, int steps) {
-    float first = largest / static_cast<float>(highest_code(bits));
-    first = first < FLT_MIN ? FLT_MIN : first;
+    const float first = largest / static_cast<float>(highest_code(bits));
     for (int k = 0; k < steps; ++k) {
-      scale[k] = first * (static_cast<float>(100 - k) / 100.0f);
+      scale[k] = std::max(first * (static_cast<float>(100 - k) / 100.0f), FLT_MIN);
       inverse[k] = 1.0f / scale[k];
     }
   }
-  float best(const double* errors, int steps) const { return scale[std::min_element(errors, errors + steps) - errors]; }
+  float best(const double* sums, int steps) const {
+    double errors[kMaxSteps];
+    for (int k = 0; k < steps; ++k) errors[k] = sums[k] * (static_cast<double>(scale[k]) * static_cast<double>(scale[k]));
+    return scale[std::min_element(errors, errors + steps) - errors];
+  }
 };
 
 struct Group {
@@ -104,7 +102,7 @@ void search_group(const Group& group, float* scales, int64_t stride, const int32
         group.read(start + i, w);
         const int padded = padded_to_lanes(group.count(start + i));
         for (int b = 0; b < num_bits; ++b)
-          block_errors(w, padded, grids[static_cast<size_t>(b)].scale, grids[static_cast<size_t>(b)].inverse, steps,
+          block_errors(w, padded, grids[static_cast<size_t>(b)].inverse, steps,
                        static_cast<float>(lowest_code(bits[b])), static_cast<float>(highest_code(bits[b])),
                        &panel[static_cast<size_t>((i * num_bits + b) * steps)]);
       });

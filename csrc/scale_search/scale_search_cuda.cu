@@ -20,11 +20,10 @@ struct Shape {
   }
 };
 
-__device__ float first_scale(float largest, int bits) {
-  const float s = largest / static_cast<float>(highest_code(bits));
-  return s < FLT_MIN ? FLT_MIN : s;
+__device__ float step_scale(float largest, int bits, int k) {
+  const float first = largest / static_cast<float>(highest_code(bits));
+  return fmaxf(first * (static_cast<float>(100 - k) / 100.0f), FLT_MIN);
 }
-__device__ float step_scale(float first, int k) { return first * (static_cast<float>(100 - k) / 100.0f); }
 
 // One warp per block: the largest magnitude, NaN when something in it is not finite.
 __global__ void largest_kernel(const void* weight, DType dtype, Shape shape, float* largest) {
@@ -78,14 +77,13 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
     w[j] = i < length ? read_weight(weight, dtype, shape.first(group) + i) : 0.0f;
   }
   for (int b = 0; b < bits.count; ++b) {
-    const float first = first_scale(group_largest[group], bits.width[b]);
     const float low = static_cast<float>(lowest_code(bits.width[b])), high = static_cast<float>(highest_code(bits.width[b]));
     for (int k = 0; k < steps; ++k) {
-      const float s = step_scale(first, k), inverse = 1.0f / s;
+      const float inverse = 1.0f / step_scale(group_largest[group], bits.width[b], k);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        const float e = rintf(clamp_code(w[j] * inverse, low, high)) * s - w[j];
+        const float x = w[j] * inverse, e = rintf(clamp_code(x, low, high)) - x;
         sum += e * e;
       }
       sum = sum_block_lanes(sum);
@@ -104,7 +102,8 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const float*
     double sum = 0.0;
     for (int64_t i = 0; i < shape.blocks; ++i)
       sum += static_cast<double>(errors[((group * shape.blocks + i) * bits.count + b) * steps + k]);
-    total[k] = sum;
+    const double scale = step_scale(group_largest[group], bits.width[b], k);
+    total[k] = sum * (scale * scale);
   }
   __syncthreads();
   if (k != 0) return;
@@ -112,7 +111,7 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const float*
   for (int j = 1; j < steps; ++j)
     if (total[j] < total[best]) best = j;
   const float top = group_largest[group];
-  scales[b * shape.all() + group] = top == 0.0f ? 1.0f : top != top ? top : step_scale(first_scale(top, bits.width[b]), best);
+  scales[b * shape.all() + group] = top == 0.0f ? 1.0f : top != top ? top : step_scale(top, bits.width[b], best);
 }
 
 Shape shape_of(int64_t rows, int64_t columns, int64_t group_size) {

@@ -9,9 +9,9 @@ import clado_ext
 from clado_ext.reference import scale_search as oracle
 from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
 
-# The kernel rates a step in float32: w * (1/s) instead of w / s, and sums of 32 squares per lane. A step within this of the
-# best in float64 is as good.
-TOLERANCE = 1e-5
+# The kernel rates a step in float32 by w * (1/s): two roundings of up to 127 codes, 1e-5 of a code beside errors of about 0.3.
+# A step within this of the best in float64 is as good.
+TOLERANCE = 1e-4
 
 
 def check(weight: torch.Tensor, bits: tuple[int, ...], group_size: int, steps: int) -> None:
@@ -80,7 +80,7 @@ def test_zeros_subnormals_and_non_finite() -> None:
     weight[3, 3] = float("inf")
     scales = clado_ext.scale_search(weight, (2, 8))[:, :, 0]
     assert (scales[:, 0] == 1).all()
-    assert (scales[:, 1] >= torch.finfo(torch.float32).tiny * 0.05).all()
+    assert (scales[:, 1] >= torch.finfo(torch.float32).tiny).all()
     assert scales[:, 2:].isnan().all()
 
 
