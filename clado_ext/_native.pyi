@@ -95,3 +95,61 @@ def scale_search_cuda(
     stream: int,
     /,
 ) -> None: ...
+
+# batched_ce
+def batched_ce_cpu(
+    logits: int,
+    delta: int,
+    target: int,
+    increase: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    threads: int,
+    /,
+) -> bool: ...
+def batched_ce_cuda(
+    logits: int,
+    delta: int,
+    target: int,
+    increase: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# pairwise_ce
+def pairwise_ce_workspace_cpu(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
+def pairwise_ce_cpu(
+    logits: int,
+    delta: int,
+    total: int,
+    squares: int,
+    workspace: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    threads: int,
+    /,
+) -> None: ...
+def pairwise_ce_workspace_cuda(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
+def pairwise_ce_cuda(
+    logits: int,
+    delta: int,
+    total: int,
+    squares: int,
+    workspace: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -16,6 +16,8 @@ T* as(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_batched_ce(py::module_& m);
 void bind_bitpack(py::module_& m);
 void bind_fake_quant(py::module_& m);
+void bind_pairwise_ce(py::module_& m);
 void bind_scale_search(py::module_& m);
