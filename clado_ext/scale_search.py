@@ -46,13 +46,12 @@ def _allocate(weight: Tensor, bits: Sequence[int], group_size: int, steps: int) 
 def _launch(weight: Tensor, bits: Sequence[int], group_size: int, steps: int, out: Tensor) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
     source = weight.contiguous()
-    arguments = [source.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), rows, columns, size, list(bits), steps]
-    if weight.is_cuda:
-        count = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
-        workspace = weight.new_empty(count, dtype=torch.uint8)
-        arguments.append(workspace.data_ptr())
+    bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps) if weight.is_cuda else 0
+    workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
+    extra = (workspace.data_ptr(),) if weight.is_cuda else ()
     if out.numel():
-        call("scale_search", weight.device, *arguments)
+        addresses = (source.data_ptr(), DTYPES[weight.dtype], out.data_ptr())
+        call("scale_search", weight.device, *addresses, rows, columns, size, list(bits), steps, *extra)
 
 
 define("scale_search(Tensor weight, int[] bits, int group_size, int steps) -> Tensor", _allocate, _launch)

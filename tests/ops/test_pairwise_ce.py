@@ -68,13 +68,14 @@ def test_float64_matches_the_definition(shape: tuple[int, int, int], size: float
 
 
 def test_large_changes_stay_finite_and_right() -> None:
-    logits, delta = case((9, 4, 50), 12.0, torch.float32)
-    total, _ = clado_ext.pairwise_ce(logits, delta)
+    logits, delta = case((9, 4, 50), 0.1, torch.float32)
+    delta[:, :, 3] += 60  # one class takes all: a = -log p_3 but for what the small changes add
+    total, squares = clado_ext.pairwise_ce(logits, delta)
+    torch.testing.assert_close(total, oracle.pairwise_ce(logits, delta)[0], rtol=1e-5, atol=1e-5)
+    logits, delta = case((9, 4, 50), 1e4, torch.float32)
+    total, squares = clado_ext.pairwise_ce(logits, delta)
     assert total.isfinite().all()
-    a = oracle.interactions(logits, delta)
-    fine = (a > -5).all(-1)
-    assert fine.sum() > 9
-    torch.testing.assert_close(total[fine], a.sum(-1)[fine], rtol=1e-4, atol=1e-3)
+    assert squares.isfinite().all()
 
 
 @given(v=st.integers(1, 40), n=st.integers(1, 4), c=st.integers(1, 60), seed=st.integers(0, 2**31))
