@@ -12,7 +12,7 @@ import torch
 
 import clado
 from clado import checkpoint
-from clado.profile import profile
+from clado.profiler import profile
 from clado.sensitivity import Sensitivity
 from tests.models import tiny_vit
 
@@ -21,7 +21,7 @@ KILLS = """
 import os, random, signal, sys, time, torch
 torch.set_num_threads(1)  # no OpenMP team may exist at a fork
 from clado import checkpoint
-from clado.profile import profile
+from clado.profiler import profile
 from tests.models import tiny_vit
 
 model, shape = tiny_vit()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clado
 from clado.capture import capture
 from clado.executor import Executor
-from clado.profile import profile
+from clado.profiler import profile
 from clado.quantizer import Quantizer
 from clado.sensitivity import Sensitivity, same_layer
 from tests.models import small_cnn, timm_model, tiny_vit

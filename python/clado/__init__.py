@@ -1,7 +1,60 @@
 """Mixed-precision quantization of vision models with layer interactions and a certified optimum."""
 
-from .errors import CladoError
-from .quantizer import Quantizer
-from .sensitivity import Layer, Sensitivity
+from __future__ import annotations
 
-__all__ = ["CladoError", "Layer", "Quantizer", "Sensitivity"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import CladoError
+
+if TYPE_CHECKING:
+    from .evaluator import Score, evaluate, rerank
+    from .exporter import apply, export, load
+    from .plan import Plan
+    from .profiler import profile
+    from .quantizer import Quantizer
+    from .sensitivity import Layer, Sensitivity
+    from .solver import given_plan, solve
+
+# Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. No module is named
+# like a public function: importing it would put the module in the function's place.
+_HOME = {
+    "Layer": "sensitivity",
+    "Plan": "plan",
+    "Quantizer": "quantizer",
+    "Score": "evaluator",
+    "Sensitivity": "sensitivity",
+    "apply": "exporter",
+    "evaluate": "evaluator",
+    "export": "exporter",
+    "given_plan": "solver",
+    "load": "exporter",
+    "profile": "profiler",
+    "rerank": "evaluator",
+    "solve": "solver",
+}
+
+__all__ = [
+    "CladoError",
+    "Layer",
+    "Plan",
+    "Quantizer",
+    "Score",
+    "Sensitivity",
+    "apply",
+    "evaluate",
+    "export",
+    "given_plan",
+    "load",
+    "profile",
+    "rerank",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'clado' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

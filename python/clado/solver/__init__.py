@@ -66,8 +66,8 @@ def solve(
     require(objective in OBJECTIVES, "solve", "objective", f"be one of {', '.join(OBJECTIVES)}", repr(objective))
     require(solver in SOLVERS, "solve", "solver", f"be one of {', '.join(SOLVERS)}", repr(solver))
     require(time_limit > 0, "solve", "time_limit", "be positive", time_limit)
-    budgets = {"avg_bits": avg_bits, "size_mb": size_mb, "size_bytes": size_bytes, "bitops": bitops}
-    budgets = {name: value for name, value in budgets.items() if value is not None}
+    given = {"avg_bits": avg_bits, "size_mb": size_mb, "size_bytes": size_bytes, "bitops": bitops}
+    budgets = {name: value for name, value in given.items() if value is not None}
     _check_finite(sens)
     matrix = objective_matrix(sens, objective)
     problem = build(sens, matrix, budgets, pin or {}, forbid or {})
@@ -80,6 +80,7 @@ def solve(
     if best is None:
         answer = solve_linear(scaled, time_limit, objective=False)
         if answer.infeasible:
+            info = {"reason": f"no choice meets {' and '.join(budgets)} together", "seconds": time.monotonic() - start}
             return Plan(
                 sens.layers,
                 {},
@@ -87,11 +88,7 @@ def solve(
                 objective_name=objective,
                 quantizer=sens.quantizer,
                 fingerprint=sens.fingerprint,
-                usage={name: {"used": float("nan"), "limit": float(value)} for name, value in budgets.items()} and {},
-                info={
-                    "reason": f"no choice meets {' and '.join(budgets)} together",
-                    "seconds": time.monotonic() - start,
-                },
+                info=info,
             )
         if answer.choice is None:
             raise CladoError(f"solve: time_limit must be long enough to find any plan, got {time_limit:g} s")

@@ -64,12 +64,11 @@ def build(
         CladoError: no budget, a budget that is not a positive number, one below its minimum (which is named), an unknown layer or
             width, or a layer left without a candidate.
     """
-    given = {name: value for name, value in budgets.items() if value is not None}
-    require(len(given) > 0, "solve", "budget", f"be given, one or more of {', '.join(BUDGETS)}", "none")
+    require(len(budgets) > 0, "solve", "budget", f"be given, one or more of {', '.join(BUDGETS)}", "none")
     members = _members(sens, pin, forbid)
-    costs = np.array([[float(c) for c in cost_row(sens, name)] for name in given])
+    costs = np.array([[float(c) for c in cost_row(sens, name)] for name in budgets])
     limits = []
-    for row, (name, value) in zip(costs, given.items(), strict=True):
+    for row, (name, value) in zip(costs, budgets.items(), strict=True):
         require(
             isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
             "solve",
@@ -78,16 +77,16 @@ def build(
             value,
         )
         unit = budget_unit(sens, name)
-        limit = math.floor(Fraction(repr(float(value))) * unit)  # 2.9 means the decimal 2.9
+        wanted = Fraction(repr(float(value)))  # 2.9 means the decimal 2.9
+        limit = math.floor(wanted * unit)
         least = int(sum(row[m].min() for m in members))
         if limit < least:
             minimum = Fraction(least) / unit
             shown = math.ceil(minimum * 10**4) / 10**4 if minimum.denominator > 1 else int(minimum)
-            raise CladoError(
-                f"solve: {name} must be at least {shown}, got {value:g} ({float(minimum - Fraction(repr(float(value)))):.4g} too low)"
-            )
+            missing = float(minimum - wanted)
+            raise CladoError(f"solve: {name} must be at least {shown}, got {value:g} ({missing:.4g} too low)")
         limits.append(float(limit))
-    return Problem(matrix, members, costs, np.array(limits), tuple(given))
+    return Problem(matrix, members, costs, np.array(limits), tuple(budgets))
 
 
 def cost_row(sens: Sensitivity, name: str) -> list[int]:
