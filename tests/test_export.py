@@ -25,8 +25,17 @@ def planned(name: str, group_size: int = -1) -> tuple[nn.Module, torch.Tensor, P
     """A net, a batch and a random plan over widths 2…8."""
     model, shape = tiny_vit() if name == "vit" else small_cnn() if name == "cnn" else timm_model(name)
     x = torch.randn(3, *shape)
-    sens = clado.profile(model, [x], bits=range(2, 9), estimator="diagonal", num_samples=2, group_size=group_size, scale_steps=2,
-                         quantize_ends=True, verbose=False)
+    sens = clado.profile(
+        model,
+        [x],
+        bits=range(2, 9),
+        estimator="diagonal",
+        num_samples=2,
+        group_size=group_size,
+        scale_steps=2,
+        quantize_ends=True,
+        verbose=False,
+    )
     choose = random.Random(0)
     return model, x, clado.given_plan(sens, {layer.name: choose.choice(range(2, 9)) for layer in sens.layers})
 
@@ -151,7 +160,14 @@ def test_plan_files(tmp_path: Path) -> None:
     plan.save(tmp_path)
     assert Plan.load(tmp_path) == plan
     text = (tmp_path / "plan.json").read_text()
-    for broken in ("", "[]", text[:100], text.replace('"schema": 1', '"schema": 7'), text.replace('"bits"', '"bite"'), "\x00\xff"):
+    for broken in (
+        "",
+        "[]",
+        text[:100],
+        text.replace('"schema": 1', '"schema": 7'),
+        text.replace('"bits"', '"bite"'),
+        "\x00\xff",
+    ):
         (tmp_path / "plan.json").write_text(broken)
         with pytest.raises(clado.CladoError, match="plan: ") as caught:
             Plan.load(tmp_path)
