@@ -50,9 +50,10 @@ def _image_folder(data: str, model: nn.Module, spec: ModelSpec) -> Any:
         ) from None
     arguments = {} if spec.img_size is None else {"img_size": spec.img_size}
     config = resolve_data_config(arguments, model=model, verbose=False)
+    dataset: Any = []
     try:
         dataset = ImageDataset(data, transform=create_transform(**config, is_training=False))
-    except RuntimeError:
-        dataset = []
+    except RuntimeError:  # timm's word for a folder without images
+        pass
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
     return dataset

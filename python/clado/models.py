@@ -94,7 +94,9 @@ def _timm(spec: ModelSpec) -> nn.Module:
         raise CladoError(
             f"model: name must be a timm model, package.module:function or digits, got {spec.model!r}{hint}"
         )
-    options = {k: v for k, v in (("num_classes", spec.num_classes), ("img_size", spec.img_size)) if v is not None}
+    options: dict[str, Any] = {
+        k: v for k, v in (("num_classes", spec.num_classes), ("img_size", spec.img_size)) if v is not None
+    }
     try:
         return timm.create_model(spec.model, pretrained=spec.pretrained, **options)
     except TypeError:
