@@ -2,34 +2,42 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files csrc clado_ext python CMakeLists.txt pyproject.toml 2>/dev/null)
+NATIVE := $(shell git ls-files csrc clado_ext/bindings CMakeLists.txt pyproject.toml 2>/dev/null)
 
-.PHONY: quickstart test lint native dev bench clean
+.PHONY: help quickstart test lint dev native bench clean
 
-quickstart: $(VENV)/.installed-quickstart  ## the whole pipeline on an embedded ViT
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed-quickstart  ## the whole pipeline on an embedded, trained ViT
 	$(BIN)/clado quickstart
 
 test: $(VENV)/.installed-test  ## every test, on every device present
 	$(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test  ## microbenchmarks of the kernels beside their ceilings and rivals
+	$(BIN)/python -m bench
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install ".[$*]"
+# Editable, so that what runs is what the checkout holds; made again when the native side changes.
+$(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --editable ".[$*]"
 	@touch $@
 
-dev: | $(BIN)/python  ## editable install that rebuilds the native module when its sources change
+dev: | $(BIN)/python  ## editable install whose native module rebuilds itself at import
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" pybind11 cmake ninja
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[dev,quickstart]"
+	$(BIN)/python -m pip install --no-build-isolation --config-settings=editable.rebuild=true --editable ".[dev]"
+	@touch $(VENV)/.installed-quickstart $(VENV)/.installed-test $(VENV)/.installed-dev
 
-native:  ## the native module in place, for work inside the checkout without an install
+native:  ## the native module in place, without an install (PYTHONPATH=.:python)
 	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) $(CMAKE_ARGS)
 	$(BIN)/cmake --build build/native

@@ -3,16 +3,27 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
 from ._native import has_cuda, set_simd, simd_level
+from .batched_ce import batched_ce
 from .bitpack import pack, packed_columns, unpack
+from .fake_quant import dequantize, fake_quant, fake_quant_into, quantize
 from .iqp_prove import iqp_prove
 from .iqp_search import iqp_search
+from .pairwise_ce import pairwise_ce
+from .scale_search import scale_search
 
 __all__ = [
+    "batched_ce",
+    "dequantize",
+    "fake_quant",
+    "fake_quant_into",
     "has_cuda",
     "iqp_prove",
     "iqp_search",
     "pack",
     "packed_columns",
+    "pairwise_ce",
+    "quantize",
+    "scale_search",
     "set_simd",
     "simd_level",
     "unpack",

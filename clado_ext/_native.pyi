@@ -4,24 +4,126 @@ has_cuda: bool
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
+
+# bitpack
 def pack_cpu(codes: int, words: int, rows: int, columns: int, bits: int, threads: int, /) -> bool: ...
 def unpack_cpu(words: int, codes: int, rows: int, columns: int, bits: int, threads: int, /) -> None: ...
 def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
-def iqp_search_cpu(
-    matrix: int,
-    starts: int,
+
+# fake_quant
+def fake_quant_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    values: int,
+    sqerr: int,
+    block_errors: int,
     rows: int,
-    limits: int,
-    layers: int,
-    budgets: int,
-    choice: int,
-    seed: int,
-    work: int,
-    seconds: float,
-    target: float,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    threads: int,
+    /,
+) -> None: ...
+def quantize_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    codes: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    threads: int,
+    /,
+) -> None: ...
+def fake_quant_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    values: int,
+    sqerr: int,
+    block_errors: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def quantize_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    codes: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# scale_search
+def scale_search_cpu(
+    weight: int,
+    dtype: int,
+    scales: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    steps: int,
+    threads: int,
+    /,
+) -> None: ...
+def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
+def scale_search_cuda(
+    weight: int,
+    dtype: int,
+    scales: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: list[int],
+    steps: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# batched_ce
+def batched_ce_cpu(
+    logits: int,
+    delta: int,
+    target: int,
+    increase: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    threads: int,
     /,
 ) -> bool: ...
+def batched_ce_cuda(
+    logits: int,
+    delta: int,
+    target: int,
+    increase: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# iqp_prove
 def iqp_prove_cpu(
     matrix: int,
     starts: int,
@@ -40,5 +142,52 @@ def iqp_prove_cpu(
     tolerance: float,
     nodes: int,
     seconds: float,
+    /,
+) -> None: ...
+
+# iqp_search
+def iqp_search_cpu(
+    matrix: int,
+    starts: int,
+    rows: int,
+    limits: int,
+    layers: int,
+    budgets: int,
+    choice: int,
+    seed: int,
+    work: int,
+    seconds: float,
+    target: float,
+    /,
+) -> bool: ...
+
+# pairwise_ce
+def pairwise_ce_workspace_cpu(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
+def pairwise_ce_cpu(
+    logits: int,
+    delta: int,
+    total: int,
+    squares: int,
+    workspace: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    threads: int,
+    /,
+) -> None: ...
+def pairwise_ce_workspace_cuda(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
+def pairwise_ce_cuda(
+    logits: int,
+    delta: int,
+    total: int,
+    squares: int,
+    workspace: int,
+    perturbations: int,
+    samples: int,
+    classes: int,
+    is_double: bool,
+    device: int,
+    stream: int,
     /,
 ) -> None: ...

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
+from torch import Tensor
+
 from clado import Layer, Sensitivity
+from clado.solver.program import Program
+from clado.solver.shift import convex_form
+from clado.solver.threads import one_thread
 
 
 def vit_shapes(depth: int, width: int, hidden: int) -> list[tuple[int, int]]:
@@ -58,3 +66,27 @@ def family(name: str, bits: tuple[int, ...] = (2, 4, 8), noise: float = 0.1, see
     matrix[layer[:, None] == layer[None, :]] = 0
     matrix[np.diag_indices(size)] = diagonal
     return Sensitivity.from_matrix(matrix, layers, bits)
+
+
+def program(name: str, bits: tuple[int, ...], avg_bits: float, noise: float = 0.1, seed: int = 0) -> dict[str, Tensor]:
+    """The arguments of ``clado_ext.iqp_search``, the matrix scaled so that its trace is 1000."""
+    sens = family(name, bits, noise, seed)
+    numel = np.array([layer.numel for layer in sens.layers])
+    return {
+        "matrix": torch.from_numpy(sens.matrix * (1000 / np.trace(sens.matrix))),
+        "starts": torch.arange(len(numel) + 1) * len(bits),
+        "rows": torch.from_numpy(np.outer(numel, bits).reshape(1, -1)),
+        "limits": torch.tensor([int(avg_bits * numel.sum())]),
+    }
+
+
+def convex(program: dict[str, Tensor]) -> dict[str, Any]:
+    """What ``clado_ext.iqp_prove`` takes besides: the convex form of a program."""
+    starts = program["starts"].numpy()
+    layer = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    with one_thread():
+        form = convex_form(
+            Program(program["matrix"].numpy(), layer, program["rows"].numpy(), program["limits"].numpy())
+        )
+    parts = {name: torch.from_numpy(getattr(form, name)) for name in ("quadratic", "linear", "multipliers")}
+    return {**parts, "constant": form.constant, "slack": form.slack}

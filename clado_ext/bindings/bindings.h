@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
@@ -15,6 +16,10 @@ T* as(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_batched_ce(py::module_& m);
 void bind_bitpack(py::module_& m);
+void bind_fake_quant(py::module_& m);
 void bind_iqp_prove(py::module_& m);
 void bind_iqp_search(py::module_& m);
+void bind_pairwise_ce(py::module_& m);
+void bind_scale_search(py::module_& m);

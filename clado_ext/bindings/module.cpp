@@ -11,7 +11,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("simd_level", [] { return static_cast<int>(clado::simd_level()); }, "SIMD level in use: 0 base, 1 AVX2, 2 AVX-512.");
   m.def("set_simd", [](int level) { return static_cast<int>(clado::set_simd(static_cast<clado::Simd>(level))); },
         py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");
+  bind_batched_ce(m);
   bind_bitpack(m);
+  bind_fake_quant(m);
   bind_iqp_prove(m);
   bind_iqp_search(m);
+  bind_pairwise_ce(m);
+  bind_scale_search(m);
 }

@@ -1,9 +1,66 @@
 """Mixed-precision quantization of vision models with layer interactions and a certified optimum."""
 
-from .errors import CladoError
-from .plan import Plan
-from .quantizer import Quantizer
-from .sensitivity import Layer, Sensitivity
-from .solve import LinearConstraint, Solver, pareto, solve
+from __future__ import annotations
 
-__all__ = ["CladoError", "Layer", "LinearConstraint", "Plan", "Quantizer", "Sensitivity", "Solver", "pareto", "solve"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import CladoError
+
+if TYPE_CHECKING:
+    from .evaluator import Score, evaluate, rerank
+    from .exporter import apply, export, load
+    from .plan import Plan
+    from .profiler import profile
+    from .quantizer import Quantizer
+    from .sensitivity import Layer, Sensitivity
+    from .solver import LinearConstraint, Solver, given_plan, pareto, solve
+
+# Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. No module is named
+# like a public function: importing it would put the module in the function's place.
+_HOME = {
+    "Layer": "sensitivity",
+    "LinearConstraint": "solver",
+    "Plan": "plan",
+    "Quantizer": "quantizer",
+    "Score": "evaluator",
+    "Sensitivity": "sensitivity",
+    "Solver": "solver",
+    "apply": "exporter",
+    "evaluate": "evaluator",
+    "export": "exporter",
+    "given_plan": "solver",
+    "load": "exporter",
+    "pareto": "solver",
+    "profile": "profiler",
+    "rerank": "evaluator",
+    "solve": "solver",
+}
+
+__all__ = [
+    "CladoError",
+    "Layer",
+    "LinearConstraint",
+    "Plan",
+    "Quantizer",
+    "Score",
+    "Sensitivity",
+    "Solver",
+    "apply",
+    "evaluate",
+    "export",
+    "given_plan",
+    "load",
+    "pareto",
+    "profile",
+    "rerank",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'clado' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+import clado_ext
 from clado_ext import packed_columns
 
 from .errors import require
@@ -42,6 +46,35 @@ class Quantizer:
         """Bytes of one exported layer: packed int32 words of every row and float32 scales."""
         rows, columns = self.rows_columns(shape)
         return 4 * rows * (packed_columns(columns, bits) + self.groups(shape))
+
+    def scales(self, weight: Tensor, bits: Sequence[int]) -> Tensor:
+        """Scales ``[B, rows, groups]`` float32 of a weight at every width."""
+        return clado_ext.scale_search(self._matrix(weight), bits, self._group_size, self.scale_steps)
+
+    def fake_quant(self, weight: Tensor, bits: Sequence[int]) -> Tensor:
+        """Quantized and dequantized values ``[B, *weight.shape]`` in the weight's dtype (float64 weights as float32)."""
+        matrix = self._matrix(weight)
+        values, _ = clado_ext.fake_quant(matrix, self.scales(weight, bits), bits, self._group_size)
+        return values.view(len(bits), *weight.shape).to(weight.dtype)
+
+    def quantize(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Codes int8 ``[rows, columns]`` and scales float32 ``[rows, groups]`` at one width."""
+        matrix, scales = self._matrix(weight), self.scales(weight, (bits,))
+        return clado_ext.quantize(matrix, scales, (bits,), self._group_size)[0], scales[0]
+
+    def dequantize(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight of :meth:`quantize`, bit for bit what :meth:`fake_quant` gives."""
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        values = clado_ext.dequantize(codes.unsqueeze(0), scales.unsqueeze(0), self._group_size, kernel_dtype)
+        return values.view(tuple(shape)).to(dtype)
+
+    @property
+    def _group_size(self) -> int:
+        return self.group_size or -1
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        matrix = weight.detach().reshape(self.rows_columns(weight.shape))
+        return matrix.float() if matrix.dtype == torch.float64 else matrix
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -65,7 +65,7 @@ class Sensitivity:
     fingerprint: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        check_bits(self.bits)
         require(len(self.layers) > 0, "sensitivity", "layers", "not be empty", "no layer")
         names = [layer.name for layer in self.layers]
         require(len(set(names)) == len(names), "sensitivity", "layers", "have distinct names", names)
@@ -221,7 +221,7 @@ def same_layer(num_layers: int, num_bits: int) -> NDArray[np.bool_]:
     return layer[:, None] == layer[None, :]
 
 
-def _check_bits(bits: Sequence[int]) -> None:
+def check_bits(bits: Sequence[int]) -> None:
     ascending = (
         len(bits) > 0 and all(isinstance(b, int) and 2 <= b <= 8 for b in bits) and list(bits) == sorted(set(bits))
     )

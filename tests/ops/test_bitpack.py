@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import clado_ext
 from clado_ext.reference import bitpack as oracle
-from tests.ops.devices import DEVICES, SIMD_LEVELS
+from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
 
 BITS = range(2, 9)
 
@@ -38,20 +38,9 @@ def test_round_trip_property(rows: int, columns: int, bits: int, seed: int) -> N
 @pytest.mark.parametrize("bits", BITS)
 def test_same_words_at_every_simd_level_and_thread_count(bits: int) -> None:
     codes = random_codes((9, 1000), bits, "cpu")
-    threads, level = torch.get_num_threads(), clado_ext.simd_level()
-    results = []
-    try:
-        for simd in SIMD_LEVELS:
-            clado_ext.set_simd(simd)
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                packed = clado_ext.pack(codes, bits)
-                results += [packed, clado_ext.unpack(packed, bits, 1000)]
-    finally:
-        torch.set_num_threads(threads)
-        clado_ext.set_simd(level)
-    assert all(torch.equal(r, results[0]) for r in results[::2])
-    assert all(torch.equal(r, codes) for r in results[1::2])
+    results = at_every_cpu_setting(lambda: clado_ext.pack(codes, bits))
+    assert all(same_bits(r, results[0]) for r in results)
+    assert all(same_bits(r, codes) for r in at_every_cpu_setting(lambda: clado_ext.unpack(results[0], bits, 1000)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

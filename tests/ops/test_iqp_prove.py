@@ -9,7 +9,7 @@ from torch import Tensor
 
 import clado_ext
 from clado_ext.reference import iqp_prove as oracle
-from tests.ops.devices import SIMD_LEVELS
+from tests.ops.devices import at_every_cpu_setting, same_bits
 from tests.ops.test_iqp_search import feasible, random_program, value
 
 
@@ -51,16 +51,10 @@ def test_bound_of_an_open_tree_is_never_above_the_optimum(seed: int, nodes: int)
     assert outcome[0] <= optimum + 1e-9
 
 
-def test_same_tree_at_every_simd_level() -> None:
+def test_same_tree_at_every_cpu_setting() -> None:
     program = random_program(1, layers=12, tightness=0.4)
-    level, results = clado_ext.simd_level(), []
-    try:
-        for simd in SIMD_LEVELS:
-            clado_ext.set_simd(simd)
-            results += [clado_ext.iqp_prove(**program, **convex(program), nodes=300) for _ in range(2)]
-    finally:
-        clado_ext.set_simd(level)
-    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+    results = at_every_cpu_setting(lambda: clado_ext.iqp_prove(**program, **convex(program), nodes=300))
+    assert all(same_bits(result, results[0]) for result in results)
 
 
 def test_time_limit() -> None:

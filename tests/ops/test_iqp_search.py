@@ -10,7 +10,7 @@ from torch import Tensor
 
 import clado_ext
 from clado_ext.reference import iqp_search as oracle
-from tests.ops.devices import SIMD_LEVELS
+from tests.ops.devices import at_every_cpu_setting, same_bits
 
 
 def random_program(seed: int, layers: int = 5, budgets: int = 2, tightness: float = 0.3) -> dict[str, Tensor]:
@@ -65,16 +65,10 @@ def test_start_is_never_made_worse_and_target_stops() -> None:
     assert value(program, choice) == pytest.approx(value(program, best))
 
 
-def test_same_seed_same_choice_at_every_simd_level() -> None:
+def test_same_seed_same_choice_at_every_cpu_setting() -> None:
     program = random_program(1, layers=40, tightness=0.4)
-    level, results = clado_ext.simd_level(), []
-    try:
-        for simd in SIMD_LEVELS:
-            clado_ext.set_simd(simd)
-            results += [clado_ext.iqp_search(**program, seed=5, work=20_000)[0] for _ in range(2)]
-    finally:
-        clado_ext.set_simd(level)
-    assert all(torch.equal(result, results[0]) for result in results)
+    results = at_every_cpu_setting(lambda: clado_ext.iqp_search(**program, seed=5, work=20_000))
+    assert all(same_bits(result, results[0]) for result in results)
 
 
 def test_time_limit() -> None:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+
 from clado import Layer, Sensitivity
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
+from pathlib import Path
 
-import clado
 import numpy as np
 import pytest
+
+import clado
+from bench.solve.families import family
 from clado import CladoError, Sensitivity
 from clado.sensitivity import same_layer
-from clado.solve.objectives import objective_matrix
-
-from bench.solve.families import family
+from clado.solver import read_latency
+from clado.solver.objectives import objective_matrix
+from clado.solver.program import Program
+from clado.solver.shift import convex_form
 from tests.solve import instances
 
 
@@ -21,7 +27,7 @@ def check_against_brute_force(sens: Sensitivity, plan: clado.Plan, budgets: dict
     value, mask = instances.values(sens, matrix), instances.within(sens, budgets)
     if not mask.any():
         assert plan.status == "infeasible"
-        assert "cannot hold together" in plan.note
+        assert "cannot hold together" in plan.info["reason"]
         return
     scale = max(np.abs(value).max(), np.abs(np.diag(matrix)).sum())
     best = value[mask].min()
@@ -30,13 +36,14 @@ def check_against_brute_force(sens: Sensitivity, plan: clado.Plan, budgets: dict
     reference = max(abs(plan.objective), np.abs(np.diag(matrix)) @ picked / 2)
     assert plan.objective >= best - 1e-12 * scale
     assert plan.bound <= best + 1e-12 * scale
-    assert plan.gap == pytest.approx((plan.objective - plan.bound) / reference if reference else 0, abs=1e-12)
+    gap = (plan.objective - plan.bound) / reference if reference else 0
+    assert plan.info["relative_gap"] == pytest.approx(gap, abs=1e-12)
     assert plan.objective - best <= max(1e-6 * reference, 1e-12 * scale) or plan.status != "optimal"
     for name, use in plan.usage.items():
         assert use["used"] <= budgets[name] * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(300))
 def test_equals_brute_force(seed: int) -> None:
     case = instances.instance(seed)
     objective = ("original", "original", "clipped", "diagonal")[seed % 4]
@@ -105,6 +112,134 @@ def test_minimum_and_beyond_the_maximum() -> None:
         clado.solve(sens, size_bytes=stored.min() - 1)
 
 
+def test_budgets_that_conflict_only_together() -> None:
+    """Wide is fast, narrow is small: neither layer can be both."""
+    sens = Sensitivity.from_matrix(np.diag([1.0, 0.5, 0.1] * 2), [("a", 100), ("b", 50)], (2, 4, 8))
+    latency = {name: {2: 3.0, 4: 2.0, 8: 1.0} for name in ("a", "b")}
+    plan = clado.solve(sens, avg_bits=3, latency_ms=4, latency=latency)
+    assert plan.status == "infeasible"
+    assert plan.bits == {}
+    # By hand: 4 ms needs both at 4 bits or one at 8 (b: 600 bits of 150 weights); 3 bits allow b at 4, which takes 5 ms.
+    assert "avg_bits at least 4 (got 3)" in plan.info["reason"]
+    assert "latency_ms at least 5 (got 4)" in plan.info["reason"]
+    assert clado.Plan.from_json(plan.to_json()).info == plan.info
+    both = clado.solve(sens, avg_bits=4, latency_ms=4, latency=latency)
+    assert both.status == "optimal"
+    assert both.usage["latency_ms"] == {"used": 4.0, "limit": 4}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_latency_and_own_constraints_equal_brute_force(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sens = instances.sensitivity(seed, 5, (2, 4, 8))
+    table, weights = random.uniform(0.1, 2, (5, 3)), random.normal(size=(5, 3))
+    named = {layer.name: dict(zip(sens.bits, row, strict=True)) for layer, row in zip(sens.layers, table, strict=True)}
+    own = {layer.name: dict(zip(sens.bits, row, strict=True)) for layer, row in zip(sens.layers, weights, strict=True)}
+    picks = instances.choices(sens)
+    time_used = table[np.arange(5), picks].sum(axis=1)
+    own_used = weights[np.arange(5), picks].sum(axis=1)
+    limit, other = np.quantile(time_used, random.choice([0.0, 0.05, 0.3])), np.quantile(own_used, random.uniform())
+    constraint = clado.LinearConstraint("mine", own, other)
+    mask = (time_used <= limit + 1e-12) & (own_used <= other + 1e-12)
+    value = instances.values(sens, sens.matrix)
+    plan = clado.solve(sens, latency_ms=limit, latency=named, constraints=[constraint])
+    assert (plan.status == "infeasible") == (not mask.any())
+    if mask.any():
+        assert plan.objective == pytest.approx(value[mask].min(), rel=1e-6, abs=1e-9)
+        assert plan.bound <= value[mask].min() + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shared_layers_and_width_limits_equal_brute_force(seed: int) -> None:
+    sens = instances.sensitivity(seed, 6, (2, 4, 8))
+    shared = [("layer1", "layer4"), ("layer4", "layer5")]
+    plan = clado.solve(sens, avg_bits=5, shared_layers=shared, min_bits={"layer0": 4}, max_bits={"layer2": 4})
+    picks = np.array(sens.bits)[instances.choices(sens)]
+    mask = instances.within(sens, {"avg_bits": 5}) & (picks[:, 0] >= 4) & (picks[:, 2] <= 4)
+    mask &= (picks[:, 1] == picks[:, 4]) & (picks[:, 4] == picks[:, 5])
+    if not mask.any():
+        assert plan.status == "infeasible"
+        return
+    assert plan.objective == pytest.approx(instances.values(sens, sens.matrix)[mask].min(), rel=1e-6, abs=1e-9)
+    assert plan.bits["layer1"] == plan.bits["layer4"] == plan.bits["layer5"]
+
+
+def test_latency_files(tmp_path: Path) -> None:
+    table = {"a": {2: 1.0, 4: 2.0, 8: 4.5}, "b": {2: 0.5, 4: 1.0, 8: 2.0}}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    lines = ["layer,bits,ms", *(f"{name},{b},{ms}" for name, row in table.items() for b, ms in row.items())]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    assert read_latency(tmp_path / "t.json") == read_latency(tmp_path / "t.csv") == table
+    sens = Sensitivity.from_matrix(np.diag([1.0, 0.5, 0.1] * 2), [("a", 100), ("b", 50)], (2, 4, 8))
+    assert clado.solve(sens, latency_ms=5.0, latency=tmp_path / "t.csv").usage["latency_ms"]["used"] <= 5
+    for text in ("", "layer,bits,ms\na,two,1", "[1]", "a;b"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(CladoError, match="path must be JSON"):
+            read_latency(tmp_path / "bad.json")
+    with pytest.raises(CladoError, match="be a CSV or JSON file"):
+        read_latency(tmp_path / "none.csv")
+    with pytest.raises(CladoError, match="give every layer a time"):
+        clado.solve(sens, latency_ms=5.0, latency={"a": table["a"]})
+
+
+def test_pareto_is_monotone_and_proven() -> None:
+    sens = family("digits", noise=0.3)
+    plans = clado.pareto(sens, avg_bits=np.arange(2, 8.01, 0.5).tolist(), bitops=1e12)
+    assert len(plans) == 13
+    assert all(plan.status == "optimal" for plan in plans)
+    assert all(a.objective >= b.objective and a.bound >= b.bound for a, b in itertools.pairwise(plans))
+    assert plans[4].objective == pytest.approx(clado.solve(sens, avg_bits=4).objective, rel=1e-6)
+    with pytest.raises(CladoError, match="exactly one sequence"):
+        clado.pareto(sens, avg_bits=[3, 4], size_mb=[1, 2])
+    with pytest.raises(CladoError, match="not be empty"):
+        clado.pareto(sens, avg_bits=[])
+
+
+def test_what_if_uses_the_cached_shift() -> None:
+    sens = family("vit_b")
+    solver = clado.Solver(sens)
+    solver.solve(avg_bits=4, solver="heuristic")
+    for wish in ({"avg_bits": 3.7}, {"avg_bits": 4, "pin": {"layer3": 8}}, {"avg_bits": 4, "forbid": {"layer9": 2}}):
+        quick = solver.solve(**wish, solver="heuristic")
+        exact = clado.solve(sens, **wish)
+        assert exact.status == "optimal"
+        assert quick.bound <= exact.objective <= quick.objective + 1e-12
+        assert quick.info["seconds"] < 0.5
+
+
+def test_scip_agrees_with_branch_and_bound() -> None:
+    sens = instances.sensitivity(11, 12, (2, 4, 8))
+    plans = [clado.solve(sens, avg_bits=4.2, solver=name) for name in ("bnb", "scip")]
+    assert [plan.status for plan in plans] == ["optimal", "optimal"]
+    assert plans[0].objective == pytest.approx(plans[1].objective, rel=1e-6)
+
+
+def test_given_plan() -> None:
+    sens = instances.sensitivity(2, 4, (2, 4, 8))
+    uniform = clado.given_plan(sens, {layer.name: 4 for layer in sens.layers}, avg_bits=3)
+    assert uniform.status == "given"
+    assert uniform.objective == pytest.approx(sens.predict(uniform.bits))
+    assert uniform.usage == {"avg_bits": {"used": 4.0, "limit": 3}}
+    with pytest.raises(CladoError, match="name every layer"):
+        clado.given_plan(sens, {"layer0": 4})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_shift_changes_no_choice_and_is_convex(seed: int) -> None:
+    sens = instances.sensitivity(seed, 6, (2, 4, 8))
+    layer = np.repeat(np.arange(6), 3)
+    rows = np.array([[2, 4, 8] * 6])
+    program = Program(sens.matrix, layer, rows, np.array([24]))
+    form = convex_form(program)
+    size = np.abs(sens.matrix).max()
+    assert np.linalg.eigvalsh(form.quadratic)[0] >= -1e-9 * size
+    for pick in instances.choices(sens)[::7] + np.arange(6) * 3:
+        x = np.zeros(18)
+        x[pick] = 1
+        shifted = x @ form.quadratic @ x / 2 + form.linear @ x + form.constant
+        assert shifted == pytest.approx(program.value(pick), abs=1e-9 * size * 36)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +256,14 @@ def test_minimum_and_beyond_the_maximum() -> None:
         ({"avg_bits": 4, "objective": "best"}, "objective must be one of"),
         ({"avg_bits": 4, "solver": "magic"}, "solver must be one of"),
         ({"avg_bits": 4, "time_limit": 0}, "time_limit must be positive"),
+        ({"avg_bits": 4, "max_bits": 1}, "leave layer 'layer0' a width"),
+        ({"avg_bits": 4, "min_bits": {"nowhere": 4}}, "layer must be one of"),
+        ({"avg_bits": 4, "shared_layers": ["layer0"]}, "shared_layers must hold groups"),
+        ({"avg_bits": 4, "shared_layers": [("layer0", "nowhere")]}, "layer must be one of"),
+        ({"latency_ms": 4}, "latency must be given with latency_ms"),
+        ({"constraints": [clado.LinearConstraint("x", {"layer0": {2: float("nan")}}, 1)]}, "x must have finite"),
+        ({"constraints": [clado.LinearConstraint("x", {}, float("inf"))]}, "x must have a finite limit"),
+        ({"constraints": [clado.LinearConstraint("x", {"layer0": {2: 1.0}}, -1.0)]}, "x must be at least 0"),
         ({"avg_bits": 4, "gap": float("nan")}, "gap must be"),
     ],
 )

@@ -59,9 +59,9 @@ def solve(
         size_bytes: the same in bytes.
         bitops: upper bound on Σ macs·bits·act_bits for one sample.
         latency_ms: upper bound on the sum of ``latency``.
-        latency: {layer: {bits: ms}}, or a file that :func:`clado.solve.budgets.read_latency` reads.
+        latency: {layer: {bits: ms}}, or a file that :func:`clado.solver.budgets.read_latency` reads.
         constraints: linear constraints of your own.
-        objective: "original", "clipped", "shrunk" or "diagonal"; see :func:`clado.solve.objectives.objective_matrix`.
+        objective: "original", "clipped", "shrunk" or "diagonal"; see :func:`clado.solver.objectives.objective_matrix`.
         pin: {layer: bits} that must be taken.
         forbid: {layer: bits or several bits} that must not be taken.
         min_bits: least bits, for all layers or {layer: bits}.
@@ -70,13 +70,16 @@ def solve(
         act_bits: width of the activations in ``bitops``; 32 while they stay float.
         start: a plan to begin with, where it is feasible; the answer is never worse.
         time_limit: seconds of wall time.
-        gap: stop once the gap (see :class:`clado.Plan`) is proven to be at most this.
+        gap: stop once the relative gap is proven to be at most this: objective − bound over the larger of |objective|
+            and the sum of the magnitudes of the single increases.
         seed: of everything random; the same call gives the same plan unless the time limit ended it.
         solver: "auto" or "bnb" (heuristics, semidefinite bound, native branch and bound), "scip" (SCIP in its place),
             "heuristic" (heuristics and bound only).
 
     Returns:
-        Plan: its status is "infeasible" when the budgets are proven to conflict although each alone could be met.
+        Plan: "optimal" when the relative gap is at most 1e-6, else "feasible", with a bound that holds for the stated
+        objective; "infeasible" when the budgets are proven to conflict although each alone could be met (``info["reason"]``
+        says which would have to give).
 
     Raises:
         CladoError: no budget, a budget below its minimum, a layer or width that is unknown, NaN or infinity in the
@@ -129,7 +132,7 @@ class Solver:
         for budget in budgets:
             check_minimum(budget, self.layer, keep)
         with one_thread():
-            self._refresh(keep)
+            self.refresh(keep)
             program = Program(
                 self._matrix(objective),
                 self.layer,
@@ -140,9 +143,11 @@ class Solver:
             answer = self._answer(program, keep, groups, effort, start, (objective, tuple(b.name for b in budgets)))
             if answer.choice is None:
                 note = _conflict(program, keep, groups, budgets, effort)
-                return self._infeasible(objective, note, time.monotonic() - started)
-            plan = self._plan(program, budgets, objective, answer)
-        return replace(plan, seconds=time.monotonic() - started)
+                plan = self._infeasible(objective, note)
+            else:
+                plan = self._plan(program, budgets, objective, answer)
+        plan.info["seconds"] = time.monotonic() - started
+        return plan
 
     def _answer(
         self, program: Program, keep: Choice, groups: Choice, effort: Effort, start: Plan | None, key: tuple
@@ -167,7 +172,7 @@ class Solver:
             return answer
         return replace(answer, choice=np.arange(len(groups)) * count + answer.choice[groups] % count)
 
-    def _refresh(self, keep: Choice) -> None:
+    def refresh(self, keep: Choice) -> None:
         """Drop what was computed for another set of candidates that are not finite."""
         dropped = _not_finite(self.sens, keep)
         if not np.array_equal(dropped, self._dropped):
@@ -182,7 +187,7 @@ class Solver:
             self._matrices[name] = objective_matrix(original, self.sens.stderr, inside, name)
         return self._matrices[name]
 
-    def _values(self, choice: Choice, objective: str) -> dict[str, float]:
+    def values(self, choice: Choice, objective: str) -> dict[str, float]:
         inside = same_layer(len(self.sens.layers), len(self.sens.bits))
         known = {"shrunk": errors_known(self.sens.stderr, inside), "clipped": len(inside) <= EIGEN_LIMIT}
         names = [name for name in NAMES if name == objective or known.get(name, True)]
@@ -197,42 +202,61 @@ class Solver:
         bound = min(answer.bound, value)
         unit = reference(program, choice)
         gap = (value - bound) / unit if unit > 0 else 0.0
-        bits = {layer.name: sens.bits[v % len(sens.bits)] for layer, v in zip(sens.layers, choice, strict=True)}
-        stored = {layer.name: sens.quantizer.storage_bytes(layer.shape, bits[layer.name]) for layer in sens.layers}
+        info = {"solver": answer.solver, "relative_gap": gap, "negative_eigenvalue_share": self._mass}
         return Plan(
-            bits=bits,
+            layers=sens.layers,
+            bits={layer.name: sens.bits[v % len(sens.bits)] for layer, v in zip(sens.layers, choice, strict=True)},
+            status="optimal" if gap <= CLOSED else "feasible",
             objective=value,
             bound=bound,
-            gap=gap,
-            status="optimal" if gap <= CLOSED else "feasible",
-            usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in budgets},
             objective_name=objective,
-            values=self._values(choice, objective),
-            negative_mass=self._mass,
-            solver=answer.solver,
-            layer_bytes=stored,
-            layer_numel={layer.name: layer.numel for layer in sens.layers},
-            candidate_bits=sens.bits,
-            quantizer=sens.quantizer.to_json(),
+            values=self.values(choice, objective),
+            usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in budgets},
+            quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
+            info=info,
         )
 
-    def _infeasible(self, objective: str, note: str, seconds: float) -> Plan:
+    def _infeasible(self, objective: str, reason: str) -> Plan:
         return Plan(
+            layers=self.sens.layers,
             bits={},
-            objective=None,
-            bound=None,
-            gap=None,
             status="infeasible",
-            usage={},
             objective_name=objective,
-            solver="scip",
-            seconds=seconds,
-            candidate_bits=self.sens.bits,
-            quantizer=self.sens.quantizer.to_json(),
+            quantizer=self.sens.quantizer,
             fingerprint=dict(self.sens.fingerprint),
-            note=note,
+            info={"solver": "presolve and scip", "reason": reason},
         )
+
+
+def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "original", **budgets: Any) -> Plan:
+    """A plan of the given bits, priced but not solved for: uniform widths, or one of the user's own.
+
+    Args:
+        sens: the sensitivity matrix.
+        bits: {layer: bits}, every layer.
+        objective: what ``objective`` of the plan is measured by.
+        **budgets: budgets of :func:`clado.solve` whose use is reported; they need not hold.
+
+    Raises:
+        CladoError: a layer without bits, a width that was not measured, NaN or infinity in the matrix.
+    """
+    choice = np.flatnonzero(sens.one_hot(dict(bits)))
+    solver = Solver(sens)
+    solver.refresh(choice)
+    rows = make_budgets(sens, **budgets) if budgets else []
+    values = solver.values(choice, objective)
+    return Plan(
+        layers=sens.layers,
+        bits={layer.name: int(bits[layer.name]) for layer in sens.layers},
+        status="given",
+        objective=values[objective],
+        objective_name=objective,
+        values=values,
+        usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in rows},
+        quantizer=sens.quantizer,
+        fingerprint=dict(sens.fingerprint),
+    )
 
 
 def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:

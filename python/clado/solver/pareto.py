@@ -11,7 +11,7 @@ from ..errors import require
 from ..plan import Plan
 from ..sensitivity import Sensitivity
 from .certify import CLOSED
-from .solver import Solver
+from .session import Solver
 
 AXES = ("avg_bits", "size_mb", "size_bytes", "bitops", "latency_ms")
 
@@ -63,11 +63,10 @@ def _share_bounds(plans: list[Plan]) -> list[Plan]:
     """A bound that is below its larger neighbour's takes the neighbour's."""
     out: list[Plan] = []
     for plan in reversed(plans):
-        larger = out[-1].bound if out else None
-        if larger is not None and plan.bound is not None and larger > plan.bound and plan.gap:
-            assert plan.objective is not None
-            bound = min(larger, plan.objective)
-            gap = plan.gap * (plan.objective - bound) / (plan.objective - plan.bound)
-            plan = replace(plan, bound=bound, gap=gap, status="optimal" if gap <= CLOSED else "feasible")
+        if out and plan.bits and out[-1].bound > plan.bound:
+            bound = min(out[-1].bound, plan.objective)
+            gap = plan.info["relative_gap"] * (plan.objective - bound) / (plan.objective - plan.bound or 1.0)
+            info = {**plan.info, "relative_gap": gap}
+            plan = replace(plan, bound=bound, status="optimal" if gap <= CLOSED else "feasible", info=info)
         out.append(plan)
     return out[::-1]

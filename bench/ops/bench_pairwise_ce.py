@@ -1,0 +1,47 @@
+"""pairwise_ce: flops are those of one triangle of the product, two per class and pair."""
+
+from collections.abc import Iterator
+
+import torch
+
+import clado_ext
+from bench.harness import Case
+from clado_ext.reference import pairwise_ce as oracle
+
+
+def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of torch at the same accuracy: batched products of a few samples, log1p, float64 sums."""
+    total = torch.zeros(len(delta), len(delta), dtype=torch.float64, device=delta.device)
+    squares = total.clone()
+    logs = logits.log_softmax(-1)
+    for k in range(0, len(logits), chunk):
+        d, log_p = delta[:, k : k + chunk], logs[k : k + chunk]
+        u = torch.expm1(d - (log_p + d).logsumexp(-1, keepdim=True)) * (0.5 * log_p).exp()
+        rows = u.transpose(0, 1)
+        a = torch.log1p(torch.bmm(rows, rows.transpose(1, 2))).double()
+        total += a.sum(0)
+        squares += a.square().sum(0)
+    return total, squares
+
+
+def cases(device: str) -> Iterator[Case]:
+    for v, n, c in [(150, 256, 1000)] + ([(300, 1024, 1000)] if device == "cuda" else []):
+        logits, delta = 3 * torch.randn(n, c, device=device), 0.1 * torch.randn(v, n, c, device=device)
+
+        def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
+            z, d = logits[:4], delta[:20, :4]
+            torch.testing.assert_close(
+                clado_ext.pairwise_ce(z, d)[0], oracle.pairwise_ce(z, d)[0], rtol=1e-4, atol=1e-7
+            )
+
+        rivals = {f"torch bmm by {k}": lambda z=logits, d=delta, k=k: torch_chunks(z, d, k) for k in (8, 16, 32)}
+        yield Case(
+            "pairwise_ce",
+            f"V={v} N={n} C={c}",
+            "float32",
+            lambda z=logits, d=delta: clado_ext.pairwise_ce(z, d),
+            check,
+            logits.nbytes + delta.nbytes,
+            v * (v + 1) * c * n,
+            rivals,
+        )

@@ -1,0 +1,53 @@
+"""All pairwise interactions of a set of perturbations under additive logits, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._losses import check_logits, computed
+from ._registry import call, define
+
+
+def pairwise_ce(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Interactions of every pair of perturbations if their logit changes add, summed over samples.
+
+    With z the clean logits, p = softmax(z) and ``u_v = e^{δ_v} / E_p[e^{δ_v}] - 1``, the second difference of the loss has a
+    closed form per sample, the same for cross-entropy with any label and for the KL divergence to p:
+
+        a_vw = L(z + δ_v + δ_w) - L(z + δ_v) - L(z + δ_w) + L(z) = log1p(Σ_c p_c u_v[c] u_w[c])
+
+    so nothing is subtracted and nothing cancels. No ``[N, V, V]`` tensor is made; extra memory is a few MiB and O(V²).
+
+    Args:
+        logits: clean logits ``[N, C]``, float32 or float64 (float16 and bfloat16 are computed as float32). A class at -inf does
+            not count.
+        delta: logit changes ``[V, N, C]``, same dtype and device.
+
+    Returns:
+        (Σ_n a, Σ_n a²), float64 ``[V, V]`` each, symmetric, in nats and nats²; the diagonal is the formula for w = v. Rows and
+        columns of a perturbation whose δ holds NaN or infinity are NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.clado.pairwise_ce(logits, delta)
+
+
+def _allocate(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    check_logits("pairwise_ce", logits, delta)
+    shape = (delta.shape[0], delta.shape[0])
+    return delta.new_empty(shape, dtype=torch.float64), delta.new_empty(shape, dtype=torch.float64)
+
+
+def _launch(logits: Tensor, delta: Tensor, total: Tensor, squares: Tensor) -> None:
+    z, d = computed(logits), computed(delta)
+    double = z.dtype == torch.float64
+    size = getattr(_native, f"pairwise_ce_workspace_{z.device.type}")(*d.shape, double)
+    workspace = d.new_empty(size, dtype=torch.uint8)
+    addresses = (z.data_ptr(), d.data_ptr(), total.data_ptr(), squares.data_ptr(), workspace.data_ptr())
+    call("pairwise_ce", z.device, *addresses, *d.shape, double)
+
+
+define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)

@@ -1,0 +1,48 @@
+#include "batched_ce/batched_ce.h"
+
+#include <vector>
+
+#include "common/delta_loss.h"
+#include "common/parallel.h"
+
+namespace clado {
+namespace {
+
+// Perturbations of one sample that a work item takes: enough to share the softmax, few enough to share the threads.
+constexpr int64_t kShare = 32;
+
+template <class T>
+void run(const T* logits, const T* delta, const int64_t* target, double* increase, int64_t perturbations, int64_t samples,
+         int64_t classes, int threads) {
+  const int64_t shares = (perturbations + kShare - 1) / kShare;
+  parallel_for(samples * shares, threads, [&](int64_t index) {
+    const int64_t n = index / shares, first = index % shares * kShare;
+    const T* z = logits + n * classes;
+    const double log_norm = log_sum_exp(z, classes);
+    std::vector<T> p(static_cast<size_t>(classes));
+    softmax_row(z, classes, log_norm, p.data());
+    for (int64_t v = first; v < perturbations && v < first + kShare; ++v) {
+      const T* d = delta + (v * samples + n) * classes;
+      const DeltaMoments m = std::isfinite(log_norm) ? moments(z, p.data(), d, classes, log_norm) : DeltaMoments{NAN, NAN, NAN};
+      increase[v * samples + n] = target ? m.log1p_tr + (m.mean - static_cast<double>(d[target[n]])) : m.kl();
+    }
+  });
+}
+
+}  // namespace
+
+bool batched_ce_cpu(const void* logits, const void* delta, const int64_t* target, double* increase, int64_t perturbations,
+                    int64_t samples, int64_t classes, bool is_double, int threads) {
+  if (target)
+    for (int64_t n = 0; n < samples; ++n)
+      if (target[n] < 0 || target[n] >= classes) return false;
+  if (is_double)
+    run(static_cast<const double*>(logits), static_cast<const double*>(delta), target, increase, perturbations, samples, classes,
+        threads);
+  else
+    run(static_cast<const float*>(logits), static_cast<const float*>(delta), target, increase, perturbations, samples, classes,
+        threads);
+  return true;
+}
+
+}  // namespace clado

@@ -1,0 +1,42 @@
+// Reading and writing weights on the GPU, and the fixed summation order of common/weights.h by a warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/weights.h"
+
+namespace clado {
+
+__device__ inline float read_weight(const void* weight, DType dtype, int64_t i) {
+  if (dtype == DType::float32) return static_cast<const float*>(weight)[i];
+  if (dtype == DType::float16) return __half2float(static_cast<const __half*>(weight)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(weight)[i]);
+}
+
+// Writes `value` rounded to dtype; returns it as stored.
+__device__ inline float write_weight(void* weight, DType dtype, int64_t i, float value) {
+  if (dtype == DType::float32) {
+    static_cast<float*>(weight)[i] = value;
+    return value;
+  }
+  if (dtype == DType::float16) {
+    const __half stored = __float2half_rn(value);
+    static_cast<__half*>(weight)[i] = stored;
+    return __half2float(stored);
+  }
+  const __nv_bfloat16 stored = __float2bfloat16_rn(value);
+  static_cast<__nv_bfloat16*>(weight)[i] = stored;
+  return __bfloat162float(stored);
+}
+
+// NaN stays NaN, which fminf and fmaxf would drop.
+__device__ inline float clamp_code(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+// Sum of the 32 lanes by halves, in lane 0.
+__device__ inline float sum_block_lanes(float lane) {
+  for (int half = kBlockLanes / 2; half > 0; half /= 2) lane += __shfl_down_sync(0xffffffffu, lane, half);
+  return lane;
+}
+
+}  // namespace clado

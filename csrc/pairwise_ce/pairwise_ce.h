@@ -1,0 +1,26 @@
+// Interactions of all pairs of perturbations under additive logits, summed over samples.
+//
+// `logits` z [samples, classes] and `delta` d [perturbations, samples, classes], both of one dtype (float32, or float64 with
+// `is_double`), contiguous. With p = softmax(z) and u_v = e^{d_v} / E_p[e^{d_v}] - 1, per sample
+//
+//   a_vw = log1p( sum_c p_c u_v[c] u_w[c] ) = L(z + d_v + d_w) - L(z + d_v) - L(z + d_w) + L(z)
+//
+// for cross-entropy with any label and for KL to softmax(z) alike. total and squares, both [perturbations, perturbations]
+// float64 and symmetric, receive the sums of a and of a^2 over the samples, in sample order. A sum over classes below
+// 2^-24 - 1 is taken as that. NaN or infinity spoils the rows and columns it belongs to, nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace clado {
+
+// Bytes of `workspace`, which need no initial value.
+int64_t pairwise_ce_workspace_cpu(int64_t perturbations, int64_t samples, int64_t classes, bool is_double);
+void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, void* workspace, int64_t perturbations,
+                     int64_t samples, int64_t classes, bool is_double, int threads);
+
+int64_t pairwise_ce_workspace_cuda(int64_t perturbations, int64_t samples, int64_t classes, bool is_double);
+void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, void* workspace,
+                      int64_t perturbations, int64_t samples, int64_t classes, bool is_double, int device, void* stream);
+
+}  // namespace clado

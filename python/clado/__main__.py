@@ -1,0 +1,5 @@
+"""``python -m clado``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""A trained module becomes a graph whose layers are known: torch.export with a dynamic batch, then a list of cuts."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from .errors import CladoError, require
+from .sensitivity import Layer
+
+_KINDS: dict[Any, str] = {
+    torch.ops.aten.linear.default: "linear",
+    torch.ops.aten.conv2d.default: "conv2d",
+    torch.ops.aten.conv2d.padding: "conv2d",
+}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The functional graph of a model, ready to be cut.
+
+    Attributes:
+        graph: fx graph in execution order, without mutation.
+        nodes: what depends on the input and reaches the output, in execution order.
+        constants: parameters, buffers, lifted tensors and everything computed from them alone, by node.
+        layers: quantizable layers in execution order.
+        sources: for each layer the placeholders of its weight (more than one when tied under several names).
+        batch: the symbol that stands for the batch size.
+        input, output: the graph's input placeholder and the node whose value is returned.
+    """
+
+    graph: Graph
+    nodes: tuple[Node, ...]
+    constants: dict[Node, Any]
+    layers: tuple[Layer, ...]
+    sources: tuple[tuple[Node, ...], ...]
+    batch: Any
+    input: Node
+    output: Node
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def capture(
+    model: nn.Module,
+    example: Tensor,
+    ignore: Sequence[str] = (),
+    quantize_ends: bool = False,
+) -> Captured:
+    """Export ``model`` with a dynamic batch dimension and find its quantizable layers.
+
+    Args:
+        model: module in eval mode that maps one tensor ``[N, …]`` to one tensor ``[N, C]``.
+        example: a batch of real inputs with N ≥ 2.
+        ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
+        quantize_ends: also quantize a first convolution and the classifier, which the paper keeps in float.
+
+    Raises:
+        CladoError: model in train mode, not exportable, changing its own buffers, or without layers; an ``ignore`` pattern
+            that matches nothing.
+    """
+    require(
+        example.dim() >= 1 and example.shape[0] >= 2,
+        "capture",
+        "example",
+        "hold at least two samples",
+        tuple(example.shape),
+    )
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    require(not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {training[:1]}")
+
+    program = _export(model, example)
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    signature = program.graph_signature
+    require(
+        not signature.buffers_to_mutate,
+        "capture",
+        "model",
+        "leave its buffers unchanged in eval mode",
+        f"changes of {sorted(signature.buffers_to_mutate.values())[:3]}",
+    )
+    inputs = [placeholders[name] for name in signature.user_inputs]
+    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    require(len(inputs) == 1, "capture", "model", "take one tensor", f"{len(inputs)} inputs")
+    require(
+        len(outputs) == 1 and isinstance(outputs[0].meta["val"], Tensor),
+        "capture",
+        "model",
+        "return one tensor",
+        f"{len(outputs)} outputs",
+    )
+
+    batch = inputs[0].meta["val"].shape[0]
+    require(
+        isinstance(batch, torch.SymInt), "capture", "model", "accept any batch size", f"the fixed batch size {batch}"
+    )
+    nodes = _live_nodes(program.graph, inputs[0], outputs[0])
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**program.state_dict, **program.constants}
+    constants = _constants(
+        program.graph, nodes, inputs[0], {placeholders[key]: tensors[name] for key, name in names.items()}
+    )
+    layers, sources, skipped = _find_layers(model, nodes, constants, {placeholders[k]: v for k, v in names.items()})
+    keep = _ignored(layers, ignore, quantize_ends)
+    kept = [k for k, layer in enumerate(layers) if layer.name not in keep]
+    require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
+    return Captured(
+        graph=program.graph,
+        nodes=nodes,
+        constants=constants,
+        layers=tuple(layers[k] for k in kept),
+        sources=tuple(sources[k] for k in kept),
+        batch=batch.node.expr,
+        input=inputs[0],
+        output=outputs[0],
+        skipped={**skipped, **keep},
+    )
+
+
+def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            return program.run_decompositions({})  # decomposes nothing, but removes mutation
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CladoError(
+            f"capture: model must be exportable by torch.export with a dynamic batch, got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node is an integer computed from the batch size."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _live_nodes(graph: Graph, source: Node, output: Node) -> tuple[Node, ...]:
+    """Nodes between input and output; assertions and dead ends fall away."""
+    needed, stack = set(), [output]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    depends = {source}
+    for node in graph.nodes:
+        if depends.intersection(node.all_input_nodes):
+            depends.add(node)
+    require(output in depends, "capture", "model", "return something that depends on its input", "a constant")
+    return tuple(n for n in graph.nodes if n in needed and n in depends and n.op == "call_function" and not is_size(n))
+
+
+def _constants(graph: Graph, nodes: Sequence[Node], source: Node, given: dict[Node, Tensor]) -> dict[Node, Any]:
+    """Values of everything the live nodes need that does not depend on the input, computed once."""
+    values: dict[Node, Any] = dict(given)
+    live = set(nodes)
+
+    def value(node: Node) -> Any:
+        if node not in values:
+            values[node] = evaluate(node, value)
+        return values[node]
+
+    with torch.no_grad():
+        for node in nodes:
+            for argument in node.all_input_nodes:
+                if argument is not source and argument not in live and not is_size(argument):
+                    value(argument)
+    return values
+
+
+def evaluate(node: Node, value: Any) -> Any:
+    """Run one call node, its node arguments replaced by ``value(argument)``."""
+    arguments = torch.fx.node.map_arg((node.args, node.kwargs), value)
+    return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+
+
+def _find_layers(
+    model: nn.Module, nodes: Sequence[Node], constants: dict[Node, Any], names: dict[Node, str]
+) -> tuple[list[Layer], list[tuple[Node, ...]], dict[str, str]]:
+    aliases: dict[tuple[Any, ...], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(_storage(parameter), []).append(name)
+    weights: dict[tuple[Any, ...], list[Node]] = {}
+    for placeholder in names:
+        weights.setdefault(_storage(constants[placeholder]) if placeholder in constants else (placeholder,), []).append(
+            placeholder
+        )
+
+    macs: dict[tuple[Any, ...], int] = {}
+    kinds: dict[tuple[Any, ...], str] = {}
+    skipped: dict[str, str] = {}
+    for node in nodes:
+        kind = _KINDS.get(node.target)
+        if kind is None:
+            continue
+        weight = node.args[1]
+        if not isinstance(weight, Node) or weight not in names or _storage(constants[weight]) not in aliases:
+            skipped[str(node)] = "its weight is computed, not a parameter"
+            continue
+        key = _storage(constants[weight])
+        kinds.setdefault(key, kind)
+        macs[key] = macs.get(key, 0) + _positions(node) * math.prod(constants[weight].shape)
+    layers, sources = [], []
+    for key, kind in kinds.items():
+        parameters = aliases[key]
+        layers.append(
+            Layer(
+                _layer_name(parameters[0]), kind, tuple(constants[weights[key][0]].shape), macs[key], tuple(parameters)
+            )
+        )
+        sources.append(tuple(weights[key]))
+    return layers, sources, skipped
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def _positions(node: Node) -> int:
+    """How often the weight is applied per sample: output elements over output channels."""
+    shape = node.meta["val"].shape
+    channel = 1 if _KINDS[node.target] == "conv2d" else len(shape) - 1
+    return math.prod(size for d, size in enumerate(shape) if d != channel and not isinstance(size, torch.SymInt))
+
+
+def _layer_name(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _ignored(layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool) -> dict[str, str]:
+    """Names of the layers to keep in float, with the reason."""
+    keep: dict[str, str] = {}
+    if not quantize_ends and len(layers) > 1:
+        if layers[0].kind == "conv2d":
+            keep[layers[0].name] = "first convolution"
+        if layers[-1].kind == "linear":
+            keep[layers[-1].name] = "classifier"
+    for pattern in ignore:
+        if pattern.startswith("re:"):
+            try:
+                matcher = re.compile(pattern[3:]).fullmatch
+            except re.error as error:
+                raise CladoError(
+                    f"capture: ignore must hold valid regular expressions, got {pattern!r} ({error})"
+                ) from None
+            matched = [layer.name for layer in layers if matcher(layer.name)]
+        else:
+            matched = [layer.name for layer in layers if fnmatch.fnmatchcase(layer.name, pattern)]
+        require(
+            len(matched) > 0,
+            "capture",
+            "ignore",
+            "match at least one layer",
+            f"{pattern!r} (first layers: " + ", ".join(layer.name for layer in layers[:4]) + ")",
+        )
+        keep.update(dict.fromkeys(matched, f"ignore {pattern!r}"))
+    return keep

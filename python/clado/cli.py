@@ -1,0 +1,296 @@
+"""The command line. Heavy imports stay inside the commands, so that ``clado --help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import CladoError, require
+
+RUN_FILE = "model.json"
+
+
+class Group(click.Group):
+    """Bad input is one line on stderr and exit code 2; Ctrl-C ends cleanly."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CladoError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; finished work is kept, run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="clado")
+def main() -> None:
+    """Mixed-precision quantization of vision models, with layer interactions and a certificate.
+
+    \b
+    The stages share a run directory and can be repeated alone:
+      clado profile  --model vit_tiny_patch16_224 --checkpoint w.safetensors --data images --output-dir run
+      clado solve    run --avg-bits 3
+      clado export   run --format safetensors
+      clado evaluate run --data images
+      clado inspect  run
+    Start with `clado quickstart`: everything on an embedded, trained net in about a minute.
+    """
+
+
+def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
+
+
+@main.command()
+@click.option("--output-dir", default="run", show_default=True, help="Run directory to write.")
+@click.option("--avg-bits", default=3.0, show_default=True, help="Budget: bits per weight.")
+def quickstart(output_dir: str, avg_bits: float) -> None:
+    """The whole pipeline on an embedded, trained vision transformer and real digits."""
+    from .quickstart import run
+
+    run(Path(output_dir), avg_bits)
+
+
+@main.command()
+@click.option("--model", required=True, help="timm name, package.module:function, or digits (embedded).")
+@click.option("--checkpoint", help="Weights: .safetensors, or a torch file of tensors alone.")
+@click.option("--pretrained", is_flag=True, help="timm's own weights (needs the hub).")
+@click.option("--num-classes", type=int, help="Classes of the head, as timm takes it.")
+@click.option("--img-size", type=int, help="Image size, as timm takes it.")
+@click.option("--data", required=True, help="Image folder (one subfolder per class), or digits:sensitivity.")
+@click.option("--nsamples", default=512, show_default=True, help="Images of the sensitivity set.")
+@click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
+@click.option("--estimator", default="logit", show_default=True, help="logit, exact or diagonal.")
+@click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
+@click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
+@click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
+@click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
+@click.option("--batch-size", type=int, help="Samples that advance together; chosen when left out.")
+@click.option("--device", help="cpu or cuda; where the model is when left out.")
+@click.option("--seed", default=0, show_default=True, help="Which images come first.")
+@click.option("--output-dir", required=True, help="Run directory to write.")
+def profile(**options: Any) -> None:
+    """Measure the sensitivity matrix of a model.
+
+    \b
+    clado profile --model resnet18 --pretrained --data imagenet/val --nsamples 1024 --output-dir run
+    """
+    from .data import build_data
+    from .models import ModelSpec, build_model
+    from .profiler import profile as measure
+
+    spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
+    model = build_model(spec)
+    data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"])
+    folder = Path(options["output_dir"])
+    kept = ("estimator", "loss", "group_size", "ignore", "quantize_ends", "batch_size", "device", "seed", "bits")
+    sens = measure(
+        model, data, num_samples=options["nsamples"], output_dir=folder, **{name: options[name] for name in kept}
+    )
+    note = {"spec": spec.to_json(), "data": options["data"], "num_samples": sens.num_samples, "seed": options["seed"]}
+    _write_json(folder / RUN_FILE, note)
+    for warning in sens.info["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    info = sens.info
+    click.echo(
+        f"{len(sens.layers)} layers, {sens.num_candidates} candidates, {sens.num_samples} samples, "
+        f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
+    )
+    click.echo(f"next: clado solve {folder} --avg-bits 3")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--avg-bits", type=float, help="Bits per weight, codes alone.")
+@click.option("--size-mb", type=float, help="MiB of packed codes and scales.")
+@click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
+@click.option("--bitops", type=float, help="Sum of macs x bits x 32.")
+@click.option("--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal.")
+@click.option("--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated.")
+@click.option("--time-limit", default=60.0, show_default=True, help="Seconds.")
+@click.option("--seed", default=0, show_default=True)
+def solve(run: str, pin: tuple[str, ...], **options: Any) -> None:
+    """Choose bits per layer within one or more budgets, with a bound.
+
+    \b
+    clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    """
+    from .plan import FILE_NAME
+    from .sensitivity import Sensitivity
+    from .solver import solve as choose
+
+    plan = choose(Sensitivity.load(run), pin=_pins(pin), **options)
+    plan.save(Path(run) / FILE_NAME)
+    _show_plan(plan)
+    require(plan.status != "infeasible", "solve", "budgets", "fit together", plan.info.get("reason"))
+    click.echo(f"next: clado export {run}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--format", "format_", default="safetensors", show_default=True, help="File format.")
+@click.option("--out", help="Folder to write; RUN/out when left out.")
+def export(run: str, format_: str, out: str | None) -> None:
+    """Write the integer weights of the plan in RUN."""
+    from .exporter import export as write
+    from .plan import Plan
+
+    model, _, _ = _model(run)
+    written = write(model, Plan.load(run), out or Path(run) / "out", format_)
+    click.echo(
+        f"{written.folder}: {written.quantized:,} bytes of codes and scales, {written.leftovers:,} bytes left in float, "
+        f"{written.header:,} bytes of header"
+    )
+
+
+@main.command()
+@click.argument("run")
+@click.option("--data", help="Image folder; the one that was profiled, without its sensitivity set, when left out.")
+@click.option("--nsamples", type=int, help="At most so many images.")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--device", help="cpu or cuda.")
+def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
+    """Loss and accuracy of the plan in RUN beside the float model."""
+    import itertools
+
+    from .data import build_data
+    from .evaluator import evaluate as score
+    from .exporter import apply
+    from .plan import Plan
+
+    model, spec, note = _model(run)
+    plan = Plan.load(run)
+    same = data in (None, note["data"])
+    batches = build_data(
+        data or note["data"], model, spec, batch_size, note["seed"], note["num_samples"] if same else 0
+    )
+    if nsamples is not None:
+        batches = itertools.islice(batches, -(-nsamples // batch_size))
+    kept = list(batches)
+    if device is not None:
+        model = model.to(device)
+    rows = [
+        ("float", score(model, kept, device)),
+        (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device)),
+    ]
+    _print_scores(rows)
+
+
+@main.command()
+@click.argument("run")
+def inspect(run: str) -> None:
+    """What a run directory holds: the measurement, the plan, the bits of every layer."""
+    from .plan import FILE_NAME, Plan
+    from .sensitivity import Sensitivity
+
+    sens = Sensitivity.load(run)
+    info = sens.info
+    click.echo(f"{len(sens.layers)} layers at {', '.join(map(str, sens.bits))} bits, {sens.num_samples} samples")
+    click.echo(
+        f"estimator {info.get('estimator')}, loss {info.get('loss')}, {info.get('precision')}, "
+        f"{info.get('forward_equivalents', 0):.1f} forwards per sample"
+    )
+    plan = Plan.load(run) if (Path(run) / FILE_NAME).exists() else None
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer")
+    table.add_column("weights", justify="right")
+    for bits in sens.bits:
+        table.add_column(f"ΔL at {bits}", justify="right")
+    if plan is not None:
+        table.add_column("plan", justify="right")
+    width = len(sens.bits)
+    for k, layer in enumerate(sens.layers):
+        losses = [f"{value:.1e}" for value in sens.delta_loss[k * width : (k + 1) * width]]
+        table.add_row(
+            layer.name, f"{layer.numel:,}", *losses, *([str(plan.bits.get(layer.name, ""))] if plan is not None else [])
+        )
+    _console().print(table)
+    if plan is not None:
+        _show_plan(plan)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def _show_plan(plan: Any) -> None:
+    if not plan.bits:
+        click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
+        return
+    counts = {bits: list(plan.bits.values()).count(bits) for bits in sorted(set(plan.bits.values()))}
+    layers = ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())
+    click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
+    click.echo(
+        f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
+    )
+    for name, use in plan.usage.items():
+        click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
+
+
+def _print_scores(rows: list[tuple[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("", "loss", "±", "top-1", "±", "top-5"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, score in rows:
+        top5 = "" if score.correct5 is None else f"{score.correct5.double().mean().item():.2%}"
+        table.add_row(
+            name,
+            f"{score.loss:.4f}",
+            f"{score.loss_stderr:.4f}",
+            f"{score.accuracy:.2%}",
+            f"{score.accuracy_stderr:.2%}",
+            top5,
+        )
+    _console().print(table)
+    click.echo(f"{rows[0][1].num_samples} samples")
+
+
+def _model(run: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The model of a run directory, how it was built, and what was noted with it."""
+    from .models import ModelSpec, build_model
+
+    path = Path(run) / RUN_FILE
+    require(path.is_file(), "run", "directory", f"hold {RUN_FILE} as clado profile writes it", run)
+    try:
+        note = json.loads(path.read_text())
+        spec = ModelSpec(**note["spec"])
+        note["data"], note["num_samples"], note["seed"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CladoError(f"run: {RUN_FILE} must be whole, got {path} ({error})") from None
+    return build_model(spec), spec, note
+
+
+def _pins(pins: tuple[str, ...]) -> dict[str, int]:
+    out = {}
+    for pin in pins:
+        layer, _, bits = pin.partition("=")
+        require(bits.isdigit(), "solve", "pin", "read LAYER=BITS", repr(pin))
+        out[layer] = int(bits)
+    return out
+
+
+def _write_json(path: Path, value: Any) -> None:
+    from .files import atomic_file
+
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

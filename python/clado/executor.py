@@ -1,0 +1,280 @@
+"""Runs a captured graph from cut to cut, many perturbations at once.
+
+A cut lies before the first use of each layer's weight. A :class:`State` is the set of live values at a position; its batch
+dimension holds one or more streams of the same samples, each stream under its own perturbation. ``fork`` multiplies the
+streams by the variants of one weight, ``advance`` carries all of them on under the clean weights, so a prefix that streams
+share is computed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from .capture import Captured, evaluate, is_size
+from .errors import CladoError, require
+
+Overrides = dict[Node, Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """Live values at a position.
+
+    Attributes:
+        position: 2k before layer k's node, 2k + 1 behind it (:meth:`Executor.fork` steps over it), 2L at the end, -1 before
+            the first node. Segment ``position + 1`` leads to the next position.
+        values: tensor (or tuple of tensors) per live node, streams stacked along the batch dimension, last fork outermost.
+        samples: samples per stream.
+        overrides: per stream, the perturbed weights it runs under.
+    """
+
+    position: int
+    values: dict[Node, Any]
+    samples: int
+    overrides: tuple[Overrides, ...]
+
+    @property
+    def streams(self) -> int:
+        return len(self.overrides)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A run of nodes as one function of live values, constants and sizes."""
+
+    function: Callable[..., tuple[Any, ...]]
+    values: tuple[Node, ...]
+    constants: tuple[Node, ...]
+    sizes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    weights: frozenset[Node]  # placeholders of layers' weights that the constants are computed from
+
+
+class Executor:
+    """Shared-prefix execution of a captured graph.
+
+    Attributes:
+        work: multiply-add work done so far in forward-equivalents times samples, counted over the nodes that really ran.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.work = 0.0
+        self._sizes: dict[tuple[Node, int], int] = {}
+        self._weights = {node: k for k, nodes in enumerate(captured.sources) for node in nodes}
+        self._depends = {node: self._weights_behind(node) for node in captured.constants}
+        starts = self._first_uses()
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        require(order == list(range(len(starts))), "executor", "layers", "be used in order", "another order")
+        bounds = [0, *(b for start in starts for b in (start, start + 1)), len(captured.nodes)]
+        pieces = [captured.nodes[a:b] for a, b in itertools.pairwise(bounds)]
+        self._live = self._liveness(bounds)
+        self._segments = [self._build(piece, self._live[k + 1]) for k, piece in enumerate(pieces)]
+        self._flops = [0.0] * len(self._segments)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.captured.layers)
+
+    @property
+    def suffix_share(self) -> list[float]:
+        """For each layer, the share of a forward's multiply-adds from its node to the end; needs :meth:`self_test`."""
+        total = sum(self._flops)
+        return [sum(self._flops[2 * k + 1 :]) / total for k in range(self.num_layers)]
+
+    def start(self, batch: Tensor) -> State:
+        """State before the first node for inputs ``[N, …]``."""
+        return State(-1, {self.captured.input: batch}, batch.shape[0], ({},))
+
+    def advance(self, state: State, layer: int) -> State:
+        """Carry every stream, under its own weights, to the cut before ``layer`` (or the end for ``layer == num_layers``)."""
+        for position in range(state.position, 2 * layer):
+            state = self._step(state, position)
+        return state
+
+    def fork(self, state: State, layer: int, variants: Sequence[Tensor]) -> State:
+        """Step over ``layer``'s node with each weight of ``variants``: S streams become len(variants)·S, variant-major."""
+        require(state.position == 2 * layer, "fork", "state", f"stand at layer {layer}", f"position {state.position}")
+        after = self._live[2 * layer + 2]
+        changed = [dict.fromkeys(self.captured.sources[layer], weight) for weight in variants]
+        parts = [self._run(2 * layer + 1, state, weights) for weights in changed]
+        values = {n: self._stack([state.values[n]] * len(variants), n) for n in state.values if n in after}
+        values |= {n: self._stack([part[n] for part in parts], n) for n in parts[0]}
+        overrides = tuple({**old, **weights} for weights in changed for old in state.overrides)
+        return State(2 * layer + 1, values, state.samples, overrides)
+
+    def finish(self, state: State) -> Tensor:
+        """Outputs ``[S, N, …]`` of every stream."""
+        end = self.advance(state, self.num_layers)
+        output = end.values[self.captured.output]
+        return output.reshape(end.streams, end.samples, *output.shape[1:])
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Clean outputs ``[N, …]``."""
+        return self.finish(self.start(batch))[0]
+
+    def self_test(self, batch: Tensor, rtol: float = 1e-3) -> Tensor:
+        """Check on real data that stacked streams do not mix, at every cut; also counts the work of every segment.
+
+        At each cut the live values of two different batches are stacked and carried over one segment; both must give what
+        they give alone, so by induction every suffix is right. Returns the clean outputs ``[N, …]``.
+
+        Raises:
+            CladoError: a cut where stacking changes the values, named by the layer behind it.
+        """
+        other = batch * 0.5 if batch.is_floating_point() else batch[:1].expand_as(batch)
+        states = [self.start(batch), self.start(other)]
+        for position in range(-1, 2 * self.num_layers):
+            values = {n: self._stack([s.values[n] for s in states], n) for n in states[0].values}
+            stacked = self._step(State(position, values, len(batch), ({}, {})), position)
+            with FlopCounterMode(display=False) as counter:
+                states[0] = self._step(states[0], position)
+            self._flops[position + 1] = counter.get_total_flops() / len(batch)
+            states[1] = self._step(states[1], position)
+            for node, value in stacked.values.items():
+                if not _close(value, self._stack([s.values[node] for s in states], node), rtol):
+                    layer = self.captured.layers[min(max(position, 0) // 2, self.num_layers - 1)].name
+                    raise CladoError(
+                        f"capture: model must treat samples independently, got {node} near layer {layer} "
+                        "that changes when batches are stacked (batch statistics, dropout or a mixed batch dimension?)"
+                    )
+        require(sum(self._flops) > 0, "capture", "model", "do matrix products", "none counted")
+        self.work = 0.0
+        return states[0].values[self.captured.output]
+
+    def _step(self, state: State, position: int) -> State:
+        """Run segment ``position + 1`` under the streams' own weights."""
+        values = self._run(position + 1, state, {})
+        live = self._live[position + 2]
+        values |= {n: v for n, v in state.values.items() if n in live}
+        return State(position + 1, values, state.samples, state.overrides)
+
+    def _run(self, index: int, state: State, weights: Overrides) -> dict[Node, Any]:
+        segment = self._segments[index]
+        total = sum(self._flops)
+        if total:
+            self.work += self._flops[index] / total * state.samples * state.streams
+        if not any(segment.weights.intersection(o) for o in state.overrides):
+            return self._call(segment, state.values, weights, state.samples * state.streams)
+        # A weight used again further on: every stream runs under its own.
+        parts = [
+            self._call(
+                segment, {n: self._stream(state, n, s) for n in segment.values}, {**own, **weights}, state.samples
+            )
+            for s, own in enumerate(state.overrides)
+        ]
+        return {n: self._stack([part[n] for part in parts], n) for n in segment.outputs}
+
+    def _call(self, segment: _Segment, values: dict[Node, Any], weights: Overrides, batch: int) -> dict[Node, Any]:
+        arguments = [values[n] for n in segment.values]
+        arguments += [self._constant(n, weights) for n in segment.constants]
+        arguments += [self._size(n, batch) for n in segment.sizes]
+        return dict(zip(segment.outputs, segment.function(*arguments), strict=True))
+
+    def _constant(self, node: Node, weights: Overrides) -> Any:
+        if not weights or not self._depends[node].intersection(weights):
+            return self.captured.constants[node]
+        if node in weights:
+            return weights[node]
+        return evaluate(node, lambda n: self._constant(n, weights))
+
+    def _size(self, node: Node, batch: int) -> int:
+        key = (node, batch)
+        if key not in self._sizes:
+            value = node.meta["val"]
+            self._sizes[key] = (
+                int(value.node.expr.subs(self.captured.batch, batch)) if isinstance(value, torch.SymInt) else value
+            )
+        return self._sizes[key]
+
+    def _stack(self, parts: Sequence[Any], node: Node) -> Any:
+        return _stack(parts, node.meta["val"])
+
+    def _stream(self, state: State, node: Node, stream: int) -> Any:
+        return _slice(state.values[node], node.meta["val"], stream, state.streams)
+
+    def _weights_behind(self, node: Node) -> frozenset[Node]:
+        if node in self._weights:
+            return frozenset([node])
+        return (
+            frozenset().union(*(self._weights_behind(n) for n in node.all_input_nodes))
+            if node.op != "placeholder"
+            else frozenset()
+        )
+
+    def _first_uses(self) -> list[int]:
+        starts: dict[int, int] = {}
+        for index, node in enumerate(self.captured.nodes):
+            for argument in node.all_input_nodes:
+                for weight in self._depends.get(argument, ()):
+                    starts.setdefault(self._weights[weight], index)
+        return [starts[k] for k in range(self.num_layers)]
+
+    def _liveness(self, bounds: Sequence[int]) -> list[frozenset[Node]]:
+        """Values that exist before each bound and are needed at or after it."""
+        nodes = self.captured.nodes
+        produced = {node: index for index, node in enumerate(nodes)} | {self.captured.input: -1}
+        last = {self.captured.output: len(nodes)}
+        for index, node in enumerate(nodes):
+            for argument in node.all_input_nodes:
+                if argument in produced:
+                    last[argument] = max(last.get(argument, -1), index)
+        return [frozenset(n for n, made in produced.items() if made < bound <= last.get(n, -1)) for bound in bounds]
+
+    def _build(self, nodes: Sequence[Node], live: frozenset[Node]) -> _Segment:
+        graph, copies = Graph(), {}
+        inside = set(nodes)
+        outside = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+        sizes = tuple(n for n in outside if is_size(n))
+        constants = tuple(n for n in outside if n in self.captured.constants and not is_size(n))
+        values = tuple(n for n in outside if n not in self.captured.constants and not is_size(n))
+        for node in (*values, *constants, *sizes):
+            copies[node] = graph.placeholder(node.name)
+        for node in nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        outputs = tuple(n for n in nodes if n in live)
+        graph.output(tuple(copies[n] for n in outputs))
+        weights = frozenset().union(*(self._depends[n] for n in constants)) if constants else frozenset()
+        return _Segment(GraphModule({}, graph).forward, values, constants, sizes, outputs, weights)
+
+
+def _batch_dim(meta: Tensor) -> int | None:
+    """The dimension that counts samples, from the symbolic shape."""
+    symbolic = [d for d, size in enumerate(meta.shape) if isinstance(size, torch.SymInt)]
+    return symbolic[0] if symbolic else None
+
+
+def _stack(parts: Sequence[Any], meta: Any) -> Any:
+    if isinstance(meta, (tuple, list)):
+        return tuple(_stack([part[k] for part in parts], m) for k, m in enumerate(meta))
+    dim = _batch_dim(meta)
+    return parts[0] if dim is None or len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _slice(value: Any, meta: Any, stream: int, streams: int) -> Any:
+    if isinstance(meta, (tuple, list)):
+        return tuple(_slice(v, m, stream, streams) for v, m in zip(value, meta, strict=True))
+    dim = _batch_dim(meta)
+    if dim is None:
+        return value
+    size = value.shape[dim] // streams
+    return value.narrow(dim, stream * size, size)
+
+
+def _close(got: Any, wanted: Any, rtol: float) -> bool:
+    if isinstance(wanted, (tuple, list)):
+        return all(_close(g, w, rtol) for g, w in zip(got, wanted, strict=True))
+    if got.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point() or wanted.numel() == 0:
+        return torch.equal(got, wanted)
+    largest = torch.where(torch.isfinite(wanted), wanted, 0).abs().max().item()
+    return torch.allclose(got, wanted, rtol=0, atol=rtol * largest, equal_nan=True)

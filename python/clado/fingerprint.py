@@ -1,0 +1,31 @@
+"""Digests that tell one run from another: of weights, of data, of settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def digest(settings: Any) -> str:
+    """SHA-256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of everything in the model's state dict."""
+    return tensor_digest({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})

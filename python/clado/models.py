@@ -1,0 +1,130 @@
+"""Models by name: timm's, or a function of the user's own; weights from a hub or a local file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import CladoError, require
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a model is built; kept in the run directory so that later stages find it again.
+
+    Attributes:
+        model: a timm name, "digits" (the embedded net), or ``package.module:function`` that returns a module.
+        checkpoint: local weights, ``.safetensors`` or a torch file of tensors alone.
+        pretrained: timm's own weights, from a hub.
+        num_classes, img_size: as timm takes them.
+    """
+
+    model: str
+    checkpoint: str | None = None
+    pretrained: bool = False
+    num_classes: int | None = None
+    img_size: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The module in eval mode with its weights.
+
+    Raises:
+        CladoError: an unknown name, a function that fails, or a checkpoint that does not fit.
+    """
+    if spec.model == "digits":
+        from .digits import load_model
+
+        model = load_model()
+    elif ":" in spec.model:
+        model = _own(spec.model)
+    else:
+        model = _timm(spec)
+    if spec.checkpoint is not None:
+        load_checkpoint(model, spec.checkpoint)
+    return model.eval()
+
+
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load weights strictly; nothing is changed unless everything fits."""
+    state = _read_state(Path(path))
+    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    shaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if missing or unexpected or shaped:
+        reasons = [
+            f"{len(names)} {what} ({names[0]})"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
+            if names
+        ]
+        raise CladoError(f"model: checkpoint must fit the model, got {', '.join(reasons)} in {path}")
+    model.load_state_dict(state)
+
+
+def _own(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise CladoError(
+            f"model: name must be package.module:function that can be imported, got {name} ({error})"
+        ) from None
+    require(isinstance(model, nn.Module), "model", name, "return a torch module", type(model).__name__)
+    return model
+
+
+def _timm(spec: ModelSpec) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise CladoError(
+            "model: timm must be installed for models by name, got no module timm (pip install timm)"
+        ) from None
+    if not timm.is_model(spec.model):
+        close = timm.list_models(f"*{spec.model.split('_')[0]}*")[:3]
+        hint = f" (there are {', '.join(close)}, …)" if close else ""
+        raise CladoError(
+            f"model: name must be a timm model, package.module:function or digits, got {spec.model!r}{hint}"
+        )
+    options: dict[str, Any] = {
+        k: v for k, v in (("num_classes", spec.num_classes), ("img_size", spec.img_size)) if v is not None
+    }
+    try:
+        return timm.create_model(spec.model, pretrained=spec.pretrained, **options)
+    except TypeError:
+        options.pop("img_size", None)  # convolutional nets take any size and no such argument
+        return timm.create_model(spec.model, pretrained=spec.pretrained, **options)
+    except Exception as error:  # what a hub that cannot be reached raises depends on the hub
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CladoError(
+            f"model: timm must be able to build {spec.model}, got {type(error).__name__}: {reason}"
+        ) from None
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    require(path.is_file(), "model", "checkpoint", "be a file", path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        import torch
+
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has exceptions of its own for damaged files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CladoError(f"model: checkpoint must be a file of tensors alone, got {path} ({reason})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+    require(tensors, "model", "checkpoint", "hold tensors by name", type(state).__name__)
+    return dict(state)

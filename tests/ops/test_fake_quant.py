@@ -1,0 +1,161 @@
+"""fake_quant, quantize and dequantize against the plain-torch twin: codes and values are exact."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clado_ext
+from clado_ext.reference import fake_quant as oracle
+from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def weight_of(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [-1, 1, 7, 32, 1024])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 33), (2, 1024), (3, 1025), (4, 8, 3, 3), (1, 5000), (6,)])
+def test_matches_oracle(shape: tuple[int, ...], group_size: int, dtype: torch.dtype, device: str) -> None:
+    weight = weight_of(shape, dtype, device)
+    scale = clado_ext.scale_search(weight, BITS, group_size, steps=9)
+    values, sqerr = clado_ext.fake_quant(weight, scale, BITS, group_size)
+    codes = clado_ext.quantize(weight, scale, BITS, group_size)
+    wanted, errors = oracle.fake_quant(weight, scale, BITS, group_size)
+    assert same_bits(codes, oracle.quantize(weight, scale, BITS, group_size))
+    assert torch.equal(values, wanted)
+    assert torch.equal(clado_ext.dequantize(codes, scale, group_size, dtype), values)
+    # Lanes add up to 32 squares in float32 before they meet float64: relative error below 40 roundings.
+    torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
+
+
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 70),
+    group=st.integers(-1, 40).filter(bool),
+    exponent=st.integers(-130, 120),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_are_those_of_the_definition_at_any_magnitude(
+    rows: int, columns: int, group: int, exponent: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, columns) * 2.0**exponent
+    scale = clado_ext.scale_search(weight, (2, 5, 8), group, steps=3)
+    assert same_bits(
+        clado_ext.quantize(weight, scale, (2, 5, 8), group), oracle.quantize(weight, scale, (2, 5, 8), group)
+    )
+
+
+def test_ties_round_to_even() -> None:
+    weight = torch.arange(-8, 8).float().unsqueeze(0) + 0.5
+    codes = clado_ext.quantize(weight, torch.ones(1, 1, 1), (4,))
+    assert codes[0, 0].tolist() == [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_at_every_simd_level_and_thread_count(dtype: torch.dtype) -> None:
+    weight = weight_of((7, 3333), dtype)
+    scale = clado_ext.scale_search(weight, BITS, 100)
+    results = at_every_cpu_setting(lambda: clado_ext.fake_quant(weight, scale, BITS, 100))
+    assert all(same_bits(r, results[0]) for r in results)
+    codes = at_every_cpu_setting(lambda: clado_ext.quantize(weight, scale, BITS, 100))
+    assert all(same_bits(r, codes[0]) for r in codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_every_device(dtype: torch.dtype) -> None:
+    weight = weight_of((17, 2500), dtype)
+    results = []
+    for device in DEVICES:
+        w = weight.to(device)
+        scale = clado_ext.scale_search(w, BITS, 300)
+        values, sqerr = clado_ext.fake_quant(w, scale, BITS, 300)
+        results.append(tuple(x.cpu() for x in (scale, values, sqerr, clado_ext.quantize(w, scale, BITS, 300))))
+    assert all(same_bits(r, results[0]) for r in results)
+
+
+def test_half_precision_is_read_and_written_exactly() -> None:
+    """Every float16 and bfloat16 bit pattern, with a scale of 2^e so that codes up to 127 come back unrounded."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = patterns.view(dtype).unsqueeze(0)
+        scale = torch.full((1, 1, 1), 2.0**-20)
+        values, _ = clado_ext.fake_quant(weight, scale, (8,))
+        wanted = (torch.round(weight.float() / 2.0**-20).clamp(-128, 127) * 2.0**-20).to(dtype)
+        assert torch.equal(values[0].isnan(), weight.isnan())
+        assert torch.equal(values[0].nan_to_num(), wanted.nan_to_num())
+
+
+def test_nan_and_infinity() -> None:
+    weight = torch.tensor([[1.0, float("nan"), float("inf"), -float("inf")]])
+    scale = torch.ones(1, 1, 1)
+    values, sqerr = clado_ext.fake_quant(weight, scale, (4,))
+    assert values[0, 0, 1].isnan()
+    assert values[0, 0].nan_to_num().tolist() == [1.0, 0.0, 7.0, -8.0]
+    assert not sqerr.isfinite().any()
+    assert clado_ext.quantize(weight, scale, (4,))[0, 0].tolist() == [1, 0, 7, -8]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_offsets_and_empty_tensors(device: str) -> None:
+    base = weight_of((40, 9), torch.float32, device)
+    for weight in (base.t(), base[3:, 1::2], base.view(-1)[1:353].view(8, 44)):
+        scale = clado_ext.scale_search(weight, (4,))
+        assert torch.equal(clado_ext.fake_quant(weight, scale, (4,))[0], oracle.fake_quant(weight, scale, (4,))[0])
+    for shape in ((0, 5), (5, 0)):
+        weight = base.new_empty(shape)
+        values, sqerr = clado_ext.fake_quant(weight, base.new_empty((1, shape[0], 1 if shape[1] else 0)), (4,))
+        assert values.shape == (1, *shape)
+        assert not sqerr.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_into_given_outputs(device: str) -> None:
+    weight = weight_of((6, 50), torch.float32, device)
+    scale = clado_ext.scale_search(weight, (2, 4))
+    values, sqerr = clado_ext.fake_quant(weight, scale, (2, 4))
+    mine = torch.empty_like(values), torch.empty_like(sqerr)
+    clado_ext.fake_quant_into(weight, scale, (2, 4), *mine)
+    assert same_bits(mine, (values, sqerr))
+    with pytest.raises(ValueError, match="fake_quant_into: values must be contiguous"):
+        clado_ext.fake_quant_into(weight, scale, (2, 4), mine[0][:1], mine[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ops_are_well_formed_and_compile(device: str) -> None:
+    weight = weight_of((5, 40), torch.float32, device)
+    scale = clado_ext.scale_search(weight, (2, 8), 16)
+    torch.library.opcheck(torch.ops.clado.fake_quant.default, (weight, scale, [2, 8], 16))
+    torch.library.opcheck(torch.ops.clado.quantize.default, (weight, scale, [2, 8], 16))
+
+    def both(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return clado_ext.fake_quant(w, s, (2, 8), 16)[0] + 1, clado_ext.dequantize(
+            clado_ext.quantize(w, s, (2, 8), 16), s, 16
+        )
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(weight, scale), both(weight, scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(2, 4, dtype=torch.float64)}, "fake_quant: weight must be float32, float16, bfloat16"),
+        ({"weight": torch.tensor(1.0)}, "weight must have at least one dimension"),
+        ({"bits": (4, 2)}, r"bits must be distinct ascending widths in 2\.\.8, got \(4, 2\)"),
+        ({"bits": ()}, r"bits must be distinct ascending widths in 2\.\.8"),
+        ({"group_size": 0}, "group_size must be -1 or positive, got 0"),
+        ({"scale": torch.ones(2, 3, 1)}, r"scale must have shape \(2, 2, 1\), got \(2, 3, 1\)"),
+        ({"scale": torch.ones(2, 2, 1).double()}, "scale must be float32, got torch.float64"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    arguments = {"weight": torch.zeros(2, 4), "scale": torch.ones(2, 2, 1), "bits": (2, 4), "group_size": -1} | change
+    with pytest.raises(ValueError, match=message):
+        clado_ext.fake_quant(**arguments)

@@ -1,0 +1,206 @@
+"""The command line as a person meets it: the stages on an image folder, and every bad input in one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+
+from clado.cli import main
+from tests.models import timm_model
+
+MODEL = ["--model", "mobilenetv3_small_100", "--num-classes", "10"]
+
+
+def own_model() -> torch.nn.Module:
+    return timm_model("mobilenetv3_small_100")[0]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(result: Result, message: str) -> None:
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == 2, result.output
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of five noise images, and weights of a timm model."""
+    root = tmp_path_factory.mktemp("cli")
+    random = np.random.default_rng(0)
+    for label in "abcd":
+        (root / "images" / label).mkdir(parents=True)
+        for k in range(5):
+            Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(
+                root / "images" / label / f"{k}.png"
+            )
+    save_file(own_model().state_dict(), root / "weights.safetensors")
+    return root
+
+
+def test_every_stage_on_an_image_folder(folder: Path) -> None:
+    run = folder / "run"
+    result = call(
+        "profile",
+        *MODEL,
+        "--img-size",
+        64,
+        "--checkpoint",
+        folder / "weights.safetensors",
+        "--data",
+        folder / "images",
+        "--nsamples",
+        8,
+        "--bits",
+        "2,4,8",
+        "--output-dir",
+        run,
+    )
+    assert result.exit_code == 0, result.output
+    assert "52 layers, 156 candidates, 8 samples" in result.output
+    result = call("solve", run, "--avg-bits", 3, "--time-limit", 5)
+    assert result.exit_code == 0, result.output
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["usage"]["avg_bits"]["used"] <= 3
+    result = call("export", run)
+    assert result.exit_code == 0, result.output
+    assert f"{sum(plan['layer_bytes'].values()):,} bytes of codes" in result.output
+    result = call("evaluate", run)
+    assert result.exit_code == 0, result.output
+    assert "12 samples" in result.output  # twenty less the eight that were profiled
+    result = call("inspect", run)
+    assert result.exit_code == 0, result.output
+    assert "blocks.1.0.conv_dw" in result.output
+    before = sorted(p.name for p in run.iterdir())
+    refused(
+        call("profile", *MODEL, "--img-size", 64, "--data", folder / "images", "--nsamples", 8, "--output-dir", run),
+        "be new or hold the same run, got",
+    )
+    refused(call("solve", run, "--avg-bits", 1), "avg_bits must be at least 2, got 1")
+    refused(call("solve", run, "--avg-bits", 3, "--pin", "blocks"), "pin must read LAYER=BITS")
+    refused(call("solve", run), "budget must be given")
+    refused(call("export", run, "--format", "gguf"), "format must be one of safetensors")
+    assert sorted(p.name for p in run.iterdir()) == before
+
+
+def test_digits_and_a_model_of_ones_own(tmp_path: Path) -> None:
+    result = call(
+        "profile",
+        "--model",
+        "digits",
+        "--data",
+        "digits:sensitivity",
+        "--nsamples",
+        20,
+        "--estimator",
+        "diagonal",
+        "--output-dir",
+        tmp_path / "a",
+    )
+    assert result.exit_code == 0, result.output
+    result = call(
+        "profile",
+        "--model",
+        "clado.digits:load_model",
+        "--data",
+        "digits:heldout",
+        "--nsamples",
+        20,
+        "--estimator",
+        "diagonal",
+        "--output-dir",
+        tmp_path / "b",
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_bad_input_is_one_line_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    base = ["profile", "--output-dir", run, "--data", folder / "images", "--nsamples", 4]
+    refused(call(*base, "--model", "no_such_net"), "name must be a timm model")
+    refused(call(*base, "--model", "no.such:thing"), "package.module:function that can be imported")
+    refused(call(*base, *MODEL, "--checkpoint", folder / "nothing.safetensors"), "checkpoint must be a file")
+    refused(call(*base, *MODEL, "--checkpoint", Path(__file__)), "checkpoint must be a file of tensors alone")
+    refused(
+        call(*base, "--model", "resnet18", "--num-classes", 10, "--checkpoint", folder / "weights.safetensors"),
+        "checkpoint must fit the model",
+    )
+    refused(call(*base, *MODEL, "--bits", "2,9"), "bits must be distinct ascending widths in 2..8")
+    refused(call(*base, *MODEL, "--img-size", 64, "--ignore", "nothing*"), "ignore must match at least one layer")
+    refused(call("profile", *MODEL, "--data", tmp_path / "none", "--output-dir", run), "folder must be an image folder")
+    (tmp_path / "empty").mkdir()
+    refused(call("profile", *MODEL, "--data", tmp_path / "empty", "--output-dir", run), "folder must hold images")
+    for stage in ("export", "evaluate"):
+        refused(call(stage, tmp_path / "nowhere"), "directory must hold model.json")
+    for stage in ("solve", "inspect"):
+        refused(
+            call(stage, tmp_path / "nowhere", *(["--avg-bits", 3] if stage == "solve" else [])),
+            "run directory that holds one",
+        )
+    assert not run.exists()
+
+
+def test_help_is_fast_and_teaches() -> None:
+    code = "import sys, clado.cli; print(any(m in sys.modules for m in ('torch', 'timm', 'pyscipopt', 'rich')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    result = call("--help")
+    for command in ("quickstart", "profile", "solve", "export", "evaluate", "inspect"):
+        assert command in result.output
+        assert call(command, "--help").exit_code == 0
+
+
+def test_profiling_needs_neither_timm_nor_scip() -> None:
+    code = """
+import sys
+sys.modules["timm"] = sys.modules["pyscipopt"] = sys.modules["scs"] = None
+import torch, clado
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+print(len(clado.profile(model, [torch.randn(4, 4)], quantize_ends=True, verbose=False).layers))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2\n"
+
+
+def test_kernels_need_torch_alone() -> None:
+    code = """
+import sys
+for name in ("timm", "pyscipopt", "scs", "scipy", "rich", "click", "safetensors", "clado"):
+    sys.modules[name] = None
+import torch, clado_ext
+print(clado_ext.pack(torch.zeros(1, 8, dtype=torch.int8), 4).shape[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little time for proofs; the plan is no worse than uniform and diagonal within three standard errors."""
+    from clado import quickstart
+
+    monkeypatch.setattr(quickstart, "SECONDS", 2.0)
+    run = call("quickstart", "--output-dir", tmp_path / "run")
+    assert (run.exit_code, run.exception) == (0, None), run.output
+    rows = {line.split("  ")[0].strip(): line.split() for line in run.output.splitlines() if "%" in line}
+    loss = {name: (float(cells[-5]), float(cells[-4])) for name, cells in rows.items()}
+    ours, error = loss["clado"]
+    assert ours <= loss["uniform 3"][0] + 3 * error
+    assert ours <= loss["diagonal"][0] + 3 * error
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "sensitivity.safetensors",
+        "plan.json",
+        "model.json",
+        "out",
+    }
+    assert all(len(line) <= 80 for line in run.output.splitlines())
