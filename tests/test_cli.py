@@ -192,8 +192,8 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "SECONDS", 2.0)
     run = call("quickstart", "--output-dir", tmp_path / "run")
     assert (run.exit_code, run.exception) == (0, None), run.output
-    rows = {line.split("  ")[0].strip(): line.split() for line in run.output.splitlines() if "%" in line}
-    loss = {name: (float(cells[-5]), float(cells[-4])) for name, cells in rows.items()}
+    rows = {line.split("  ")[0].strip(): line.split() for line in run.stdout.splitlines() if "%" in line}
+    loss = {name: (float(cells[-6]), float(cells[-5])) for name, cells in rows.items()}
     ours, error = loss["clado"]
     assert ours <= loss["uniform 3"][0] + 3 * error
     assert ours <= loss["diagonal"][0] + 3 * error
@@ -203,4 +203,4 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model.json",
         "out",
     }
-    assert all(len(line) <= 80 for line in run.output.splitlines())
+    assert all(len(line) <= 80 for line in run.stdout.splitlines())

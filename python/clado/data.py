@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,7 @@ def _image_folder(data: str, model: nn.Module, spec: ModelSpec) -> Any:
     arguments = {} if spec.img_size is None else {"img_size": spec.img_size}
     config = resolve_data_config(arguments, model=model, verbose=False)
     dataset: Any = []
-    try:
+    with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
         dataset = ImageDataset(data, transform=create_transform(**config, is_training=False))
-    except RuntimeError:  # timm's word for a folder without images
-        pass
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
     return dataset

@@ -157,6 +157,13 @@ class Sensitivity:
             "other values",
         )
         errors = np.full((size, size), np.nan) if stderr is None else np.asarray(stderr, dtype=np.float64)
+        require(
+            np.array_equal(errors, errors.T, equal_nan=True),
+            "from_matrix",
+            "stderr",
+            "be symmetric",
+            "an asymmetric one",
+        )
         return Sensitivity(
             known, tuple(bits), np.diag(given) / 2, interaction, errors, quantizer=quantizer or Quantizer()
         )
