@@ -108,7 +108,7 @@ def test_minimum_and_beyond_the_maximum() -> None:
     assert least.size_bytes == stored.min()
     loose = clado.solve(sens, size_bytes=10 * stored.max(), avg_bits=40)
     assert loose.status == "optimal"
-    with pytest.raises(CladoError, match=rf"size_bytes must be at least {stored.min()} .* 1 too low"):
+    with pytest.raises(CladoError, match=rf"size_bytes must be at least {stored.min()}, got .*\(1 too low\)"):
         clado.solve(sens, size_bytes=stored.min() - 1)
 
 
@@ -249,7 +249,7 @@ def test_the_shift_changes_no_choice_and_is_convex(seed: int) -> None:
         ({"avg_bits": 0}, "avg_bits must be a positive"),
         ({"avg_bits": "3"}, "avg_bits must be a positive"),
         ({"avg_bits": True}, "avg_bits must be a positive"),
-        ({"avg_bits": 1.5}, r"avg_bits must be at least 2 \(.*got 1.5, which is 0.5 too low"),
+        ({"avg_bits": 1.5}, r"avg_bits must be at least 2, got 1.5 \(0.5 too low\)"),
         ({"avg_bits": 4, "pin": {"nowhere": 4}}, "layer must be one of"),
         ({"avg_bits": 4, "pin": {"layer0": 3}}, "bits must be one of"),
         ({"avg_bits": 4, "forbid": {"layer0": (2, 4, 8)}}, "leave layer 'layer0' a width"),

@@ -210,6 +210,6 @@ def check_minimum(budget: Budget, layer: NDArray[np.int64], keep: NDArray[np.int
     least = int(cheapest.sum())
     if least > budget.limit:
         raise CladoError(
-            f"solve: {budget.name} must be at least {budget.shown(least):.10g} (every layer at its cheapest width), "
-            f"got {float(budget.given):.10g}, which is {budget.shown(least) - budget.given:.4g} too low"
+            f"solve: {budget.name} must be at least {budget.shown(least):.10g}, "
+            f"got {float(budget.given):.10g} ({budget.shown(least) - budget.given:.4g} too low)"
         )

@@ -63,7 +63,7 @@ def certify(
     largest = float(np.abs(program.matrix).max(initial=0.0))
     scale = 1.0 / largest if largest > 0 else 1.0
     work = native.QUICK * program.size if effort.solver == "heuristic" else 0
-    incumbent = native.search(program.scaled(scale), begin, effort.seed, effort.share(0.3), work=work)
+    incumbent = native.search(program.scaled(scale), begin, effort.seed, effort.share(0.15), work=work)
     if incumbent is None:
         incumbent = _any_feasible(program, effort)
         if incumbent is None:
@@ -100,7 +100,7 @@ def _prove(program: Program, incumbent: Choice, effort: Effort, form: ConvexForm
     if effort.solver == "heuristic" and form is not None:
         best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance, nodes=1)
         return _better(program, incumbent, best), bound, "heuristic"
-    form = shifted(program, effort.share(0.7), value - CLOSED / 4 * unit)
+    form = shifted(program, effort.share(0.8), value - CLOSED / 4 * unit)
     if form.bound >= value - tolerance or effort.solver == "heuristic":
         return incumbent, form.bound, "heuristic"
     if effort.solver == "scip":

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .program import Program
 
 Array = NDArray[np.float64]
+_STRIP = 32  # rows of the Schur complement's gather at a time
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,20 @@ class _Semidefinite:
         return self.cost - self.adjoint(dual).toarray()
 
     def schur(self, primal: Array, inverse: Array) -> Array:
-        """M[k, l] = ⟨A_k, primal · A_l · inverse⟩."""
+        """M[k, l] = ⟨A_k, primal · A_l · inverse⟩, built in strips so that large programs stay in the cache."""
         p, q = self.p, self.q
-        xp, xq, zp, zq = primal[p], primal[q], inverse[p], inverse[q]
-        mixed = xq[:, p] * zp[:, q]
-        entries = mixed + mixed.T
-        entries += xq[:, q] * zp[:, p]
-        entries += xp[:, p] * zq[:, q]
-        return self.rows @ (self.rows @ entries.T).T / 4
+        columns = self.rows.T.tocsc()
+        strips = []
+        for low in range(0, len(p), _STRIP):
+            a, b = p[low : low + _STRIP], q[low : low + _STRIP]
+            xa, xb, za, zb = primal[a], primal[b], inverse[a], inverse[b]
+            part = _take(xb, p) * _take(za, q)
+            part += _take(xb, q) * _take(za, p)
+            part += _take(xa, p) * _take(zb, q)
+            part += _take(xa, q) * _take(zb, p)
+            strips.append(part @ columns / 4)
+        out = self.rows @ np.concatenate(strips)
+        return (out + out.T) / 2
 
     def solve(self, primal: Array, dual: Array, tolerance: float, deadline: float, target: float) -> Array:
         """Best dual vector with C − Aᵀ(dual) ≻ 0 and dual ≤ 0 on inequality rows; ``dual`` must be such a vector."""
@@ -181,6 +188,10 @@ def _inverse(matrix: Array) -> Array | None:
         return None
     inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1)
     return None if info != 0 else np.tril(inverse) + np.tril(inverse, -1).T
+
+
+def _take(matrix: Array, columns: NDArray[np.int64]) -> Array:
+    return np.take(matrix, columns, axis=1, mode="clip")
 
 
 def _product(left: Array, middle: scipy.sparse.csr_matrix, right: Array) -> Array:
