@@ -84,7 +84,15 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     result = call("inspect", run)
     assert result.exit_code == 0, result.output
     assert "blocks.1.0.conv_dw" in result.output
+    result = call("pareto", run, "--avg-bits", "2.5:4:0.5", "--time-limit", 8, "--max-bits", 4)
+    assert result.exit_code == 0, result.output
+    front = json.loads((run / "pareto.json").read_text())
+    assert [plan["usage"]["avg_bits"]["limit"] for plan in front] == [2.5, 3, 3.5, 4]
+    losses = [plan["objective"] for plan in front]
+    assert losses == sorted(losses, reverse=True)
+    assert max(front[-1]["bits"].values()) == 4
     before = sorted(p.name for p in run.iterdir())
+    refused(call("pareto", run, "--avg-bits", "3:2"), "avg-bits must be first:last:step or numbers")
     refused(
         call("profile", *MODEL, "--img-size", 64, "--data", folder / "images", "--nsamples", 8, "--output-dir", run),
         "be new or hold the same run, got",
@@ -157,7 +165,7 @@ def test_help_is_fast_and_teaches() -> None:
     code = "import sys, clado.cli; print(any(m in sys.modules for m in ('torch', 'timm', 'pyscipopt', 'rich')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     result = call("--help")
-    for command in ("quickstart", "profile", "solve", "export", "evaluate", "inspect"):
+    for command in ("quickstart", "profile", "solve", "pareto", "export", "evaluate", "inspect"):
         assert command in result.output
         assert call(command, "--help").exit_code == 0
 

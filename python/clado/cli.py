@@ -39,6 +39,7 @@ def main() -> None:
       clado solve    run --avg-bits 3
       clado export   run --format safetensors
       clado evaluate run --data images
+      clado pareto   run --avg-bits 2.2:8:0.2
       clado inspect  run
     Start with `clado quickstart`: everything on an embedded, trained net in about a minute.
     """
@@ -109,17 +110,44 @@ def profile(**options: Any) -> None:
     click.echo(f"next: clado solve {folder} --avg-bits 3")
 
 
+def wishes(command: Any) -> Any:
+    """Options that solve and pareto share."""
+    for option in reversed(
+        (
+            click.option("--latency", help="Table of ms: JSON {layer: {bits: ms}} or CSV, for --latency-ms."),
+            click.option(
+                "--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal."
+            ),
+            click.option(
+                "--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated."
+            ),
+            click.option("--forbid", multiple=True, metavar="LAYER=BITS", help="Leave a width out. May be repeated."),
+            click.option("--min-bits", type=int, help="Least bits of every layer."),
+            click.option("--max-bits", type=int, help="Most bits of every layer."),
+            click.option(
+                "--shared",
+                multiple=True,
+                metavar="LAYER,LAYER",
+                help="Layers that take the same bits. May be repeated.",
+            ),
+            click.option("--solver", default="auto", show_default=True, help="auto, bnb, scip or heuristic."),
+            click.option("--time-limit", default=60.0, show_default=True, help="Seconds."),
+            click.option("--seed", default=0, show_default=True),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("run")
 @click.option("--avg-bits", type=float, help="Bits per weight, codes alone.")
 @click.option("--size-mb", type=float, help="MiB of packed codes and scales.")
 @click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
 @click.option("--bitops", type=float, help="Sum of macs x bits x 32.")
-@click.option("--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal.")
-@click.option("--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated.")
-@click.option("--time-limit", default=60.0, show_default=True, help="Seconds.")
-@click.option("--seed", default=0, show_default=True)
-def solve(run: str, pin: tuple[str, ...], **options: Any) -> None:
+@click.option("--latency-ms", type=float, help="Sum of the --latency table.")
+@wishes
+def solve(run: str, **options: Any) -> None:
     """Choose bits per layer within one or more budgets, with a bound.
 
     \b
@@ -129,11 +157,42 @@ def solve(run: str, pin: tuple[str, ...], **options: Any) -> None:
     from .sensitivity import Sensitivity
     from .solver import solve as choose
 
-    plan = choose(Sensitivity.load(run), pin=_pins(pin), **options)
+    plan = choose(Sensitivity.load(run), **_wishes(options))
+    require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     plan.save(Path(run) / FILE_NAME)
     _show_plan(plan)
-    require(plan.status != "infeasible", "solve", "budgets", "fit together", plan.info.get("reason"))
     click.echo(f"next: clado export {run}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--avg-bits", required=True, help="Budgets: first:last:step, or numbers separated by commas.")
+@wishes
+def pareto(run: str, avg_bits: str, **options: Any) -> None:
+    """Solve for many budgets; writes RUN/pareto.json.
+
+    \b
+    clado pareto run --avg-bits 2.2:8:0.2
+    """
+    from rich.table import Table
+
+    from .sensitivity import Sensitivity
+    from .solver import pareto as frontier
+
+    plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **_wishes(options))
+    _write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
+    table = Table(box=None, header_style="bold")
+    for name in ("budget", "bits", "bytes", "loss increase", "no plan below", "status"):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for plan in plans:
+        limit = f"{plan.usage['avg_bits']['limit']:g}" if plan.usage else ""
+        numbers = (
+            [f"{plan.avg_bits:.3f}", f"{plan.size_bytes:,}", f"{plan.objective:.5f}", f"{plan.bound:.5f}"]
+            if plan.bits
+            else [""] * 4
+        )
+        table.add_row(limit, *numbers, plan.status)
+    _console().print(table)
 
 
 @main.command()
@@ -276,13 +335,35 @@ def _model(run: str) -> tuple[Any, Any, dict[str, Any]]:
     return build_model(spec), spec, note
 
 
-def _pins(pins: tuple[str, ...]) -> dict[str, int]:
-    out = {}
-    for pin in pins:
-        layer, _, bits = pin.partition("=")
-        require(bits.isdigit(), "solve", "pin", "read LAYER=BITS", repr(pin))
-        out[layer] = int(bits)
-    return out
+def _wishes(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of clado.solve from the options of the command line."""
+    forbid: dict[str, list[int]] = {}
+    for layer, bits in _layer_bits("forbid", options.pop("forbid")):
+        forbid.setdefault(layer, []).append(bits)
+    pin = dict(_layer_bits("pin", options.pop("pin")))
+    shared = [group.split(",") for group in options.pop("shared")]
+    return {**options, "pin": pin, "forbid": forbid, "shared_layers": shared}
+
+
+def _layer_bits(option: str, values: tuple[str, ...]) -> list[tuple[str, int]]:
+    for value in values:
+        layer, _, bits = value.rpartition("=")
+        require(bool(layer) and bits.isdigit(), "solve", option, "read LAYER=BITS", repr(value))
+    return [(value.rpartition("=")[0], int(value.rpartition("=")[2])) for value in values]
+
+
+def _points(text: str) -> list[float]:
+    """Numbers of "2,2.5,3" or "first:last:step", last included."""
+    from fractions import Fraction
+
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        first, last, step = (Fraction(part) for part in text.split(":"))
+        require(step > 0 and last >= first, "pareto", "avg-bits", "rise from first to last", repr(text))
+        return [float(first + k * step) for k in range(int((last - first) / step) + 1)]
+    except ValueError:
+        raise CladoError(f"pareto: avg-bits must be first:last:step or numbers, got {text!r}") from None
 
 
 def _write_json(path: Path, value: Any) -> None:
