@@ -28,16 +28,24 @@ def test_scores_are_those_of_the_samples() -> None:
     assert score.difference(score) == (0.0, 0.0)
 
 
-def test_rerank_takes_the_least_true_loss_and_says_by_how_much() -> None:
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_rerank_takes_the_least_true_loss_and_says_by_how_much(loss: str) -> None:
     model, data = labelled()
     sens = clado.profile(model, data, estimator="diagonal", verbose=False)
     plans = [clado.given_plan(sens, {layer.name: bits for layer in sens.layers}) for bits in (2, 8, 4, 2)]
-    best = clado.rerank(model, iter(data), plans)
-    losses = {b: clado.evaluate(clado.apply(model, p), data).loss for b, p in zip((2, 8, 4), plans, strict=False)}
-    assert set(best.bits.values()) == {min(losses, key=losses.__getitem__)}
+    best = clado.rerank(model, iter(data), plans, loss=loss)
+    x, y = (torch.cat([batch[k] for batch in data]) for k in (0, 1))
+    clean = model(x).double().log_softmax(1)
+    increases = []
+    for plan in plans[:3]:
+        logs = clado.apply(model, plan)(x).double().log_softmax(1)
+        kl = (clean.exp() * (clean - logs)).sum(1)
+        increases.append((kl if loss == "kl" else (clean - logs).gather(1, y[:, None])[:, 0]).mean().item())
+    assert best.bits == plans[min(range(3), key=increases.__getitem__)].bits
     compared = best.info["rerank"]
-    assert [round(row["loss"], 9) for row in compared] == sorted(round(v, 9) for v in losses.values())
+    assert [row["loss_increase"] for row in compared] == pytest.approx(sorted(increases), rel=1e-3, abs=1e-6)
     assert compared[0]["behind"] == 0
+    assert all(row["stderr"] > 0 for row in compared[1:])
 
 
 def test_bad_input() -> None:
@@ -52,3 +60,7 @@ def test_bad_input() -> None:
         clado.evaluate(model, [(data[0][0], data[0][1] + 10)])
     with pytest.raises(clado.CladoError, match="plans must not be empty"):
         clado.rerank(model, data, [])
+    sens = clado.profile(model, data, estimator="diagonal", verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    with pytest.raises(clado.CladoError, match=r"heldout must yield \(inputs, targets\) for cross_entropy"):
+        clado.rerank(model, [data[0][0]], [plan], loss="cross_entropy")

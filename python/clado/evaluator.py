@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import clado_ext
+
 from .errors import require
 from .exporter import apply
 from .plan import Plan
-from .profiler import check_targets, full_precision, split_batch
+from .profiler import LOSSES, check_targets, full_precision, split_batch
 
 
 @dataclass(frozen=True)
@@ -65,60 +68,85 @@ def evaluate(model: nn.Module, data_loader: Iterable[Any], device: str | torch.d
     Raises:
         CladoError: no data, no targets, or labels that are no classes.
     """
-    require(not model.training, "evaluate", "model", "be in eval mode (model.eval())", "train mode")
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    losses, correct, correct5 = [], [], []
-    with torch.inference_mode(), full_precision():
-        for item in data_loader:
-            inputs, targets = split_batch(item)
-            require(targets is not None, "evaluate", "data_loader", "yield (inputs, targets)", "inputs alone")
-            assert targets is not None
-            dtype = next(model.parameters()).dtype
-            logits = model(inputs.to(place, dtype) if inputs.is_floating_point() else inputs.to(place)).double().cpu()
-            check_targets(targets, logits.shape[1])
-            labels = targets.cpu().long()
-            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-            correct.append(logits.argmax(1) == labels)
-            if logits.shape[1] > 5:
-                correct5.append((logits.topk(5).indices == labels[:, None]).any(1))
-    require(len(losses) > 0, "evaluate", "data_loader", "yield at least one sample", "none")
-    return Score(torch.cat(losses), torch.cat(correct), torch.cat(correct5) if correct5 else None)
+    logits, labels = _outputs(model, data_loader, device)
+    require(labels is not None, "evaluate", "data_loader", "yield (inputs, targets)", "inputs alone")
+    assert labels is not None
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    correct5 = (logits.topk(5).indices == labels[:, None]).any(1) if logits.shape[1] > 5 else None
+    return Score(losses, logits.argmax(1) == labels, correct5)
 
 
 def rerank(
-    model: nn.Module, heldout: Iterable[Any], plans: Sequence[Plan], device: str | torch.device | None = None
+    model: nn.Module,
+    heldout: Iterable[Any],
+    plans: Sequence[Plan],
+    loss: str = "kl",
+    device: str | torch.device | None = None,
 ) -> Plan:
-    """The plan of least true loss on held-out samples; equals go to the smaller one.
+    """The plan of least true loss increase on held-out samples; equals go to the smaller one.
 
     Args:
         model: the float model.
-        heldout: batches of (inputs, targets) that did not enter the matrix; read once.
+        heldout: batches of inputs or (inputs, targets) that did not enter the matrix; read once.
         plans: at least one plan with bits; equal ones are evaluated once.
+        loss: "kl" to the float model's outputs (no labels, and far less noise between plans) or "cross_entropy".
         device: where to run; None: where the model is.
 
     Returns:
-        The winner, its ``info["rerank"]`` listing every plan's loss, and its paired difference to the winner with standard error.
+        The winner, its ``info["rerank"]`` listing every plan's loss increase, and how far it is behind the winner with
+        the standard error of that paired difference.
 
     Raises:
-        CladoError: no plans, or held-out data that :func:`evaluate` refuses.
+        CladoError: no plans, no data, or no targets for the cross-entropy.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
+    require(loss in LOSSES, "rerank", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
     batches = list(heldout)
+    clean, labels = _outputs(model, batches, device)
+    require(
+        loss == "kl" or labels is not None,
+        "rerank",
+        "heldout",
+        "yield (inputs, targets) for cross_entropy",
+        "inputs alone",
+    )
     distinct = list({tuple(plan.bits.items()): plan for plan in reversed(plans)}.values())[::-1]
-    scores = [evaluate(apply(model, plan), batches, device) for plan in distinct]
-    order = sorted(range(len(distinct)), key=lambda k: (scores[k].loss, distinct[k].size_bytes))
+    increases = []
+    for plan in distinct:
+        delta = _outputs(apply(model, plan), batches, device)[0] - clean
+        increases.append(clado_ext.batched_ce(clean, delta[None], None if loss == "kl" else labels)[0])
+    order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
-    compared = []
-    for k in order:
-        gap, error = scores[k].difference(scores[best])
-        compared.append(
-            {
-                "objective": distinct[k].objective_name,
-                "loss": scores[k].loss,
-                "behind": gap,
-                "stderr": error,
-                "size_bytes": distinct[k].size_bytes,
-            }
-        )
-    record = {"rerank": compared, "rerank_samples": scores[best].num_samples}
+    compared = [
+        {
+            "objective": distinct[k].objective_name,
+            "loss_increase": increases[k].mean().item(),
+            "behind": (increases[k] - increases[best]).mean().item(),
+            "stderr": standard_error(increases[k] - increases[best]),
+            "size_bytes": distinct[k].size_bytes,
+        }
+        for k in order
+    ]
+    record = {"rerank": compared, "rerank_loss": loss, "rerank_samples": len(clean)}
     return replace(distinct[best], info={**distinct[best].info, **record})
+
+
+def _outputs(
+    model: nn.Module, data_loader: Iterable[Any], device: str | torch.device | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits float64 ``[N, C]`` and labels ``[N]``, None where the loader gives none; on the CPU."""
+    require(not model.training, "evaluate", "model", "be in eval mode (model.eval())", "train mode")
+    first = next(model.parameters())
+    place = torch.device(device) if device is not None else first.device
+    model = model if first.device == place else copy.deepcopy(model).to(place)
+    logits, labels = [], []
+    with torch.inference_mode(), full_precision():
+        for item in data_loader:
+            inputs, targets = split_batch(item)
+            moved = inputs.to(place, first.dtype) if inputs.is_floating_point() else inputs.to(place)
+            logits.append(model(moved).double().cpu())
+            check_targets(targets, logits[-1].shape[1])
+            if targets is not None:
+                labels.append(targets.cpu().long())
+    require(len(logits) > 0, "evaluate", "data_loader", "yield at least one sample", "none")
+    return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None

@@ -56,8 +56,9 @@ def run(folder: Path, avg_bits: float) -> None:
     console = Console(highlight=False)
     console.print(table(model, sens, plans[0], plan, reported))
     console.print(
-        f"chosen on {CHOOSING} other held-out digits among {len(plan.info['rerank'])} distinct plans: {plan.objective_name} "
-        f"objective, {plan.status}, predicted increase {plan.objective:.4f} nats, no plan below {plan.bound:.4f}"
+        f"chosen by KL on {CHOOSING} other held-out digits among {len(plan.info['rerank'])} distinct plans: "
+        f"{plan.objective_name} objective, {plan.status}, predicted increase {plan.objective:.4f} nats, "
+        f"no plan below {plan.bound:.4f}"
     )
     console.print(f"loaded back bit for bit; {written.quantized:,} bytes of codes and scales as predicted")
     console.print(f"\n[bold]{folder}/[/]  sensitivity.safetensors  plan.json  out/model.safetensors")
