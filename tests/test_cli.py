@@ -81,6 +81,11 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     result = call("evaluate", run)
     assert result.exit_code == 0, result.output
     assert "12 samples" in result.output  # twenty less the eight that were profiled
+    result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--rerank", 5)
+    assert result.exit_code == 0, result.output
+    assert "5 images; the winner's lead" in result.output
+    assert json.loads((run / "plan.json").read_text())["info"]["rerank_samples"] == 5
+    assert "7 samples" in call("evaluate", run).output  # nor those that chose the plan
     result = call("inspect", run)
     assert result.exit_code == 0, result.output
     assert "blocks.1.0.conv_dw" in result.output
@@ -100,6 +105,7 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     refused(call("solve", run, "--avg-bits", 1), "avg_bits must be at least 2, got 1")
     refused(call("solve", run, "--avg-bits", 3, "--pin", "blocks"), "pin must read LAYER=BITS")
     refused(call("solve", run), "budget must be given")
+    refused(call("solve", run, "--avg-bits", 3, "--rerank", 1), "rerank must be at least 2 images")
     refused(call("export", run, "--format", "gguf"), "format must be one of safetensors")
     assert sorted(p.name for p in run.iterdir()) == before
 

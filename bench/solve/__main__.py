@@ -21,7 +21,7 @@ from bench.harness import machine
 from bench.solve.families import NOISE, SHAPES, family
 from bench.solve.rivals import RIVALS
 from clado.solver.program import Program
-from clado.solver.threads import one_thread
+from clado.solver.threads import blas_threads
 
 THREE, FIVE = (2, 4, 8), (2, 3, 4, 6, 8)
 # (shape, widths, noise, seconds): the limit is what the proof is hoped to need at most.
@@ -70,7 +70,7 @@ def rival_row(ours: Row, bits: tuple[int, ...], name: str, seconds: float, seed:
     plan = clado.solve(sens, avg_bits=ours.avg_bits, time_limit=seconds, solver="heuristic")
     unit = max(abs(plan.objective), plan.values["diagonal"])
     program = Program(sens.matrix * (100 / unit), layer, np.outer(numel, bits).reshape(1, -1), limit)
-    with one_thread():
+    with blas_threads(1):
         started = time.perf_counter()
         result = RIVALS[name](program, seconds)
         took = time.perf_counter() - started

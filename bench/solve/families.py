@@ -11,7 +11,7 @@ from torch import Tensor
 from clado import Layer, Sensitivity
 from clado.solver.program import Program
 from clado.solver.shift import convex_form
-from clado.solver.threads import one_thread
+from clado.solver.threads import blas_threads
 
 
 def vit_shapes(depth: int, width: int, hidden: int) -> list[tuple[int, int]]:
@@ -84,7 +84,7 @@ def convex(program: dict[str, Tensor]) -> dict[str, Any]:
     """What ``clado_ext.iqp_prove`` takes besides: the convex form of a program."""
     starts = program["starts"].numpy()
     layer = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    with one_thread():
+    with blas_threads(1):
         form = convex_form(
             Program(program["matrix"].numpy(), layer, program["rows"].numpy(), program["limits"].numpy())
         )

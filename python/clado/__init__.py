@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .profiler import profile
     from .quantizer import Quantizer
     from .sensitivity import Layer, Sensitivity
-    from .solver import LinearConstraint, Solver, given_plan, pareto, solve
+    from .solver import LinearConstraint, Solver, given_plan, pareto, shortlist, solve
 
 # Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. No module is named
 # like a public function: importing it would put the module in the function's place.
@@ -27,6 +27,7 @@ _HOME = {
     "Sensitivity": "sensitivity",
     "Solver": "solver",
     "apply": "exporter",
+    "shortlist": "solver",
     "evaluate": "evaluator",
     "export": "exporter",
     "given_plan": "solver",
@@ -54,6 +55,7 @@ __all__ = [
     "pareto",
     "profile",
     "rerank",
+    "shortlist",
     "solve",
 ]
 

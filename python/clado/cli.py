@@ -146,18 +146,29 @@ def wishes(command: Any) -> Any:
 @click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
 @click.option("--bitops", type=float, help="Sum of macs x bits x 32.")
 @click.option("--latency-ms", type=float, help="Sum of the --latency table.")
+@click.option("--rerank", type=int, help="Measure the best plans of every objective on so many other images; keep one.")
+@click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
 @wishes
-def solve(run: str, **options: Any) -> None:
+def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> None:
     """Choose bits per layer within one or more budgets, with a bound.
 
     \b
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     """
     from .plan import FILE_NAME
     from .sensitivity import Sensitivity
+    from .solver import shortlist
     from .solver import solve as choose
 
-    plan = choose(Sensitivity.load(run), **_wishes(options))
+    sens, wishes = Sensitivity.load(run), _wishes(options)
+    if rerank is None:
+        plan = choose(sens, **wishes)
+    else:
+        require(rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
+        require(wishes.pop("objective") == "original", "solve", "objective", "be left out with --rerank", "another")
+        plans = shortlist(sens, **wishes)
+        plan = _rerank(run, plans, data, rerank) if plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     plan.save(Path(run) / FILE_NAME)
     _show_plan(plan)
@@ -220,22 +231,14 @@ def export(run: str, format_: str, out: str | None) -> None:
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
     """Loss and accuracy of the plan in RUN beside the float model."""
-    import itertools
-
-    from .data import build_data
     from .evaluator import evaluate as score
     from .exporter import apply
     from .plan import Plan
 
     model, spec, note = _model(run)
     plan = Plan.load(run)
-    same = data in (None, note["data"])
-    batches = build_data(
-        data or note["data"], model, spec, batch_size, note["seed"], note["num_samples"] if same else 0
-    )
-    if nsamples is not None:
-        batches = itertools.islice(batches, -(-nsamples // batch_size))
-    kept = list(batches)
+    chose = plan.info.get("rerank_samples", 0) if plan.info.get("rerank_data") == (data or note["data"]) else 0
+    kept = _heldout(model, spec, note, data, nsamples, batch_size, chose)
     if device is not None:
         model = model.to(device)
     rows = [
@@ -333,6 +336,46 @@ def _model(run: str) -> tuple[Any, Any, dict[str, Any]]:
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CladoError(f"run: {RUN_FILE} must be whole, got {path} ({error})") from None
     return build_model(spec), spec, note
+
+
+def _heldout(
+    model: Any, spec: Any, note: dict[str, Any], data: str | None, count: int | None, batch_size: int, skip: int = 0
+) -> list[Any]:
+    """Up to ``count`` images, none of those the matrix was made of, nor the ``skip`` next ones."""
+    from .data import build_data
+
+    profiled = note["num_samples"] if data in (None, note["data"]) else 0
+    batches: list[Any] = []
+    left = sys.maxsize if count is None else count
+    for images, labels in build_data(data or note["data"], model, spec, batch_size, note["seed"], profiled + skip):
+        batches.append((images[:left], labels[:left]))
+        left -= len(images)
+        if left <= 0:
+            break
+    return batches
+
+
+def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
+    """The plan of least true loss on held-out images, and a table of all."""
+    from dataclasses import replace
+
+    from rich.table import Table
+
+    from .evaluator import rerank
+
+    model, spec, note = _model(run)
+    best = rerank(model, _heldout(model, spec, note, data, count, 32), plans)
+    best = replace(best, info={**best.info, "rerank_data": data or note["data"]})
+    table = Table(box=None, header_style="bold")
+    for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for row in best.info["rerank"]:
+        numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
+        table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
+    _console().print(table)
+    lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
+    click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
+    return best
 
 
 def _wishes(options: dict[str, Any]) -> dict[str, Any]:

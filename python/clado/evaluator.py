@@ -94,7 +94,8 @@ def rerank(
 
     Returns:
         The winner, its ``info["rerank"]`` listing every plan's loss increase, and how far it is behind the winner with
-        the standard error of that paired difference.
+        the standard error of that paired difference; ``info["rerank_decided"]`` says whether the runner-up is more than
+        1.96 standard errors behind.
 
     Raises:
         CladoError: no plans, no data, or no targets for the cross-entropy.
@@ -127,7 +128,14 @@ def rerank(
         }
         for k in order
     ]
-    record = {"rerank": compared, "rerank_loss": loss, "rerank_samples": len(clean)}
+    leads = [increases[k] - increases[best] for k in order[1:2]]
+    decided = all(lead.mean().item() > 1.96 * standard_error(lead) for lead in leads)
+    record = {
+        "rerank": compared,
+        "rerank_loss": loss,
+        "rerank_samples": len(clean),
+        "rerank_decided": decided,
+    }
     return replace(distinct[best], info={**distinct[best].info, **record})
 
 

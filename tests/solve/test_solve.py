@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from clado.solver.objectives import objective_matrix
 from clado.solver.program import Program
 from clado.solver.shift import convex_form
 from tests.solve import instances
+
+BRUTE_FORCE = int(os.environ.get("CLADO_BRUTE_FORCE", 300))  # thousands take minutes: for a change of the solver
 
 
 def check_against_brute_force(sens: Sensitivity, plan: clado.Plan, budgets: dict[str, float], objective: str) -> None:
@@ -43,7 +46,7 @@ def check_against_brute_force(sens: Sensitivity, plan: clado.Plan, budgets: dict
         assert use["used"] <= budgets[name] * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(BRUTE_FORCE))
 def test_equals_brute_force(seed: int) -> None:
     case = instances.instance(seed)
     objective = ("original", "original", "clipped", "diagonal")[seed % 4]
@@ -319,3 +322,40 @@ def test_time_limit_is_kept() -> None:
     assert time.monotonic() - started < 3.0
     assert plan.status in ("feasible", "optimal")
     assert plan.bound <= plan.objective
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_near_plans_are_the_best_with_one_or_two_layers_changed(seed: int) -> None:
+    sens = instances.sensitivity(seed, 5, (2, 4, 8), scale=10.0 ** (seed % 5))
+    limits, shared = {"avg_bits": 4.4, "size_bytes": 900}, [["layer1", "layer3"]]
+    solver = clado.Solver(sens)
+    wishes = {"forbid": {"layer2": 4}, "shared_layers": shared if seed % 2 else []}
+    plan = solver.solve(**limits, **wishes)
+    assert plan.bits
+    near = solver.near(plan, 6, **limits, **wishes)
+    table, mask = instances.values(sens, sens.matrix), instances.within(sens, limits)
+    names = [layer.name for layer in sens.layers]
+    expected = []
+    for value, good, pick in zip(table, mask, instances.choices(sens), strict=True):
+        bits = {name: sens.bits[k] for name, k in zip(names, pick, strict=True)}
+        changed = {
+            "layer1" if n == "layer3" and wishes["shared_layers"] else n for n in names if bits[n] != plan.bits[n]
+        }
+        tied = not wishes["shared_layers"] or bits["layer1"] == bits["layer3"]
+        if good and tied and bits["layer2"] != 4 and 1 <= len(changed) <= 2:
+            expected.append(value)
+    assert [p.objective for p in near] == pytest.approx(sorted(expected)[:6], abs=1e-12 * sens.delta_loss.max())
+    assert all(p.objective >= p.bound for p in near)
+    assert all(use["used"] <= use["limit"] for p in near for use in p.usage.values())
+
+
+def test_shortlist_holds_every_objective_and_the_near_plans_once() -> None:
+    sens = instances.sensitivity(3, 9, (2, 4, 8))
+    plans = clado.shortlist(sens, avg_bits=4.0, near=3)
+    assert len({tuple(p.bits.values()) for p in plans}) == len(plans) >= 4
+    assert plans[0].objective_name == "original"
+    assert plans[0].status == "optimal"
+    best = {name: clado.solve(sens, avg_bits=4.0, objective=name) for name in ("diagonal", "clipped")}
+    assert all(any(p.bits == plan.bits for p in plans) for plan in best.values())
+    with pytest.raises(CladoError, match="objective must be left out"):
+        clado.shortlist(sens, avg_bits=4.0, objective="clipped")

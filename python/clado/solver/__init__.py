@@ -5,6 +5,7 @@ from .objectives import NAMES as OBJECTIVES
 from .objectives import objective_matrix
 from .pareto import pareto
 from .session import Solver, given_plan, solve
+from .shortlist import shortlist
 
 __all__ = [
     "OBJECTIVES",
@@ -14,5 +15,6 @@ __all__ = [
     "objective_matrix",
     "pareto",
     "read_latency",
+    "shortlist",
     "solve",
 ]

@@ -103,11 +103,12 @@ def _prove(program: Program, incumbent: Choice, effort: Effort, form: ConvexForm
     form = shifted(program, effort.share(0.8), value - CLOSED / 4 * unit)
     if form.bound >= value - tolerance or effort.solver == "heuristic":
         return incumbent, form.bound, "heuristic"
-    if effort.solver == "scip":
+    # Without interactions it is an integer linear program with many ties: SCIP's ground.
+    if effort.solver == "scip" or (effort.solver == "auto" and not form.quadratic.any()):
         best, bound, _ = scip.exact(program, form, incumbent, effort.deadline, tolerance, effort.seed)
-    else:
-        best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance)
-    return _better(program, incumbent, best), max(bound, form.bound), "scip" if effort.solver == "scip" else "bnb"
+        return _better(program, incumbent, best), max(bound, form.bound), "scip"
+    best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance)
+    return _better(program, incumbent, best), max(bound, form.bound), "bnb"
 
 
 def _better(program: Program, incumbent: Choice, other: Choice | None) -> Choice:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifte
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
 from .program import Program, merged, within_reach
 from .shift import ConvexForm, linear_form
-from .threads import one_thread
+from .threads import blas_threads
 
 Choice = NDArray[np.int64]
 EIGEN_LIMIT = 1500  # candidates beyond which the clipped value is reported only when it is the objective
@@ -47,6 +47,7 @@ def solve(
     start: Plan | None = None,
     time_limit: float = 60.0,
     gap: float = 0.0,
+    threads: int = 1,
     seed: int = 0,
     solver: str = "auto",
 ) -> Plan:
@@ -72,9 +73,11 @@ def solve(
         time_limit: seconds of wall time.
         gap: stop once the relative gap is proven to be at most this: objective − bound over the larger of |objective|
             and the sum of the magnitudes of the single increases.
+        threads: of the dense linear algebra behind the bound; one is fastest up to a few hundred candidates.
         seed: of everything random; the same call gives the same plan unless the time limit ended it.
-        solver: "auto" or "bnb" (heuristics, semidefinite bound, native branch and bound), "scip" (SCIP in its place),
-            "heuristic" (heuristics and bound only).
+        solver: "bnb" (heuristics, semidefinite bound, native branch and bound), "scip" (SCIP in place of the last),
+            "heuristic" (heuristics and bound only), "auto" (SCIP where nothing interacts, else bnb: SCIP on what bnb left
+            open after its time was never seen to lower the gap).
 
     Returns:
         Plan: "optimal" when the relative gap is at most 1e-6, else "feasible", with a bound that holds for the stated
@@ -87,6 +90,17 @@ def solve(
     """
     arguments = dict(locals())
     return Solver(arguments.pop("sens")).solve(**arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A question as numbers: the program over all candidates, those that may be taken, and the group of each layer."""
+
+    objective: str
+    budgets: list[Budget]
+    program: Program
+    keep: Choice
+    groups: Choice
 
 
 class Solver:
@@ -116,6 +130,7 @@ class Solver:
         start: Plan | None = None,
         time_limit: float = 60.0,
         gap: float = 0.0,
+        threads: int = 1,
         seed: int = 0,
         solver: str = "auto",
         **budget_arguments: Any,
@@ -123,44 +138,71 @@ class Solver:
         """See :func:`clado.solve`."""
         started = time.monotonic()
         require(solver in SOLVERS, "solve", "solver", f"be one of {SOLVERS}", repr(solver))
-        require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
         require(math.isfinite(time_limit) and time_limit > 0, "solve", "time_limit", "be positive seconds", time_limit)
         require(math.isfinite(gap) and gap >= 0, "solve", "gap", "be non-negative", gap)
+        require(isinstance(threads, int) and threads >= 1, "solve", "threads", "be a whole number from 1 up", threads)
         effort = Effort(started + time_limit, gap, seed, solver)
-        budgets = make_budgets(self.sens, **budget_arguments)
-        keep = np.flatnonzero(allowed_candidates(self.sens, pin, forbid, min_bits, max_bits))
-        for budget in budgets:
-            check_minimum(budget, self.layer, keep)
-        with one_thread():
-            self.refresh(keep)
-            program = Program(
-                self._matrix(objective),
-                self.layer,
-                np.stack([budget.use for budget in budgets]),
-                np.array([budget.limit for budget in budgets], dtype=np.int64),
-            )
-            groups = layer_groups(self.sens, shared_layers)
-            answer = self._answer(program, keep, groups, effort, start, (objective, tuple(b.name for b in budgets)))
+        with blas_threads(threads):
+            asked = self._ask(objective, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
+            answer = self._answer(asked, effort, start)
             if answer.choice is None:
-                note = _conflict(program, keep, groups, budgets, effort)
+                note = _conflict(asked.program, asked.keep, asked.groups, asked.budgets, effort)
                 plan = self._infeasible(objective, note)
             else:
-                plan = self._plan(program, budgets, objective, answer)
+                plan = self._plan(asked, answer)
         plan.info["seconds"] = time.monotonic() - started
         return plan
 
-    def _answer(
-        self, program: Program, keep: Choice, groups: Choice, effort: Effort, start: Plan | None, key: tuple
-    ) -> Answer:
+    def near(
+        self,
+        plan: Plan,
+        count: int,
+        *,
+        pin: Mapping[str, int] | None = None,
+        forbid: Mapping[str, int | Sequence[int]] | None = None,
+        min_bits: int | Mapping[str, int] | None = None,
+        max_bits: int | Mapping[str, int] | None = None,
+        shared_layers: Sequence[Sequence[str]] = (),
+        **budget_arguments: Any,
+    ) -> list[Plan]:
+        """The ``count`` best plans within the budgets that differ from ``plan`` in one or two layers (or shared groups).
+
+        Args:
+            plan: an answer of :meth:`solve` to the same budgets and wishes; its objective orders the others.
+            count: how many at most.
+            pin, forbid, min_bits, max_bits, shared_layers, **budget_arguments: as they were given to :meth:`solve`.
+        """
+        asked = self._ask(plan.objective_name, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
+        small, keep = merged(asked.program, asked.keep, asked.groups)
+        best = _chosen(self.sens, plan, asked.groups)
+        found = _neighbours(small, keep, best, count)
+        wide = len(self.sens.bits)
+        spread = [np.arange(len(asked.groups)) * wide + choice[asked.groups] % wide for choice in found]
+        return [self._plan(asked, Answer(choice, plan.bound, "near")) for choice in spread]
+
+    def _ask(self, objective: str, limits: tuple, shared_layers: Sequence[Sequence[str]], budgets: dict) -> _Asked:
+        """A question in numbers; refuses what cannot be meant."""
+        require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
+        rows = make_budgets(self.sens, **budgets)
+        keep = np.flatnonzero(allowed_candidates(self.sens, *limits))
+        for budget in rows:
+            check_minimum(budget, self.layer, keep)
+        self.refresh(keep)
+        program = Program(
+            self._matrix(objective),
+            self.layer,
+            np.stack([budget.use for budget in rows]),
+            np.array([budget.limit for budget in rows], dtype=np.int64),
+        )
+        return _Asked(objective, rows, program, keep, layer_groups(self.sens, shared_layers))
+
+    def _answer(self, asked: _Asked, effort: Effort, start: Plan | None) -> Answer:
         """Solve over groups of layers; the choice comes back over layers."""
-        small, keep = merged(program, keep, groups)
-        count = len(self.sens.bits)
-        leaders = np.unique(groups, return_index=True)[1]
+        small, keep = merged(asked.program, asked.keep, asked.groups)
         begin = None
         if start is not None and list(start.bits) == [layer.name for layer in self.sens.layers]:
-            widths = np.array([self.sens.bits.index(b) if b in self.sens.bits else 0 for b in start.bits.values()])
-            begin = np.arange(len(leaders)) * count + widths[leaders]
-        key = (*key, groups.tobytes())
+            begin = _chosen(self.sens, start, asked.groups)
+        key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
         if len(np.unique(small.layer[keep])) < small.num_layers:
             return Answer(None, math.inf, "presolve")
         if effort.solver == "heuristic" and key not in self._forms and small.size <= EIGEN_LIMIT:
@@ -170,7 +212,8 @@ class Solver:
         answer = certify(small, keep, effort, begin, self._forms.get(key))
         if answer.choice is None:
             return answer
-        return replace(answer, choice=np.arange(len(groups)) * count + answer.choice[groups] % count)
+        count = len(self.sens.bits)
+        return replace(answer, choice=np.arange(len(asked.groups)) * count + answer.choice[asked.groups] % count)
 
     def refresh(self, keep: Choice) -> None:
         """Drop what was computed for another set of candidates that are not finite."""
@@ -193,8 +236,8 @@ class Solver:
         names = [name for name in NAMES if name == objective or known.get(name, True)]
         return {name: float(self._matrix(name)[np.ix_(choice, choice)].sum() / 2) for name in names}
 
-    def _plan(self, program: Program, budgets: list[Budget], objective: str, answer: Answer) -> Plan:
-        sens, choice = self.sens, answer.choice
+    def _plan(self, asked: _Asked, answer: Answer) -> Plan:
+        sens, program, choice = self.sens, asked.program, answer.choice
         assert choice is not None
         if self._mass is None and program.size <= EIGEN_LIMIT:
             self._mass = negative_mass(self._matrix("original"))
@@ -209,9 +252,9 @@ class Solver:
             status="optimal" if gap <= CLOSED else "feasible",
             objective=value,
             bound=bound,
-            objective_name=objective,
-            values=self.values(choice, objective),
-            usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in budgets},
+            objective_name=asked.objective,
+            values=self.values(choice, asked.objective),
+            usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in asked.budgets},
             quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
             info=info,
@@ -227,6 +270,42 @@ class Solver:
             fingerprint=dict(self.sens.fingerprint),
             info={"solver": "presolve and scip", "reason": reason},
         )
+
+
+def _chosen(sens: Sensitivity, plan: Plan, groups: Choice) -> Choice:
+    """Candidates of a plan over groups of layers; a group takes its first member's width."""
+    widths = np.array([sens.bits.index(b) if b in sens.bits else 0 for b in plan.bits.values()])
+    leaders = np.unique(groups, return_index=True)[1]
+    return np.arange(len(leaders)) * len(sens.bits) + widths[leaders]
+
+
+def _neighbours(program: Program, keep: Choice, choice: Choice, count: int) -> list[Choice]:
+    """The ``count`` least feasible choices that differ from ``choice`` by one or two of the candidates ``keep``."""
+    moves = keep[~np.isin(keep, choice)]
+    layer, now = program.layer[moves], choice[program.layer[moves]]
+    matrix, half = program.matrix, np.diag(program.matrix) / 2
+    rest = matrix[:, choice].sum(axis=1)
+    rest[choice] -= 2 * half[choice]
+    single = half[moves] - half[now] + rest[moves] - rest[now]
+    step = matrix[np.r_[moves, now]]
+    step = step[: len(moves)] - step[len(moves) :]
+    pair = single[:, None] + single[None, :] + step[:, moves] - step[:, now]
+    use = program.rows[:, moves] - program.rows[:, now]
+    spare = program.limits - program.rows[:, choice].sum(axis=1)
+    fits = (use <= spare[:, None]).all(axis=0)
+    both = np.triu(layer[:, None] != layer[None, :])
+    for row, left in zip(use, spare, strict=True):
+        both &= row[:, None] + row[None, :] <= left
+    first, second = np.nonzero(both)
+    rises = np.concatenate([single[fits], pair[first, second]])
+    changes = [(v,) for v in moves[fits]] + list(zip(moves[first], moves[second], strict=True))
+    out = []
+    for k in np.argsort(rises, kind="stable")[:count]:
+        other = choice.copy()
+        for v in changes[k]:
+            other[program.layer[v]] = v
+        out.append(other)
+    return out
 
 
 def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "original", **budgets: Any) -> Plan:

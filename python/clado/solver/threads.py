@@ -1,4 +1,4 @@
-"""One BLAS thread: the matrices here are small, and more threads cost time and the last bits of repeatability."""
+"""BLAS threads: few, for the matrices here are small, and a fixed number, since it decides the last bits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def one_thread() -> AbstractContextManager[Any]:
-    """A context in which BLAS runs on one thread."""
-    return _controller().limit(limits=1, user_api="blas")
+def blas_threads(count: int) -> AbstractContextManager[Any]:
+    """A context in which BLAS runs on ``count`` threads."""
+    return _controller().limit(limits=count, user_api="blas")
