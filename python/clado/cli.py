@@ -114,7 +114,7 @@ def wishes(command: Any) -> Any:
     """Options that solve and pareto share."""
     for option in reversed(
         (
-            click.option("--latency", help="Table of ms: JSON {layer: {bits: ms}} or CSV, for --latency-ms."),
+            click.option("--latency", help="Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
             click.option(
                 "--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal."
             ),
@@ -204,6 +204,33 @@ def pareto(run: str, avg_bits: str, **options: Any) -> None:
         )
         table.add_row(limit, *numbers, plan.status)
     _console().print(table)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--batch-size", default=1, show_default=True, help="Samples of one forward.")
+@click.option("--repeats", default=20, show_default=True, help="Timings per layer and width; the median counts.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--out", help="CSV file to write; RUN/latency.csv when left out.")
+def latency(run: str, batch_size: int, repeats: int, device: str | None, out: str | None) -> None:
+    """Time every layer at every width on this device, as packed layers run it.
+
+    \b
+    clado latency run --batch-size 8
+    clado solve run --latency run/latency.csv --latency-ms 20
+    """
+    from .latency import time_layers, write_latency
+    from .sensitivity import Sensitivity
+
+    model, spec, note = _model(run)
+    images = _heldout(model, spec, {**note, "num_samples": 0}, None, batch_size, batch_size)[0][0]
+    place = device or "cpu"
+    table = time_layers(model.to(place), Sensitivity.load(run), images.to(place), repeats)
+    path = write_latency(table, out or Path(run) / "latency.csv")
+    widths = next(iter(table.values()))
+    sums = ", ".join(f"{sum(row[bits] for row in table.values()):.3f} ms at {bits} bits" for bits in widths)
+    click.echo(f"{len(table)} layers, batch {batch_size}: {sums} -> {path}")
+    click.echo(f"next: clado solve {run} --latency {path} --latency-ms MS")
 
 
 @main.command()
