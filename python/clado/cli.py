@@ -110,6 +110,40 @@ def profile(**options: Any) -> None:
     click.echo(f"next: clado solve {folder} --avg-bits 3")
 
 
+@main.command("import")
+@click.argument("kind", type=click.Choice(["scores", "matrix", "clado", "modelopt"]))
+@click.argument("path")
+@click.option("--layers", help="matrix: JSON {layers: [[name, weights]], bits: []}; clado: JSON {layer: weights}.")
+@click.option("--output-dir", required=True, help="Run directory to write; it must not hold another matrix.")
+def import_(kind: str, path: str, layers: str | None, output_dir: str) -> None:
+    """Take scores that another tool measured; `clado solve` then works on them.
+
+    \b
+    scores    CSV layer,numel,bits,delta_loss, or JSON {layer: {numel, delta_loss: {bits: nats}}}
+    matrix    G as .npy, .npz, .safetensors or .pt, with --layers
+    clado     Ltilde pickle of CLADO's public code, with --layers (read without running it)
+    modelopt  search state of NVIDIA ModelOpt's auto_quantize (read without running it)
+    """
+    from . import importers
+    from .sensitivity import FILE_NAME
+
+    target = Path(output_dir) / FILE_NAME
+    require(not target.exists(), "import", "output-dir", "not hold a matrix yet", output_dir)
+    require(layers is not None or kind in ("scores", "modelopt"), "import", "layers", f"be given for {kind}", "none")
+    if kind == "scores":
+        sens = importers.read_scores(path)
+    elif kind == "modelopt":
+        sens = importers.read_modelopt(path)
+    elif kind == "matrix":
+        sens = importers.read_matrix(path, layers or "")
+    else:
+        sens = importers.read_clado(path, importers.read_sizes(layers or ""))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sens.save(target)
+    click.echo(f"{len(sens.layers)} layers at {', '.join(map(str, sens.bits))} bits -> {output_dir}")
+    click.echo(f"next: clado solve {output_dir} --avg-bits 4")
+
+
 def wishes(command: Any) -> Any:
     """Options that solve and pareto share."""
     for option in reversed(
