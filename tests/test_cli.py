@@ -89,14 +89,16 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     result = call("inspect", run)
     assert result.exit_code == 0, result.output
     assert "blocks.1.0.conv_dw" in result.output
-    result = call("pareto", run, "--avg-bits", "2.5:4:0.5", "--time-limit", 8, "--max-bits", 4)
+    result = call("pareto", run, "--avg-bits", "2.5:4:0.5", "--time-limit", 8, "--max-bits", 4, "--plot", run / "f.svg")
     assert result.exit_code == 0, result.output
+    assert "</svg>" in (run / "f.svg").read_text()
     front = json.loads((run / "pareto.json").read_text())
     assert [plan["usage"]["avg_bits"]["limit"] for plan in front] == [2.5, 3, 3.5, 4]
     losses = [plan["objective"] for plan in front]
     assert losses == sorted(losses, reverse=True)
     assert max(front[-1]["bits"].values()) == 4
     before = sorted(p.name for p in run.iterdir())
+    refused(call("pareto", run, "--avg-bits", 3, "--plot", run / "f.gif"), "path must end in .png, .svg, .pdf")
     refused(call("pareto", run, "--avg-bits", "3:2"), "avg-bits must be first:last:step or numbers")
     refused(
         call("profile", *MODEL, "--img-size", 64, "--data", folder / "images", "--nsamples", 8, "--output-dir", run),

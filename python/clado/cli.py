@@ -212,18 +212,22 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
 @main.command()
 @click.argument("run")
 @click.option("--avg-bits", required=True, help="Budgets: first:last:step, or numbers separated by commas.")
+@click.option("--plot", help="Also draw it: a .png, .svg or .pdf file.")
 @wishes
-def pareto(run: str, avg_bits: str, **options: Any) -> None:
+def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
     """Solve for many budgets; writes RUN/pareto.json.
 
     \b
-    clado pareto run --avg-bits 2.2:8:0.2
+    clado pareto run --avg-bits 2.2:8:0.2 --plot run/pareto.png
     """
     from rich.table import Table
 
+    from .figures import check_path, frontier_figure, save_figure
     from .sensitivity import Sensitivity
     from .solver import pareto as frontier
 
+    if plot is not None:
+        check_path(plot)
     plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **_wishes(options))
     _write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
     table = Table(box=None, header_style="bold")
@@ -238,6 +242,8 @@ def pareto(run: str, avg_bits: str, **options: Any) -> None:
         )
         table.add_row(limit, *numbers, plan.status)
     _console().print(table)
+    if plot is not None:
+        click.echo(f"-> {save_figure(frontier_figure(plans), plot)}")
 
 
 @main.command()
