@@ -1,5 +1,6 @@
 """Scores and their errors, and the choice among plans by true loss."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,24 @@ def test_bad_input() -> None:
     plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
     with pytest.raises(clado.CladoError, match=r"heldout must yield \(inputs, targets\) for cross_entropy"):
         clado.rerank(model, [data[0][0]], [plan], loss="cross_entropy")
+
+
+def test_rerank_of_a_model_that_cannot_be_exported() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.second(x.relu() if x.sum() > 0 else x)
+
+    torch.manual_seed(0)
+    model, x = Branching().eval(), torch.randn(20, 4)
+    layers = [clado.Layer("first", "linear", (8, 4), 0, ("first.weight",))]
+    layers += [clado.Layer("second", "linear", (3, 8), 0, ("second.weight",))]
+    sens = clado.Sensitivity.from_matrix(np.diag([4.0, 2, 1, 4, 2, 1]), layers)
+    plans = [clado.given_plan(sens, {"first": b, "second": 8}) for b in (2, 8, 4)]
+    best = clado.rerank(model, [x], plans)
+    assert best.bits == {"first": 8, "second": 8}
+    assert best.info["rerank_decided"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 import clado_ext
 
-from .errors import require
-from .exporter import apply
+from .capture import capture
+from .errors import CladoError, require
+from .executor import Executor, State
+from .exporter import apply, check_fit
 from .plan import Plan
-from .profiler import LOSSES, check_targets, full_precision, split_batch
+from .profiler import LOSSES, check_targets, converted, full_precision, moved_to, split_batch, two_samples
+from .quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,9 @@ def rerank(
         "inputs alone",
     )
     distinct = list({tuple(plan.bits.items()): plan for plan in reversed(plans)}.values())[::-1]
-    increases = []
-    for plan in distinct:
-        delta = _outputs(apply(model, plan), batches, device)[0] - clean
-        increases.append(clado_ext.batched_ce(clean, delta[None], None if loss == "kl" else labels)[0])
+    outputs = _plan_outputs(model, distinct, batches, device)
+    labels = None if loss == "kl" else labels
+    increases = [clado_ext.batched_ce(clean, (logits - clean)[None], labels)[0] for logits in outputs]
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
     compared = [
@@ -158,3 +161,46 @@ def _outputs(
                 labels.append(targets.cpu().long())
     require(len(logits) > 0, "evaluate", "data_loader", "yield at least one sample", "none")
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
+
+
+def _plan_outputs(
+    model: nn.Module, plans: Sequence[Plan], batches: Sequence[Any], device: str | torch.device | None
+) -> list[Tensor]:
+    """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
+    for plan in plans:
+        check_fit(model, plan, "rerank")
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode(), full_precision():
+        moved = converted(model, place, dtype)
+        first = split_batch(batches[0])[0]
+        try:
+            executor = Executor(capture(moved, moved_to(two_samples(first), place, dtype), (), quantize_ends=True))
+        except CladoError:  # not exportable: whole forwards
+            return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        layers = executor.captured.layers
+        parts: list[list[Tensor]] = [[] for _ in plans]
+
+        @cache
+        def variant(k: int, quantizer: Quantizer, bits: int) -> Tensor:
+            return quantizer.fake_quant(weights[layers[k].names[0]], (bits,))[0].to(place, dtype)
+
+        def walk(state: State, k: int, members: list[int]) -> None:
+            state = executor.advance(state, k)
+            if k == executor.num_layers:
+                logits = executor.finish(state)[0].double().cpu()
+                for m in members:
+                    parts[m].append(logits)
+                return
+            groups: dict[Any, list[int]] = {}
+            for m in members:
+                groups.setdefault((plans[m].quantizer, plans[m].bits.get(layers[k].name)), []).append(m)
+            for (quantizer, bits), group in groups.items():
+                planned = state if bits is None else executor.fork(state, k, [variant(k, quantizer, bits)])
+                walk(planned, k + 1, group)
+
+        for item in batches:
+            inputs = split_batch(item)[0]
+            walk(executor.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
+    return [torch.cat(part) for part in parts]

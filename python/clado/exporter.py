@@ -49,7 +49,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
     """
-    _check(model, plan, "apply")
+    check_fit(model, plan, "apply")
     quantized = copy.deepcopy(model)
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def export(model: nn.Module, plan: Plan, path: str | os.PathLike[str], format: s
         CladoError: an unknown format, a plan for other weights, or a path that holds something else.
     """
     require(format in FORMATS, "export", "format", f"be one of {', '.join(FORMATS)}", repr(format))
-    _check(model, plan, "export")
+    check_fit(model, plan, "export")
     target = Path(path)
     foreign = target.exists() and not (target.is_dir() and ((target / PLAN_FILE).exists() or not any(target.iterdir())))
     require(not foreign, "export", "path", "be new, empty or an earlier export", target)
@@ -120,7 +120,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return loaded
 
 
-def _check(model: nn.Module, plan: Plan, op: str) -> None:
+def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
+    """Raise unless ``plan`` has bits and was made for the weights of ``model``."""
     require(bool(plan.bits), op, "plan", "hold bits for every layer", f"a plan that is {plan.status}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in plan.layers:

@@ -112,8 +112,8 @@ def profile(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = PRECISIONS[precision]
     with full_precision(), torch.inference_mode():
-        moved = _converted(model, place, dtype)
-        example = _moved(_two(samples.inputs), place, dtype)
+        moved = converted(model, place, dtype)
+        example = moved_to(two_samples(samples.inputs), place, dtype)
         captured = capture(moved, example, ignore, quantize_ends)
         executor = Executor(captured)
         logits = executor.self_test(example)
@@ -254,19 +254,19 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model itself, or a copy where device or dtype differ."""
     tensors = [*model.parameters(), *model.buffers()]
     fits = all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
     return model if fits else copy.deepcopy(model).to(device, dtype)
 
 
-def _two(inputs: Tensor) -> Tensor:
+def two_samples(inputs: Tensor) -> Tensor:
     """Two samples to export and test with; a single one is repeated."""
     return inputs[:2] if inputs.shape[0] > 1 else inputs.repeat(2, *[1] * (inputs.dim() - 1))
 
 
-def _moved(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def moved_to(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
 
 
@@ -301,7 +301,7 @@ def _measure(
             first = sums.samples
             part = chunks.load(first)
             if part is None:
-                batch = _moved(inputs[first : first + chunk], device, dtype)
+                batch = moved_to(inputs[first : first + chunk], device, dtype)
                 target = None if targets is None else targets[first : first + chunk].to(device)
                 part = ESTIMATORS[estimator](executor, variants, batch, target, lambda: show(executor.work))
                 chunks.save(first, part)
