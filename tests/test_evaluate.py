@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import clado
 from tests.models import small_cnn, tiny_vit
 
 
-def labelled() -> tuple[torch.nn.Module, list]:
+def labelled() -> tuple[nn.Module, list]:
     model, shape = tiny_vit()
     x = torch.randn(40, *shape)
     return model, [(x[:25], model(x[:25]).argmax(1)), (x[25:], torch.zeros(15, dtype=torch.int64))]
