@@ -5,13 +5,22 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, packed_columns, unpack
-from .fake_quant import dequantize, fake_quant, fake_quant_into, quantize
+from .fake_quant import (
+    QuantizedWeight,
+    dequantize,
+    fake_quant,
+    fake_quant_into,
+    quantize,
+    quantize_weight,
+    straight_through,
+)
 from .iqp_prove import iqp_prove
 from .iqp_search import iqp_search
 from .pairwise_ce import pairwise_ce
-from .scale_search import scale_search
+from .scale_search import range_search, scale_search
 
 __all__ = [
+    "QuantizedWeight",
     "batched_ce",
     "dequantize",
     "fake_quant",
@@ -23,8 +32,11 @@ __all__ = [
     "packed_columns",
     "pairwise_ce",
     "quantize",
+    "quantize_weight",
+    "range_search",
     "scale_search",
     "set_simd",
     "simd_level",
+    "straight_through",
     "unpack",
 ]

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ._registry import call, define, require
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack signed codes into dense int32 words along the last dimension.
+def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """Pack signed codes into dense int32 words along one dimension.
 
     Stored is ``code + 2**(bits-1)``, least significant bit first, without gaps; every row ends on a whole word. For 2,
-    4 and 8 bits this is the ``pack-quantized`` layout of compressed-tensors.
+    4 and 8 bits this is the ``pack-quantized`` layout of compressed-tensors, which packs codes along the last dimension and zero
+    points ``[out, groups]`` along ``dim=0``.
 
     Args:
-        codes: int8 ``[..., K]``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``.
+        codes: int8 ``[..., K]`` (K at ``dim``), each in ``[-2**(bits-1), 2**(bits-1) - 1]``.
         bits: width, 2 to 8.
+        dim: the dimension that is packed.
 
     Returns:
-        int32 ``[..., ceil(K * bits / 32)]`` on the same device.
+        contiguous int32 ``[..., ceil(K * bits / 32)]`` on the same device, the words at ``dim``.
 
     Raises:
         ValueError: wrong dtype, rank or width; on the CPU also a code outside its range (CUDA keeps its low bits).
     """
-    return torch.ops.clado.pack(codes, bits)
+    return _along(codes, dim, "pack", "codes", lambda c: torch.ops.clado.pack(c, bits))
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     """Inverse of :func:`pack`.
 
     Args:
-        packed: int32 ``[..., ceil(columns * bits / 32)]``.
+        packed: int32 ``[..., ceil(columns * bits / 32)]`` (the words at ``dim``).
         bits: width, 2 to 8.
         columns: number of codes per row, K.
+        dim: the dimension that was packed.
 
     Returns:
-        int8 ``[..., columns]`` on the same device.
+        contiguous int8 ``[..., columns]`` on the same device, the codes at ``dim``.
 
     Raises:
         ValueError: wrong dtype, rank, width, or a last dimension that does not fit ``columns``.
     """
-    return torch.ops.clado.unpack(packed, bits, columns)
+    return _along(packed, dim, "unpack", "packed", lambda p: torch.ops.clado.unpack(p, bits, columns))
 
 
 def packed_columns(columns: int, bits: int) -> int:
     """Number of int32 words that hold ``columns`` codes of ``bits`` bits."""
     return (columns * bits + 31) // 32
+
+
+def _along(x: Tensor, dim: int, op: str, name: str, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """``run`` on ``x`` with ``dim`` moved to the end, and back."""
+    if dim == -1:
+        return run(x)
+    require(x.dim() >= 1, op, name, "have at least one dimension", "0")
+    require(-x.dim() <= dim < x.dim(), op, "dim", f"lie in {-x.dim()}..{x.dim() - 1}", dim)
+    return run(x.movedim(dim, -1)).movedim(-1, dim).contiguous()
 
 
 def _allocate_pack(codes: Tensor, bits: int) -> Tensor:

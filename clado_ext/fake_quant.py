@@ -3,122 +3,209 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._registry import call, define, require
 from ._weights import DTYPES, check_weight, matrix_shape
+from .scale_search import range_search, scale_search
 
 _BLOCK = 1024  # csrc/common/weights.h
 
 
-def fake_quant(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1) -> tuple[Tensor, Tensor]:
+class QuantizedWeight(NamedTuple):
+    """What :func:`quantize_weight` returns; shapes and dtypes as :func:`fake_quant` and the searches give them."""
+
+    values: Tensor
+    sqerr: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def fake_quant(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize and dequantize at every bit-width, reading the weight once.
 
-    ``code = clamp(round_half_even(w / scale), -2**(bits-1), 2**(bits-1) - 1)`` in float32, ``value = code * scale``.
+    ``step = round_half_even(clamp(w / scale, -2**(bits-1) - zero_point, 2**(bits-1) - 1 - zero_point))`` in float32,
+    ``value = step * scale``.
 
     Args:
         weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``.
-        scale: float32 ``[B, N, groups]``, as :func:`scale_search` returns it.
+        scale: float32 ``[B, N, groups]``, as :func:`scale_search` or :func:`range_search` return it.
         bits: distinct ascending widths, 2 to 8; B of them.
         group_size: -1 one scale per row, g > 0 one per g consecutive columns.
+        zero_point: int8 like ``scale`` for asymmetric quantization; None for symmetric.
 
     Returns:
         values ``[B, N, …]`` in the weight's dtype; float64 ``[B, N]`` squared error of each row, Σ (value - w)². NaN gives NaN.
 
     Raises:
-        ValueError: wrong dtype, rank, widths, group size, or a scale of another shape or device.
+        ValueError: wrong dtype, rank, widths, group size, or a scale or zero point of another shape or device.
     """
-    return torch.ops.clado.fake_quant(weight, scale, bits, group_size)
+    return torch.ops.clado.fake_quant(weight, scale, zero_point, bits, group_size)
 
 
 def fake_quant_into(
-    weight: Tensor, scale: Tensor, bits: Sequence[int], values: Tensor, sqerr: Tensor, group_size: int = -1
+    weight: Tensor,
+    scale: Tensor,
+    bits: Sequence[int],
+    values: Tensor,
+    sqerr: Tensor,
+    group_size: int = -1,
+    zero_point: Tensor | None = None,
 ) -> None:
     """:func:`fake_quant` into outputs the caller owns: contiguous ``values`` and ``sqerr`` of the shapes given there.
 
     Raises:
         ValueError: as :func:`fake_quant`, or outputs of another shape, dtype, device or layout.
     """
-    expected = _allocate_fake_quant(weight.to("meta"), scale.to("meta"), bits, group_size)
-    for name, got, want in (("values", values, expected[0]), ("sqerr", sqerr, expected[1])):
-        fits = (
-            got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous() and got.device == weight.device
-        )
-        require(
-            fits,
-            "fake_quant_into",
-            name,
-            f"be contiguous {want.dtype} {tuple(want.shape)} on {weight.device}",
-            f"{got.dtype} {tuple(got.shape)} on {got.device}",
-        )
-    _launch_fake_quant(weight, scale, bits, group_size, values, sqerr)
+    _check("fake_quant_into", weight, scale, zero_point, bits, group_size)
+    _check_output("values", values, weight, (len(bits), *weight.shape), weight.dtype)
+    _check_output("sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
+    _launch_fake_quant(weight, scale, zero_point, bits, group_size, values, sqerr)
 
 
-def quantize(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1) -> Tensor:
+def quantize(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+) -> Tensor:
     """Integer codes at every bit-width; arguments as :func:`fake_quant`.
 
     Returns:
-        int8 ``[B, N, …]``, each code in ``[-2**(bits-1), 2**(bits-1) - 1]``; NaN gives 0.
+        int8 ``[B, N, …]``, ``step + zero_point``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``; NaN gives 0.
     """
-    return torch.ops.clado.quantize(weight, scale, bits, group_size)
+    return torch.ops.clado.quantize(weight, scale, zero_point, bits, group_size)
 
 
-def dequantize(codes: Tensor, scale: Tensor, group_size: int = -1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``codes * scale`` in float32, rounded to ``dtype``: bit for bit the values of :func:`fake_quant`.
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    group_size: int = -1,
+    dtype: torch.dtype = torch.float32,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """``(codes - zero_point) * scale`` in float32, rounded to ``dtype``: bit for bit the values of :func:`fake_quant`.
 
     Args:
         codes: int8 ``[B, N, …]``.
         scale: float32 ``[B, N, groups]``.
         group_size: as :func:`fake_quant`.
         dtype: of the result.
+        zero_point: int8 like ``scale``, or None.
 
     Returns:
         ``[B, N, …]``.
 
     Raises:
-        ValueError: codes that are not int8, or a scale of another shape.
+        ValueError: codes that are not int8, or a scale or zero point of another shape.
     """
-    require(
-        codes.dtype == torch.int8 and codes.dim() >= 2,
-        "dequantize",
-        "codes",
-        "be int8 [B, N, …]",
-        f"{codes.dtype} {tuple(codes.shape)}",
-    )
+    sound = codes.dtype == torch.int8 and codes.dim() >= 2
+    require(sound, "dequantize", "codes", "be int8 [B, N, …]", f"{codes.dtype} {tuple(codes.shape)}")
     rows, columns, size, groups = matrix_shape(codes[0], group_size)
-    require(
-        scale.shape == (codes.shape[0], rows, groups),
-        "dequantize",
-        "scale",
-        f"have shape {(codes.shape[0], rows, groups)}",
-        tuple(scale.shape),
-    )
-    spread = scale.float().repeat_interleave(size, -1)[..., :columns] if groups > 1 else scale.float()
-    return (
-        (codes.flatten(2).float() * spread).to(dtype).view(codes.shape)
-        if codes.dim() > 2
-        else (codes.unsqueeze(-1).float() * spread).to(dtype).view(codes.shape)
-    )
+    shape = (codes.shape[0], rows, groups)
+    require(scale.shape == shape, "dequantize", "scale", f"have shape {shape}", tuple(scale.shape))
+    if zero_point is not None:
+        require(zero_point.shape == shape, "dequantize", "zero_point", f"have shape {shape}", tuple(zero_point.shape))
+    steps = (codes.flatten(2) if codes.dim() > 2 else codes.unsqueeze(-1)).float()
+    if zero_point is not None:
+        steps = steps - _spread(zero_point.float(), size, columns)
+    return (steps * _spread(scale.float(), size, columns)).to(dtype).view(codes.shape)
 
 
-def _check(op: str, weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int) -> None:
+def quantize_weight(
+    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = True
+) -> QuantizedWeight:
+    """Search the scales and quantize in one call: what a post-training quantizer does to a weight.
+
+    Args:
+        weight, bits, group_size: as :func:`fake_quant`.
+        steps: shrink factors tried, 1 (absmax) to 99.
+        symmetric: False searches zero points too.
+
+    Returns:
+        values ``[B, N, …]``, sqerr ``[B, N]``, scale ``[B, N, groups]`` and zero_point (None when symmetric).
+
+    Raises:
+        ValueError: as :func:`scale_search`.
+    """
+    zero_point = None
+    if symmetric:
+        scale = scale_search(weight, bits, group_size, steps)
+    else:
+        scale, zero_point = range_search(weight, bits, group_size, steps)
+    return QuantizedWeight(*fake_quant(weight, scale, bits, group_size, zero_point), scale, zero_point)
+
+
+def straight_through(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+) -> Tensor:
+    """Values of :func:`fake_quant` that pass gradients: for quantization-aware training.
+
+    The gradient reaches every weight whose step was not clamped, summed over the widths (straight-through estimator,
+    Bengio et al. 2013); scales and zero points are constants.
+
+    Args:
+        weight, scale, bits, group_size, zero_point: as :func:`fake_quant`.
+
+    Returns:
+        ``[B, N, …]`` in the weight's dtype.
+    """
+    values: Tensor = _StraightThrough.apply(weight, scale, zero_point, tuple(bits), group_size)
+    return values
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: tuple, group: int) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.bits, ctx.group = bits, group
+        return fake_quant(weight, scale, bits, group, zero_point)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, scale, zero_point = ctx.saved_tensors
+        _, columns, size, _ = matrix_shape(weight, ctx.group)
+        flat = weight.reshape(weight.shape[0], -1).float()
+        total = torch.zeros_like(flat)
+        for k, bits in enumerate(ctx.bits):
+            steps = flat / _spread(scale[k], size, columns)
+            zero = 0.0 if zero_point is None else _spread(zero_point[k].float(), size, columns)
+            low, high = -(2 ** (bits - 1)) - zero, 2 ** (bits - 1) - 1 - zero
+            inside = (steps >= low) & (steps <= high)
+            total += torch.where(inside, gradients[0][k].reshape(flat.shape).float(), 0.0)
+        return total.to(weight.dtype).view(weight.shape), None, None, None, None
+
+
+def _spread(values: Tensor, size: int, columns: int) -> Tensor:
+    """``[..., groups]`` -> one per column ``[..., columns]``, or ``[..., 1]`` where one group covers the row."""
+    return values.repeat_interleave(size, -1)[..., :columns] if values.shape[-1] > 1 else values
+
+
+def _check(
+    op: str, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+) -> None:
     check_weight(op, weight, bits, group_size)
     rows, _, _, groups = matrix_shape(weight, group_size)
-    require(
-        scale.shape == (len(bits), rows, groups),
-        op,
-        "scale",
-        f"have shape {(len(bits), rows, groups)}",
-        tuple(scale.shape),
-    )
-    require(scale.dtype == torch.float32, op, "scale", "be float32", scale.dtype)
-    require(scale.device == weight.device, op, "scale", f"be on {weight.device}", scale.device)
+    shape = (len(bits), rows, groups)
+    for name, tensor, dtype in (("scale", scale, torch.float32), ("zero_point", zero_point, torch.int8)):
+        if tensor is not None:
+            require(tensor.shape == shape, op, name, f"have shape {shape}", tuple(tensor.shape))
+            require(tensor.dtype == dtype, op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
+            require(tensor.device == weight.device, op, name, f"be on {weight.device}", tensor.device)
 
 
-def _allocate_fake_quant(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int) -> tuple[Tensor, Tensor]:
-    _check("fake_quant", weight, scale, bits, group_size)
+def _check_output(name: str, got: Tensor, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    fits = got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == weight.device
+    must = f"be contiguous {dtype} {shape} on {weight.device}"
+    require(fits, "fake_quant_into", name, must, f"{got.dtype} {tuple(got.shape)} on {got.device}")
+
+
+def _allocate_fake_quant(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+) -> tuple[Tensor, Tensor]:
+    _check("fake_quant", weight, scale, zero_point, bits, group_size)
     return (
         weight.new_empty((len(bits), *weight.shape)),
         weight.new_empty((len(bits), weight.shape[0]), dtype=torch.float64),
@@ -126,44 +213,54 @@ def _allocate_fake_quant(weight: Tensor, scale: Tensor, bits: Sequence[int], gro
 
 
 def _launch_fake_quant(
-    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int, values: Tensor, sqerr: Tensor
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: Sequence[int],
+    group_size: int,
+    values: Tensor,
+    sqerr: Tensor,
 ) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
-    source, scales = weight.contiguous(), scale.contiguous()
+    source, scales, zeros = weight.contiguous(), scale.contiguous(), _contiguous(zero_point)
     workspace = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
-    addresses = (scales.data_ptr(), values.data_ptr(), sqerr.data_ptr(), workspace.data_ptr())
-    call(
-        "fake_quant",
-        weight.device,
-        source.data_ptr(),
-        DTYPES[weight.dtype],
-        *addresses,
-        rows,
-        columns,
-        size,
-        list(bits),
-    )
+    addresses = (scales.data_ptr(), _address(zeros), values.data_ptr(), sqerr.data_ptr(), workspace.data_ptr())
+    dtype = DTYPES[weight.dtype]
+    call("fake_quant", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits))
 
 
-def _allocate_quantize(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int) -> Tensor:
-    _check("quantize", weight, scale, bits, group_size)
+def _allocate_quantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+) -> Tensor:
+    _check("quantize", weight, scale, zero_point, bits, group_size)
     return weight.new_empty((len(bits), *weight.shape), dtype=torch.int8)
 
 
-def _launch_quantize(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int, codes: Tensor) -> None:
+def _launch_quantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int, codes: Tensor
+) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
-    source, scales = weight.contiguous(), scale.contiguous()
-    addresses = (scales.data_ptr(), codes.data_ptr())
-    call(
-        "quantize", weight.device, source.data_ptr(), DTYPES[weight.dtype], *addresses, rows, columns, size, list(bits)
-    )
+    source, scales, zeros = weight.contiguous(), scale.contiguous(), _contiguous(zero_point)
+    addresses = (scales.data_ptr(), _address(zeros), codes.data_ptr())
+    dtype = DTYPES[weight.dtype]
+    call("quantize", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 define(
-    "fake_quant(Tensor weight, Tensor scale, int[] bits, int group_size) -> (Tensor, Tensor)",
+    "fake_quant(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> (Tensor, Tensor)",
     _allocate_fake_quant,
     _launch_fake_quant,
 )
 define(
-    "quantize(Tensor weight, Tensor scale, int[] bits, int group_size) -> Tensor", _allocate_quantize, _launch_quantize
+    "quantize(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> Tensor",
+    _allocate_quantize,
+    _launch_quantize,
 )

@@ -1,4 +1,4 @@
-"""Scales of symmetric quantization by least squared error."""
+"""Scales, and zero points, by least squared error."""
 
 from __future__ import annotations
 
@@ -36,22 +36,49 @@ def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, step
     return torch.ops.clado.scale_search(weight, bits, group_size, steps)
 
 
-def _allocate(weight: Tensor, bits: Sequence[int], group_size: int, steps: int) -> Tensor:
-    check_weight("scale_search", weight, bits, group_size)
-    require(1 <= steps <= MAX_STEPS, "scale_search", "steps", f"lie in 1..{MAX_STEPS}", steps)
+def range_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> tuple[Tensor, Tensor]:
+    """:func:`scale_search` for asymmetric quantization: the range [min(w, 0), max(w, 0)] is shrunk from both ends.
+
+    Args:
+        weight, bits, group_size, steps: as :func:`scale_search`.
+
+    Returns:
+        scale, float32 ``[B, N, groups]``, and zero_point, int8 of the same shape in ``[-2**(bits-1), 2**(bits-1) - 1]``:
+        ``w ≈ (code - zero_point) * scale``. A group of zeros has scale 1, one that is not finite scale NaN; zero point 0.
+
+    Raises:
+        ValueError: as :func:`scale_search`.
+    """
+    return torch.ops.clado.range_search(weight, bits, group_size, steps)
+
+
+def _allocate(weight: Tensor, bits: Sequence[int], group_size: int, steps: int, op: str = "scale_search") -> Tensor:
+    check_weight(op, weight, bits, group_size)
+    require(1 <= steps <= MAX_STEPS, op, "steps", f"lie in 1..{MAX_STEPS}", steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
     return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
 
 
-def _launch(weight: Tensor, bits: Sequence[int], group_size: int, steps: int, out: Tensor) -> None:
+def _allocate_range(weight: Tensor, bits: Sequence[int], group_size: int, steps: int) -> tuple[Tensor, Tensor]:
+    scale = _allocate(weight, bits, group_size, steps, "range_search")
+    return scale, torch.empty_like(scale, dtype=torch.int8)
+
+
+def _launch(
+    weight: Tensor, bits: Sequence[int], group_size: int, steps: int, scale: Tensor, zero_point: Tensor | None = None
+) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
     source = weight.contiguous()
     bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps) if weight.is_cuda else 0
     workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
     extra = (workspace.data_ptr(),) if weight.is_cuda else ()
-    if out.numel():
-        addresses = (source.data_ptr(), DTYPES[weight.dtype], out.data_ptr())
+    if scale.numel():
+        zeros = 0 if zero_point is None else zero_point.data_ptr()
+        addresses = (source.data_ptr(), DTYPES[weight.dtype], scale.data_ptr(), zeros)
         call("scale_search", weight.device, *addresses, rows, columns, size, list(bits), steps, *extra)
 
 
 define("scale_search(Tensor weight, int[] bits, int group_size, int steps) -> Tensor", _allocate, _launch)
+define(
+    "range_search(Tensor weight, int[] bits, int group_size, int steps) -> (Tensor, Tensor)", _allocate_range, _launch
+)

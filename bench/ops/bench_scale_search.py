@@ -39,7 +39,7 @@ def cases(device: str) -> Iterator[Case]:
             got = clado_ext.scale_search(weight, BITS, steps=STEPS)
             for b, bits in enumerate(BITS):
                 for n in (0, 5):
-                    tried, errors = oracle.grid(weight[n], bits, STEPS), oracle.step_errors(weight[n], bits, STEPS)
+                    (tried, _), errors = (f(weight[n], bits, STEPS) for f in (oracle.grid, oracle.step_errors))
                     assert errors[tried == got[b, n, 0]].min() <= errors.min() * (1 + 1e-4)
 
         flops = 8 * weight.numel() * len(BITS) * STEPS

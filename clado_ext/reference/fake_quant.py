@@ -1,4 +1,4 @@
-"""Plain-torch twin of clado_ext.fake_quant: codes in float32 as the definition says, errors in float64."""
+"""Plain-torch twin of clado_ext.fake_quant: steps in float32 as the definition says, errors in float64."""
 
 from collections.abc import Sequence
 
@@ -12,22 +12,37 @@ def spread(scale: Tensor, columns: int, group_size: int) -> Tensor:
     return scale.repeat_interleave(max(size, 1), dim=-1)[:, :columns]
 
 
-def quantize(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1) -> Tensor:
-    """int8 codes ``[B, N, …]``; see :func:`clado_ext.quantize`."""
+def steps_and_zeros(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int, zero_point: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Steps (code - zero point) and zero points of every element at every width, float32 ``[N, K]`` each."""
     flat = weight.float().reshape(weight.shape[0], -1)
-    codes = []
-    for b, s in zip(bits, scale, strict=True):
-        steps = torch.round(flat / spread(s, flat.shape[1], group_size))
-        codes.append(steps.clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).nan_to_num(0.0).to(torch.int8).view(weight.shape))
-    return torch.stack(codes)
+    out = []
+    for k, b in enumerate(bits):
+        zero = spread(
+            torch.zeros_like(scale[k]) if zero_point is None else zero_point[k].float(), flat.shape[1], group_size
+        )
+        steps = torch.round(flat / spread(scale[k], flat.shape[1], group_size))
+        out.append((torch.clamp(steps, -(2 ** (b - 1)) - zero, 2 ** (b - 1) - 1 - zero), zero))
+    return out
 
 
-def fake_quant(weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1) -> tuple[Tensor, Tensor]:
-    """values ``[B, N, …]`` and squared errors ``[B, N]``; see :func:`clado_ext.fake_quant`. NaN is not carried."""
+def quantize(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+) -> Tensor:
+    """int8 codes ``[B, N, …]``; see :func:`clado_ext.quantize`."""
+    pairs = steps_and_zeros(weight, scale, bits, group_size, zero_point)
+    return torch.stack([(s + zero).nan_to_num(0.0).to(torch.int8).view(weight.shape) for s, zero in pairs])
+
+
+def fake_quant(
+    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """values ``[B, N, …]`` and squared errors ``[B, N]``; see :func:`clado_ext.fake_quant`."""
     flat = weight.float().reshape(weight.shape[0], -1)
     values, errors = [], []
-    for codes, s in zip(quantize(weight, scale, bits, group_size), scale, strict=True):
-        value = (codes.view(flat.shape).float() * spread(s, flat.shape[1], group_size)).to(weight.dtype)
+    for k, (steps, _) in enumerate(steps_and_zeros(weight, scale, bits, group_size, zero_point)):
+        value = (steps * spread(scale[k], flat.shape[1], group_size)).to(weight.dtype)
         values.append(value.view(weight.shape))
         errors.append((value.double() - flat.double()).square().sum(1))
     return torch.stack(values), torch.stack(errors)

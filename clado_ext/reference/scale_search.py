@@ -6,33 +6,45 @@ import torch
 from torch import Tensor
 
 
-def grid(group: Tensor, bits: int, steps: int) -> Tensor:
-    """The scales tried for one group, float32 ``[steps]``."""
-    largest = group.float().abs().max()
+def grid(group: Tensor, bits: int, steps: int, symmetric: bool = True) -> tuple[Tensor, int]:
+    """The scales tried for one group, float32 ``[steps]``, and the zero point they share."""
+    w, tiny = group.float(), torch.finfo(torch.float32).tiny
     factors = torch.tensor([100 - k for k in range(steps)], dtype=torch.float32, device=group.device) / 100
-    return torch.clamp(largest / (2 ** (bits - 1) - 1) * factors, min=torch.finfo(torch.float32).tiny)
+    if symmetric:
+        return torch.clamp(w.abs().max() / (2 ** (bits - 1) - 1) * factors, min=tiny), 0
+    bottom, top = w.min().clamp(max=0), w.max().clamp(min=0)
+    first = top / (2**bits - 1) - bottom / (2**bits - 1)
+    zero = -(2 ** (bits - 1)) - int(torch.round(bottom / first.clamp(min=tiny)))
+    return torch.clamp(first * factors, min=tiny), min(zero, 2 ** (bits - 1) - 1)
 
 
-def step_errors(group: Tensor, bits: int, steps: int) -> Tensor:
+def step_errors(group: Tensor, bits: int, steps: int, symmetric: bool = True) -> Tensor:
     """Squared error of every step, float64 ``[steps]``."""
-    scales = grid(group, bits, steps).double().unsqueeze(1)
-    w = group.double().unsqueeze(0)
-    codes = torch.round(w / scales).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    tried, zero = grid(group, bits, steps, symmetric)
+    scales, w = tried.double().unsqueeze(1), group.double().unsqueeze(0)
+    codes = torch.round(w / scales).clamp(-(2 ** (bits - 1)) - zero, 2 ** (bits - 1) - 1 - zero)
     return (codes * scales - w).square().sum(1)
+
+
+def range_search(
+    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scales float32 and zero points int8 ``[B, N, groups]``; see :func:`clado_ext.range_search`."""
+    flat = weight.float().reshape(weight.shape[0], -1)
+    size = flat.shape[1] if group_size == -1 else group_size
+    groups = -(-flat.shape[1] // max(size, 1))
+    scales = torch.ones(len(bits), len(flat), groups)
+    zeros = torch.zeros(len(bits), len(flat), groups, dtype=torch.int8)
+    for k, b in enumerate(bits):
+        for n, row in enumerate(flat):
+            for g, group in enumerate(row.split(max(size, 1))):
+                if group.any():
+                    tried, zero = grid(group, b, steps, symmetric)
+                    scales[k, n, g] = tried[step_errors(group, b, steps, symmetric).argmin()]
+                    zeros[k, n, g] = zero
+    return scales.to(weight.device), zeros.to(weight.device)
 
 
 def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> Tensor:
     """float32 ``[B, N, groups]``; see :func:`clado_ext.scale_search`."""
-    flat = weight.float().reshape(weight.shape[0], -1)
-    size = flat.shape[1] if group_size == -1 else group_size
-    out = []
-    for b in bits:
-        rows = []
-        for row in flat:
-            groups = [g for g in row.split(max(size, 1)) if g.numel()]
-            scales = [
-                grid(g, b, steps)[step_errors(g, b, steps).argmin()] if g.any() else g.new_ones(()) for g in groups
-            ]
-            rows.append(torch.stack(scales))
-        out.append(torch.stack(rows))
-    return torch.stack(out)
+    return range_search(weight, bits, group_size, steps, symmetric=True)[0]

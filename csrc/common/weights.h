@@ -18,7 +18,7 @@ constexpr int kBlockLanes = 32;
 
 inline int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock; }
 
-// code = round_half_even(clamp(w / scale)) lies in [lowest_code(bits), highest_code(bits)].
+// A code lies in [lowest_code(bits), highest_code(bits)] and stands for (code - zero) * scale; symmetric: zero = 0.
 constexpr int lowest_code(int bits) { return -(1 << (bits - 1)); }
 constexpr int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
 

@@ -1,10 +1,11 @@
-// Symmetric quantization of a weight at several bit-widths in one read.
+// Quantization of a weight at several bit-widths in one read.
 //
-// `weight` is [rows, columns], contiguous; `scales` is [num_bits, rows, groups] float32, group g covering columns
-// [g * group_size, (g + 1) * group_size).
+// `weight` is [rows, columns], contiguous; `scales` is [num_bits, rows, groups] float32 and `zeros` the same in int8, or null
+// for symmetric quantization (all zero); group g covers columns [g * group_size, (g + 1) * group_size).
 //
-//   code  = clamp(round_half_even(w / scale), -2^(bits-1), 2^(bits-1) - 1)      true division in float32
-//   value = code * scale, rounded to the weight's dtype
+//   step  = round_half_even(clamp(w / scale, -2^(bits-1) - zero, 2^(bits-1) - 1 - zero))      true division in float32
+//   code  = step + zero, in [-2^(bits-1), 2^(bits-1) - 1]
+//   value = step * scale, rounded to the weight's dtype
 //
 // fake_quant writes values [num_bits, rows, columns] and sqerr [num_bits, rows] float64, the sum over the row of
 // (value - w)^2, added as common/weights.h says with blocks that start at column 0 of the row, whatever the groups.
@@ -16,15 +17,16 @@
 namespace clado {
 
 // `block_errors`: workspace of num_bits * rows * blocks_of(columns) floats.
-void fake_quant_cpu(const void* weight, int dtype, const float* scales, void* values, double* sqerr, float* block_errors,
-                    int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
-void quantize_cpu(const void* weight, int dtype, const float* scales, int8_t* codes, int64_t rows, int64_t columns,
-                  int64_t group_size, const int32_t* bits, int num_bits, int threads);
+void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
+                    float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                    int threads);
+void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
+                  int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
 
-void fake_quant_cuda(const void* weight, int dtype, const float* scales, void* values, double* sqerr, float* block_errors,
-                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device,
-                     void* stream);
-void quantize_cuda(const void* weight, int dtype, const float* scales, int8_t* codes, int64_t rows, int64_t columns,
-                   int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream);
+void fake_quant_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
+                     float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                     int device, void* stream);
+void quantize_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
+                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream);
 
 }  // namespace clado

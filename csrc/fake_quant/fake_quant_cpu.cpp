@@ -8,103 +8,160 @@
 namespace clado {
 namespace {
 
-// Where one block of a row lies, and its scales.
-struct Span {
-  int64_t first;       // element index in the weight
-  int64_t column;      // first column
-  int count;           // elements
+// One block of a row at one width.
+struct Block {
+  const void* weight;   // first element of the block
+  int64_t column;       // of that element
+  int count;            // elements
   int64_t group_size;
   const float* scales;  // of the row
+  const int8_t* zeros;  // of the row, or null
+  int bits;
 };
 
-// Scale of every element of the span, 1 in the padding.
-CLADO_INLINE void spread_scales(const Span& span, float* out) {
-  int i = 0;
-  while (i < span.count) {
-    const int64_t group = (span.column + i) / span.group_size;
-    const int stop = static_cast<int>(std::min<int64_t>(span.count, (group + 1) * span.group_size - span.column));
-    const float scale = span.scales[group];
-    for (; i < stop; ++i) out[i] = scale;
+// Scale, zero and limits of the 32 lanes from element i of the block on.
+struct Lanes {
+  Float16x scale[2], zero[2], low[2], high[2];
+};
+
+CLADO_INLINE void fill_lanes(const Block& block, int i, Lanes& lanes) {
+  alignas(64) float scale[kBlockLanes], zero[kBlockLanes];
+  for (int l = 0; l < kBlockLanes; ++l) {
+    const bool inside = i + l < block.count;
+    const int64_t group = inside ? (block.column + i + l) / block.group_size : 0;
+    scale[l] = inside ? block.scales[group] : 1.0f;
+    zero[l] = inside && block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f;
   }
-  for (; i % kBlockLanes != 0; ++i) out[i] = 1.0f;
+  for (int half = 0; half < 2; ++half) {
+    lanes.scale[half] = load(scale + kLanes * half);
+    lanes.zero[half] = load(zero + kLanes * half);
+  }
 }
 
-CLADO_INLINE Float16x codes_of(Float16x w, Float16x scale, int bits) {
-  return round_even(clamp(w / scale, static_cast<float>(lowest_code(bits)), static_cast<float>(highest_code(bits))));
-}
-
-CLADO_INLINE void fake_quant_block_body(const float* w, const float* scale, int bits, const Span& span, void* values, DType dtype,
-                                        int64_t target, float* error) {
-  Float16x sum[2] = {};
-  if (dtype == DType::float32 && span.count == kBlock) {  // straight to memory
-    float* out = static_cast<float*>(values) + target;
-    for (int i = 0; i < kBlock; i += kBlockLanes)
-      for (int half = 0; half < 2; ++half) {
-        const int at = i + kLanes * half;
-        const Float16x v = load(w + at), s = load(scale + at), q = codes_of(v, s, bits) * s;
-        store(out + at, q);
-        sum[half] += (q - v) * (q - v);
+// fn(element, lanes, elements) for every 32 elements of the block, fewer at its end.
+template <class Fn>
+CLADO_INLINE void for_each_lanes(const Block& block, Fn fn) {
+  Lanes lanes;
+  const float lowest = static_cast<float>(lowest_code(block.bits)), highest = static_cast<float>(highest_code(block.bits));
+  // A group that covers whole runs of 32 elements needs one scale for all lanes.
+  const bool aligned = block.group_size % kBlockLanes == 0 ||
+                       block.column / block.group_size == (block.column + block.count - 1) / block.group_size;
+  int64_t stop = 0;  // where the lanes no longer hold
+  for (int i = 0; i < block.count; i += kBlockLanes) {
+    if (i >= stop) {
+      if (aligned) {
+        const int64_t group = (block.column + i) / block.group_size;
+        stop = (group + 1) * block.group_size - block.column;
+        const float zero = block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f;
+        for (int half = 0; half < 2; ++half) {
+          lanes.scale[half] = splat(block.scales[group]);
+          lanes.zero[half] = splat(zero);
+        }
+      } else {
+        fill_lanes(block, i, lanes);
       }
-  } else {
-    alignas(64) float q[kBlock];
-    for (int i = 0; i < span.count; i += kLanes) {
-      const Float16x s = load(scale + i);
-      store(q + i, codes_of(load(w + i), s, bits) * s);
+      for (int half = 0; half < 2; ++half) {
+        lanes.low[half] = lowest - lanes.zero[half];
+        lanes.high[half] = highest - lanes.zero[half];
+      }
     }
-    write_block(values, dtype, target, span.count, q);
-    for (int i = span.count; i % kBlockLanes != 0; ++i) q[i] = 0.0f;
-    for (int i = 0; i < span.count; i += kBlockLanes)
-      for (int half = 0; half < 2; ++half) {
-        const Float16x e = load(q + i + kLanes * half) - load(w + i + kLanes * half);
-        sum[half] += e * e;
-      }
+    fn(i, lanes, std::min(kBlockLanes, block.count - i));
   }
+}
+
+CLADO_INLINE Float16x steps_of(Float16x w, const Lanes& lanes, int half) {
+  Float16x t = w / lanes.scale[half];
+  t = t < lanes.low[half] ? lanes.low[half] : t;  // NaN stays NaN
+  t = t > lanes.high[half] ? lanes.high[half] : t;
+  return round_even(t);
+}
+
+template <DType D>
+CLADO_INLINE void fake_quant_typed(const Block& block, void* values, float* error) {
+  Float16x sum[2] = {};
+  for_each_lanes(block, [&](int i, const Lanes& lanes, int count) __attribute__((always_inline)) {
+    const bool whole = count == kBlockLanes;
+    alignas(64) char source[kBlockLanes * 4] = {}, target[kBlockLanes * 4];
+    const void* from = weights_at<D>(block.weight, i);
+    void* to = weights_at<D>(values, i);
+    if (!whole) std::memcpy(source, from, static_cast<size_t>(count * kWeightBytes<D>));
+    for (int half = 0; half < 2; ++half) {
+      const Float16x w = load_weights<D>(whole ? from : source, kLanes * half);
+      const Float16x q = store_weights<D>(whole ? to : target, kLanes * half, steps_of(w, lanes, half) * lanes.scale[half]);
+      sum[half] += (q - w) * (q - w);
+    }
+    if (!whole) std::memcpy(to, target, static_cast<size_t>(count * kWeightBytes<D>));
+  });
   *error = sum_block_lanes(sum[0], sum[1]);
 }
 
-CLADO_INLINE void quantize_block_body(const float* w, const float* scale, int bits, int count, int8_t* codes) {
-  for (int i = 0; i < count; i += kLanes) {
-    const Float16x q = codes_of(load(w + i), load(scale + i), bits);
-    const Int16x code = __builtin_convertvector(q == q ? q : Float16x{}, Int16x);
-    for (int l = 0; l < kLanes && i + l < count; ++l) codes[i + l] = static_cast<int8_t>(code[l]);
+template <DType D>
+CLADO_INLINE void quantize_typed(const Block& block, int8_t* codes) {
+  using Char16x = int8_t __attribute__((vector_size(16)));
+  for_each_lanes(block, [&](int i, const Lanes& lanes, int count) __attribute__((always_inline)) {
+    alignas(64) char source[kBlockLanes * 4] = {};
+    const void* from = weights_at<D>(block.weight, i);
+    if (count < kBlockLanes) std::memcpy(source, from, static_cast<size_t>(count * kWeightBytes<D>)), from = source;
+    int8_t out[kBlockLanes];
+    for (int half = 0; half < 2; ++half) {
+      Float16x t = steps_of(load_weights<D>(from, kLanes * half), lanes, half);
+      t = t == t ? t + lanes.zero[half] : Float16x{};
+      const Char16x code = __builtin_convertvector(__builtin_convertvector(t, Int16x), Char16x);
+      std::memcpy(out + kLanes * half, &code, sizeof code);
+    }
+    std::memcpy(codes + i, out, static_cast<size_t>(count));
+  });
+}
+
+CLADO_INLINE void fake_quant_block_body(const Block& block, DType dtype, void* values, float* error) {
+  switch (dtype) {
+    case DType::float32: return fake_quant_typed<DType::float32>(block, values, error);
+    case DType::float16: return fake_quant_typed<DType::float16>(block, values, error);
+    default: return fake_quant_typed<DType::bfloat16>(block, values, error);
   }
 }
 
-CLADO_SIMD_KERNEL(fake_quant_block,
-                  (const float* w, const float* scale, int bits, const Span& span, void* values, DType dtype, int64_t target,
-                   float* error),
-                  (w, scale, bits, span, values, dtype, target, error))
-CLADO_SIMD_KERNEL(quantize_block, (const float* w, const float* scale, int bits, int count, int8_t* codes),
-                  (w, scale, bits, count, codes))
+CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* codes) {
+  switch (dtype) {
+    case DType::float32: return quantize_typed<DType::float32>(block, codes);
+    case DType::float16: return quantize_typed<DType::float16>(block, codes);
+    default: return quantize_typed<DType::bfloat16>(block, codes);
+  }
+}
 
-// fn(weights, scales, width index, span, row, block) for every block of every row, the weights read once for all widths.
+CLADO_SIMD_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
+CLADO_SIMD_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
+
+// fn(block, first element at this width, index of the block's error) for every block at every width: the widths of a block
+// follow each other, so the weight comes from memory once.
 template <class Fn>
-void for_each_block(const void* weight, DType dtype, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                    int num_bits, int threads, Fn fn) {
+void for_each_block(const void* weight, DType dtype, const float* scales, const int8_t* zeros, int64_t rows, int64_t columns,
+                    int64_t group_size, const int32_t* bits, int num_bits, int threads, Fn fn) {
   const int64_t blocks = blocks_of(columns), groups = (columns + group_size - 1) / group_size;
+  const int64_t bytes = dtype == DType::float32 ? 4 : 2;
   parallel_for(rows * blocks, threads, [&](int64_t index) {
-    const int64_t row = index / blocks, block = index % blocks, column = block * kBlock;
-    Span span{row * columns + column, column, static_cast<int>(std::min<int64_t>(kBlock, columns - column)), group_size, nullptr};
-    alignas(64) float w[kBlock], s[kBlock];
-    read_block(weight, dtype, span.first, span.count, w);
+    const int64_t row = index / blocks, part = index % blocks, column = part * kBlock, first = row * columns + column;
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - column));
     for (int b = 0; b < num_bits; ++b) {
-      span.scales = scales + (b * rows + row) * groups;
-      spread_scales(span, s);
-      fn(w, s, b, span, row, block);
+      const int64_t line = b * rows + row;
+      const Block block{static_cast<const char*>(weight) + first * bytes, column, count, group_size, scales + line * groups,
+                        zeros ? zeros + line * groups : nullptr, bits[b]};
+      fn(block, b * rows * columns + first, line * blocks + part);
     }
   });
 }
 
 }  // namespace
 
-void fake_quant_cpu(const void* weight, int dtype, const float* scales, void* values, double* sqerr, float* block_errors,
-                    int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
+void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
+                    float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                    int threads) {
   const int64_t blocks = blocks_of(columns);
   const DType type = static_cast<DType>(dtype);
-  for_each_block(weight, type, scales, rows, columns, group_size, num_bits, threads,
-                 [&](const float* w, const float* s, int b, const Span& span, int64_t row, int64_t block) {
-                   fake_quant_block(w, s, bits[b], span, values, type, b * rows * columns + span.first,
-                                    &block_errors[(b * rows + row) * blocks + block]);
+  const int64_t bytes = type == DType::float32 ? 4 : 2;
+  for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
+                 [&](const Block& block, int64_t target, int64_t error) {
+                   fake_quant_block(block, type, static_cast<char*>(values) + target * bytes, block_errors + error);
                  });
   for (int64_t i = 0; i < num_bits * rows; ++i) {
     double sum = 0.0;
@@ -113,12 +170,11 @@ void fake_quant_cpu(const void* weight, int dtype, const float* scales, void* va
   }
 }
 
-void quantize_cpu(const void* weight, int dtype, const float* scales, int8_t* codes, int64_t rows, int64_t columns,
-                  int64_t group_size, const int32_t* bits, int num_bits, int threads) {
-  for_each_block(weight, static_cast<DType>(dtype), scales, rows, columns, group_size, num_bits, threads,
-                 [&](const float* w, const float* s, int b, const Span& span, int64_t, int64_t) {
-                   quantize_block(w, s, bits[b], span.count, codes + b * rows * columns + span.first);
-                 });
+void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
+                  int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
+                 [&](const Block& block, int64_t target, int64_t) { quantize_block(block, type, codes + target); });
 }
 
 }  // namespace clado

@@ -7,13 +7,18 @@ namespace {
 
 constexpr int kWarps = 8;
 
-__device__ float code_of(float w, float scale, int bits) {
-  return rintf(clamp_code(w / scale, static_cast<float>(lowest_code(bits)), static_cast<float>(highest_code(bits))));
+// The nearest step of a weight, zero point aside: see fake_quant.h.
+__device__ float step_of(float w, float scale, float zero, int bits) {
+  const float low = static_cast<float>(lowest_code(bits)) - zero, high = static_cast<float>(highest_code(bits)) - zero;
+  return rintf(clamp_code(w / scale, low, high));
 }
 
+__device__ float zero_at(const int8_t* zeros, int64_t i) { return zeros ? static_cast<float>(zeros[i]) : 0.0f; }
+
 // One warp per block of a row; the weight is read once and written at every width.
-__global__ void fake_quant_kernel(const void* weight, DType dtype, const float* scales, void* values, float* block_errors,
-                                  int64_t rows, int64_t columns, int64_t group_size, int64_t blocks, BitList bits) {
+__global__ void fake_quant_kernel(const void* weight, DType dtype, const float* scales, const int8_t* zeros, void* values,
+                                  float* block_errors, int64_t rows, int64_t columns, int64_t group_size, int64_t blocks,
+                                  BitList bits) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= rows * blocks) return;
   const int64_t row = index / blocks, start = index % blocks * kBlock, groups = (columns + group_size - 1) / group_size;
@@ -24,8 +29,9 @@ __global__ void fake_quant_kernel(const void* weight, DType dtype, const float* 
 #pragma unroll
     for (int b = 0; b < kMaxBits; ++b) {
       if (b >= bits.count) break;
-      const float scale = scales[(b * rows + row) * groups + group];
-      const float e = write_weight(values, dtype, (b * rows + row) * columns + c, code_of(w, scale, bits.width[b]) * scale) - w;
+      const int64_t line = b * rows + row, at = line * groups + group;
+      const float value = step_of(w, scales[at], zero_at(zeros, at), bits.width[b]) * scales[at];
+      const float e = write_weight(values, dtype, line * columns + c, value) - w;
       sum[b] += e * e;
     }
   }
@@ -46,29 +52,30 @@ __global__ void sum_blocks_kernel(const float* block_errors, double* sqerr, int6
   sqerr[i] = sum;
 }
 
-__global__ void quantize_kernel(const void* weight, DType dtype, const float* scales, int8_t* codes, int64_t rows, int64_t columns,
-                                int64_t group_size, BitList bits) {
+__global__ void quantize_kernel(const void* weight, DType dtype, const float* scales, const int8_t* zeros, int8_t* codes,
+                                int64_t rows, int64_t columns, int64_t group_size, BitList bits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= rows * columns) return;
   const int64_t row = i / columns, groups = (columns + group_size - 1) / group_size, group = i % columns / group_size;
   const float w = read_weight(weight, dtype, i);
   for (int b = 0; b < bits.count; ++b) {
-    const float code = code_of(w, scales[(b * rows + row) * groups + group], bits.width[b]);
-    codes[b * rows * columns + i] = code == code ? static_cast<int8_t>(code) : int8_t{0};
+    const int64_t at = (b * rows + row) * groups + group;
+    const float zero = zero_at(zeros, at), step = step_of(w, scales[at], zero, bits.width[b]);
+    codes[b * rows * columns + i] = step == step ? static_cast<int8_t>(step + zero) : int8_t{0};
   }
 }
 
 }  // namespace
 
-void fake_quant_cuda(const void* weight, int dtype, const float* scales, void* values, double* sqerr, float* block_errors,
-                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device,
-                     void* stream) {
+void fake_quant_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
+                     float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                     int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
   const int64_t blocks = blocks_of(columns), items = rows * blocks, sums = rows * num_bits;
   if (items > 0) {
     fake_quant_kernel<<<static_cast<unsigned>(ceil_div(items, kWarps)), dim3(kBlockLanes, kWarps), 0, queue>>>(
-        weight, static_cast<DType>(dtype), scales, values, block_errors, rows, columns, group_size, blocks,
+        weight, static_cast<DType>(dtype), scales, zeros, values, block_errors, rows, columns, group_size, blocks,
         BitList(bits, num_bits));
     check_launch("fake_quant");
   }
@@ -78,12 +85,12 @@ void fake_quant_cuda(const void* weight, int dtype, const float* scales, void* v
   }
 }
 
-void quantize_cuda(const void* weight, int dtype, const float* scales, int8_t* codes, int64_t rows, int64_t columns,
-                   int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream) {
+void quantize_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
+                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream) {
   if (rows * columns == 0) return;
   const DeviceGuard guard(device);
   quantize_kernel<<<static_cast<unsigned>(ceil_div(rows * columns, 256)), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-      weight, static_cast<DType>(dtype), scales, codes, rows, columns, group_size, BitList(bits, num_bits));
+      weight, static_cast<DType>(dtype), scales, zeros, codes, rows, columns, group_size, BitList(bits, num_bits));
   check_launch("quantize");
 }
 

@@ -1,14 +1,20 @@
-// Scales of symmetric quantization by least squared error over a grid of shrink factors (the search of CLADO's paper).
+// Scales by least squared error over a grid of shrink factors (the search of CLADO's paper), symmetric or asymmetric.
 //
 // `weight` is [rows, columns], contiguous. Every row is cut into groups of `group_size` consecutive columns (the last may be
-// shorter); group g of row r gets, for each of `num_bits` widths, one scale: scales[(b * rows + r) * groups + g], float32.
+// shorter); group g of row r gets, for each of `num_bits` widths, one scale: scales[(b * rows + r) * groups + g], float32, and,
+// where `zeros` is not null, one zero point in the same place of it, int8. With bottom = min(w, 0), top = max(w, 0) of a group:
 //
-//   s_k = max(absmax / (2^(bits-1) - 1) * ((100 - k) / 100), FLT_MIN), 0 <= k < steps;   1 for a group of zeros
-//   error_k = s_k^2 * sum over the group of (clamp(round_half_even(t)) - t)^2, t = w * (1 / s_k)
+//   symmetric    s_0 = max(top, -bottom) / (2^(bits-1) - 1),        zero = 0
+//   asymmetric   s_0 = top / (2^bits - 1) - bottom / (2^bits - 1),  zero = -2^(bits-1) - round_half_even(bottom / s_0)
 //
-// in float32, the sum as common/weights.h says, its product with s_k^2 in float64 (so that no magnitude overflows).
+//   s_k = max(s_0 * ((100 - k) / 100), FLT_MIN), 0 <= k < steps;   1 (zero 0) for a group of zeros
+//   error_k = s_k^2 * sum over the group of (round_half_even(clamp(t)) - t)^2, t = w * (1 / s_k), clamped to
+//             [-2^(bits-1) - zero, 2^(bits-1) - 1 - zero]
 //
-// The s_k of least error is taken, the smallest k among equals. A group that holds NaN or infinity gets NaN.
+// in float32, the sum as common/weights.h says, its product with s_k^2 in float64 (so that no magnitude overflows). Both ends
+// of the range shrink alike, so the zero point does not depend on k.
+//
+// The s_k of least error is taken, the smallest k among equals. A group that holds NaN or infinity gets NaN (zero 0).
 #pragma once
 
 #include <cfloat>
@@ -19,12 +25,38 @@ namespace clado {
 
 constexpr int kMaxSteps = 99;
 
-void scale_search_cpu(const void* weight, int dtype, float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                      const int32_t* bits, int num_bits, int steps, int threads);
+// Nearest integer, ties to even, for |v| < 2^22.
+constexpr float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
+
+// The grid of one group at one width, from its extremes (bottom <= 0 <= top, finite, not both 0).
+struct Grid {
+  float first;  // s_0, at least FLT_MIN
+  int zero;
+  float low, high;  // limits of a step
+
+  constexpr Grid(float bottom, float top, int bits, bool symmetric) : first(0), zero(0), low(0), high(0) {
+    const float codes = static_cast<float>((1 << bits) - 1);
+    first = symmetric ? (top > -bottom ? top : -bottom) / static_cast<float>(highest_code(bits)) : top / codes - bottom / codes;
+    if (!symmetric) {
+      const int shift = static_cast<int>(nearest(bottom / (first > FLT_MIN ? first : FLT_MIN)));  // -(2^bits - 1) .. 0
+      zero = lowest_code(bits) - shift;
+      zero = zero > highest_code(bits) ? highest_code(bits) : zero;
+    }
+    low = static_cast<float>(lowest_code(bits) - zero), high = static_cast<float>(highest_code(bits) - zero);
+  }
+  constexpr float scale(int k) const {
+    const float s = first * (static_cast<float>(100 - k) / 100.0f);
+    return s > FLT_MIN ? s : FLT_MIN;
+  }
+};
+
+void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
+                      int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads);
 
 // `workspace`: scale_search_workspace(...) bytes on the device.
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps);
-void scale_search_cuda(const void* weight, int dtype, float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                       const int32_t* bits, int num_bits, int steps, void* workspace, int device, void* stream);
+void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
+                       int64_t group_size, const int32_t* bits, int num_bits, int steps, void* workspace, int device,
+                       void* stream);
 
 }  // namespace clado

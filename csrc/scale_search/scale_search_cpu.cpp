@@ -11,26 +11,53 @@
 namespace clado {
 namespace {
 
-// Steps that share one load of the weights; more would spill the accumulators of AVX2.
-constexpr int kTogether = 2;
+constexpr int kTogether = 2;    // steps that share one load of the weights
+constexpr int kChunk = 8;       // steps between two looks at whether later ones can still win
+constexpr int kKept = 16;       // blocks of a group that are kept as float32 between chunks
+constexpr int64_t kPanel = 64;  // blocks of a long group whose errors are kept at a time
 
-CLADO_INLINE void absmax_body(const float* w, int padded, float* result) {
-  Float16x largest{};
+// A block of weights as float32, padded with zeros to whole lanes; returns the padded count.
+template <DType D>
+CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
+  const int whole = count / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<D>(weight, i));
+  const int padded = (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
+  if (padded > whole) {
+    alignas(64) char tail[2 * kBlockLanes * 4] = {};
+    std::memcpy(tail, weights_at<D>(weight, whole), static_cast<size_t>((count - whole) * kWeightBytes<D>));
+    for (int i = whole; i < padded; i += kLanes) store(out + i, load_weights<D>(tail, i - whole));
+  }
+  return padded;
+}
+
+CLADO_INLINE void read_block_body(const void* weight, DType dtype, int count, float* out, int* padded) {
+  switch (dtype) {
+    case DType::float32: *padded = read_typed<DType::float32>(weight, count, out); return;
+    case DType::float16: *padded = read_typed<DType::float16>(weight, count, out); return;
+    default: *padded = read_typed<DType::bfloat16>(weight, count, out); return;
+  }
+}
+
+// bottom = min(w, 0), top = max(w, 0), both NaN when something is not finite.
+CLADO_INLINE void extremes_body(const float* w, int padded, float* bottom, float* top) {
+  Float16x least{}, largest{};
   Float16x spoiled{};  // becomes NaN with NaN or infinity
   for (int i = 0; i < padded; i += kLanes) {
-    const Float16x v = load(w + i), a = abs(v);
-    largest = a > largest ? a : largest;
+    const Float16x v = load(w + i);
+    least = v < least ? v : least;
+    largest = v > largest ? v : largest;
     spoiled += v * 0.0f;
   }
   float x[kLanes];
-  store(x, largest);
-  *result = *std::max_element(x, x + kLanes);
-  if (sum_halves(spoiled) != 0.0f) *result = std::numeric_limits<float>::quiet_NaN();
+  store(x, least), *bottom = *std::min_element(x, x + kLanes);
+  store(x, largest), *top = *std::max_element(x, x + kLanes);
+  if (sum_halves(spoiled) != 0.0f) *bottom = *top = std::numeric_limits<float>::quiet_NaN();
 }
 
-// errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale.
-CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low,
-                                    float high, float* errors) {
+// errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale; *clipped = the part of the last
+// one that comes from elements beyond the limits.
+CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
+                                    float* errors, float* clipped) {
   for (int k = 0; k < steps; k += kTogether) {
     Float16x sum[kTogether][2] = {};
     float inv[kTogether];
@@ -45,91 +72,154 @@ CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inv
       }
     for (int t = 0; t < kTogether && k + t < steps; ++t) errors[k + t] = sum_block_lanes(sum[t][0], sum[t][1]);
   }
+  Float16x beyond{};
+  for (int i = 0; i < padded; i += kLanes) {
+    const Float16x x = load(w + i) * inverse[steps - 1], e = clamp(x, low, high) - x;
+    beyond += e * e;
+  }
+  *clipped = sum_halves(beyond);
 }
 
-CLADO_SIMD_KERNEL(absmax, (const float* w, int padded, float* result), (w, padded, result))
+CLADO_SIMD_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
+                  (weight, dtype, count, out, padded))
+CLADO_SIMD_KERNEL(extremes, (const float* w, int padded, float* bottom, float* top), (w, padded, bottom, top))
 CLADO_SIMD_KERNEL(block_errors,
-                  (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors),
-                  (w, padded, inverse, steps, low, high, errors))
+                  (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
+                   float* clipped),
+                  (w, padded, inverse, steps, low, high, errors, clipped))
 
-inline int padded_to_lanes(int count) { return (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes; }
-
-struct Grid {
-  float scale[kMaxSteps], inverse[kMaxSteps];
-  Grid(float largest, int bits, int steps) {
-    const float first = largest / static_cast<float>(highest_code(bits));
-    for (int k = 0; k < steps; ++k) {
-      scale[k] = std::max(first * (static_cast<float>(100 - k) / 100.0f), FLT_MIN);
-      inverse[k] = 1.0f / scale[k];
-    }
+struct Group {
+  const void* weight;  // its first element
+  DType dtype;
+  int64_t length;
+  const void* at(int64_t block) const {
+    return static_cast<const char*>(weight) + block * kBlock * (dtype == DType::float32 ? 4 : 2);
   }
-  float best(const double* sums, int steps) const {
-    double errors[kMaxSteps];
-    for (int k = 0; k < steps; ++k) errors[k] = sums[k] * (static_cast<double>(scale[k]) * static_cast<double>(scale[k]));
-    return scale[std::min_element(errors, errors + steps) - errors];
+  int read(int64_t block, float* out) const {
+    int padded = 0;
+    read_block(at(block), dtype, static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock)), out, &padded);
+    return padded;
   }
 };
 
-struct Group {
-  const void* weight;
-  DType dtype;
-  int64_t first, length;
-  int count(int64_t block) const { return static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock)); }
-  void read(int64_t block, float* out) const { read_block(weight, dtype, first + block * kBlock, count(block), out); }
+// The search of one width: steps are rated in order, a chunk at a time, until no later one can win.
+class Search {
+ public:
+  Search(const Grid& grid, int64_t length, int steps) : grid_(grid), length_(static_cast<double>(length)), steps_(steps) {}
+
+  bool over() const { return next_ >= steps_; }
+  int chunk() const { return std::min(kChunk, steps_ - next_); }
+  const Grid& grid() const { return grid_; }
+  void inverses(float* out) const {
+    for (int j = 0; j < chunk(); ++j) out[j] = 1.0f / grid_.scale(next_ + j);
+  }
+
+  // `sums`: of the chunk's steps, then the clipped part of its last one; in units of the scale.
+  void take(const double* sums) {
+    const int count = chunk();
+    bool better = false;
+    for (int j = 0; j < count; ++j) {
+      const double scale = static_cast<double>(grid_.scale(next_ + j)), error = sums[j] * (scale * scale);
+      if (best_ < 0 || error < least_) best_ = next_ + j, least_ = error, better = true;
+    }
+    // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds
+    // the best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
+    const double scale = static_cast<double>(grid_.scale(next_ + count - 1));
+    const double lost = (0.999 * std::sqrt(sums[count]) - 1e-4 * std::sqrt(length_)) * scale;
+    next_ = !better && lost > 0 && lost * lost > least_ ? steps_ : next_ + count;
+  }
+  float best() const { return grid_.scale(best_); }
+
+ private:
+  Grid grid_;
+  double length_;
+  int steps_, next_ = 0, best_ = -1;
+  double least_ = 0.0;
+};
+
+struct Result {
+  float* scale;
+  int8_t* zero;  // or null
+  int64_t stride;
+  void set(int b, float s, int z) const {
+    scale[b * stride] = s;
+    if (zero) zero[b * stride] = static_cast<int8_t>(z);
+  }
 };
 
 // The scales of one group; the blocks of a long group are shared by the threads, a panel of them at a time.
-void search_group(const Group& group, float* scales, int64_t stride, const int32_t* bits, int num_bits, int steps, int threads) {
-  constexpr int64_t kPanel = 64;
+void search_group(const Group& group, const Result& result, const int32_t* bits, int num_bits, int steps, int threads) {
   const int64_t blocks = blocks_of(group.length);
-  std::vector<float> largest(static_cast<size_t>(blocks));
-  parallel_for(blocks, threads, [&](int64_t block) {
-    alignas(64) float w[kBlock];
-    group.read(block, w);
-    absmax(w, padded_to_lanes(group.count(block)), &largest[static_cast<size_t>(block)]);
+  const bool keep = blocks <= kKept;
+  alignas(64) static thread_local float kept[kKept * kBlock];
+  float* const shared = kept;  // of the calling thread
+  std::vector<float> bottoms(static_cast<size_t>(blocks)), tops(static_cast<size_t>(blocks));
+  std::vector<int> padded(static_cast<size_t>(blocks));
+  parallel_for(blocks, threads, [&](int64_t i) {
+    alignas(64) float own[kBlock];
+    float* w = keep ? shared + i * kBlock : own;
+    const auto at = static_cast<size_t>(i);
+    padded[at] = group.read(i, w);
+    extremes(w, padded[at], &bottoms[at], &tops[at]);
   });
-  float whole = 0.0f;
-  for (const float x : largest) whole = x > whole || x != x ? x : whole;  // NaN stays
-  std::vector<Grid> grids;
-  for (int b = 0; b < num_bits; ++b) grids.emplace_back(whole, bits[b], steps);
-  std::vector<double> total(static_cast<size_t>(num_bits * steps), 0.0);
-  if (steps > 1 && whole > 0.0f) {
-    std::vector<float> panel(static_cast<size_t>(std::min(kPanel, blocks) * num_bits * steps));
-    for (int64_t start = 0; start < blocks; start += kPanel) {
-      const int64_t count = std::min(kPanel, blocks - start);
-      parallel_for(count, threads, [&](int64_t i) {
-        alignas(64) float w[kBlock];
-        group.read(start + i, w);
-        const int padded = padded_to_lanes(group.count(start + i));
-        for (int b = 0; b < num_bits; ++b)
-          block_errors(w, padded, grids[static_cast<size_t>(b)].inverse, steps,
-                       static_cast<float>(lowest_code(bits[b])), static_cast<float>(highest_code(bits[b])),
-                       &panel[static_cast<size_t>((i * num_bits + b) * steps)]);
-      });
-      for (int64_t i = 0; i < count; ++i)
-        for (int j = 0; j < num_bits * steps; ++j)
-          total[static_cast<size_t>(j)] += static_cast<double>(panel[static_cast<size_t>(i * num_bits * steps + j)]);
-    }
+  float bottom = 0.0f, top = 0.0f;
+  for (size_t i = 0; i < bottoms.size(); ++i) {
+    bottom = bottoms[i] < bottom || bottoms[i] != bottoms[i] ? bottoms[i] : bottom;  // NaN stays
+    top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
   }
-  for (int b = 0; b < num_bits; ++b)
-    scales[b * stride] = whole == 0.0f   ? 1.0f
-                         : whole != whole ? whole
-                                          : grids[static_cast<size_t>(b)].best(&total[static_cast<size_t>(b * steps)], steps);
+  if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) {
+    for (int b = 0; b < num_bits; ++b) result.set(b, bottom != bottom ? bottom : 1.0f, 0);
+    return;
+  }
+  std::vector<float> panel(static_cast<size_t>(std::min(kPanel, blocks) * (kChunk + 1)));
+  for (int b = 0; b < num_bits; ++b) {
+    if (steps == 1) {
+      const Grid grid(bottom, top, bits[b], result.zero == nullptr);
+      result.set(b, grid.scale(0), grid.zero);
+      continue;
+    }
+    Search search(Grid(bottom, top, bits[b], result.zero == nullptr), group.length, steps);
+    const Grid& grid = search.grid();
+    while (!search.over()) {
+      float inverse[kChunk];
+      search.inverses(inverse);
+      const int count = search.chunk();
+      double sums[kChunk + 1] = {};
+      for (int64_t start = 0; start < blocks; start += kPanel) {
+        const int64_t here = std::min(kPanel, blocks - start);
+        parallel_for(here, threads, [&](int64_t i) {
+          alignas(64) float own[kBlock];
+          const float* w = keep ? shared + (start + i) * kBlock : own;
+          if (!keep) group.read(start + i, own);
+          float* errors = &panel[static_cast<size_t>(i * (kChunk + 1))];
+          block_errors(w, padded[static_cast<size_t>(start + i)], inverse, count, grid.low, grid.high, errors, errors + count);
+        });
+        for (int64_t i = 0; i < here; ++i)
+          for (int j = 0; j <= count; ++j) sums[j] += static_cast<double>(panel[static_cast<size_t>(i * (kChunk + 1) + j)]);
+      }
+      search.take(sums);
+    }
+    result.set(b, search.best(), grid.zero);
+  }
 }
 
 }  // namespace
 
-void scale_search_cpu(const void* weight, int dtype, float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                      const int32_t* bits, int num_bits, int steps, int threads) {
+void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
+                      int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads) {
   const int64_t groups = (columns + group_size - 1) / group_size, all = rows * groups;
-  const auto group_at = [&](int64_t index) {
+  const auto type = static_cast<DType>(dtype);
+  const int64_t bytes = type == DType::float32 ? 4 : 2;
+  const auto one = [&](int64_t index, int workers) {
     const int64_t row = index / groups, start = index % groups * group_size;
-    return Group{weight, static_cast<DType>(dtype), row * columns + start, std::min(group_size, columns - start)};
+    const void* first = static_cast<const char*>(weight) + (row * columns + start) * bytes;
+    const Result result{scales + index, zeros ? zeros + index : nullptr, all};
+    search_group(Group{first, type, std::min(group_size, columns - start)}, result, bits, num_bits, steps, workers);
   };
   if (all >= 4 * threads || threads == 1) {
-    parallel_for(all, threads, [&](int64_t i) { search_group(group_at(i), scales + i, all, bits, num_bits, steps, 1); });
+    parallel_for(all, threads, [&](int64_t i) { one(i, 1); });
   } else {
-    for (int64_t i = 0; i < all; ++i) search_group(group_at(i), scales + i, all, bits, num_bits, steps, threads);
+    for (int64_t i = 0; i < all; ++i) one(i, threads);
   }
 }
 

@@ -20,53 +20,52 @@ struct Shape {
   }
 };
 
-__device__ float step_scale(float largest, int bits, int k) {
-  const float first = largest / static_cast<float>(highest_code(bits));
-  return fmaxf(first * (static_cast<float>(100 - k) / 100.0f), FLT_MIN);
-}
+// bottom = min(w, 0), top = max(w, 0); both NaN when something is not finite.
+struct Extremes {
+  float bottom, top;
+  __device__ void merge(Extremes other) {
+    if (other.bottom < bottom || other.bottom != other.bottom) bottom = other.bottom;
+    if (other.top > top || other.top != other.top) top = other.top;
+  }
+};
 
-// One warp per block: the largest magnitude, NaN when something in it is not finite.
-__global__ void largest_kernel(const void* weight, DType dtype, Shape shape, float* largest) {
+// One warp per block.
+__global__ void extremes_kernel(const void* weight, DType dtype, Shape shape, Extremes* extremes) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  float top = 0.0f, spoiled = 0.0f;
+  float bottom = 0.0f, top = 0.0f, spoiled = 0.0f;
   for (int64_t i = start + threadIdx.x; i < length && i < start + kBlock; i += kBlockLanes) {
     const float w = read_weight(weight, dtype, shape.first(group) + i);
-    top = fmaxf(top, fabsf(w));
+    bottom = fminf(bottom, w), top = fmaxf(top, w);
     spoiled += w * 0.0f;
   }
   for (int half = 16; half > 0; half /= 2) {
+    bottom = fminf(bottom, __shfl_down_sync(0xffffffffu, bottom, half));
     top = fmaxf(top, __shfl_down_sync(0xffffffffu, top, half));
     spoiled += __shfl_down_sync(0xffffffffu, spoiled, half);
   }
-  if (threadIdx.x == 0) largest[index] = spoiled != 0.0f ? nanf("") : top;
+  if (threadIdx.x == 0) extremes[index] = spoiled != 0.0f ? Extremes{nanf(""), nanf("")} : Extremes{bottom, top};
 }
 
-// One block of threads per group: the largest of its blocks.
-__global__ void group_largest_kernel(const float* largest, Shape shape, float* out) {
-  __shared__ float tops[256];
+// One block of threads per group merges its blocks.
+__global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Extremes* out) {
+  __shared__ Extremes parts[256];
   const int64_t group = blockIdx.x;
-  float top = 0.0f;
-  for (int64_t i = threadIdx.x; i < shape.blocks; i += blockDim.x) {
-    const float x = largest[group * shape.blocks + i];
-    top = x > top || x != x ? x : top;
-  }
-  tops[threadIdx.x] = top;
+  Extremes mine{0.0f, 0.0f};
+  for (int64_t i = threadIdx.x; i < shape.blocks; i += blockDim.x) mine.merge(extremes[group * shape.blocks + i]);
+  parts[threadIdx.x] = mine;
   __syncthreads();
   for (int half = blockDim.x / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
-      const float x = tops[threadIdx.x + half];
-      if (x > tops[threadIdx.x] || x != x) tops[threadIdx.x] = x;
-    }
+    if (threadIdx.x < half) parts[threadIdx.x].merge(parts[threadIdx.x + half]);
     __syncthreads();
   }
-  if (threadIdx.x == 0) out[group] = tops[0];
+  if (threadIdx.x == 0) out[group] = parts[0];
 }
 
 // One warp per block: its weights stay in registers while all steps of all widths are rated.
 __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitList bits, int steps,
-                              const float* group_largest, float* errors) {
+                              bool symmetric, const Extremes* group_extremes, float* errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
@@ -77,13 +76,13 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
     w[j] = i < length ? read_weight(weight, dtype, shape.first(group) + i) : 0.0f;
   }
   for (int b = 0; b < bits.count; ++b) {
-    const float low = static_cast<float>(lowest_code(bits.width[b])), high = static_cast<float>(highest_code(bits.width[b]));
+    const Grid grid(group_extremes[group].bottom, group_extremes[group].top, bits.width[b], symmetric);
     for (int k = 0; k < steps; ++k) {
-      const float inverse = 1.0f / step_scale(group_largest[group], bits.width[b], k);
+      const float inverse = 1.0f / grid.scale(k);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        const float x = w[j] * inverse, e = rintf(clamp_code(x, low, high)) - x;
+        const float x = w[j] * inverse, e = rintf(clamp_code(x, grid.low, grid.high)) - x;
         sum += e * e;
       }
       sum = sum_block_lanes(sum);
@@ -93,16 +92,18 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
 }
 
 // One block of threads per group and width; thread k adds the errors of step k in order.
-__global__ void choose_kernel(Shape shape, BitList bits, int steps, const float* group_largest,
-                              const float* errors, float* scales) {
+__global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extremes* group_extremes, const float* errors,
+                              float* scales, int8_t* zeros) {
   __shared__ double total[128];
   const int64_t group = blockIdx.x;
   const int b = blockIdx.y, k = threadIdx.x;
+  const float bottom = group_extremes[group].bottom, top = group_extremes[group].top;
+  const Grid grid(bottom, top, bits.width[b], zeros == nullptr);
   if (k < steps) {
     double sum = 0.0;
     for (int64_t i = 0; i < shape.blocks; ++i)
       sum += static_cast<double>(errors[((group * shape.blocks + i) * bits.count + b) * steps + k]);
-    const double scale = step_scale(group_largest[group], bits.width[b], k);
+    const double scale = grid.scale(k);
     total[k] = sum * (scale * scale);
   }
   __syncthreads();
@@ -110,8 +111,9 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const float*
   int best = 0;
   for (int j = 1; j < steps; ++j)
     if (total[j] < total[best]) best = j;
-  const float top = group_largest[group];
-  scales[b * shape.all() + group] = top == 0.0f ? 1.0f : top != top ? top : step_scale(top, bits.width[b], best);
+  const bool finite = bottom == bottom, nothing = bottom == 0.0f && top == 0.0f;
+  scales[b * shape.all() + group] = !finite ? bottom : nothing ? 1.0f : grid.scale(best);
+  if (zeros) zeros[b * shape.all() + group] = !finite || nothing ? int8_t{0} : static_cast<int8_t>(grid.zero);
 }
 
 Shape shape_of(int64_t rows, int64_t columns, int64_t group_size) {
@@ -123,11 +125,12 @@ Shape shape_of(int64_t rows, int64_t columns, int64_t group_size) {
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps) {
   const Shape shape = shape_of(rows, columns, group_size);
   const int64_t items = shape.all() * shape.blocks;
-  return 4 * (items + shape.all() + items * num_bits * steps);
+  return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_bits * steps;
 }
 
-void scale_search_cuda(const void* weight, int dtype, float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                       const int32_t* bits, int num_bits, int steps, void* workspace, int device, void* stream) {
+void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
+                       int64_t group_size, const int32_t* bits, int num_bits, int steps, void* workspace, int device,
+                       void* stream) {
   const Shape shape = shape_of(rows, columns, group_size);
   const int64_t items = shape.all() * shape.blocks;
   if (items == 0) return;
@@ -135,16 +138,16 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int64_t row
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto type = static_cast<DType>(dtype);
   const BitList list(bits, num_bits);
-  auto* largest = static_cast<float*>(workspace);
-  float* group_largest = largest + items;
-  float* errors = group_largest + shape.all();
+  auto* extremes = static_cast<Extremes*>(workspace);
+  Extremes* group_extremes = extremes + items;
+  auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
   const dim3 warps(kBlockLanes, kWarps);
   const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
-  largest_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, largest);
-  group_largest_kernel<<<static_cast<unsigned>(shape.all()), 256, 0, queue>>>(largest, shape, group_largest);
-  errors_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, group_largest, errors);
-  choose_kernel<<<dim3(static_cast<unsigned>(shape.all()), num_bits), 128, 0, queue>>>(shape, list, steps,
-                                                                                        group_largest, errors, scales);
+  const auto groups = static_cast<unsigned>(shape.all());
+  extremes_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, extremes);
+  group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
+  errors_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, zeros == nullptr, group_extremes, errors);
+  choose_kernel<<<dim3(groups, num_bits), 128, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   check_launch("scale_search");
 }
 

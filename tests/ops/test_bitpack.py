@@ -50,6 +50,16 @@ def test_strided_input(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1,), (33, 3), (5, 1), (0, 2), (3, 4, 37)])
+def test_packs_along_any_dimension(shape: tuple[int, ...], device: str) -> None:
+    codes = random_codes(shape, 4, device)
+    for dim in range(-len(shape), len(shape)):
+        packed = clado_ext.pack(codes, 4, dim)
+        assert same_bits(packed, oracle.pack(codes.movedim(dim, -1), 4).movedim(-1, dim).contiguous())
+        assert same_bits(clado_ext.unpack(packed, 4, shape[dim], dim), codes)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_op_is_well_formed(device: str) -> None:
     codes = random_codes((3, 40), 3, device)
     torch.library.opcheck(torch.ops.clado.pack.default, (codes, 3))
@@ -71,6 +81,7 @@ def test_compiles_without_graph_break(device: str) -> None:
         (lambda: clado_ext.pack(torch.zeros(4), 4), "pack: codes must be int8, got torch.float32"),
         (lambda: clado_ext.pack(torch.zeros(4, dtype=torch.int8), 9), "pack: bits must lie in 2..8, got 9"),
         (lambda: clado_ext.pack(torch.tensor(1, dtype=torch.int8), 4), "pack: codes must have at least one dimension"),
+        (lambda: clado_ext.pack(torch.zeros(4, dtype=torch.int8), 4, 1), r"pack: dim must lie in -1\.\.0, got 1"),
         (lambda: clado_ext.pack(torch.full((40,), 8, dtype=torch.int8), 4), r"pack: codes must lie in \[-8, 7\]"),
         (
             lambda: clado_ext.unpack(torch.zeros(2, dtype=torch.int32), 4, 40),

@@ -19,17 +19,20 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 1, 7, 32, 1024])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 33), (2, 1024), (3, 1025), (4, 8, 3, 3), (1, 5000), (6,)])
-def test_matches_oracle(shape: tuple[int, ...], group_size: int, dtype: torch.dtype, device: str) -> None:
+def test_matches_oracle(
+    shape: tuple[int, ...], group_size: int, symmetric: bool, dtype: torch.dtype, device: str
+) -> None:
     weight = weight_of(shape, dtype, device)
-    scale = clado_ext.scale_search(weight, BITS, group_size, steps=9)
-    values, sqerr = clado_ext.fake_quant(weight, scale, BITS, group_size)
-    codes = clado_ext.quantize(weight, scale, BITS, group_size)
-    wanted, errors = oracle.fake_quant(weight, scale, BITS, group_size)
-    assert same_bits(codes, oracle.quantize(weight, scale, BITS, group_size))
+    values, sqerr, scale, zero = clado_ext.quantize_weight(weight, BITS, group_size, 9, symmetric)
+    assert (zero is None) == symmetric
+    codes = clado_ext.quantize(weight, scale, BITS, group_size, zero)
+    wanted, errors = oracle.fake_quant(weight, scale, BITS, group_size, zero)
+    assert same_bits(codes, oracle.quantize(weight, scale, BITS, group_size, zero))
     assert torch.equal(values, wanted)
-    assert torch.equal(clado_ext.dequantize(codes, scale, group_size, dtype), values)
+    assert torch.equal(clado_ext.dequantize(codes, scale, group_size, dtype, zero), values)
     # Lanes add up to 32 squares in float32 before they meet float64: relative error below 40 roundings.
     torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
 
@@ -61,10 +64,10 @@ def test_ties_round_to_even() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_at_every_simd_level_and_thread_count(dtype: torch.dtype) -> None:
     weight = weight_of((7, 3333), dtype)
-    scale = clado_ext.scale_search(weight, BITS, 100)
-    results = at_every_cpu_setting(lambda: clado_ext.fake_quant(weight, scale, BITS, 100))
+    scale, zero = clado_ext.range_search(weight, BITS, 100)
+    results = at_every_cpu_setting(lambda: clado_ext.fake_quant(weight, scale, BITS, 100, zero))
     assert all(same_bits(r, results[0]) for r in results)
-    codes = at_every_cpu_setting(lambda: clado_ext.quantize(weight, scale, BITS, 100))
+    codes = at_every_cpu_setting(lambda: clado_ext.quantize(weight, scale, BITS, 100, zero))
     assert all(same_bits(r, codes[0]) for r in codes)
 
 
@@ -74,9 +77,12 @@ def test_same_bits_on_every_device(dtype: torch.dtype) -> None:
     results = []
     for device in DEVICES:
         w = weight.to(device)
-        scale = clado_ext.scale_search(w, BITS, 300)
-        values, sqerr = clado_ext.fake_quant(w, scale, BITS, 300)
-        results.append(tuple(x.cpu() for x in (scale, values, sqerr, clado_ext.quantize(w, scale, BITS, 300))))
+        values, sqerr, scale, zero = clado_ext.quantize_weight(w, BITS, 300, symmetric=False)
+        assert zero is not None
+        codes = clado_ext.quantize(w, scale, BITS, 300, zero)
+        results.append(
+            tuple(x.cpu() for x in (clado_ext.scale_search(w, BITS, 300), scale, zero, values, sqerr, codes))
+        )
     assert all(same_bits(r, results[0]) for r in results)
 
 
@@ -90,6 +96,21 @@ def test_half_precision_is_read_and_written_exactly() -> None:
         wanted = (torch.round(weight.float() / 2.0**-20).clamp(-128, 127) * 2.0**-20).to(dtype)
         assert torch.equal(values[0].isnan(), weight.isnan())
         assert torch.equal(values[0].nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_straight_through_is_one_inside_the_range_and_zero_beyond(symmetric: bool) -> None:
+    weight = torch.randn(3, 4, 5, requires_grad=True)
+    scale = torch.full((2, 3, 2), 0.3)
+    zero = None if symmetric else torch.full((2, 3, 2), -2, dtype=torch.int8)
+    values = clado_ext.straight_through(weight, scale, (2, 4), 16, zero)
+    assert torch.equal(values, clado_ext.fake_quant(weight, scale, (2, 4), 16, zero)[0])
+    slopes = torch.randn_like(values)
+    (values * slopes).sum().backward()
+    low, shift = (-2, 0) if symmetric else (0, -2)
+    steps = weight.detach() / 0.3
+    two, four = (steps >= low) & (steps <= low + 3), (steps >= -8 - shift) & (steps <= 7 - shift)
+    assert torch.equal(weight.grad, slopes[0] * two + slopes[1] * four)
 
 
 def test_nan_and_infinity() -> None:
@@ -131,8 +152,9 @@ def test_into_given_outputs(device: str) -> None:
 def test_ops_are_well_formed_and_compile(device: str) -> None:
     weight = weight_of((5, 40), torch.float32, device)
     scale = clado_ext.scale_search(weight, (2, 8), 16)
-    torch.library.opcheck(torch.ops.clado.fake_quant.default, (weight, scale, [2, 8], 16))
-    torch.library.opcheck(torch.ops.clado.quantize.default, (weight, scale, [2, 8], 16))
+    for zero in (None, torch.ones_like(scale, dtype=torch.int8)):
+        torch.library.opcheck(torch.ops.clado.fake_quant.default, (weight, scale, zero, [2, 8], 16))
+        torch.library.opcheck(torch.ops.clado.quantize.default, (weight, scale, zero, [2, 8], 16))
 
     def both(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return clado_ext.fake_quant(w, s, (2, 8), 16)[0] + 1, clado_ext.dequantize(
@@ -153,6 +175,8 @@ def test_ops_are_well_formed_and_compile(device: str) -> None:
         ({"group_size": 0}, "group_size must be -1 or positive, got 0"),
         ({"scale": torch.ones(2, 3, 1)}, r"scale must have shape \(2, 2, 1\), got \(2, 3, 1\)"),
         ({"scale": torch.ones(2, 2, 1).double()}, "scale must be float32, got torch.float64"),
+        ({"zero_point": torch.ones(2, 2, 1)}, "zero_point must be int8, got torch.float32"),
+        ({"zero_point": torch.ones(2, 1).char()}, r"zero_point must have shape \(2, 2, 1\), got \(2, 1\)"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:
