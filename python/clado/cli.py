@@ -11,8 +11,6 @@ import click
 
 from .errors import CladoError, require
 
-RUN_FILE = "model.json"
-
 
 class Group(click.Group):
     """Bad input is one line on stderr and exit code 2; Ctrl-C ends cleanly."""
@@ -89,6 +87,7 @@ def profile(**options: Any) -> None:
     from .data import build_data
     from .models import ModelSpec, build_model
     from .profiler import profile as measure
+    from .rundir import RUN_FILE, write_json
 
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
     model = build_model(spec)
@@ -99,7 +98,7 @@ def profile(**options: Any) -> None:
         model, data, num_samples=options["nsamples"], output_dir=folder, **{name: options[name] for name in kept}
     )
     note = {"spec": spec.to_json(), "data": options["data"], "num_samples": sens.num_samples, "seed": options["seed"]}
-    _write_json(folder / RUN_FILE, note)
+    write_json(folder / RUN_FILE, note)
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -194,6 +193,7 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
     from .sensitivity import Sensitivity
     from .solver import shortlist
     from .solver import solve as choose
+    from .terminal import show_plan
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
     if rerank is None:
@@ -205,7 +205,7 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
         plan = _rerank(run, plans, data, rerank) if plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     plan.save(Path(run) / FILE_NAME)
-    _show_plan(plan)
+    show_plan(plan)
     click.echo(f"next: clado export {run}")
 
 
@@ -223,13 +223,15 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
     from rich.table import Table
 
     from .figures import check_path, frontier_figure, save_figure
+    from .rundir import write_json
     from .sensitivity import Sensitivity
     from .solver import pareto as frontier
+    from .terminal import console
 
     if plot is not None:
         check_path(plot)
     plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **_wishes(options))
-    _write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
+    write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
     table = Table(box=None, header_style="bold")
     for name in ("budget", "bits", "bytes", "loss increase", "no plan below", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
@@ -241,7 +243,7 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
             else [""] * 4
         )
         table.add_row(limit, *numbers, plan.status)
-    _console().print(table)
+    console().print(table)
     if plot is not None:
         click.echo(f"-> {save_figure(frontier_figure(plans), plot)}")
 
@@ -260,10 +262,11 @@ def latency(run: str, batch_size: int, repeats: int, device: str | None, out: st
     clado solve run --latency run/latency.csv --latency-ms 20
     """
     from .latency import time_layers, write_latency
+    from .rundir import heldout, load_model
     from .sensitivity import Sensitivity
 
-    model, spec, note = _model(run)
-    images = _heldout(model, spec, {**note, "num_samples": 0}, None, batch_size, batch_size)[0][0]
+    model, spec, note = load_model(run)
+    images = heldout(model, spec, {**note, "num_samples": 0}, None, batch_size, batch_size)[0][0]
     place = device or "cpu"
     table = time_layers(model.to(place), Sensitivity.load(run), images.to(place), repeats)
     path = write_latency(table, out or Path(run) / "latency.csv")
@@ -281,8 +284,9 @@ def export(run: str, format_: str, out: str | None) -> None:
     """Write the integer weights of the plan in RUN."""
     from .exporter import export as write
     from .plan import Plan
+    from .rundir import load_model
 
-    model, _, _ = _model(run)
+    model, _, _ = load_model(run)
     written = write(model, Plan.load(run), out or Path(run) / "out", format_)
     click.echo(
         f"{written.folder}: {written.quantized:,} bytes of codes and scales, {written.leftovers:,} bytes left in float, "
@@ -301,18 +305,20 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     from .evaluator import evaluate as score
     from .exporter import apply
     from .plan import Plan
+    from .rundir import heldout, load_model
+    from .terminal import show_scores
 
-    model, spec, note = _model(run)
+    model, spec, note = load_model(run)
     plan = Plan.load(run)
     chose = plan.info.get("rerank_samples", 0) if plan.info.get("rerank_data") == (data or note["data"]) else 0
-    kept = _heldout(model, spec, note, data, nsamples, batch_size, chose)
+    kept = heldout(model, spec, note, data, nsamples, batch_size, chose)
     if device is not None:
         model = model.to(device)
     rows = [
         ("float", score(model, kept, device)),
         (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device)),
     ]
-    _print_scores(rows)
+    show_scores(rows)
 
 
 @main.command()
@@ -321,6 +327,7 @@ def inspect(run: str) -> None:
     """What a run directory holds: the measurement, the plan, the bits of every layer."""
     from .plan import FILE_NAME, Plan
     from .sensitivity import Sensitivity
+    from .terminal import console, show_plan
 
     sens = Sensitivity.load(run)
     info = sens.info
@@ -345,81 +352,9 @@ def inspect(run: str) -> None:
         table.add_row(
             layer.name, f"{layer.numel:,}", *losses, *([str(plan.bits.get(layer.name, ""))] if plan is not None else [])
         )
-    _console().print(table)
+    console().print(table)
     if plan is not None:
-        _show_plan(plan)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=False)
-
-
-def _show_plan(plan: Any) -> None:
-    if not plan.bits:
-        click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
-        return
-    counts = {bits: list(plan.bits.values()).count(bits) for bits in sorted(set(plan.bits.values()))}
-    layers = ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())
-    click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
-    click.echo(
-        f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
-    )
-    for name, use in plan.usage.items():
-        click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
-
-
-def _print_scores(rows: list[tuple[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in ("", "loss", "±", "top-1", "±", "top-5"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, score in rows:
-        top5 = "" if score.correct5 is None else f"{score.correct5.double().mean().item():.2%}"
-        table.add_row(
-            name,
-            f"{score.loss:.4f}",
-            f"{score.loss_stderr:.4f}",
-            f"{score.accuracy:.2%}",
-            f"{score.accuracy_stderr:.2%}",
-            top5,
-        )
-    _console().print(table)
-    click.echo(f"{rows[0][1].num_samples} samples")
-
-
-def _model(run: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The model of a run directory, how it was built, and what was noted with it."""
-    from .models import ModelSpec, build_model
-
-    path = Path(run) / RUN_FILE
-    require(path.is_file(), "run", "directory", f"hold {RUN_FILE} as clado profile writes it", run)
-    try:
-        note = json.loads(path.read_text())
-        spec = ModelSpec(**note["spec"])
-        note["data"], note["num_samples"], note["seed"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CladoError(f"run: {RUN_FILE} must be whole, got {path} ({error})") from None
-    return build_model(spec), spec, note
-
-
-def _heldout(
-    model: Any, spec: Any, note: dict[str, Any], data: str | None, count: int | None, batch_size: int, skip: int = 0
-) -> list[Any]:
-    """Up to ``count`` images, none of those the matrix was made of, nor the ``skip`` next ones."""
-    from .data import build_data
-
-    profiled = note["num_samples"] if data in (None, note["data"]) else 0
-    batches: list[Any] = []
-    left = sys.maxsize if count is None else count
-    for images, labels in build_data(data or note["data"], model, spec, batch_size, note["seed"], profiled + skip):
-        batches.append((images[:left], labels[:left]))
-        left -= len(images)
-        if left <= 0:
-            break
-    return batches
+        show_plan(plan)
 
 
 def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
@@ -429,9 +364,11 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
     from rich.table import Table
 
     from .evaluator import rerank
+    from .rundir import heldout, load_model
+    from .terminal import console
 
-    model, spec, note = _model(run)
-    best = rerank(model, _heldout(model, spec, note, data, count, 32), plans)
+    model, spec, note = load_model(run)
+    best = rerank(model, heldout(model, spec, note, data, count, 32), plans)
     best = replace(best, info={**best.info, "rerank_data": data or note["data"]})
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
@@ -439,7 +376,7 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
     for row in best.info["rerank"]:
         numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
         table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
-    _console().print(table)
+    console().print(table)
     lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
     click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
     return best
@@ -474,13 +411,6 @@ def _points(text: str) -> list[float]:
         return [float(first + k * step) for k in range(int((last - first) / step) + 1)]
     except ValueError:
         raise CladoError(f"pareto: avg-bits must be first:last:step or numbers, got {text!r}") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    from .files import atomic_file
-
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
 
 
 if __name__ == "__main__":

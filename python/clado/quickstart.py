@@ -10,13 +10,13 @@ from rich.table import Table
 from torch import nn
 
 from . import apply, evaluate, export, given_plan, load, profile, rerank, shortlist, solve
-from .cli import RUN_FILE, _write_json
 from .digits import load_data, load_model
 from .errors import CladoError
 from .evaluator import Score
 from .models import ModelSpec
 from .plan import Plan
 from .progress import progress_bar
+from .rundir import RUN_FILE, write_json
 from .sensitivity import Sensitivity
 
 BITS = (2, 3, 4, 8)
@@ -37,7 +37,7 @@ def run(folder: Path, avg_bits: float) -> None:
         "num_samples": sens.num_samples,
         "seed": 0,
     }
-    _write_json(folder / RUN_FILE, note)
+    write_json(folder / RUN_FILE, note)
 
     images, labels = load_data("heldout")
     choosing, reported = [(images[:CHOOSING], labels[:CHOOSING])], [(images[CHOOSING:], labels[CHOOSING:])]
