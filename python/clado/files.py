@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_AT_CWD, _EXCHANGE = -100, 2  # of renameat2
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(target)
+    temporary.touch()
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -31,22 +31,47 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any error it is removed.
 
-    A folder that stood at ``path`` is moved aside first and put back if the new one cannot take its place.
+    Where the system can exchange two folders in one step (Linux), a folder stands at ``path`` at every moment. Elsewhere
+    the earlier one is moved aside first and put back if the new one cannot take its place.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = _beside(target)
+    temporary.mkdir()
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        if target.exists():
-            target.replace(old)
-        try:
+        for file in temporary.rglob("*"):
+            _flush(file)
+        if not target.exists():
             temporary.replace(target)
-        except OSError:
-            if old.exists():
+        elif not _exchange(temporary, target):
+            target.replace(old)
+            try:
+                temporary.replace(target)
+            except BaseException:
                 old.replace(target)
-            raise
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A free name in the folder of ``target``, which is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0

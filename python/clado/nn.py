@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-import clado_ext
-
 from .errors import require
 from .plan import Plan
 from .quantizer import Quantizer
+from .sensitivity import Layer
 
 
 class _Packed(nn.Module):
@@ -38,25 +38,30 @@ class _Packed(nn.Module):
             quantizer: settings of the quantization.
             bits: 2 to 8.
         """
-        weight = source._parameters.get("weight")
-        require(weight is not None, "from_float", "source", "have a parameter named weight", type(source).__name__)
-        assert weight is not None
+        return cls.from_packed(source, quantizer, bits, quantizer.pack(_weight_of(source), bits))
+
+    @classmethod
+    def from_packed(cls, source: nn.Module, quantizer: Quantizer, bits: int, packed: Mapping[str, Tensor]) -> _Packed:
+        """:meth:`from_float` with the tensors that :meth:`clado.Quantizer.pack` gave; of the weight only shape and dtype are read."""
+        weight = _weight_of(source)
         module = cls.__new__(cls)
         module.__dict__ = {name: copy.copy(value) for name, value in source.__dict__.items()}
         del module._parameters["weight"]
-        codes, scales = quantizer.quantize(weight, bits)
         module.bits, module.quantizer = bits, quantizer
         module.weight_shape, module.weight_dtype = tuple(weight.shape), weight.dtype
-        module.register_buffer("weight_packed", clado_ext.pack(codes, bits))
-        module.register_buffer("weight_scale", scales.contiguous())
+        for name, part in packed.items():
+            module.register_buffer(name, part)
         return module
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight: bit for bit what :func:`clado.apply` evaluates."""
-        columns = self.quantizer.rows_columns(self.weight_shape)[1]
-        codes = clado_ext.unpack(self.weight_packed, self.bits, columns)
-        return self.quantizer.dequantize(codes, self.weight_scale, self.weight_shape, self.weight_dtype)
+        quantized = self.quantizer.unpack(self.packed(), self.bits, self.weight_shape)
+        return self.quantizer.dequantize(quantized, self.weight_shape, self.weight_dtype)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: getattr(self, name) for name in self.quantizer.packed_shapes(self.weight_shape, self.bits)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.bits}, group_size={self.quantizer.group_size}"
@@ -87,28 +92,35 @@ def pack_model(model: nn.Module, plan: Plan) -> nn.Module:
     """
     from .exporter import apply
 
-    packed = apply(model, plan)
+    packed, weights = apply(model, plan), dict(model.named_parameters(remove_duplicate=False))
     for layer in plan.layers:
-        made: dict[int, _Packed] = {}
-        for name in layer.names:
-            path, _, leaf = name.rpartition(".")
-            source = model.get_submodule(path)
-            if leaf != "weight" or not isinstance(source, (nn.Linear, nn.Conv2d)):
-                continue
-            module = made.get(id(source))
-            if module is None:
-                module = quantized_kind(type(source)).from_float(source, plan.quantizer, plan.bits[layer.name])
-                for other in made.values():
-                    module.weight_packed, module.weight_scale = other.weight_packed, other.weight_scale
-                made[id(source)] = module
-            packed.set_submodule(path, module)
+        bits = plan.bits[layer.name]
+        replace_layer(packed, layer, plan.quantizer, bits, plan.quantizer.pack(weights[layer.names[0]], bits))
     return packed
+
+
+def replace_layer(
+    model: nn.Module, layer: Layer, quantizer: Quantizer, bits: int, packed: Mapping[str, Tensor]
+) -> None:
+    """Put packed modules in place of the Linear and Conv2d modules of ``model`` that own the weight of ``layer``."""
+    owners = {
+        path: model.get_submodule(path)
+        for path, _, leaf in (n.rpartition(".") for n in layer.names)
+        if leaf == "weight"
+    }
+    made: dict[int, _Packed] = {}
+    for path, source in owners.items():
+        if isinstance(source, (nn.Linear, nn.Conv2d)):
+            if id(source) not in made:
+                packed = {name: part.to(source.weight.device) for name, part in packed.items()}
+                made[id(source)] = quantized_kind(type(source)).from_packed(source, quantizer, bits, packed)
+            model.set_submodule(path, made[id(source)])
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of packed codes and scales that the layers of a model hold; what they share counts once."""
     layers = [module for module in model.modules() if isinstance(module, _Packed)]
-    kept = {t.data_ptr(): t.nbytes for layer in layers for t in (layer.weight_packed, layer.weight_scale)}
+    kept = {part.data_ptr(): part.nbytes for layer in layers for part in layer.packed().values()}
     return sum(kept.values())
 
 
@@ -120,3 +132,10 @@ def quantized_kind(source: type[nn.Module]) -> type[_Packed]:
     if source not in _KINDS:
         _KINDS[source] = type(f"Quant{source.__name__}", (_Packed, source), {})
     return _KINDS[source]
+
+
+def _weight_of(source: nn.Module) -> Tensor:
+    weight = source._parameters.get("weight")
+    require(weight is not None, "from_float", "source", "have a parameter named weight", type(source).__name__)
+    assert weight is not None
+    return weight

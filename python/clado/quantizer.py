@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ import clado_ext
 from clado_ext import packed_columns
 
 from .errors import require
+
+PACKED, SCALE = "weight_packed", "weight_scale"
+
+
+class Quantized(NamedTuple):
+    """A weight at one width: codes int8 ``[rows, columns]``, scale float32 ``[rows, groups]``."""
+
+    codes: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,14 @@ class Quantizer:
         columns = self.rows_columns(shape)[1]
         return math.ceil(columns / self.group_size) if self.group_size > 0 else 1
 
-    def storage_bytes(self, shape: Sequence[int], bits: int) -> int:
-        """Bytes of one exported layer: packed int32 words of every row and float32 scales."""
+    def packed_shapes(self, shape: Sequence[int], bits: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the tensors that :meth:`pack` gives for a weight; each element takes four bytes."""
         rows, columns = self.rows_columns(shape)
-        return 4 * rows * (packed_columns(columns, bits) + self.groups(shape))
+        return {PACKED: (rows, packed_columns(columns, bits)), SCALE: (rows, self.groups(shape))}
+
+    def storage_bytes(self, shape: Sequence[int], bits: int) -> int:
+        """Bytes of one packed layer: int32 words of codes, rows padded to a whole word, and float32 scales."""
+        return 4 * sum(math.prod(part) for part in self.packed_shapes(shape, bits).values())
 
     def scales(self, weight: Tensor, bits: Sequence[int]) -> Tensor:
         """Scales ``[B, rows, groups]`` float32 of a weight at every width."""
@@ -57,16 +70,26 @@ class Quantizer:
         values, _ = clado_ext.fake_quant(matrix, self.scales(weight, bits), bits, self._group_size)
         return values.view(len(bits), *weight.shape).to(weight.dtype)
 
-    def quantize(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Codes int8 ``[rows, columns]`` and scales float32 ``[rows, groups]`` at one width."""
+    def quantize(self, weight: Tensor, bits: int) -> Quantized:
+        """Integer codes of a weight at one width."""
         matrix, scales = self._matrix(weight), self.scales(weight, (bits,))
-        return clado_ext.quantize(matrix, scales, (bits,), self._group_size)[0], scales[0]
+        return Quantized(clado_ext.quantize(matrix, scales, (bits,), self._group_size)[0], scales[0])
 
-    def dequantize(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, quantized: Quantized, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weight of :meth:`quantize`, bit for bit what :meth:`fake_quant` gives."""
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-        values = clado_ext.dequantize(codes.unsqueeze(0), scales.unsqueeze(0), self._group_size, kernel_dtype)
+        codes, scale = (part.unsqueeze(0) for part in quantized)
+        values = clado_ext.dequantize(codes, scale, self._group_size, kernel_dtype)
         return values.view(tuple(shape)).to(dtype)
+
+    def pack(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
+        """A weight at one width as it is stored: int32 words of codes and float32 scales, by name."""
+        quantized = self.quantize(weight, bits)
+        return {PACKED: clado_ext.pack(quantized.codes, bits), SCALE: quantized.scale.contiguous()}
+
+    def unpack(self, packed: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> Quantized:
+        """What :meth:`quantize` gave, from the tensors of :meth:`pack`."""
+        return Quantized(clado_ext.unpack(packed[PACKED], bits, self.rows_columns(shape)[1]), packed[SCALE])
 
     @property
     def _group_size(self) -> int:
