@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from clado import Layer, Plan, Quantizer
+from clado.fingerprint import weights_digest
 
 Shape = tuple[int, int, int]
 
@@ -75,3 +81,20 @@ def with_statistics(model: nn.Module, shape: Shape) -> nn.Module:
             for _ in range(4):
                 model(torch.randn(8, *shape))
     return model.eval()
+
+
+def random_plan(model: nn.Module, quantizer: Quantizer, bits: Sequence[int] = range(2, 9), seed: int = 0) -> Plan:
+    """Every Linear and Conv2d weight at a random width; weights that share storage are one layer."""
+    choose = random.Random(seed)
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            names.setdefault(id(module.weight), []).append(f"{path}.weight")
+    layers = []
+    for shared in names.values():
+        shape = tuple(model.get_parameter(shared[0]).shape)
+        kind = "linear" if len(shape) == 2 else "conv2d"
+        layers.append(Layer(shared[0].removesuffix(".weight"), kind, shape, 0, tuple(shared)))
+    chosen = {layer.name: choose.choice(list(bits)) for layer in layers}
+    fingerprint = {"weights": weights_digest(model)}
+    return Plan(tuple(layers), chosen, "given", quantizer=quantizer, fingerprint=fingerprint)

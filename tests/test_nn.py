@@ -13,21 +13,18 @@ import clado
 from clado.latency import time_layers, write_latency
 from clado.nn import QuantConv2d, QuantLinear, pack_model, packed_bytes
 from clado.solver import read_latency
-from tests.models import small_cnn, timm_model, tiny_vit
+from tests.models import random_plan, small_cnn, timm_model, tiny_vit
 
 
-def planned(name: str, **settings: object) -> tuple[nn.Module, clado.Plan, torch.Tensor, clado.Sensitivity]:
+@pytest.mark.parametrize(
+    ("name", "group_size", "symmetric"),
+    [("vit", -1, True), ("vit", 5, False), ("cnn", 0, True), ("cnn", 5, True), ("mobilenetv3_small_100", 0, False)],
+)
+def test_packed_models_give_the_outputs_of_apply_from_the_predicted_bytes(
+    name: str, group_size: int, symmetric: bool
+) -> None:
     model, shape = tiny_vit() if name == "vit" else small_cnn() if name == "cnn" else timm_model(name)
-    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    sens = clado.profile(model, [x], bits=(2, 3, 8), estimator="diagonal", num_samples=2, verbose=False, **settings)
-    bits = {layer.name: (2, 3, 8)[k % 3] for k, layer in enumerate(sens.layers)}
-    return model, clado.given_plan(sens, bits), x, sens
-
-
-@pytest.mark.parametrize("group_size", [-1, 0, 5])
-@pytest.mark.parametrize("name", ["vit", "cnn", "mobilenetv3_small_100"])
-def test_packed_models_give_the_outputs_of_apply_from_the_predicted_bytes(name: str, group_size: int) -> None:
-    model, plan, x, _ = planned(name, group_size=group_size)
+    plan, x = random_plan(model, clado.Quantizer(group_size, 2, symmetric)), torch.randn(3, *shape)
     packed = pack_model(model, plan)
     with torch.no_grad():
         assert torch.equal(packed(x), clado.apply(model, plan)(x))
@@ -54,7 +51,9 @@ def test_layers_keep_bias_stride_and_dtype() -> None:
 
 
 def test_latency_table_has_every_layer_and_width(tmp_path: Path) -> None:
-    model, _, x, sens = planned("cnn")
+    model, shape = small_cnn()
+    x = torch.randn(3, *shape)
+    sens = clado.profile(model, [x], bits=(2, 3, 8), estimator="diagonal", num_samples=2, verbose=False)
     before = {name: len(m._forward_pre_hooks) for name, m in model.named_modules()}
     table = time_layers(model, sens, x, repeats=2, verbose=False)
     assert before == {name: len(m._forward_pre_hooks) for name, m in model.named_modules()}

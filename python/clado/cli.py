@@ -72,6 +72,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--estimator", default="logit", show_default=True, help="logit, exact or diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
+@click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
 @click.option("--batch-size", type=int, help="Samples that advance together; chosen when left out.")
@@ -95,7 +96,12 @@ def profile(**options: Any) -> None:
     folder = Path(options["output_dir"])
     kept = ("estimator", "loss", "group_size", "ignore", "quantize_ends", "batch_size", "device", "seed", "bits")
     sens = measure(
-        model, data, num_samples=options["nsamples"], output_dir=folder, **{name: options[name] for name in kept}
+        model,
+        data,
+        num_samples=options["nsamples"],
+        symmetric=not options["asymmetric"],
+        output_dir=folder,
+        **{name: options[name] for name in kept},
     )
     note = {"spec": spec.to_json(), "data": options["data"], "num_samples": sens.num_samples, "seed": options["seed"]}
     write_json(folder / RUN_FILE, note)

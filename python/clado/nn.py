@@ -42,7 +42,7 @@ class _Packed(nn.Module):
 
     @classmethod
     def from_packed(cls, source: nn.Module, quantizer: Quantizer, bits: int, packed: Mapping[str, Tensor]) -> _Packed:
-        """:meth:`from_float` with the tensors that :meth:`clado.Quantizer.pack` gave; of the weight only shape and dtype are read."""
+        """:meth:`from_float` with the tensors that :meth:`clado.Quantizer.pack` gave; the weight itself is not read."""
         weight = _weight_of(source)
         module = cls.__new__(cls)
         module.__dict__ = {name: copy.copy(value) for name, value in source.__dict__.items()}

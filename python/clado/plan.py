@@ -118,10 +118,7 @@ class Plan:
             require(data.get("schema") == SCHEMA, "plan", "schema", f"be {SCHEMA}", data.get("schema"))
             for name in ("bits", "values", "usage", "fingerprint", "info"):
                 require(isinstance(data[name], dict), "plan", name, "be an object", type(data[name]).__name__)
-            layers = tuple(
-                Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
-                for item in data["layers"]
-            )
+            layers = tuple(_layer(item) for item in data["layers"])
             return Plan(
                 layers,
                 data["bits"],
@@ -160,6 +157,14 @@ class Plan:
             return Plan.from_json(source.read_text())
         except UnicodeDecodeError:
             raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
+
+
+def _layer(item: dict[str, Any]) -> Layer:
+    layer = Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
+    named = bool(layer.names) and all(isinstance(name, str) for name in (layer.name, *layer.names))
+    sized = bool(layer.shape) and all(type(size) is int and size > 0 for size in layer.shape)
+    require(named and sized, "plan", "layers", "have names and positive shapes", f"{layer.name!r} {layer.shape}")
+    return layer
 
 
 def _refuse(name: str) -> None:

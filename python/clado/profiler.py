@@ -54,6 +54,7 @@ def profile(
     batch_size: int | None = None,
     group_size: int = -1,
     scale_steps: int = 95,
+    symmetric: bool = True,
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
@@ -75,6 +76,7 @@ def profile(
         batch_size: samples that advance together; None chooses by the size of the activations.
         group_size: -1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
+        symmetric: codes are steps around zero; False adds a zero point to every scale.
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier.
         output_dir: run directory; the result is saved there, chunk by chunk: the same call after an interruption goes on to
@@ -97,7 +99,7 @@ def profile(
     require(precision in PRECISIONS, "profile", "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
     require(num_samples >= 1, "profile", "num_samples", "be at least 1", num_samples)
     require(batch_size is None or batch_size >= 1, "profile", "batch_size", "be at least 1", batch_size)
-    quantizer = Quantizer(group_size, scale_steps)
+    quantizer = Quantizer(group_size, scale_steps, symmetric)
     check_finite(model)
 
     start = time.perf_counter()
