@@ -5,16 +5,19 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from .errors import CladoError, require
 from .sensitivity import Layer
+
+ForwardStep = Callable[[nn.Module, Any], Any]
 
 _KINDS: dict[Any, str] = {
     torch.ops.aten.linear.default: "linear",
@@ -34,7 +37,9 @@ class Captured:
         layers: quantizable layers in execution order.
         sources: for each layer the placeholders of its weight (more than one when tied under several names).
         batch: the symbol that stands for the batch size.
-        input, output: the graph's input placeholder and the node whose value is returned.
+        inputs: a placeholder per tensor of the batch, in pytree order.
+        outputs: a node per tensor of the output, in pytree order; other leaves as they are.
+        unflatten: builds the model's output from such leaves.
     """
 
     graph: Graph
@@ -43,40 +48,48 @@ class Captured:
     layers: tuple[Layer, ...]
     sources: tuple[tuple[Node, ...], ...]
     batch: Any
-    input: Node
-    output: Node
+    inputs: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    unflatten: Callable[[Sequence[Any]], Any]
     skipped: dict[str, str] = field(default_factory=dict)
+
+
+class _Step(nn.Module):
+    """``forward_step(model, batch)`` as a module."""
+
+    def __init__(self, model: nn.Module, forward_step: ForwardStep) -> None:
+        super().__init__()
+        self.model, self.forward_step = model, forward_step
+
+    def forward(self, batch: Any) -> Any:
+        return self.forward_step(self.model, batch)
 
 
 def capture(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
+    forward_step: ForwardStep | None = None,
 ) -> Captured:
     """Export ``model`` with a dynamic batch dimension and find its quantizable layers.
 
     Args:
-        model: module in eval mode that maps one tensor ``[N, …]`` to one tensor ``[N, C]``.
-        example: a batch of real inputs with N ≥ 2.
+        model: module in eval mode that maps a batch to a tensor, or a nest of tensors, of N rows each.
+        example: a batch of real inputs with N ≥ 2: a tensor ``[N, …]``, or a nest of them for ``forward_step``.
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier, which the paper keeps in float.
+        forward_step: what runs the model on a batch; None: ``model(batch)``.
 
     Raises:
         CladoError: model in train mode, not exportable, changing its own buffers, or without layers; an ``ignore`` pattern
             that matches nothing.
     """
-    require(
-        example.dim() >= 1 and example.shape[0] >= 2,
-        "capture",
-        "example",
-        "hold at least two samples",
-        tuple(example.shape),
-    )
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    require(not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {training[:1]}")
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example)]
+    require(all(s and s[0] >= 2 for s in shapes), "capture", "example", "hold at least two samples", shapes)
+    check_eval(model)
 
-    program = _export(model, example)
+    program = _export(model if forward_step is None else _Step(model, forward_step).eval(), example)
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     signature = program.graph_signature
     require(
@@ -86,22 +99,19 @@ def capture(
         "leave its buffers unchanged in eval mode",
         f"changes of {sorted(signature.buffers_to_mutate.values())[:3]}",
     )
-    inputs = [placeholders[name] for name in signature.user_inputs]
-    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    require(len(inputs) == 1, "capture", "model", "take one tensor", f"{len(inputs)} inputs")
-    require(
-        len(outputs) == 1 and isinstance(outputs[0].meta["val"], Tensor),
-        "capture",
-        "model",
-        "return one tensor",
-        f"{len(outputs)} outputs",
-    )
-
-    batch = inputs[0].meta["val"].shape[0]
+    outputs = tuple(next(node for node in program.graph.nodes if node.op == "output").args[0])
+    nodes = _live_nodes(program.graph, [placeholders[name] for name in signature.user_inputs], outputs)
+    used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
+    inputs = tuple(placeholders[name] for name in signature.user_inputs)
+    batch = next(node for node in inputs if node in used).meta["val"].shape[0]
     require(
         isinstance(batch, torch.SymInt), "capture", "model", "accept any batch size", f"the fixed batch size {batch}"
     )
-    nodes = _live_nodes(program.graph, inputs[0], outputs[0])
+    live = {*nodes, *inputs}
+    for node in outputs:
+        value = node.meta["val"] if isinstance(node, Node) and node in live else None
+        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        require(value is None or rows, "capture", "model", "return tensors [N, …]", f"{value}")
     names = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -109,10 +119,10 @@ def capture(
     }
     tensors = {**program.state_dict, **program.constants}
     constants = _constants(
-        program.graph, nodes, inputs[0], {placeholders[key]: tensors[name] for key, name in names.items()}
+        program.graph, nodes, inputs, outputs, {placeholders[key]: tensors[name] for key, name in names.items()}
     )
     layers, sources, skipped = _find_layers(model, nodes, constants, {placeholders[k]: v for k, v in names.items()})
-    keep = _ignored(layers, ignore, quantize_ends)
+    keep = ignored(layers, ignore, quantize_ends)
     kept = [k for k, layer in enumerate(layers) if layer.name not in keep]
     require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
     return Captured(
@@ -122,17 +132,25 @@ def capture(
         layers=tuple(layers[k] for k in kept),
         sources=tuple(sources[k] for k in kept),
         batch=batch.node.expr,
-        input=inputs[0],
-        output=outputs[0],
+        inputs=inputs,
+        outputs=outputs,
+        unflatten=lambda leaves: pytree.tree_unflatten(list(leaves), program.call_spec.out_spec),
         skipped={**skipped, **keep},
     )
 
 
-def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+def check_eval(model: nn.Module) -> None:
+    """Raise when the model, or a part of it, is in train mode."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    require(not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {training[:1]}")
+
+
+def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            shapes = (pytree.tree_map(lambda leaf: {0: batch}, example),)
+            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
             return program.run_decompositions({})  # decomposes nothing, but removes mutation
     except Exception as error:  # torch.export raises whatever the model's code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -146,26 +164,37 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
-def _live_nodes(graph: Graph, source: Node, output: Node) -> tuple[Node, ...]:
-    """Nodes between input and output; assertions and dead ends fall away."""
-    needed, stack = set(), [output]
+def _live_nodes(graph: Graph, sources: Sequence[Node], outputs: Sequence[Any]) -> tuple[Node, ...]:
+    """Nodes between inputs and outputs; assertions and dead ends fall away."""
+    needed: set[Node] = set()
+    stack = [node for node in outputs if isinstance(node, Node)]
     while stack:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
             stack += node.all_input_nodes
-    depends = {source}
+    depends = set(sources)
     for node in graph.nodes:
         if depends.intersection(node.all_input_nodes):
             depends.add(node)
-    require(output in depends, "capture", "model", "return something that depends on its input", "a constant")
+    require(
+        any(node in depends for node in outputs),
+        "capture",
+        "model",
+        "return something that depends on its input",
+        "a constant",
+    )
     return tuple(n for n in graph.nodes if n in needed and n in depends and n.op == "call_function" and not is_size(n))
 
 
-def _constants(graph: Graph, nodes: Sequence[Node], source: Node, given: dict[Node, Tensor]) -> dict[Node, Any]:
-    """Values of everything the live nodes need that does not depend on the input, computed once."""
+def _constants(
+    graph: Graph, nodes: Sequence[Node], sources: Sequence[Node], outputs: Sequence[Any], given: dict[Node, Tensor]
+) -> dict[Node, Any]:
+    """Values of everything the live nodes and outputs need that does not depend on the inputs, computed once."""
     values: dict[Node, Any] = dict(given)
-    live = set(nodes)
+    live = {*nodes, *sources}
+    needed = [argument for node in nodes for argument in node.all_input_nodes]
+    needed += [node for node in outputs if isinstance(node, Node)]
 
     def value(node: Node) -> Any:
         if node not in values:
@@ -173,10 +202,9 @@ def _constants(graph: Graph, nodes: Sequence[Node], source: Node, given: dict[No
         return values[node]
 
     with torch.no_grad():
-        for node in nodes:
-            for argument in node.all_input_nodes:
-                if argument is not source and argument not in live and not is_size(argument):
-                    value(argument)
+        for node in needed:
+            if node not in live and not is_size(node):
+                value(node)
     return values
 
 
@@ -217,7 +245,7 @@ def _find_layers(
         parameters = aliases[key]
         layers.append(
             Layer(
-                _layer_name(parameters[0]), kind, tuple(constants[weights[key][0]].shape), macs[key], tuple(parameters)
+                layer_name(parameters[0]), kind, tuple(constants[weights[key][0]].shape), macs[key], tuple(parameters)
             )
         )
         sources.append(tuple(weights[key]))
@@ -235,11 +263,11 @@ def _positions(node: Node) -> int:
     return math.prod(size for d, size in enumerate(shape) if d != channel and not isinstance(size, torch.SymInt))
 
 
-def _layer_name(parameter: str) -> str:
+def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _ignored(layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool) -> dict[str, str]:
+def ignored(layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool) -> dict[str, str]:
     """Names of the layers to keep in float, with the reason."""
     keep: dict[str, str] = {}
     if not quantize_ends and len(layers) > 1:

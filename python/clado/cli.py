@@ -69,7 +69,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--data", required=True, help="Image folder (one subfolder per class), or digits:sensitivity.")
 @click.option("--nsamples", default=512, show_default=True, help="Images of the sensitivity set.")
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
-@click.option("--estimator", default="logit", show_default=True, help="logit, exact or diagonal.")
+@click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")

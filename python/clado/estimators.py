@@ -6,15 +6,17 @@ bars. Candidates are layer-major, bits ascending; a candidate's logit change is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import clado_ext
 
-from .executor import Executor
+from .executor import Executor, State
+from .losses import LogitLoss, Loss, UserLoss
 
 Variants = Sequence[Sequence[Tensor]]
 Tick = Callable[[], None]
@@ -22,106 +24,216 @@ Tick = Callable[[], None]
 
 @dataclass
 class Sums:
-    """Sums over samples, float64 on the CPU: of ΔL and its square ``[V]``, of Ω and its square ``[V, V]`` (upper triangle)."""
+    """Sums over samples, float64 on the CPU.
+
+    Attributes:
+        loss, loss_squared: of ΔL and its square, ``[V]``.
+        pair, pair_squared: of Ω and its square, ``[V, V]``, the upper triangle.
+        residual, residual_squared, residual_pair, residual_closed: of what the exact Ω adds to the closed form, its square,
+            its product with the closed form, and the closed form, over ``residual_samples`` (int64 scalar) of the samples;
+            ``[0, 0]`` where none paid for it.
+        samples: over how many.
+    """
 
     loss: Tensor
     loss_squared: Tensor
     pair: Tensor
     pair_squared: Tensor
+    residual: Tensor
+    residual_squared: Tensor
+    residual_pair: Tensor
+    residual_closed: Tensor
+    residual_samples: Tensor
     samples: int = 0
 
     @staticmethod
     def zeros(candidates: int) -> Sums:
         vector = torch.zeros(candidates, dtype=torch.float64)
         matrix = torch.zeros(candidates, candidates, dtype=torch.float64)
-        return Sums(vector, vector.clone(), matrix, matrix.clone())
+        none, zero = torch.zeros(0, 0, dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        return Sums(vector, vector.clone(), matrix, matrix.clone(), none, none, none, none, zero)
 
     def __iadd__(self, other: Sums) -> Sums:
         self.loss += other.loss
         self.loss_squared += other.loss_squared
         self.pair += other.pair
         self.pair_squared += other.pair_squared
+        if len(other.residual):
+            empty = not len(self.residual)
+            for name in ("residual", "residual_squared", "residual_pair", "residual_closed"):
+                added = getattr(other, name)
+                setattr(self, name, added.clone() if empty else getattr(self, name) + added)
+        self.residual_samples = self.residual_samples + other.residual_samples
         self.samples += other.samples
         return self
 
 
-def diagonal(executor: Executor, variants: Variants, batch: Tensor, target: Tensor | None, tick: Tick) -> Sums:
+def diagonal(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Single loss increases only; Ω = 0 (CLADO*, the HAWQ-like baseline)."""
-    logits, delta = _single_deltas(executor, variants, batch, tick)
-    return _single_sums(clado_ext.batched_ce(logits, delta, target))
+    return _single_sums(_singles(executor, variants, batch, loss, tick)[0])
 
 
-def logit(executor: Executor, variants: Variants, batch: Tensor, target: Tensor | None, tick: Tick) -> Sums:
+def logit(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Single loss increases, and all interactions in closed form as if logit changes added (DESIGN §3.2)."""
-    logits, delta = _single_deltas(executor, variants, batch, tick)
-    sums = _single_sums(clado_ext.batched_ce(logits, delta, target))
+    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    sums = _single_sums(increase)
     total, squares = clado_ext.pairwise_ce(logits, delta)
     sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
     return sums
 
 
-def exact(executor: Executor, variants: Variants, batch: Tensor, target: Tensor | None, tick: Tick) -> Sums:
+def exact(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Every pair by its own forward from the layer where it departs from a single perturbation (the paper's definition)."""
-    logits = executor.forward(batch)
-    width = len(variants[0])
-    count = len(variants) * width
-    single = torch.zeros(count, batch.shape[0], dtype=torch.float64)
-    sums = Sums.zeros(count)
-
-    def increase(outputs: Tensor) -> Tensor:
-        return clado_ext.batched_ce(logits, outputs - logits, target).cpu()
-
-    state = executor.start(batch)
-    pairs: dict[tuple[int, int], Tensor] = {}
-    for i in range(executor.num_layers):
-        state = executor.advance(state, i)
-        branch = executor.fork(state, i, variants[i])
-        for j in range(i + 1, executor.num_layers):
-            branch = executor.advance(branch, j)
-            joint = increase(executor.finish(executor.fork(branch, j, variants[j])))
-            pairs[i, j] = joint.view(width, width, -1).transpose(0, 1)  # [bits of i, bits of j, sample]
-            tick()
-        single[i * width : (i + 1) * width] = increase(executor.finish(branch))
-        tick()
-
-    rows = single.view(-1, width, single.shape[1])
-    for (i, j), joint in pairs.items():
-        omega = joint - rows[i][:, None] - rows[j][None, :]
-        block = (slice(i * width, (i + 1) * width), slice(j * width, (j + 1) * width))
+    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    sums = _single_sums(increase)
+    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick):
+        omega = closed + residual
         sums.pair[block] = omega.sum(-1)
         sums.pair_squared[block] = omega.square().sum(-1)
-    sums += _single_sums(single)
     return sums
 
 
-ESTIMATORS: dict[str, Callable[[Executor, Variants, Tensor, Tensor | None, Tick], Sums]] = {
+def corrected(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+    """The closed form, and beside it what the exact value adds to it; for the chunks that pay for both."""
+    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    sums = _single_sums(increase)
+    total, squares = clado_ext.pairwise_ce(logits, delta)
+    sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
+    sums.residual, sums.residual_squared, sums.residual_pair = torch.zeros(3, *total.shape, dtype=torch.float64)
+    sums.residual_closed = sums.pair.clone()
+    sums.residual_samples += sums.samples
+    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick):
+        sums.residual[block] = residual.sum(-1)
+        sums.residual_squared[block] = residual.square().sum(-1)
+        sums.residual_pair[block] = (residual * closed).sum(-1)
+    return sums
+
+
+def gradient(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+    """Ω_vw ≈ ⟨∇_j L(w + Δ_v) − ∇_j L(w), Δ_w⟩ for j downstream of i: the upstream layer perturbed, the other linearised."""
+    width, count = len(variants[0]), sum(map(len, variants))
+    state = executor.advance(executor.start(batch), 0)
+    reached: dict[str, Any] = {}
+
+    def objective(end: State) -> Tensor:
+        if isinstance(loss, UserLoss):
+            losses = [loss.losses(output) for output in executor.outputs(end)]
+            reached["losses"] = torch.stack([value.detach().double() for value in losses]).cpu()
+            return torch.stack(losses).sum()
+        outputs = executor.finish(end)
+        with torch.no_grad():
+            delta = outputs - reached.setdefault("logits", outputs.detach()[0])
+            reached["losses"] = loss.increase(reached["logits"], delta)
+            slope = loss.gradient(reached["logits"], delta)
+        return (outputs * slope).sum()
+
+    samples = state.samples
+    if isinstance(loss, LogitLoss) and loss.target is None:  # the KL divergence to the clean logits has no slope there
+        reached["logits"] = executor.clean(executor.start(batch))
+        base, slope = torch.zeros(1, samples), torch.zeros(1, 1, 1, samples)
+    else:
+        slope = executor.products(state, variants, objective)
+        base = reached["losses"]
+    increase = torch.zeros(count, samples, dtype=torch.float64)
+    sums = Sums.zeros(count)
+    for i in range(executor.num_layers):
+        state = executor.advance(state, i)
+        branch = executor.fork(state, i, variants[i])
+        own = slice(i * width, (i + 1) * width)
+        if i + 1 < executor.num_layers:
+            slopes = executor.products(executor.advance(branch, i + 1), variants, objective)  # [j, bits of j, of i, N]
+            omega = (slopes - slope[i + 1 :] if slope.shape[0] > 1 else slopes).flatten(0, 1).transpose(0, 1)
+            sums.pair[own, (i + 1) * width :] = omega.sum(-1)
+            sums.pair_squared[own, (i + 1) * width :] = omega.square().sum(-1)
+        else:
+            objective(executor.advance(branch, i + 1))
+        increase[own] = reached["losses"] - base
+        tick()
+    sums += _single_sums(increase)
+    return sums
+
+
+Estimator = Callable[[Executor, Variants, Any, Loss, Tick], Sums]
+ESTIMATORS: dict[str, Estimator] = {
     "diagonal": diagonal,
     "logit": logit,
+    "gradient": gradient,
+    "corrected": corrected,
     "exact": exact,
 }
+CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence or the cross-entropy
 
 
 def expected_work(estimator: str, suffix: Sequence[float], width: int) -> float:
     """Forward-equivalents per sample, from each layer's share of a forward that lies behind its cut."""
     singles = 1 + width * sum(suffix)
-    if estimator != "exact":
+    if estimator == "gradient":  # one backward by the inputs and one by the weights, from the next layer on
+        return 1 + singles + 2 * width * sum(suffix[1:])
+    if estimator in ("diagonal", "logit"):
         return singles
-    return 1 + singles + width * width * sum(j * share for j, share in enumerate(suffix))
+    # The pairs walk the prefixes once more, up to the last layer's cut.
+    walk = 1 - suffix[-1] + width * sum(share - suffix[-1] for share in suffix)
+    return singles + walk + width * width * sum(j * share for j, share in enumerate(suffix))
 
 
-def _single_deltas(executor: Executor, variants: Variants, batch: Tensor, tick: Tick) -> tuple[Tensor, Tensor]:
-    """Clean logits ``[N, C]`` and logit changes ``[V, N, C]``; one clean pass whose prefixes all candidates share."""
-    state, outputs = executor.start(batch), []
+def _singles(
+    executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One clean pass whose prefixes all candidates share.
+
+    Returns:
+        loss increase ``[V, N]``; clean logits ``[N, C]`` and logit changes ``[V, N, C]``, empty under a user's loss.
+    """
+    state, finished = executor.start(batch), []
     for k in range(executor.num_layers):
         state = executor.advance(state, k)
-        outputs.append(executor.finish(executor.fork(state, k, variants[k])))
+        branch = executor.fork(state, k, variants[k])
+        finished.append(
+            loss.values(executor.outputs(branch)) if isinstance(loss, UserLoss) else executor.finish(branch)
+        )
         tick()
-    logits = executor.finish(state)[0]
-    return logits, torch.cat(outputs).sub_(logits)
+    if isinstance(loss, UserLoss):
+        return torch.cat(finished) - loss.values(executor.outputs(state)), torch.empty(0), torch.empty(0)
+    logits = executor.clean(state)
+    delta = executor.changes(torch.cat(finished), logits)
+    return loss.increase(logits, delta), logits, delta
+
+
+def _pairs(
+    executor: Executor,
+    variants: Variants,
+    batch: Any,
+    loss: Loss,
+    increase: Tensor,
+    logits: Tensor,
+    delta: Tensor,
+    tick: Tick,
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+    """(block of the matrix, closed form, residual ``[bits of i, bits of j, N]``) of every pair of layers i < j."""
+    width = len(variants[0])
+    blocks = [slice(k * width, (k + 1) * width) for k in range(executor.num_layers)]
+    base = loss.values(executor.outputs(executor.start(batch))) if isinstance(loss, UserLoss) else torch.empty(0)
+    state = executor.start(batch)
+    for i, own in enumerate(blocks):
+        state = executor.advance(state, i)
+        branch = executor.fork(state, i, variants[i]) if i + 1 < len(blocks) else state
+        for j in range(i + 1, executor.num_layers):
+            branch = executor.advance(branch, j)
+            both = executor.fork(branch, j, variants[j])  # streams: bits of j outermost
+            other = blocks[j]
+            if isinstance(loss, UserLoss):
+                joint = (loss.values(executor.outputs(both)) - base).view(width, width, -1).transpose(0, 1)
+                closed = joint - increase[own, None] - increase[other]
+                residual = torch.zeros_like(closed)
+            else:
+                joint = executor.changes(executor.finish(both), logits)
+                joint = joint.view(width, width, *joint.shape[1:]).transpose(0, 1)
+                closed, residual = loss.pair(logits, delta[own], delta[other], joint)
+            yield (own, other), closed, residual
+            tick()
 
 
 def _single_sums(increase: Tensor) -> Sums:
-    increase = increase.cpu()
     sums = Sums.zeros(increase.shape[0])
     sums.loss, sums.loss_squared, sums.samples = increase.sum(-1), increase.square().sum(-1), increase.shape[1]
     return sums

@@ -8,6 +8,7 @@ share is computed once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import Captured, evaluate, is_size
 from .errors import CladoError, require
 
 Overrides = dict[Node, Tensor]
+Objective = Callable[["State"], Tensor]
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+# Elements of the per-sample weight gradients that exist at once: beyond it they leave the caches of a CPU.
+_OUTER_ELEMENTS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,16 @@ class _Segment:
     weights: frozenset[Node]  # placeholders of layers' weights that the constants are computed from
 
 
+@dataclass(frozen=True)
+class _Tap:
+    """A node that uses a layer's weight, as it ran: what entered and what left it."""
+
+    layer: int
+    node: Node
+    inputs: dict[Node, Any]
+    output: Tensor
+
+
 class Executor:
     """Shared-prefix execution of a captured graph.
 
@@ -79,6 +95,10 @@ class Executor:
         self._live = self._liveness(bounds)
         self._segments = [self._build(piece, self._live[k + 1]) for k, piece in enumerate(pieces)]
         self._flops = [0.0] * len(self._segments)
+        self._starts = starts
+        self._product_flops: dict[int, float] = {}
+        last = self._last_uses()
+        self._dying = [[n for n, end in last.items() if end == k] for k in range(len(captured.nodes))]
 
     @property
     def num_layers(self) -> int:
@@ -90,9 +110,10 @@ class Executor:
         total = sum(self._flops)
         return [sum(self._flops[2 * k + 1 :]) / total for k in range(self.num_layers)]
 
-    def start(self, batch: Tensor) -> State:
-        """State before the first node for inputs ``[N, …]``."""
-        return State(-1, {self.captured.input: batch}, batch.shape[0], ({},))
+    def start(self, batch: Any) -> State:
+        """State before the first node for inputs ``[N, …]``, or a nest of them."""
+        leaves = pytree.tree_leaves(batch)
+        return State(-1, dict(zip(self.captured.inputs, leaves, strict=True)), len(leaves[0]), ({},))
 
     def advance(self, state: State, layer: int) -> State:
         """Carry every stream, under its own weights, to the cut before ``layer`` (or the end for ``layer == num_layers``)."""
@@ -111,33 +132,154 @@ class Executor:
         overrides = tuple({**old, **weights} for weights in changed for old in state.overrides)
         return State(2 * layer + 1, values, state.samples, overrides)
 
-    def finish(self, state: State) -> Tensor:
-        """Outputs ``[S, N, …]`` of every stream."""
+    def outputs(self, state: State) -> list[Any]:
+        """The model's output under every stream."""
         end = self.advance(state, self.num_layers)
-        output = end.values[self.captured.output]
+
+        def leaf(node: Any, stream: int) -> Any:
+            if node in end.values:
+                return self._stream(end, node, stream)
+            return self.captured.constants[node] if isinstance(node, Node) else node
+
+        unflatten = self.captured.unflatten
+        return [unflatten([leaf(n, s) for n in self.captured.outputs]) for s in range(end.streams)]
+
+    def finish(self, state: State) -> Tensor:
+        """Outputs ``[S, N, …]`` of every stream, of a model that returns one tensor."""
+        end = self.advance(state, self.num_layers)
+        output = end.values[self.captured.outputs[0]]
         return output.reshape(end.streams, end.samples, *output.shape[1:])
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """Clean outputs ``[N, …]``."""
-        return self.finish(self.start(batch))[0]
+    def clean(self, state: State) -> Tensor:
+        """Clean outputs ``[N, …]`` from a state without perturbations."""
+        return self.finish(state)[0]
 
-    def self_test(self, batch: Tensor, rtol: float = 1e-3) -> Tensor:
+    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
+        """Logit changes δ ``[S, N, C]`` from what :meth:`finish` gave; it is overwritten."""
+        return finished.sub_(logits)
+
+    def products(self, state: State, variants: Sequence[Sequence[Tensor]], objective: Objective) -> Tensor:
+        """Directional derivatives ⟨∂ objective / ∂w_j, Δ_j,n⟩ of every stream and sample, for the layers not yet run.
+
+        One forward to the end, one backward down to the output of the next layer. The derivative by a weight is never summed
+        over samples: per sample it is the outer product of what enters and of the gradient of what leaves the layer.
+
+        Args:
+            state: at a layer's cut.
+            variants: all layers' quantized weights.
+            objective: scalar from the outputs ``[S·N, …]`` (values of :attr:`Captured.outputs`) whose terms belong to one
+                stream and sample each.
+
+        Returns:
+            ``[layers not yet run, bits, S, N]``.
+        """
+        first = state.position // 2
+        require(
+            state.position == 2 * first, "products", "state", "stand at a layer's cut", f"position {state.position}"
+        )
+        rows = state.streams * state.samples
+        out = torch.zeros(self.num_layers - first, len(variants[0]), rows, dtype=torch.float64)
+        counter = FlopCounterMode(display=False) if first not in self._product_flops else contextlib.nullcontext()
+        with counter:
+            values, taps = self._record(state, first)
+            with torch.enable_grad():
+                total = objective(State(2 * self.num_layers, values, state.samples, state.overrides))
+            found = torch.autograd.grad(total, [tap.output for tap in taps], allow_unused=True)
+            for tap, gradient in zip(taps, found, strict=True):
+                if gradient is not None:
+                    product = self._product(tap, gradient, variants[tap.layer], rows)
+                    out[tap.layer - first] += product.T.to("cpu", torch.float64)
+        if isinstance(counter, FlopCounterMode):
+            self._product_flops[first] = counter.get_total_flops() / rows
+        self.work += self._product_flops[first] / sum(self._flops) * rows
+        return out.view(*out.shape[:2], state.streams, state.samples)
+
+    def _record(self, state: State, first: int) -> tuple[dict[Node, Any], list[_Tap]]:
+        """Run to the end with autograd on from the first use of a weight of ``first`` or a later layer."""
+        values, taps = dict(state.values), []
+        with torch.enable_grad():
+            for index in range(self._starts[first], len(self.captured.nodes)):
+                node = self.captured.nodes[index]
+                values[node] = output = self._node(node, values, state)
+                used = {self._weights[w] for a in node.all_input_nodes for w in self._depends.get(a, ())}
+                for layer in sorted(used):
+                    if layer >= first:
+                        if not output.requires_grad:
+                            output.requires_grad_()
+                        inputs = {a: values[a].detach() for a in node.all_input_nodes if a in values}
+                        taps.append(_Tap(layer, node, inputs, output))
+                for dead in self._dying[index]:
+                    values.pop(dead, None)
+        return values, taps
+
+    def _node(self, node: Node, values: dict[Node, Any], state: State) -> Any:
+        """One node for all streams, each under its own weights."""
+        used = {w for a in node.all_input_nodes for w in self._depends.get(a, ())}
+        if not any(used.intersection(o) for o in state.overrides):
+            return self._evaluate(node, values, {}, state.samples * state.streams)
+        meta = {a: a.meta["val"] for a in node.all_input_nodes if a in values}
+        parts = [
+            self._evaluate(
+                node, {a: _slice(values[a], m, s, state.streams) for a, m in meta.items()}, own, state.samples
+            )
+            for s, own in enumerate(state.overrides)
+        ]
+        return self._stack(parts, node)
+
+    def _evaluate(self, node: Node, values: dict[Node, Any], weights: Overrides, batch: int) -> Any:
+        def value(argument: Node) -> Any:
+            if argument in values:
+                return values[argument]
+            return self._size(argument, batch) if is_size(argument) else self._constant(argument, weights)
+
+        return evaluate(node, value)
+
+    def _product(self, tap: _Tap, gradient: Tensor, variants: Sequence[Tensor], rows: int) -> Tensor:
+        """⟨gradient, change of the node's output under each variant⟩ per row, ``[rows, bits]``."""
+        node, sources = tap.node, self.captured.sources[tap.layer]
+        clean = self.captured.constants[sources[0]]
+        parameters = node.args[1] if len(node.args) > 1 else None
+        entry = node.args[0]
+        if (
+            parameters in sources and isinstance(entry, Node) and entry in tap.inputs
+        ):  # else the weight is used in other ways
+            if node.target == torch.ops.aten.linear.default:
+                x, g = (_rows(t, entry.meta["val"], rows) for t in (tap.inputs[entry], gradient))
+                if _outer_pays(x.shape[1], len(variants)):
+                    return _outer_products(x, g, clean, variants)
+            elif node.target in _CONVOLUTIONS and gradient.dim() == 4:
+                x, g = _patches(node, tap.inputs[entry], gradient, clean.shape)
+                if _outer_pays(x.shape[2], len(variants)):
+                    groups = x.shape[1]
+                    split = [v.reshape(groups, -1, v[0].numel()) for v in (clean, *variants)]
+                    parts = [
+                        _outer_products(x[:, k], g[:, k], split[0][k], [v[k] for v in split[1:]]) for k in range(groups)
+                    ]
+                    return torch.stack(parts).sum(0)
+        before = self._evaluate(node, tap.inputs, {}, rows)
+        out = []
+        for variant in variants:
+            change = self._evaluate(node, tap.inputs, dict.fromkeys(sources, variant), rows) - before
+            out.append(_rows(change * gradient, node.meta["val"], rows).flatten(1).sum(1))
+        return torch.stack(out, 1)
+
+    def self_test(self, batch: Any, rtol: float = 1e-3) -> Any:
         """Check on real data that stacked streams do not mix, at every cut; also counts the work of every segment.
 
         At each cut the live values of two different batches are stacked and carried over one segment; both must give what
-        they give alone, so by induction every suffix is right. Returns the clean outputs ``[N, …]``.
+        they give alone, so by induction every suffix is right. Returns the model's clean output.
 
         Raises:
             CladoError: a cut where stacking changes the values, named by the layer behind it.
         """
-        other = batch * 0.5 if batch.is_floating_point() else batch[:1].expand_as(batch)
+        other = pytree.tree_map(lambda x: x * 0.5 if x.is_floating_point() else x[:1].expand_as(x), batch)
         states = [self.start(batch), self.start(other)]
         for position in range(-1, 2 * self.num_layers):
             values = {n: self._stack([s.values[n] for s in states], n) for n in states[0].values}
-            stacked = self._step(State(position, values, len(batch), ({}, {})), position)
+            stacked = self._step(State(position, values, states[0].samples, ({}, {})), position)
             with FlopCounterMode(display=False) as counter:
                 states[0] = self._step(states[0], position)
-            self._flops[position + 1] = counter.get_total_flops() / len(batch)
+            self._flops[position + 1] = counter.get_total_flops() / states[0].samples
             states[1] = self._step(states[1], position)
             for node, value in stacked.values.items():
                 if not _close(value, self._stack([s.values[node] for s in states], node), rtol):
@@ -148,7 +290,7 @@ class Executor:
                     )
         require(sum(self._flops) > 0, "capture", "model", "do matrix products", "none counted")
         self.work = 0.0
-        return states[0].values[self.captured.output]
+        return self.outputs(states[0])[0]
 
     def _step(self, state: State, position: int) -> State:
         """Run segment ``position + 1`` under the streams' own weights."""
@@ -221,13 +363,20 @@ class Executor:
     def _liveness(self, bounds: Sequence[int]) -> list[frozenset[Node]]:
         """Values that exist before each bound and are needed at or after it."""
         nodes = self.captured.nodes
-        produced = {node: index for index, node in enumerate(nodes)} | {self.captured.input: -1}
-        last = {self.captured.output: len(nodes)}
+        produced = {node: index for index, node in enumerate(nodes)} | dict.fromkeys(self.captured.inputs, -1)
+        last = self._last_uses()
+        return [frozenset(n for n, made in produced.items() if made < bound <= last.get(n, -1)) for bound in bounds]
+
+    def _last_uses(self) -> dict[Node, int]:
+        """Index of the last node that reads each value; the outputs are read after the last one."""
+        nodes = self.captured.nodes
+        live = {*nodes, *self.captured.inputs}
+        last = {node: len(nodes) for node in self.captured.outputs if isinstance(node, Node)}
         for index, node in enumerate(nodes):
             for argument in node.all_input_nodes:
-                if argument in produced:
+                if argument in live:
                     last[argument] = max(last.get(argument, -1), index)
-        return [frozenset(n for n, made in produced.items() if made < bound <= last.get(n, -1)) for bound in bounds]
+        return last
 
     def _build(self, nodes: Sequence[Node], live: frozenset[Node]) -> _Segment:
         graph, copies = Graph(), {}
@@ -244,6 +393,47 @@ class Executor:
         graph.output(tuple(copies[n] for n in outputs))
         weights = frozenset().union(*(self._depends[n] for n in constants)) if constants else frozenset()
         return _Segment(GraphModule({}, graph).forward, values, constants, sizes, outputs, weights)
+
+
+def _rows(tensor: Tensor, meta: Tensor, rows: int) -> Tensor:
+    """``[rows, T, K]`` of a tensor whose batch dimension is that of ``meta`` and holds a multiple of the rows."""
+    dim = _batch_dim(meta)
+    assert dim is not None
+    return tensor.movedim(dim, 0).reshape(rows, -1, tensor.shape[-1] if dim != tensor.dim() - 1 else 1)
+
+
+def _outer_pays(positions: int, variants: int) -> bool:
+    """Whether one product for the outer product and a small one per variant is less than a product per variant."""
+    return positions * variants > positions + variants
+
+
+def _outer_products(x: Tensor, g: Tensor, clean: Tensor, variants: Sequence[Tensor]) -> Tensor:
+    """⟨gᵀx, variant − clean⟩ per row for x ``[rows, T, K]``, g ``[rows, T, N]``, weights ``[N, K]``: ``[rows, variants]``."""
+    weights = torch.stack([v.reshape(clean.shape) - clean for v in variants], -1).flatten(0, 1)
+    size = max(1, _OUTER_ELEMENTS // clean.numel())
+    parts = zip(x.split(size), g.split(size), strict=True)
+    return torch.cat([torch.bmm(q.transpose(1, 2), p).flatten(1) @ weights for p, q in parts])
+
+
+def _patches(node: Node, x: Tensor, gradient: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Convolution as a product: inputs ``[rows, groups, positions, K]`` and output gradients ``[rows, groups, positions, N]``."""
+    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False))
+    given |= node.kwargs
+    stride, dilation = (_two(given.get(name, 1)) for name in ("stride", "dilation"))
+    padding, groups, kernel = given.get("padding", 0), given.get("groups", 1), shape[2:]
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+    else:
+        total = [2 * p for p in _two(padding)]
+    (top, left), (height, width) = [t // 2 for t in total], total
+    x = torch.nn.functional.pad(x, (left, width - left, top, height - top))
+    columns = torch.nn.functional.unfold(x, tuple(kernel), dilation, 0, stride).unflatten(1, (groups, -1))
+    return columns.transpose(2, 3), gradient.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+
+
+def _two(value: Any) -> tuple[int, int]:
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return both if len(both) == 2 else both * 2  # type: ignore[return-value]
 
 
 def _batch_dim(meta: Tensor) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,3 +29,12 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of everything in the model's state dict."""
     return tensor_digest({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+
+
+def code_digest(function: Callable[..., Any] | None) -> str | None:
+    """A function's name and a digest of its code; None for None. What its code refers to is not followed."""
+    if function is None:
+        return None
+    code = getattr(function, "__code__", None)
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return name if code is None else f"{name} {digest([code.co_code.hex(), [str(c) for c in code.co_names]])[:16]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from .capture import Captured, capture
+from .capture import Captured, ForwardStep, capture
 from .checkpoint import Chunks, refuse_other_run
 from .errors import CladoError, require
-from .estimators import ESTIMATORS, Sums, expected_work
+from .estimators import CLOSED_FORM, ESTIMATORS, Sums, expected_work
 from .executor import Executor
-from .fingerprint import digest, tensor_digest, weights_digest
+from .fingerprint import code_digest, digest, tensor_digest, weights_digest
+from .losses import LogitLoss, Loss, LossFunc, UserLoss
 from .progress import progress_bar
 from .quantizer import Quantizer
 from .sensitivity import FILE_NAME, Sensitivity, check_bits, same_layer
@@ -33,13 +35,20 @@ _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
 @dataclass(frozen=True)
 class Samples:
-    """The sensitivity set: inputs ``[N, …]`` and, where the loader gives them, targets int64 ``[N]``; on the CPU."""
+    """The sensitivity set: inputs ``[N, …]`` and, where the loader gives them, targets int64 ``[N]``; on the CPU.
 
-    inputs: Tensor
+    For a user's ``forward_step`` or ``loss_func`` the inputs are whole batches: a nest of tensors ``[N, …]``.
+    """
+
+    inputs: Any
     targets: Tensor | None
 
+    def __len__(self) -> int:
+        return len(pytree.tree_leaves(self.inputs)[0])
+
     def digest(self) -> str:
-        return tensor_digest({"inputs": self.inputs} | ({} if self.targets is None else {"targets": self.targets}))
+        inputs = {f"inputs{k or ''}": leaf for k, leaf in enumerate(pytree.tree_leaves(self.inputs))}
+        return tensor_digest(inputs | ({} if self.targets is None else {"targets": self.targets}))
 
 
 def profile(
@@ -49,8 +58,11 @@ def profile(
     *,
     estimator: str = "logit",
     loss: str = "kl",
+    loss_func: LossFunc | None = None,
+    forward_step: ForwardStep | None = None,
     precision: str = "float32",
     num_samples: int = 1024,
+    exact_samples: int | None = None,
     batch_size: int | None = None,
     group_size: int = -1,
     scale_steps: int = 95,
@@ -66,13 +78,21 @@ def profile(
 
     Args:
         model: any module that torch.export takes, in eval mode, one tensor in, logits ``[N, C]`` out. It is not changed.
-        data_loader: iterable of batches: inputs ``[n, …]`` or (inputs, targets int64 ``[n]``); batch sizes may differ.
+        data_loader: iterable of batches: inputs ``[n, …]`` or (inputs, targets int64 ``[n]``); batch sizes may differ. With
+            ``forward_step`` or ``loss_func``: any nest of tensors ``[n, …]``.
         bits: candidate bit-widths, each in 2..8.
         estimator: "logit" (all interactions from single perturbations, closed form), "exact" (every pair by a forward: the
-            paper), "diagonal" (no interactions).
+            paper), "diagonal" (no interactions), "gradient" (the upstream layer perturbed, the downstream one linearised: one
+            backward per candidate), "corrected" (the closed form on all samples, and the exact residual on
+            ``exact_samples`` of them).
         loss: "kl" to the clean logits (needs no targets) or "cross_entropy" (the paper).
+        loss_func: instead of ``loss``, ``loss_func(output, batch)``: a loss per sample ``[n]``, or the batch's mean (then
+            called sample by sample); for models of any output, under "exact", "gradient" and "diagonal". Differentiable in
+            the output for "gradient".
+        forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
         precision: "float32" (TF32 off) or "float64"; losses and sums are float64 always.
         num_samples: how many samples of the loader to use; fewer are taken, with a warning, when it ends early.
+        exact_samples: for "corrected": samples (rounded up to whole chunks) on which every pair is evaluated; None: an eighth.
         batch_size: samples that advance together; None chooses by the size of the activations.
         group_size: -1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
@@ -102,31 +122,38 @@ def profile(
     quantizer = Quantizer(group_size, scale_steps, symmetric)
     check_finite(model)
 
+    if loss_func is not None:
+        loss = "user"
+        usable = [name for name in ESTIMATORS if name not in CLOSED_FORM]
+        require(estimator in usable, "profile", "estimator", f"be one of {', '.join(usable)} with loss_func", estimator)
+
     start = time.perf_counter()
-    samples = collect(data_loader, num_samples, seed)
+    samples = collect(data_loader, num_samples, seed, whole=loss_func is not None or forward_step is not None)
     require(
-        loss == "kl" or samples.targets is not None,
+        loss != "cross_entropy" or samples.targets is not None,
         "profile",
         "data_loader",
         "yield (inputs, targets) for cross_entropy",
         "inputs alone",
     )
+    if forward_step is None and loss_func is not None:
+        forward_step = first_of_batch
     place = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = PRECISIONS[precision]
-    with full_precision(), torch.inference_mode():
+    with full_precision(), torch.no_grad():
         moved = converted(model, place, dtype)
         example = moved_to(two_samples(samples.inputs), place, dtype)
-        captured = capture(moved, example, ignore, quantize_ends)
+        captured = capture(moved, example, ignore, quantize_ends, forward_step)
         executor = Executor(captured)
-        logits = executor.self_test(example)
-        require(logits.dim() == 2, "profile", "model", "return logits [N, C]", f"shape {tuple(logits.shape)}")
-        require(bool(torch.isfinite(logits).all()), "profile", "model", "return finite logits", "NaN or infinity")
-        check_targets(samples.targets, logits.shape[1])
+        output = executor.self_test(example)
+        check_output(output, samples.targets, loss)
         chunk = batch_size or _default_batch(captured, len(bits), estimator, place)
         settings = {
             "bits": bits,
             "estimator": estimator,
-            "loss": loss,
+            "loss": loss if loss_func is None else code_digest(loss_func),
+            "forward_step": code_digest(forward_step),
+            "exact_samples": exact_samples,
             "precision": precision,
             "batch_size": chunk,
             "layers": [asdict(layer) for layer in captured.layers],
@@ -138,8 +165,8 @@ def profile(
             return known
         variants = quantized_variants(model, captured, bits, quantizer, place, dtype)
         chunks = Chunks(output_dir, fingerprint)
-        targets = None if loss == "kl" else samples.targets
-        sums = _measure(executor, estimator, variants, samples.inputs, targets, chunk, chunks, verbose)
+        make_loss = _loss_maker(loss, loss_func, samples.targets, place)
+        sums = _measure(executor, estimator, variants, samples, make_loss, chunk, exact_samples, chunks, verbose)
 
     result = _assemble(sums, captured, bits, quantizer, fingerprint)
     result.info.update(
@@ -162,6 +189,23 @@ def profile(
     return result
 
 
+def check_output(output: Any, targets: Tensor | None, loss: str) -> None:
+    """Raise when the model's output does not suit the loss, or holds NaN or infinity."""
+    leaves = pytree.tree_leaves(output)
+    if loss != "user":
+        fits = isinstance(output, Tensor) and output.dim() == 2
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
+        check_targets(targets, output.shape[1])
+        finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
+        require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+
+
+def first_of_batch(model: nn.Module, batch: Any) -> Any:
+    """The forward step of a batch that is the input, or (input, …)."""
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise when a parameter or buffer of ``model`` holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
@@ -176,18 +220,25 @@ def check_targets(targets: Tensor | None, classes: int) -> None:
         require(low >= 0 and high < classes, "profile", "targets", f"lie in 0..{classes - 1}", f"{low}..{high}")
 
 
-def collect(data_loader: Iterable[Any], num_samples: int, seed: int = 0) -> Samples:
-    """Read up to ``num_samples`` samples in the loader's order.
+def collect(data_loader: Iterable[Any], num_samples: int, seed: int = 0, whole: bool = False) -> Samples:
+    """Read up to ``num_samples`` samples in the loader's order; ``whole``: nests of tensors, kept as they are.
 
     Raises:
         CladoError: no data, a batch of another shape, or items that are neither tensors nor (inputs, targets).
     """
+    batches: list[Any] = []
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
     count = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for item in data_loader:
+            if whole:
+                batches.append(_first_rows(item, num_samples - count))
+                count += len(pytree.tree_leaves(batches[-1])[0])
+                if count >= num_samples:
+                    break
+                continue
             x, y = split_batch(item)
             require(
                 not inputs or x.shape[1:] == inputs[0].shape[1:],
@@ -217,7 +268,31 @@ def collect(data_loader: Iterable[Any], num_samples: int, seed: int = 0) -> Samp
             if count >= num_samples:
                 break
     require(count > 0, "profile", "data_loader", "yield at least one sample", "none")
+    if whole:
+        require(
+            len({str(pytree.tree_structure(batch)) for batch in batches}) == 1,
+            "profile",
+            "data_loader",
+            "yield batches of one structure",
+            "several",
+        )
+        # The labels of (inputs, targets) also serve the cross-entropy.
+        labels = [batch[1] for batch in batches if isinstance(batch, (tuple, list)) and len(batch) == 2]
+        usable = len(labels) == len(batches) and all(
+            isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point() for y in labels
+        )
+        joined = pytree.tree_map(lambda *leaves: torch.cat(leaves), batches[0], *batches[1:])
+        return Samples(joined, torch.cat(labels).long() if usable else None)
     return Samples(torch.cat(inputs), torch.cat(targets) if targets else None)
+
+
+def _first_rows(batch: Any, count: int) -> Any:
+    """Up to ``count`` samples of a nest of tensors, on the CPU."""
+    leaves = pytree.tree_leaves(batch)
+    fits = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(leaves[0]) for leaf in leaves]
+    got = "other items" if leaves else "nothing"
+    require(bool(leaves) and all(fits), "profile", "data_loader", "yield nests of tensors of one length", got)
+    return pytree.tree_map(lambda leaf: leaf[:count].cpu(), batch)
 
 
 def split_batch(item: Any) -> tuple[Tensor, Tensor | None]:
@@ -263,13 +338,26 @@ def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
     return model if fits else copy.deepcopy(model).to(device, dtype)
 
 
-def two_samples(inputs: Tensor) -> Tensor:
+def two_samples(inputs: Any) -> Any:
     """Two samples to export and test with; a single one is repeated."""
-    return inputs[:2] if inputs.shape[0] > 1 else inputs.repeat(2, *[1] * (inputs.dim() - 1))
+    return pytree.tree_map(lambda x: x[:2] if len(x) > 1 else x.repeat(2, *[1] * (x.dim() - 1)), inputs)
 
 
-def moved_to(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device), inputs)
+
+
+def _loss_maker(
+    loss: str, loss_func: LossFunc | None, targets: Tensor | None, device: torch.device
+) -> Callable[[Any, slice], Loss]:
+    """The loss of a chunk, from its batch and its place in the sensitivity set."""
+
+    def make(batch: Any, rows: slice) -> Loss:
+        if loss_func is not None:
+            return UserLoss(loss_func, batch, len(pytree.tree_leaves(batch)[0]))
+        return LogitLoss(targets[rows].to(device) if loss == "cross_entropy" and targets is not None else None)
+
+    return make
 
 
 def _default_batch(captured: Captured, width: int, estimator: str, device: torch.device) -> int:
@@ -280,7 +368,7 @@ def _default_batch(captured: Captured, width: int, estimator: str, device: torch
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             fixed = [int(size) for size in tensor.shape if not isinstance(size, torch.SymInt)]
             per_sample = max(per_sample, int(np.prod(fixed, dtype=np.int64)) * tensor.element_size())
-    streams = width * width if estimator == "exact" else width
+    streams = width * width if estimator in ("exact", "corrected") else width
     budget = _STACK_BYTES.get(device.type, _STACK_BYTES["cuda"])
     return int(min(256, max(1, budget // (streams * per_sample))))
 
@@ -289,24 +377,34 @@ def _measure(
     executor: Executor,
     estimator: str,
     variants: list[list[Tensor]],
-    inputs: Tensor,
-    targets: Tensor | None,
+    samples: Samples,
+    make_loss: Callable[[Any, slice], Loss],
     chunk: int,
+    exact_samples: int | None,
     chunks: Chunks,
     verbose: bool,
 ) -> Sums:
     sums = Sums.zeros(sum(map(len, variants)))
     device, dtype = variants[0][0].device, variants[0][0].dtype
-    per_sample = expected_work(estimator, executor.suffix_share, len(variants[0]))
-    with progress_bar(f"profile ({estimator})", per_sample * len(inputs), "forwards", verbose) as show:
-        while sums.samples < len(inputs):
-            first = sums.samples
-            part = chunks.load(first)
+    width, count = len(variants[0]), len(samples)
+    few = count if estimator != "corrected" else exact_samples or max(2, count // 8)
+
+    def work(first: int) -> tuple[str, float]:
+        """What is done to the chunk that starts at a sample, and its forward-equivalents per sample."""
+        name = estimator if first < few else "logit"
+        return name, expected_work(name, executor.suffix_share, width)
+
+    total = sum(work(first)[1] * min(chunk, count - first) for first in range(0, count, chunk))
+    with progress_bar(f"profile ({estimator})", total, "forwards", verbose) as show:
+        while sums.samples < count:
+            rows = slice(sums.samples, min(sums.samples + chunk, count))
+            name, per_sample = work(rows.start)
+            part = chunks.load(rows.start)
             if part is None:
-                batch = moved_to(inputs[first : first + chunk], device, dtype)
-                target = None if targets is None else targets[first : first + chunk].to(device)
-                part = ESTIMATORS[estimator](executor, variants, batch, target, lambda: show(executor.work))
-                chunks.save(first, part)
+                batch = moved_to(pytree.tree_map(lambda leaf, rows=rows: leaf[rows], samples.inputs), device, dtype)
+                loss = make_loss(batch, rows)
+                part = ESTIMATORS[name](executor, variants, batch, loss, lambda: show(executor.work))
+                chunks.save(rows.start, part)
             else:
                 executor.work += per_sample * part.samples
             sums += part
@@ -320,6 +418,8 @@ def _assemble(
     count = sums.samples
     pair, pair_squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
     interaction, stderr = _mean_and_error(pair.numpy(), pair_squared.numpy(), count)
+    if int(sums.residual_samples):
+        interaction, stderr = _corrected(sums, interaction, stderr)
     delta_loss, loss_error = _mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), count)
     inside = same_layer(len(captured.layers), len(bits))
     interaction[inside] = 0.0
@@ -338,6 +438,24 @@ def _assemble(
         f"NaN or infinity for {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
     )
     return Sensitivity(captured.layers, bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint)
+
+
+def _corrected(sums: Sums, closed: Any, closed_error: Any) -> tuple[Any, Any]:
+    """Mean of the closed form over all N samples plus mean residual over the n that have one, with its standard error.
+
+    The n samples enter both means: Var = Var(a)/N + Var(r)/n + 2 Cov(a, r)/N. The covariance is taken over the n samples,
+    and bounded by what the two variances allow.
+    """
+    n, count = int(sums.residual_samples), sums.samples
+    full = [
+        np.triu(m.numpy(), 1) for m in (sums.residual, sums.residual_squared, sums.residual_pair, sums.residual_closed)
+    ]
+    residual, squared, product, part = (m + m.T for m in full)
+    mean, error = _mean_and_error(residual, squared, n)
+    covariance = (product - part * mean) / max(n - 1, 1)
+    bound = closed_error * error * np.sqrt(count * n)
+    variance = closed_error**2 + error**2 + 2 * np.clip(covariance, -bound, bound) / count
+    return closed + mean, np.sqrt(np.maximum(variance, 0.0))
 
 
 def _mean_and_error(total: Any, squares: Any, count: int) -> tuple[Any, Any]:
