@@ -1,7 +1,5 @@
 #include "batched_ce/batched_ce.h"
 
-#include <vector>
-
 #include "common/delta_loss.h"
 #include "common/parallel.h"
 
@@ -17,13 +15,10 @@ void run(const T* logits, const T* delta, const int64_t* target, double* increas
   const int64_t shares = (perturbations + kShare - 1) / kShare;
   parallel_for(samples * shares, threads, [&](int64_t index) {
     const int64_t n = index / shares, first = index % shares * kShare;
-    const T* z = logits + n * classes;
-    const double log_norm = log_sum_exp(z, classes);
-    std::vector<T> p(static_cast<size_t>(classes));
-    softmax_row(z, classes, log_norm, p.data());
+    const CleanRow<T> clean(logits + n * classes, classes);
     for (int64_t v = first; v < perturbations && v < first + kShare; ++v) {
       const T* d = delta + (v * samples + n) * classes;
-      const DeltaMoments m = std::isfinite(log_norm) ? moments(z, p.data(), d, classes, log_norm) : DeltaMoments{NAN, NAN, NAN};
+      const DeltaMoments m = moments(clean, d);
       increase[v * samples + n] = target ? m.log1p_tr + (m.mean - static_cast<double>(d[target[n]])) : m.kl();
     }
   });

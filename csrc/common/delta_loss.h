@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "common/lanes.h"
 
@@ -21,6 +22,7 @@ struct DeltaMoments {
   double residue;   // r
   double log1p_tr;  // log1p(T + r), so that log E_p[e^d] = m + log1p_tr
   bool far = false;  // the row reaches far: m = 0 and r = E_p[d]
+  float reach = 0.0f;  // largest |d| of a float32 row that does not
   double kl() const { return log1p_tr - residue; }
   double log_mean_exp() const { return mean + log1p_tr; }
 };
@@ -86,66 +88,126 @@ inline DeltaMoments moments(const double* z, const double* p, const double* d, i
   return {mean, r / norm, std::log1p((t + r) / norm)};
 }
 
-// Sums over one row in float32 lanes with float64 accumulators; `p` and `d` hold `classes` entries, p is 0 where z = -inf.
-struct LaneSums {
-  double norm = 0.0, mean = 0.0, t = 0.0, r = 0.0;
-  float reach = 0.0f;
+// The clean side of a sample: what its perturbations share.
+template <class T>
+struct CleanRow {
+  const T* z;
+  int64_t classes;
+  double log_norm, norm = 1.0;  // log sum e^z; the weights' sum
+  std::vector<T> weight;        // float32: e^(z - top), padded with zeros to whole lanes; float64: softmax. 0 where z = -inf
+  CleanRow(const T* logits, int64_t count);
+  bool sound() const { return std::isfinite(log_norm); }
 };
 
-CLADO_INLINE Float16x load_part(const float* x, int64_t rest) {
-  if (rest >= kLanes) return load(x);
-  float part[kLanes] = {};
-  for (int64_t l = 0; l < rest; ++l) part[l] = x[l];
-  return load(part);
+template <>
+inline CleanRow<double>::CleanRow(const double* logits, int64_t count)
+    : z(logits), classes(count), log_norm(log_sum_exp(logits, count)), weight(static_cast<size_t>(count)) {
+  for (int64_t c = 0; c < count; ++c) weight[static_cast<size_t>(c)] = std::exp(z[c] - log_norm);
 }
 
-// First pass: norm, mean (not yet divided) and reach. Second pass, around `centre`: t and r.
-CLADO_INLINE void lane_sums_body(const float* p, const float* d, int64_t classes, float centre, bool first, LaneSums* out) {
-  DoubleLanes a, b;
-  Float16x reach{};
+// *top = the largest logit, *norm = sum of the weights e^(z - top); NaN where z holds NaN or +inf or nothing but -inf.
+CLADO_INLINE void softmax_weights_body(const float* z, int64_t classes, float* weight, float* top, double* norm) {
+  Float16x largest = splat(-INFINITY), spoiled{};
   for (int64_t c = 0; c < classes; c += kLanes) {
-    const Float16x weight = load_part(p + c, classes - c), x = load_part(d + c, classes - c);
-    if (first) {
-      const Float16x counted = weight > 0.0f ? x : Float16x{}, size = abs(counted);
-      a.add(weight);
-      b.add(weight * counted);
-      reach = size > reach ? size : reach;
-    } else {
-      const Float16x y = weight > 0.0f ? x - centre : Float16x{};
-      a.add(weight * expm1_minus_lanes(y));
-      b.add(weight * y);
+    Float16x x = load_part(z + c, classes - c);
+    if (classes - c < kLanes)
+      for (int64_t l = classes - c; l < kLanes; ++l) x[l] = -INFINITY;
+    largest = x > largest ? x : largest;
+    spoiled = x == x ? spoiled : x;
+  }
+  *top = -INFINITY;
+  for (int l = 0; l < kLanes; ++l) *top = largest[l] > *top ? largest[l] : *top;
+  if (!(std::fabs(*top) < INFINITY) || sum_halves(spoiled) != 0.0f) {
+    *top = NAN, *norm = NAN;
+    return;
+  }
+  DoubleLanes sum;
+  for (int64_t start = 0; start < classes; start += kRun * kLanes) {
+    Float16x part{};
+    for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
+      Float16x e = exp_lanes(load_part(z + c, classes - c) - *top);
+      if (classes - c < kLanes)
+        for (int64_t l = classes - c; l < kLanes; ++l) e[l] = 0.0f;
+      store(weight + c, e);
+      part += e;
     }
+    sum.add(part);
   }
-  if (first) {
-    out->norm = a.total();
-    out->mean = b.total();
-    float lanes[kLanes];
-    store(lanes, reach);
-    for (const float x : lanes) out->reach = x > out->reach ? x : out->reach;
-  } else {
-    out->t = a.total();
-    out->r = b.total();
-  }
+  *norm = sum.total();
 }
-CLADO_SIMD_KERNEL(lane_sums, (const float* p, const float* d, int64_t classes, float centre, bool first, LaneSums* out),
-                  (p, d, classes, centre, first, out))
+CLADO_SIMD_KERNEL(softmax_weights, (const float* z, int64_t classes, float* weight, float* top, double* norm),
+                  (z, classes, weight, top, norm))
 
-// The careful way in float32 lanes.
-inline DeltaMoments moments(const float* z, const float* p, const float* d, int64_t classes, double log_norm) {
-  LaneSums sums;
-  lane_sums(p, d, classes, 0.0f, true, &sums);
-  if (sums.mean != sums.mean) return {sums.mean, sums.mean, sums.mean};
-  if (sums.reach > 30.0f) return far_moments(z, d, classes, log_norm);
-  const float centre = static_cast<float>(sums.mean / sums.norm);
-  lane_sums(p, d, classes, centre, false, &sums);
-  const double r = sums.r / sums.norm;
-  return {static_cast<double>(centre), r, std::log1p(sums.t / sums.norm + r)};
+template <>
+inline CleanRow<float>::CleanRow(const float* logits, int64_t count) : z(logits), classes(count), log_norm(NAN) {
+  weight.resize(static_cast<size_t>((count + kLanes - 1) / kLanes * kLanes));
+  float top = 0.0f;
+  softmax_weights(z, classes, weight.data(), &top, &norm);
+  log_norm = static_cast<double>(top) + std::log(norm);
 }
 
-// p = softmax(z), 0 where z = -inf.
-template <class T>
-inline void softmax_row(const T* z, int64_t classes, double log_norm, T* p) {
-  for (int64_t c = 0; c < classes; ++c) p[c] = static_cast<T>(std::exp(static_cast<double>(z[c]) - log_norm));
+// *mean = sum of weight * d, *reach = the largest |d|, both over the classes that count.
+CLADO_INLINE void row_mean_body(const float* weight, const float* d, int64_t classes, double* mean, float* reach) {
+  DoubleLanes sum;
+  Float16x largest{};
+  for (int64_t start = 0; start < classes; start += kRun * kLanes) {
+    Float16x part{};
+    for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
+      const Float16x w = load(weight + c), x = load_part(d + c, classes - c), counted = w > 0.0f ? x : Float16x{};
+      part += w * counted;
+      largest = abs(counted) > largest ? abs(counted) : largest;
+    }
+    sum.add(part);
+  }
+  *mean = sum.total();
+  *reach = 0.0f;
+  for (int l = 0; l < kLanes; ++l) *reach = largest[l] > *reach ? largest[l] : *reach;
+}
+
+// *t = sum of weight * (e^x - 1 - x), *r = sum of weight * x, x = d - centre; Near: no |x| is above kNear.
+template <bool Near>
+CLADO_INLINE void row_moments_at(const float* weight, const float* d, int64_t classes, float centre, double* t, double* r) {
+  DoubleLanes sum_t, sum_r;
+  for (int64_t start = 0; start < classes; start += kRun * kLanes) {
+    Float16x part_t{}, part_r{};
+    for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
+      const Float16x w = load(weight + c), x = load_part(d + c, classes - c) - centre, y = w > 0.0f ? x : Float16x{};
+      part_t += w * (Near ? near_expm1_minus(y) : expm1_minus_lanes(y));
+      part_r += w * y;
+    }
+    sum_t.add(part_t);
+    sum_r.add(part_r);
+  }
+  *t = sum_t.total();
+  *r = sum_r.total();
+}
+CLADO_INLINE void row_moments_body(const float* weight, const float* d, int64_t classes, float centre, bool near, double* t,
+                                   double* r) {
+  near ? row_moments_at<true>(weight, d, classes, centre, t, r) : row_moments_at<false>(weight, d, classes, centre, t, r);
+}
+
+CLADO_SIMD_KERNEL(row_mean, (const float* weight, const float* d, int64_t classes, double* mean, float* reach),
+                  (weight, d, classes, mean, reach))
+CLADO_SIMD_KERNEL(row_moments,
+                  (const float* weight, const float* d, int64_t classes, float centre, bool near, double* t, double* r),
+                  (weight, d, classes, centre, near, t, r))
+
+// The careful way, in float32 lanes; NaN unless the sample is sound.
+inline DeltaMoments moments(const CleanRow<float>& clean, const float* d) {
+  if (!clean.sound()) return {NAN, NAN, NAN};
+  double mean = 0.0, t = 0.0, r = 0.0;
+  float reach = 0.0f;
+  row_mean(clean.weight.data(), d, clean.classes, &mean, &reach);
+  if (mean != mean) return {mean, mean, mean};
+  if (reach > 30.0f) return far_moments(clean.z, d, clean.classes, clean.log_norm);
+  const float centre = static_cast<float>(mean / clean.norm);
+  row_moments(clean.weight.data(), d, clean.classes, centre, reach + std::fabs(centre) < kNear, &t, &r);
+  t /= clean.norm, r /= clean.norm;
+  return {static_cast<double>(centre), r, std::log1p(t + r), false, reach};
+}
+inline DeltaMoments moments(const CleanRow<double>& clean, const double* d) {
+  if (!clean.sound()) return {NAN, NAN, NAN};
+  return moments(clean.z, clean.weight.data(), d, clean.classes, clean.log_norm);
 }
 
 }  // namespace clado

@@ -49,20 +49,15 @@ CLADO_INLINE float sum_halves(Float16x v) {
   return x[0];
 }
 
-// Double sums of sixteen float products: lane l of the accumulator takes lane l of every vector.
+// Sums of float lanes with double accumulators: `fn(i)` gives the vector at element i, kRun of them meet in float32 before they
+// are added to the doubles. Lane l takes lane l of every vector, so the order is the same at every SIMD level.
+constexpr int kRun = 8;
 struct DoubleLanes {
   double lane[kLanes] = {};
   CLADO_INLINE void add(Float16x v) {
-    using Double8x = double __attribute__((vector_size(64)));
-    using Float8x = float __attribute__((vector_size(32)));
-    for (int half = 0; half < 2; ++half) {
-      Float8x part;
-      std::memcpy(&part, reinterpret_cast<const float*>(&v) + 8 * half, sizeof part);
-      Double8x sum;
-      std::memcpy(&sum, lane + 8 * half, sizeof sum);
-      sum += __builtin_convertvector(part, Double8x);
-      std::memcpy(lane + 8 * half, &sum, sizeof sum);
-    }
+    float part[kLanes];
+    store(part, v);
+    for (int l = 0; l < kLanes; ++l) lane[l] += static_cast<double>(part[l]);
   }
   CLADO_INLINE double total() const {
     double x[kLanes];
@@ -73,11 +68,32 @@ struct DoubleLanes {
   }
 };
 
-// e^x - 1 for |x| <= 80, about 2 ulp also near 0: x = k ln2 + r, a polynomial for e^r - 1, then 2^k (e^r - 1) + (2^k - 1).
-CLADO_INLINE Float16x expm1_lanes(Float16x x) {
-  const Float16x k = round_even(x * 1.44269504f);
-  const Float16x r = (x - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts, the first with 16 bits
-  // Taylor series to r^8/8! (|r| < 0.35: the next term is below 2e-10).
+// The first `rest` of sixteen floats, zeros behind them.
+CLADO_INLINE Float16x load_part(const float* x, int64_t rest) {
+  if (rest >= kLanes) return load(x);
+  float part[kLanes] = {};
+  for (int64_t l = 0; l < rest; ++l) part[l] = x[l];
+  return load(part);
+}
+CLADO_INLINE void store_part(float* x, Float16x v, int64_t rest) {
+  if (rest >= kLanes) return store(x, v);
+  float part[kLanes];
+  store(part, v);
+  for (int64_t l = 0; l < rest; ++l) x[l] = part[l];
+}
+
+// x = k ln 2 + r for |x| < 88: the multiple k and what is left, |r| < 0.35.
+CLADO_INLINE Float16x log2_multiple(Float16x x) { return round_even(x * 1.44269504f); }
+CLADO_INLINE Float16x log2_rest(Float16x x, Float16x k) {
+  return (x - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts, the first with 16 bits
+}
+CLADO_INLINE Float16x power_of_two(Float16x k) { return from_bits((__builtin_convertvector(k, Int16x) + 127) << 23); }
+
+// Where k is 0 the functions below are their `near_` part: for kNear they may be called instead, with the same bits.
+constexpr float kNear = 0.34f;
+
+// (e^r - 1) - r for |r| < 0.35: Taylor series to r^8/8!, the next term is below 4e-9 of it.
+CLADO_INLINE Float16x near_expm1_minus(Float16x r) {
   Float16x p = splat(1.0f / 40320);
   p = p * r + 1.0f / 5040;
   p = p * r + 1.0f / 720;
@@ -85,24 +101,27 @@ CLADO_INLINE Float16x expm1_lanes(Float16x x) {
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
-  p = (p * r) * r + r;
-  const Float16x scale = from_bits((__builtin_convertvector(k, Int16x) + 127) << 23);
-  return scale * p + (scale - 1.0f);
+  return (p * r) * r;
+}
+CLADO_INLINE Float16x near_expm1(Float16x r) { return near_expm1_minus(r) + r; }
+
+// e^x - 1 for |x| < 88, about 2 ulp also near 0.
+CLADO_INLINE Float16x expm1_lanes(Float16x x) {
+  const Float16x k = log2_multiple(x), scale = power_of_two(k);
+  return scale * near_expm1(log2_rest(x, k)) + (scale - 1.0f);
 }
 
-// (e^x - 1) - x for |x| <= 80, relatively accurate also near 0.
+// (e^x - 1) - x for |x| < 88, relatively accurate also near 0.
 CLADO_INLINE Float16x expm1_minus_lanes(Float16x x) {
-  // Taylor series to x^10/10! inside |x| < 0.5; there e^x - 1 would cancel against x.
-  Float16x p = splat(1.0f / 3628800);
-  p = p * x + 1.0f / 362880;
-  p = p * x + 1.0f / 40320;
-  p = p * x + 1.0f / 5040;
-  p = p * x + 1.0f / 720;
-  p = p * x + 1.0f / 120;
-  p = p * x + 1.0f / 24;
-  p = p * x + 1.0f / 6;
-  p = p * x + 0.5f;
-  return abs(x) < 0.5f ? (p * x) * x : expm1_lanes(x) - x;
+  const Float16x k = log2_multiple(x), r = log2_rest(x, k), scale = power_of_two(k), near = near_expm1_minus(r);
+  return k == 0.0f ? near : scale * (near + r) + ((scale - 1.0f) - x);
+}
+
+// e^x for x <= 0, at least e^-87; 0 for -infinity. NaN gives what it likes.
+CLADO_INLINE Float16x exp_lanes(Float16x x) {
+  const Float16x y = x < -87.0f ? splat(-87.0f) : x, k = log2_multiple(y), scale = power_of_two(k);
+  const Float16x e = scale * near_expm1(log2_rest(y, k)) + scale;
+  return x >= -3e38f ? e : Float16x{};
 }
 
 // log(1 + x) for finite x > -1, about 3 ulp also near 0. With 1 + x = 2^k (1 + f), |f| < 0.42:

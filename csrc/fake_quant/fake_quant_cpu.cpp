@@ -114,23 +114,47 @@ CLADO_INLINE void quantize_typed(const Block& block, int8_t* codes) {
 }
 
 CLADO_INLINE void fake_quant_block_body(const Block& block, DType dtype, void* values, float* error) {
-  switch (dtype) {
-    case DType::float32: return fake_quant_typed<DType::float32>(block, values, error);
-    case DType::float16: return fake_quant_typed<DType::float16>(block, values, error);
-    default: return fake_quant_typed<DType::bfloat16>(block, values, error);
-  }
+  if (dtype == DType::bfloat16) return fake_quant_typed<DType::bfloat16>(block, values, error);
+  return fake_quant_typed<DType::float32>(block, values, error);
+}
+CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* codes) {
+  if (dtype == DType::bfloat16) return quantize_typed<DType::bfloat16>(block, codes);
+  return quantize_typed<DType::float32>(block, codes);
 }
 
-CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* codes) {
-  switch (dtype) {
-    case DType::float32: return quantize_typed<DType::float32>(block, codes);
-    case DType::float16: return quantize_typed<DType::float16>(block, codes);
-    default: return quantize_typed<DType::bfloat16>(block, codes);
-  }
+// Sum of (q - w)^2 over a block padded with equal values.
+CLADO_INLINE void block_error_body(const float* q, const float* w, int padded, float* error) {
+  Float16x sum[2] = {};
+  for (int i = 0; i < padded; i += kBlockLanes)
+    for (int half = 0; half < 2; ++half) {
+      const Float16x e = load(q + i + kLanes * half) - load(w + i + kLanes * half);
+      sum[half] += e * e;
+    }
+  *error = sum_block_lanes(sum[0], sum[1]);
 }
 
 CLADO_SIMD_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
 CLADO_SIMD_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
+CLADO_SIMD_KERNEL(block_error, (const float* q, const float* w, int padded, float* error), (q, w, padded, error))
+
+// The block with its float16 weights as floats in `w`.
+Block widened(const Block& block, float* w) {
+  halves_to_floats(block.weight, w, block.count);
+  Block out = block;
+  out.weight = w;
+  return out;
+}
+
+void fake_quant_halves(const Block& block, void* values, float* error) {
+  alignas(64) float w[kBlock], q[kBlock];
+  const int padded = (block.count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
+  float unrounded = 0.0f;
+  fake_quant_block(widened(block, w), DType::float32, q, &unrounded);
+  floats_to_halves(q, values, block.count);
+  halves_to_floats(values, q, block.count);
+  for (int i = block.count; i < padded; ++i) q[i] = w[i] = 0.0f;
+  block_error(q, w, padded, error);
+}
 
 // fn(block, first element at this width, index of the block's error) for every block at every width: the widths of a block
 // follow each other, so the weight comes from memory once.
@@ -161,7 +185,9 @@ void fake_quant_cpu(const void* weight, int dtype, const float* scales, const in
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
                  [&](const Block& block, int64_t target, int64_t error) {
-                   fake_quant_block(block, type, static_cast<char*>(values) + target * bytes, block_errors + error);
+                   void* to = static_cast<char*>(values) + target * bytes;
+                   if (type == DType::float16) return fake_quant_halves(block, to, block_errors + error);
+                   fake_quant_block(block, type, to, block_errors + error);
                  });
   for (int64_t i = 0; i < num_bits * rows; ++i) {
     double sum = 0.0;
@@ -174,7 +200,11 @@ void quantize_cpu(const void* weight, int dtype, const float* scales, const int8
                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
   const DType type = static_cast<DType>(dtype);
   for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
-                 [&](const Block& block, int64_t target, int64_t) { quantize_block(block, type, codes + target); });
+                 [&](const Block& block, int64_t target, int64_t) {
+                   if (type != DType::float16) return quantize_block(block, type, codes + target);
+                   alignas(64) float w[kBlock];
+                   quantize_block(widened(block, w), DType::float32, codes + target);
+                 });
 }
 
 }  // namespace clado

@@ -1,5 +1,9 @@
 #include "pairwise_ce/pairwise_ce.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -12,53 +16,93 @@ namespace {
 
 // A panel holds sqrt(p) u of 16 perturbations, class-major: [classes][16]. The product of two panels is a 16 x 16 tile.
 constexpr int kTile = kLanes;
+constexpr int kTileSize = kTile * kTile;
 constexpr int64_t kChunk = 128;  // classes added in float32 before they meet the tile's sum
-constexpr int64_t kWorkspaceBytes = 8 << 20;
+constexpr int64_t kPanelBytes = 3 << 19;  // of all panels at a time: they stay in the second-level cache
 constexpr float kFloor = 5.9604645e-8f - 1.0f;
 
 int64_t panels_of(int64_t perturbations) { return (perturbations + kTile - 1) / kTile; }
 
-// Samples whose panels are in the workspace together.
-int64_t samples_together(int64_t perturbations, int64_t samples, int64_t classes, int64_t element) {
-  const int64_t one = std::max<int64_t>(1, panels_of(perturbations) * kTile * classes * element);
-  return std::max<int64_t>(1, std::min(samples, kWorkspaceBytes / one));
-}
+// How the work is cut: panels of several samples are in the workspace together, or a slice of the classes of one sample.
+struct Cut {
+  int64_t panels, samples, classes;
+  Cut(int64_t perturbations, int64_t all_samples, int64_t all_classes, int64_t element) : panels(panels_of(perturbations)) {
+    const int64_t column = std::max<int64_t>(1, panels * kTile * element);
+    classes = std::min(all_classes, std::max<int64_t>(1, kPanelBytes / column / kChunk) * kChunk);
+    samples = std::max<int64_t>(1, std::min(all_samples, classes < all_classes ? 1 : kPanelBytes / (column * all_classes)));
+  }
+  int64_t tiles() const { return panels * (panels + 1) / 2; }
+};
 
-// tile[r][l] = sum over classes of a[c][r] * b[c][l], `Rows` rows at a time: as many accumulators as the level has registers.
-// The order of additions does not depend on Rows.
-template <int Rows>
-CLADO_INLINE void product_body(const float* a, const float* b, int64_t classes, float* tile) {
-  for (int first = 0; first < kTile; first += Rows) {
-    Float16x whole[Rows] = {};
-    for (int64_t start = 0; start < classes; start += kChunk) {
-      const int64_t stop = std::min(classes, start + kChunk);
-      Float16x sum[Rows] = {};
-      for (int64_t c = start; c < stop; ++c) {
-        const Float16x y = load(b + c * kTile);
-        for (int r = 0; r < Rows; ++r) sum[r] += a[c * kTile + first + r] * y;
-      }
-      for (int r = 0; r < Rows; ++r) whole[r] += sum[r];
+// tile[r][l] += sum over classes of a[c][r] * b[c][l]: runs of kChunk classes by fused multiply-adds, each run added to the tile.
+// Fused at every level (base asks the C library), so the bits agree; written with intrinsics since contraction is off, which
+// halves the time of the whole op.
+void product_base(const float* a, const float* b, int64_t classes, float* tile) {
+  for (int64_t start = 0; start < classes; start += kChunk) {
+    const int64_t stop = std::min(classes, start + kChunk);
+    for (int r = 0; r < kTile; ++r) {
+      float sum[kTile] = {};
+      for (int64_t c = start; c < stop; ++c)
+        for (int l = 0; l < kTile; ++l) sum[l] = __builtin_fmaf(a[c * kTile + r], b[c * kTile + l], sum[l]);
+      for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += sum[l];
     }
-    for (int r = 0; r < Rows; ++r) store(tile + (first + r) * kTile, whole[r]);
   }
 }
-CLADO_INLINE void product_avx512_body(const float* a, const float* b, int64_t classes, float* tile) {
-  product_body<16>(a, b, classes, tile);
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("arch=x86-64-v4"))) void product_avx512(const float* a, const float* b, int64_t classes, float* tile) {
+  for (int64_t start = 0; start < classes; start += kChunk) {
+    const int64_t stop = std::min(classes, start + kChunk);
+    __m512 sum[kTile];
+    for (int r = 0; r < kTile; ++r) sum[r] = _mm512_setzero_ps();
+    for (int64_t c = start; c < stop; ++c) {
+      const __m512 y = _mm512_loadu_ps(b + c * kTile);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[c * kTile + r]), y, sum[r]);
+    }
+    for (int r = 0; r < kTile; ++r) {
+      float* row = tile + r * kTile;
+      _mm512_storeu_ps(row, _mm512_add_ps(_mm512_loadu_ps(row), sum[r]));
+    }
+  }
 }
-CLADO_INLINE void product_avx2_body(const float* a, const float* b, int64_t classes, float* tile) {
-  product_body<4>(a, b, classes, tile);
+
+__attribute__((target("arch=x86-64-v3"))) void product_avx2(const float* a, const float* b, int64_t classes, float* tile) {
+  constexpr int rows = 4;
+  for (int64_t start = 0; start < classes; start += kChunk) {
+    const int64_t stop = std::min(classes, start + kChunk);
+    for (int first = 0; first < kTile; first += rows) {
+      __m256 low[rows], high[rows];
+      for (int r = 0; r < rows; ++r) low[r] = high[r] = _mm256_setzero_ps();
+      for (int64_t c = start; c < stop; ++c) {
+        const __m256 y = _mm256_loadu_ps(b + c * kTile), z = _mm256_loadu_ps(b + c * kTile + 8);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          const __m256 x = _mm256_broadcast_ss(a + c * kTile + first + r);
+          low[r] = _mm256_fmadd_ps(x, y, low[r]);
+          high[r] = _mm256_fmadd_ps(x, z, high[r]);
+        }
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* row = tile + (first + r) * kTile;
+        _mm256_storeu_ps(row, _mm256_add_ps(_mm256_loadu_ps(row), low[r]));
+        _mm256_storeu_ps(row + 8, _mm256_add_ps(_mm256_loadu_ps(row + 8), high[r]));
+      }
+    }
+  }
 }
-CLADO_SIMD_KERNEL(product_avx512, (const float* a, const float* b, int64_t classes, float* tile), (a, b, classes, tile))
-CLADO_SIMD_KERNEL(product_avx2, (const float* a, const float* b, int64_t classes, float* tile), (a, b, classes, tile))
+#else
+constexpr auto product_avx512 = product_base, product_avx2 = product_base;
+#endif
 
 void product(const float* a, const float* b, int64_t classes, float* tile) {
-  if (simd_level() == Simd::avx512)
-    product_avx512(a, b, classes, tile);
-  else
-    product_avx2(a, b, classes, tile);
+  switch (simd_level()) {
+    case Simd::avx512: return product_avx512(a, b, classes, tile);
+    case Simd::avx2: return product_avx2(a, b, classes, tile);
+    default: return product_base(a, b, classes, tile);
+  }
 }
 void product(const double* a, const double* b, int64_t classes, double* tile) {
-  std::fill(tile, tile + kTile * kTile, 0.0);
   for (int64_t c = 0; c < classes; ++c)
     for (int r = 0; r < kTile; ++r)
       for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += a[c * kTile + r] * b[c * kTile + l];
@@ -86,93 +130,136 @@ void add_logs(const double* tile, double* total, double* squares) {
   }
 }
 
-// row[c] = sqrt(p) * expm1(d - log E_p[e^d]).
-CLADO_INLINE void scaled_row_body(const float* root, const float* d, int64_t classes, float centre, float shift, float* row) {
-  for (int64_t c = 0; c < classes; c += kLanes) {
-    const Float16x weight = load_part(root + c, classes - c), x = load_part(d + c, classes - c);
-    const Float16x y = weight > 0.0f ? (x - centre) - shift : Float16x{};
-    const Float16x out = weight * expm1_lanes(y);
-    if (classes - c >= kLanes) {
-      store(row + c, out);
-    } else {
-      float part[kLanes];
-      store(part, out);
-      std::memcpy(row + c, part, sizeof(float) * static_cast<size_t>(classes - c));
+// One row of a panel: sqrt(p) * expm1(d - log E_p[e^d]) class by class.
+template <class T>
+struct Row {
+  const T* d = nullptr;  // null: beyond the last perturbation, zeros
+  DeltaMoments moments{};
+  bool sound() const { return std::isfinite(moments.log_mean_exp()); }
+  float centre() const { return static_cast<float>(moments.mean); }
+  float shift() const { return static_cast<float>(moments.log1p_tr); }
+  bool near() const { return moments.reach + std::fabs(centre()) + std::fabs(shift()) < kNear; }
+};
+
+// root = sqrt(p); the rows of a whole panel, none of which reaches far, sixteen classes at a time: computed along the classes,
+// turned, and stored along the perturbations.
+using Float8x = float __attribute__((vector_size(32)));
+using Int8x = int32_t __attribute__((vector_size(32)));
+
+template <int S>
+CLADO_INLINE void exchange(Float8x& a, Float8x& b) {  // swaps the S x S corners of the pair
+  Int8x low{}, high{};
+  for (int j = 0; j < 8; ++j) {
+    low[j] = j & S ? 8 + j - S : j;
+    high[j] = j & S ? 8 + j : j + S;
+  }
+  const Float8x x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
+  a = x, b = y;
+}
+
+// out[c][r] = in[r][c] for 8 x 8 floats; both have rows of 16.
+CLADO_INLINE void transpose_corner(const float* in, float* out) {
+  Float8x x[8];
+  for (int r = 0; r < 8; ++r) std::memcpy(&x[r], in + r * kTile, sizeof x[r]);
+  for (int r = 0; r < 4; ++r) exchange<4>(x[r], x[r + 4]);
+  for (int r = 0; r < 8; r += 4) exchange<2>(x[r], x[r + 2]), exchange<2>(x[r + 1], x[r + 3]);
+  for (int r = 0; r < 8; r += 2) exchange<1>(x[r], x[r + 1]);
+  for (int c = 0; c < 8; ++c) std::memcpy(out + c * kTile, &x[c], sizeof x[c]);
+}
+
+CLADO_INLINE void fill_near_body(const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out) {
+  for (int64_t c = 0; c < classes; c += kTile) {
+    const int64_t rest = classes - c;
+    const Float16x weight = load_part(root + c, rest);
+    alignas(64) float block[kTileSize], turned[kTileSize];
+    for (int r = 0; r < kTile; ++r) {
+      const Row<float>& row = rows[r];
+      Float16x u{};
+      if (row.d && row.sound()) {
+        const Float16x x = (load_part(row.d + first + c, rest) - row.centre()) - row.shift(), y = weight > 0.0f ? x : u;
+        u = weight * (row.near() ? near_expm1(y) : expm1_lanes(y));
+      } else if (row.d) {
+        u = splat(NAN);
+      }
+      store(block + r * kTile, u);
     }
+    for (int corner = 0; corner < 4; ++corner) {
+      const int r = corner / 2 * 8, l = corner % 2 * 8;
+      transpose_corner(block + r * kTile + l, turned + l * kTile + r);
+    }
+    std::memcpy(out + c * kTile, turned, sizeof(float) * static_cast<size_t>(std::min<int64_t>(rest, kTile) * kTile));
   }
 }
-CLADO_SIMD_KERNEL(scaled_row, (const float* root, const float* d, int64_t classes, float centre, float shift, float* row),
-                  (root, d, classes, centre, shift, row))
+CLADO_SIMD_KERNEL(fill_near, (const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out),
+                  (root, rows, first, classes, out))
 
-// The plain way in double, for float64 and for rows that reach far: sqrt(p) e^x in one exponential where e^x alone overflows.
+// Row `r` of a panel the plain way in double: sqrt(p) e^x in one exponential where e^x alone overflows.
 template <class T>
-void scaled_row_far(const T* z, const T* d, int64_t classes, double log_norm, double log_mean_exp, T* row) {
+void fill_far(const CleanRow<T>& clean, const Row<T>& row, int r, int64_t first, int64_t classes, T* out) {
+  const double shift = row.moments.log_mean_exp();
   for (int64_t c = 0; c < classes; ++c) {
-    const double half = 0.5 * (static_cast<double>(z[c]) - log_norm), x = static_cast<double>(d[c]) - log_mean_exp;
-    row[c] = static_cast<T>(half == -INFINITY ? 0.0 : x > 30.0 ? std::exp(half + x) : std::exp(half) * std::expm1(x));
-  }
-}
-
-void fill_row(const float* z, const float* root, const float* d, int64_t classes, double log_norm, const DeltaMoments& m, float* row) {
-  if (m.far)
-    scaled_row_far(z, d, classes, log_norm, m.log_mean_exp(), row);
-  else
-    scaled_row(root, d, classes, static_cast<float>(m.mean), static_cast<float>(m.log1p_tr), row);
-}
-void fill_row(const double* z, const double*, const double* d, int64_t classes, double log_norm, const DeltaMoments& m,
-              double* row) {
-  scaled_row_far(z, d, classes, log_norm, m.log_mean_exp(), row);
-}
-
-// Panel `panel` of sample `n`; rows beyond the last perturbation are zero.
-template <class T>
-void fill_panel(const T* logits, const T* delta, int64_t n, int64_t panel, int64_t perturbations, int64_t samples, int64_t classes,
-                T* out) {
-  const T* z = logits + n * classes;
-  const double log_norm = log_sum_exp(z, classes);
-  std::vector<T> p(static_cast<size_t>(classes)), root(p.size()), row(p.size());
-  softmax_row(z, classes, log_norm, p.data());
-  for (size_t c = 0; c < p.size(); ++c) root[c] = static_cast<T>(std::sqrt(static_cast<double>(p[c])));
-  for (int r = 0; r < kTile; ++r) {
-    const int64_t v = panel * kTile + r;
-    if (v >= perturbations) {
-      std::fill(row.begin(), row.end(), T(0));
-    } else {
-      const T* d = delta + (v * samples + n) * classes;
-      const DeltaMoments m = moments(z, p.data(), d, classes, log_norm);
-      if (std::isfinite(log_norm) && std::isfinite(m.log_mean_exp()))
-        fill_row(z, root.data(), d, classes, log_norm, m, row.data());
-      else
-        std::fill(row.begin(), row.end(), static_cast<T>(NAN));
+    double u = row.d ? NAN : 0.0;
+    if (row.d && row.sound()) {
+      const double half = 0.5 * (static_cast<double>(clean.z[first + c]) - clean.log_norm);
+      const double x = static_cast<double>(row.d[first + c]) - shift;
+      u = half == -INFINITY ? 0.0 : x > 30.0 ? std::exp(half + x) : std::exp(half) * std::expm1(x);
     }
-    for (size_t c = 0; c < row.size(); ++c) out[c * kTile + static_cast<size_t>(r)] = row[c];
+    out[c * kTile + r] = static_cast<T>(u);
   }
 }
+
+void fill(const CleanRow<float>& clean, const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out) {
+  fill_near(root + first, rows, first, classes, out);
+  for (int r = 0; r < kTile; ++r)
+    if (rows[r].moments.far) fill_far(clean, rows[r], r, first, classes, out);
+}
+void fill(const CleanRow<double>& clean, const double*, const Row<double>* rows, int64_t first, int64_t classes, double* out) {
+  for (int r = 0; r < kTile; ++r) fill_far(clean, rows[r], r, first, classes, out);
+}
+
+// A sample with its square roots of p.
+template <class T>
+struct Sample {
+  CleanRow<T> clean;
+  std::vector<T> root;
+  Sample(const T* z, int64_t classes) : clean(z, classes), root(clean.weight) {
+    for (T& x : root) x = static_cast<T>(std::sqrt(static_cast<double>(x) / clean.norm));
+  }
+};
 
 template <class T>
 void run(const T* logits, const T* delta, double* total, double* squares, T* workspace, int64_t perturbations, int64_t samples,
          int64_t classes, int threads) {
-  const int64_t panels = panels_of(perturbations), size = kTile * classes;
-  const int64_t together = samples_together(perturbations, samples, classes, sizeof(T));
+  const Cut cut(perturbations, samples, classes, sizeof(T));
   std::fill(total, total + perturbations * perturbations, 0.0);
   std::fill(squares, squares + perturbations * perturbations, 0.0);
   std::vector<std::pair<int64_t, int64_t>> tiles;  // the upper triangle; the other one is its mirror
-  for (int64_t row = 0; row < panels; ++row)
-    for (int64_t column = row; column < panels; ++column) tiles.emplace_back(row, column);
-  for (int64_t start = 0; start < samples; start += together) {
-    const int64_t count = std::min(together, samples - start);
-    parallel_for(count * panels, threads, [&](int64_t i) {
-      fill_panel(logits, delta, start + i / panels, i % panels, perturbations, samples, classes, workspace + i * size);
-    });
+  for (int64_t row = 0; row < cut.panels; ++row)
+    for (int64_t column = row; column < cut.panels; ++column) tiles.emplace_back(row, column);
+  const bool sliced = cut.classes < classes;
+  std::vector<T> unfinished(sliced ? tiles.size() * kTileSize : 0);  // the one sample's tiles between two slices of its classes
+  std::vector<Row<T>> rows(static_cast<size_t>(cut.samples * cut.panels * kTile));
+  std::vector<Sample<T>> group;
+
+  // Adds the finished tiles of a group, or (last = false) keeps them for the next slice.
+  const auto multiply = [&](int64_t count, int64_t width, bool last) {
+    const int64_t size = kTile * width;
     parallel_for(static_cast<int64_t>(tiles.size()), threads, [&](int64_t i) {
       const auto [row, column] = tiles[static_cast<size_t>(i)];
-      double tile_total[kTile * kTile] = {}, tile_squares[kTile * kTile] = {};
-      alignas(64) T tile[kTile * kTile];
+      double tile_total[kTileSize] = {}, tile_squares[kTileSize] = {};
+      alignas(64) T tile[kTileSize];
+      T* const kept = sliced ? &unfinished[static_cast<size_t>(i) * kTileSize] : nullptr;
       for (int64_t n = 0; n < count; ++n) {
-        const T* sample = workspace + n * panels * size;
-        product(sample + row * size, sample + column * size, classes, tile);
-        add_logs(tile, tile_total, tile_squares);
+        const T* sample = workspace + n * cut.panels * size;
+        if (kept)
+          std::copy(kept, kept + kTileSize, tile);
+        else
+          std::fill(tile, tile + kTileSize, T(0));
+        product(sample + row * size, sample + column * size, width, tile);
+        if (last) add_logs(tile, tile_total, tile_squares);
+        if (kept) std::transform(tile, tile + kTileSize, kept, [last](T x) { return last ? T(0) : x; });
       }
+      if (!last) return;
       for (int r = 0; r < kTile; ++r)
         for (int l = 0; l < kTile; ++l) {
           const int64_t v = row * kTile + r, w = column * kTile + l;
@@ -181,6 +268,29 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
           squares[v * perturbations + w] += tile_squares[r * kTile + l];
         }
     });
+  };
+
+  for (int64_t start = 0; start < samples; start += cut.samples) {
+    const int64_t count = std::min(cut.samples, samples - start);
+    group.clear();
+    for (int64_t n = 0; n < count; ++n) group.emplace_back(logits + (start + n) * classes, classes);
+    for (int64_t first = 0; first < classes; first += cut.classes) {
+      const int64_t width = std::min(cut.classes, classes - first);
+      parallel_for(count * cut.panels, threads, [&](int64_t i) {
+        const int64_t n = i / cut.panels, panel = i % cut.panels;
+        const Sample<T>& sample = group[static_cast<size_t>(n)];
+        Row<T>* const own = &rows[static_cast<size_t>(i * kTile)];
+        for (int r = 0; first == 0 && r < kTile; ++r) {
+          const int64_t v = panel * kTile + r;
+          own[r] = Row<T>{};
+          if (v >= perturbations) continue;
+          own[r].d = delta + (v * samples + start + n) * classes;
+          own[r].moments = moments(sample.clean, own[r].d);
+        }
+        fill(sample.clean, sample.root.data(), own, first, width, workspace + i * kTile * width);
+      });
+      multiply(count, width, first + width == classes);
+    }
   }
   for (int64_t v = 0; v < perturbations; ++v)
     for (int64_t w = 0; w < v; ++w) {
@@ -193,7 +303,8 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
 
 int64_t pairwise_ce_workspace_cpu(int64_t perturbations, int64_t samples, int64_t classes, bool is_double) {
   const int64_t element = is_double ? 8 : 4;
-  return samples_together(perturbations, samples, classes, element) * panels_of(perturbations) * kTile * classes * element;
+  const Cut cut(perturbations, samples, classes, element);
+  return cut.samples * cut.panels * kTile * cut.classes * element;
 }
 
 void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, void* workspace, int64_t perturbations,

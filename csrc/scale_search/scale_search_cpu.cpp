@@ -31,11 +31,8 @@ CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
 }
 
 CLADO_INLINE void read_block_body(const void* weight, DType dtype, int count, float* out, int* padded) {
-  switch (dtype) {
-    case DType::float32: *padded = read_typed<DType::float32>(weight, count, out); return;
-    case DType::float16: *padded = read_typed<DType::float16>(weight, count, out); return;
-    default: *padded = read_typed<DType::bfloat16>(weight, count, out); return;
-  }
+  *padded = dtype == DType::float32 ? read_typed<DType::float32>(weight, count, out)
+                                    : read_typed<DType::bfloat16>(weight, count, out);
 }
 
 // bottom = min(w, 0), top = max(w, 0), both NaN when something is not finite.
@@ -96,8 +93,14 @@ struct Group {
     return static_cast<const char*>(weight) + block * kBlock * (dtype == DType::float32 ? 4 : 2);
   }
   int read(int64_t block, float* out) const {
-    int padded = 0;
-    read_block(at(block), dtype, static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock)), out, &padded);
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock));
+    int padded = (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
+    if (dtype != DType::float16) {
+      read_block(at(block), dtype, count, out, &padded);
+    } else {
+      halves_to_floats(at(block), out, count);
+      std::fill(out + count, out + padded, 0.0f);
+    }
     return padded;
   }
 };
