@@ -18,7 +18,7 @@ void run(const T* logits, const T* delta, const int64_t* target, double* increas
     const CleanRow<T> clean(logits + n * classes, classes);
     for (int64_t v = first; v < perturbations && v < first + kShare; ++v) {
       const T* d = delta + (v * samples + n) * classes;
-      const DeltaMoments m = moments(clean, d);
+      const DeltaMoments m = moments(clean, d, v + 1 < perturbations ? d + samples * classes : d);
       increase[v * samples + n] = target ? m.log1p_tr + (m.mean - static_cast<double>(d[target[n]])) : m.kl();
     }
   });

@@ -164,14 +164,17 @@ CLADO_INLINE void row_mean_body(const float* weight, const float* d, int64_t cla
   for (int l = 0; l < kLanes; ++l) *reach = largest[l] > *reach ? largest[l] : *reach;
 }
 
-// *t = sum of weight * (e^x - 1 - x), *r = sum of weight * x, x = d - centre; Near: no |x| is above kNear.
+// *t = sum of weight * (e^x - 1 - x), *r = sum of weight * x, x = d - centre; Near: no |x| is above kNear. Rows lie far apart in
+// memory, so the row that comes `next` is fetched meanwhile.
 template <bool Near>
-CLADO_INLINE void row_moments_at(const float* weight, const float* d, int64_t classes, float centre, double* t, double* r) {
+CLADO_INLINE void row_moments_at(const float* weight, const float* d, const float* next, int64_t classes, float centre,
+                                 double* t, double* r) {
   DoubleLanes sum_t, sum_r;
   for (int64_t start = 0; start < classes; start += kRun * kLanes) {
     Float16x part_t{}, part_r{};
     for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
       const Float16x w = load(weight + c), x = load_part(d + c, classes - c) - centre, y = w > 0.0f ? x : Float16x{};
+      __builtin_prefetch(next + c);
       part_t += w * (Near ? near_expm1_minus(y) : expm1_minus_lanes(y));
       part_r += w * y;
     }
@@ -181,19 +184,21 @@ CLADO_INLINE void row_moments_at(const float* weight, const float* d, int64_t cl
   *t = sum_t.total();
   *r = sum_r.total();
 }
-CLADO_INLINE void row_moments_body(const float* weight, const float* d, int64_t classes, float centre, bool near, double* t,
-                                   double* r) {
-  near ? row_moments_at<true>(weight, d, classes, centre, t, r) : row_moments_at<false>(weight, d, classes, centre, t, r);
+CLADO_INLINE void row_moments_body(const float* weight, const float* d, const float* next, int64_t classes, float centre,
+                                   bool near, double* t, double* r) {
+  near ? row_moments_at<true>(weight, d, next, classes, centre, t, r)
+       : row_moments_at<false>(weight, d, next, classes, centre, t, r);
 }
 
 CLADO_SIMD_KERNEL(row_mean, (const float* weight, const float* d, int64_t classes, double* mean, float* reach),
                   (weight, d, classes, mean, reach))
 CLADO_SIMD_KERNEL(row_moments,
-                  (const float* weight, const float* d, int64_t classes, float centre, bool near, double* t, double* r),
-                  (weight, d, classes, centre, near, t, r))
+                  (const float* weight, const float* d, const float* next, int64_t classes, float centre, bool near, double* t,
+                   double* r),
+                  (weight, d, next, classes, centre, near, t, r))
 
-// The careful way, in float32 lanes; NaN unless the sample is sound.
-inline DeltaMoments moments(const CleanRow<float>& clean, const float* d) {
+// The careful way, in float32 lanes; NaN unless the sample is sound. `next`: the row asked for next, or d.
+inline DeltaMoments moments(const CleanRow<float>& clean, const float* d, const float* next) {
   if (!clean.sound()) return {NAN, NAN, NAN};
   double mean = 0.0, t = 0.0, r = 0.0;
   float reach = 0.0f;
@@ -201,11 +206,11 @@ inline DeltaMoments moments(const CleanRow<float>& clean, const float* d) {
   if (mean != mean) return {mean, mean, mean};
   if (reach > 30.0f) return far_moments(clean.z, d, clean.classes, clean.log_norm);
   const float centre = static_cast<float>(mean / clean.norm);
-  row_moments(clean.weight.data(), d, clean.classes, centre, reach + std::fabs(centre) < kNear, &t, &r);
+  row_moments(clean.weight.data(), d, next, clean.classes, centre, reach + std::fabs(centre) < kNear, &t, &r);
   t /= clean.norm, r /= clean.norm;
   return {static_cast<double>(centre), r, std::log1p(t + r), false, reach};
 }
-inline DeltaMoments moments(const CleanRow<double>& clean, const double* d) {
+inline DeltaMoments moments(const CleanRow<double>& clean, const double* d, const double*) {
   if (!clean.sound()) return {NAN, NAN, NAN};
   return moments(clean.z, clean.weight.data(), d, clean.classes, clean.log_norm);
 }

@@ -285,7 +285,7 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
           own[r] = Row<T>{};
           if (v >= perturbations) continue;
           own[r].d = delta + (v * samples + start + n) * classes;
-          own[r].moments = moments(sample.clean, own[r].d);
+          own[r].moments = moments(sample.clean, own[r].d, v + 1 < perturbations ? own[r].d + samples * classes : own[r].d);
         }
         fill(sample.clean, sample.root.data(), own, first, width, workspace + i * kTile * width);
       });
