@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._registry import require
+from ._registry import refusal
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_logits(op: str, logits: Tensor, delta: Tensor) -> None:
     """Raise ``ValueError`` unless ``logits`` is ``[N, C]`` and ``delta`` ``[V, N, C]`` of one dtype and device."""
-    require(logits.dim() == 2, op, "logits", "have shape [N, C]", tuple(logits.shape))
-    require(logits.dtype in DTYPES, op, "logits", "be a floating-point tensor", logits.dtype)
-    require(logits.shape[1] >= 1, op, "logits", "have at least one class", tuple(logits.shape))
-    require(
-        delta.dim() == 3 and delta.shape[1:] == logits.shape,
-        op,
-        "delta",
-        f"have shape [V, {logits.shape[0]}, {logits.shape[1]}]",
-        tuple(delta.shape),
-    )
-    require(delta.dtype == logits.dtype, op, "delta", f"be {logits.dtype} as the logits", delta.dtype)
-    require(delta.device == logits.device, op, "delta", f"be on {logits.device}", delta.device)
+    if logits.dim() != 2:
+        raise refusal(op, "logits", "have shape [N, C]", tuple(logits.shape))
+    if logits.dtype not in DTYPES:
+        raise refusal(op, "logits", "be a floating-point tensor", logits.dtype)
+    if logits.shape[1] < 1:
+        raise refusal(op, "logits", "have at least one class", tuple(logits.shape))
+    if delta.dim() != 3 or delta.shape[1:] != logits.shape:
+        raise refusal(op, "delta", f"have shape [V, {logits.shape[0]}, {logits.shape[1]}]", tuple(delta.shape))
+    if delta.dtype != logits.dtype:
+        raise refusal(op, "delta", f"be {logits.dtype} as the logits", delta.dtype)
+    if delta.device != logits.device:
+        raise refusal(op, "delta", f"be on {logits.device}", delta.device)
 
 
 def computed(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._losses import check_logits, computed
-from ._registry import call, define, require
+from ._registry import call, define, refusal
 
 
 def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> Tensor:
@@ -28,21 +28,18 @@ def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> T
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label outside [0, C) (CUDA: NaN).
     """
-    return torch.ops.clado.batched_ce(logits, delta, target)
+    return _batched_ce(logits, delta, target)
 
 
 def _allocate(logits: Tensor, delta: Tensor, target: Tensor | None) -> Tensor:
     check_logits("batched_ce", logits, delta)
     if target is not None:
-        require(target.dtype == torch.int64, "batched_ce", "target", "be int64", target.dtype)
-        require(
-            target.shape == logits.shape[:1],
-            "batched_ce",
-            "target",
-            f"have shape {tuple(logits.shape[:1])}",
-            tuple(target.shape),
-        )
-        require(target.device == logits.device, "batched_ce", "target", f"be on {logits.device}", target.device)
+        if target.dtype != torch.int64:
+            raise refusal("batched_ce", "target", "be int64", target.dtype)
+        if target.shape != logits.shape[:1]:
+            raise refusal("batched_ce", "target", f"have shape {tuple(logits.shape[:1])}", tuple(target.shape))
+        if target.device != logits.device:
+            raise refusal("batched_ce", "target", f"be on {logits.device}", target.device)
     return delta.new_empty(delta.shape[:2], dtype=torch.float64)
 
 
@@ -51,7 +48,8 @@ def _launch(logits: Tensor, delta: Tensor, target: Tensor | None, out: Tensor) -
     y = None if target is None else target.contiguous()
     addresses = (z.data_ptr(), d.data_ptr(), 0 if y is None else y.data_ptr(), out.data_ptr())
     inside = call("batched_ce", z.device, *addresses, *d.shape, z.dtype == torch.float64)
-    require(inside is not False, "batched_ce", "target", f"lie in [0, {z.shape[1]})", "a label outside")
+    if inside is False:
+        raise refusal("batched_ce", "target", f"lie in [0, {z.shape[1]})", "a label outside")
 
 
-define("batched_ce(Tensor logits, Tensor delta, Tensor? target) -> Tensor", _allocate, _launch)
+_batched_ce = define("batched_ce(Tensor logits, Tensor delta, Tensor? target) -> Tensor", _allocate, _launch)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._registry import call, define, require
+from ._registry import call, define, refusal, require
 
 
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or width; on the CPU also a code outside its range (CUDA keeps its low bits).
     """
-    return _along(codes, dim, "pack", "codes", lambda c: torch.ops.clado.pack(c, bits))
+    return _along(codes, dim, "pack", "codes", lambda c: _pack(c, bits))
 
 
 def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
@@ -46,7 +46,7 @@ def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank, width, or a last dimension that does not fit ``columns``.
     """
-    return _along(packed, dim, "unpack", "packed", lambda p: torch.ops.clado.unpack(p, bits, columns))
+    return _along(packed, dim, "unpack", "packed", lambda p: _unpack(p, bits, columns))
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -65,7 +65,7 @@ def _along(x: Tensor, dim: int, op: str, name: str, run: Callable[[Tensor], Tens
 
 def _allocate_pack(codes: Tensor, bits: int) -> Tensor:
     require(codes.dtype == torch.int8, "pack", "codes", "be int8", codes.dtype)
-    require(codes.dim() >= 1, "pack", "codes", "have at least one dimension", f"{codes.dim()}")
+    require(codes.dim() >= 1, "pack", "codes", "have at least one dimension", "0")
     require(2 <= bits <= 8, "pack", "bits", "lie in 2..8", bits)
     return codes.new_empty((*codes.shape[:-1], packed_columns(codes.shape[-1], bits)), dtype=torch.int32)
 
@@ -75,17 +75,19 @@ def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
     rows = codes.numel() // columns if columns else 0
     source = codes.contiguous()
     inside = call("pack", codes.device, source.data_ptr(), out.data_ptr(), rows, columns, bits)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    require(inside is not False, "pack", "codes", f"lie in [{low}, {high}]", "a code outside")
+    if inside is False:
+        low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        raise refusal("pack", "codes", f"lie in [{low}, {high}]", "a code outside")
 
 
 def _allocate_unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     require(packed.dtype == torch.int32, "unpack", "packed", "be int32", packed.dtype)
-    require(packed.dim() >= 1, "unpack", "packed", "have at least one dimension", f"{packed.dim()}")
+    require(packed.dim() >= 1, "unpack", "packed", "have at least one dimension", "0")
     require(2 <= bits <= 8, "unpack", "bits", "lie in 2..8", bits)
     require(columns >= 0, "unpack", "columns", "not be negative", columns)
     words = packed_columns(columns, bits)
-    require(packed.shape[-1] == words, "unpack", "packed", f"have {words} words per row", packed.shape[-1])
+    if packed.shape[-1] != words:
+        raise refusal("unpack", "packed", f"have {words} words per row", packed.shape[-1])
     return packed.new_empty((*packed.shape[:-1], columns), dtype=torch.int8)
 
 
@@ -95,5 +97,5 @@ def _launch_unpack(packed: Tensor, bits: int, columns: int, out: Tensor) -> None
     call("unpack", packed.device, source.data_ptr(), out.data_ptr(), rows, columns, bits)
 
 
-define("pack(Tensor codes, int bits) -> Tensor", _allocate_pack, _launch_pack)
-define("unpack(Tensor packed, int bits, int columns) -> Tensor", _allocate_unpack, _launch_unpack)
+_pack = define("pack(Tensor codes, int bits) -> Tensor", _allocate_pack, _launch_pack)
+_unpack = define("unpack(Tensor packed, int bits, int columns) -> Tensor", _allocate_unpack, _launch_unpack)

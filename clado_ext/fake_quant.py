@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._registry import call, define, require
+from ._registry import call, define, refusal, require
 from ._weights import DTYPES, check_weight, matrix_shape
 from .scale_search import range_search, scale_search
 
@@ -45,7 +45,7 @@ def fake_quant(
     Raises:
         ValueError: wrong dtype, rank, widths, group size, or a scale or zero point of another shape or device.
     """
-    return torch.ops.clado.fake_quant(weight, scale, zero_point, bits, group_size)
+    return _fake_quant(weight, scale, zero_point, bits, group_size)
 
 
 def fake_quant_into(
@@ -76,7 +76,7 @@ def quantize(
     Returns:
         int8 ``[B, N, …]``, ``step + zero_point``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``; NaN gives 0.
     """
-    return torch.ops.clado.quantize(weight, scale, zero_point, bits, group_size)
+    return _quantize(weight, scale, zero_point, bits, group_size)
 
 
 def dequantize(
@@ -189,17 +189,24 @@ def _check(
     check_weight(op, weight, bits, group_size)
     rows, _, _, groups = matrix_shape(weight, group_size)
     shape = (len(bits), rows, groups)
-    for name, tensor, dtype in (("scale", scale, torch.float32), ("zero_point", zero_point, torch.int8)):
-        if tensor is not None:
-            require(tensor.shape == shape, op, name, f"have shape {shape}", tuple(tensor.shape))
-            require(tensor.dtype == dtype, op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
-            require(tensor.device == weight.device, op, name, f"be on {weight.device}", tensor.device)
+    _check_like(op, "scale", scale, torch.float32, shape, weight)
+    if zero_point is not None:
+        _check_like(op, "zero_point", zero_point, torch.int8, shape, weight)
+
+
+def _check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], weight: Tensor) -> None:
+    if tensor.shape != shape:
+        raise refusal(op, name, f"have shape {shape}", tuple(tensor.shape))
+    if tensor.dtype != dtype:
+        raise refusal(op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
+    if tensor.device != weight.device:
+        raise refusal(op, name, f"be on {weight.device}", tensor.device)
 
 
 def _check_output(name: str, got: Tensor, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    fits = got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == weight.device
-    must = f"be contiguous {dtype} {shape} on {weight.device}"
-    require(fits, "fake_quant_into", name, must, f"{got.dtype} {tuple(got.shape)} on {got.device}")
+    if not (got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == weight.device):
+        must = f"be contiguous {dtype} {shape} on {weight.device}"
+        raise refusal("fake_quant_into", name, must, f"{got.dtype} {tuple(got.shape)} on {got.device}")
 
 
 def _allocate_fake_quant(
@@ -223,10 +230,13 @@ def _launch_fake_quant(
 ) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
     source, scales, zeros = weight.contiguous(), scale.contiguous(), _contiguous(zero_point)
-    workspace = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
-    addresses = (scales.data_ptr(), _address(zeros), values.data_ptr(), sqerr.data_ptr(), workspace.data_ptr())
+    addresses = (scales.data_ptr(), _address(zeros), values.data_ptr(), sqerr.data_ptr())
+    extra: tuple[int, ...] = ()
+    if weight.is_cuda:
+        workspace = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
+        extra = (workspace.data_ptr(),)
     dtype = DTYPES[weight.dtype]
-    call("fake_quant", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits))
+    call("fake_quant", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits), *extra)
 
 
 def _allocate_quantize(
@@ -254,12 +264,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-define(
+_fake_quant = define(
     "fake_quant(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> (Tensor, Tensor)",
     _allocate_fake_quant,
     _launch_fake_quant,
 )
-define(
+_quantize = define(
     "quantize(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> Tensor",
     _allocate_quantize,
     _launch_quantize,

@@ -32,7 +32,7 @@ def pairwise_ce(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.clado.pairwise_ce(logits, delta)
+    return _pairwise_ce(logits, delta)
 
 
 def _allocate(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,4 +50,4 @@ def _launch(logits: Tensor, delta: Tensor, total: Tensor, squares: Tensor) -> No
     call("pairwise_ce", z.device, *addresses, *d.shape, double)
 
 
-define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)
+_pairwise_ce = define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)

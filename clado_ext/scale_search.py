@@ -11,7 +11,7 @@ from . import _native
 from ._registry import call, define, require
 from ._weights import DTYPES, check_weight, matrix_shape
 
-MAX_STEPS = 99
+MAX_STEPS = 99  # csrc/scale_search/scale_search.h
 
 
 def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> Tensor:
@@ -33,7 +33,7 @@ def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, step
     Raises:
         ValueError: wrong dtype, rank, widths, group size or steps.
     """
-    return torch.ops.clado.scale_search(weight, bits, group_size, steps)
+    return _scale_search(weight, bits, group_size, steps)
 
 
 def range_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> tuple[Tensor, Tensor]:
@@ -49,12 +49,12 @@ def range_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, step
     Raises:
         ValueError: as :func:`scale_search`.
     """
-    return torch.ops.clado.range_search(weight, bits, group_size, steps)
+    return _range_search(weight, bits, group_size, steps)
 
 
 def _allocate(weight: Tensor, bits: Sequence[int], group_size: int, steps: int, op: str = "scale_search") -> Tensor:
     check_weight(op, weight, bits, group_size)
-    require(1 <= steps <= MAX_STEPS, op, "steps", f"lie in 1..{MAX_STEPS}", steps)
+    require(1 <= steps <= MAX_STEPS, op, "steps", "lie in 1..99", steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
     return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
 
@@ -69,16 +69,20 @@ def _launch(
 ) -> None:
     rows, columns, size, _ = matrix_shape(weight, group_size)
     source = weight.contiguous()
-    bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps) if weight.is_cuda else 0
-    workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
-    extra = (workspace.data_ptr(),) if weight.is_cuda else ()
+    extra: tuple[int, ...] = ()
+    if weight.is_cuda:
+        bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
+        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)  # lives until the launch below is queued
+        extra = (workspace.data_ptr(),)
     if scale.numel():
         zeros = 0 if zero_point is None else zero_point.data_ptr()
         addresses = (source.data_ptr(), DTYPES[weight.dtype], scale.data_ptr(), zeros)
         call("scale_search", weight.device, *addresses, rows, columns, size, list(bits), steps, *extra)
 
 
-define("scale_search(Tensor weight, int[] bits, int group_size, int steps) -> Tensor", _allocate, _launch)
-define(
+_scale_search = define(
+    "scale_search(Tensor weight, int[] bits, int group_size, int steps) -> Tensor", _allocate, _launch
+)
+_range_search = define(
     "range_search(Tensor weight, int[] bits, int group_size, int steps) -> (Tensor, Tensor)", _allocate_range, _launch
 )

@@ -8,11 +8,9 @@ using Bits = std::vector<int32_t>;
 
 void bind_fake_quant(py::module_& m) {
   m.def("fake_quant_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                             Address block_errors, int64_t rows, int64_t columns, int64_t group_size, const Bits& bits,
-                             int threads) {
+                             int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, int threads) {
     clado::fake_quant_cpu(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                          as<double>(sqerr), as<float>(block_errors), rows, columns, group_size, bits.data(),
-                          static_cast<int>(bits.size()), threads);
+                          as<double>(sqerr), rows, columns, group_size, bits.data(), static_cast<int>(bits.size()), threads);
   }, NoGil());
   m.def("quantize_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
                            int64_t columns, int64_t group_size, const Bits& bits, int threads) {
@@ -21,11 +19,11 @@ void bind_fake_quant(py::module_& m) {
   }, NoGil());
 #ifdef CLADO_WITH_CUDA
   m.def("fake_quant_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                              Address block_errors, int64_t rows, int64_t columns, int64_t group_size, const Bits& bits,
+                              int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, Address block_errors,
                               int device, Address stream) {
     clado::fake_quant_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                           as<double>(sqerr), as<float>(block_errors), rows, columns, group_size, bits.data(),
-                           static_cast<int>(bits.size()), device, as<void>(stream));
+                           as<double>(sqerr), rows, columns, group_size, bits.data(), static_cast<int>(bits.size()),
+                           as<float>(block_errors), device, as<void>(stream));
   }, NoGil());
   m.def("quantize_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
                             int64_t columns, int64_t group_size, const Bits& bits, int device, Address stream) {

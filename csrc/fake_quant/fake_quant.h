@@ -16,15 +16,14 @@
 
 namespace clado {
 
-// `block_errors`: workspace of num_bits * rows * blocks_of(columns) floats.
 void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                    float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
-                    int threads);
+                    int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
 void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
 
+// `block_errors`: workspace of num_bits * rows * blocks_of(columns) floats on the device.
 void fake_quant_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                     float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, float* block_errors,
                      int device, void* stream);
 void quantize_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
                    int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream);

@@ -1,6 +1,7 @@
 #include "fake_quant/fake_quant.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/weights_cpu.h"
@@ -178,20 +179,20 @@ void for_each_block(const void* weight, DType dtype, const float* scales, const 
 }  // namespace
 
 void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                    float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
-                    int threads) {
+                    int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
   const int64_t blocks = blocks_of(columns);
+  std::vector<float> block_errors(static_cast<size_t>(num_bits * rows * blocks));
   const DType type = static_cast<DType>(dtype);
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
                  [&](const Block& block, int64_t target, int64_t error) {
                    void* to = static_cast<char*>(values) + target * bytes;
-                   if (type == DType::float16) return fake_quant_halves(block, to, block_errors + error);
-                   fake_quant_block(block, type, to, block_errors + error);
+                   if (type == DType::float16) return fake_quant_halves(block, to, &block_errors[static_cast<size_t>(error)]);
+                   fake_quant_block(block, type, to, &block_errors[static_cast<size_t>(error)]);
                  });
   for (int64_t i = 0; i < num_bits * rows; ++i) {
     double sum = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) sum += static_cast<double>(block_errors[i * blocks + block]);
+    for (int64_t block = 0; block < blocks; ++block) sum += block_errors[static_cast<size_t>(i * blocks + block)];
     sqerr[i] = sum;
   }
 }

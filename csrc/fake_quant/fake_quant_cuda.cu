@@ -68,7 +68,7 @@ __global__ void quantize_kernel(const void* weight, DType dtype, const float* sc
 }  // namespace
 
 void fake_quant_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                     float* block_errors, int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits,
+                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, float* block_errors,
                      int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
