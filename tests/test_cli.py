@@ -218,5 +218,8 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "plan.json",
         "model.json",
         "out",
+        "pareto.json",
+        "measured.json",
+        "report.html",
     }
     assert all(len(line) <= 80 for line in run.stdout.splitlines())

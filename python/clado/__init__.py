@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .profiler import profile
     from .quantizer import Quantizer
+    from .report import write_figures, write_report
     from .sensitivity import Layer, Sensitivity
     from .solver import LinearConstraint, Solver, given_plan, pareto, shortlist, solve
 
@@ -36,6 +37,8 @@ _HOME = {
     "profile": "profiler",
     "rerank": "evaluator",
     "solve": "solver",
+    "write_figures": "report",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -57,6 +60,8 @@ __all__ = [
     "rerank",
     "shortlist",
     "solve",
+    "write_figures",
+    "write_report",
 ]
 
 

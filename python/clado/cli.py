@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def profile(**options: Any) -> None:
     from .data import build_data
     from .models import ModelSpec, build_model
     from .profiler import profile as measure
-    from .rundir import RUN_FILE, write_json
+    from .rundir import write_note
 
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
     model = build_model(spec)
@@ -103,8 +104,7 @@ def profile(**options: Any) -> None:
         output_dir=folder,
         **{name: options[name] for name in kept},
     )
-    note = {"spec": spec.to_json(), "data": options["data"], "num_samples": sens.num_samples, "seed": options["seed"]}
-    write_json(folder / RUN_FILE, note)
+    write_note(folder, spec, options["data"], sens.num_samples, options["seed"], _command())
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -195,6 +195,8 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     """
+    from dataclasses import replace
+
     from .plan import FILE_NAME
     from .sensitivity import Sensitivity
     from .solver import shortlist
@@ -210,9 +212,9 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
         plans = shortlist(sens, **wishes)
         plan = _rerank(run, plans, data, rerank) if plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
-    plan.save(Path(run) / FILE_NAME)
+    replace(plan, info={**plan.info, "command": _command()}).save(Path(run) / FILE_NAME)
     show_plan(plan)
-    click.echo(f"next: clado export {run}")
+    click.echo(f"next: clado export {run}   clado report {run}")
 
 
 @main.command()
@@ -311,13 +313,12 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     from .evaluator import evaluate as score
     from .exporter import apply
     from .plan import Plan
-    from .rundir import heldout, load_model
+    from .rundir import heldout, load_model, that_chose
     from .terminal import show_scores
 
     model, spec, note = load_model(run)
     plan = Plan.load(run)
-    chose = plan.info.get("rerank_samples", 0) if plan.info.get("rerank_data") == (data or note["data"]) else 0
-    kept = heldout(model, spec, note, data, nsamples, batch_size, chose)
+    kept = heldout(model, spec, note, data, nsamples, batch_size, that_chose(note, plan, data))
     if device is not None:
         model = model.to(device)
     rows = [
@@ -325,6 +326,34 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
         (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device)),
     ]
     show_scores(rows)
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--format", "format_", default="html", show_default=True, help="html: one page; png, svg, pdf: one file a figure."
+)
+@click.option("--out", help="File (html) or folder to write; RUN/report.html or RUN/figures when left out.")
+@click.option("--nsamples", default=256, show_default=True, help="Held-out images to run plans on; 0: none.")
+@click.option("--data", help="Image folder for them; what the profiled one has left when left out.")
+@click.option("--device", help="cpu or cuda.")
+def report(run: str, format_: str, out: str | None, nsamples: int, data: str | None, device: str | None) -> None:
+    """Write RUN/report.html: what was measured, what was chosen, and whether it holds.
+
+    \b
+    clado report run
+    clado report run --format svg       # RUN/figures/*.svg
+    The page is one file: it opens offline, light and dark, and prints. Plans are run once on held-out images
+    and kept in RUN/measured.json.
+    """
+    from .report import write_figures, write_report
+
+    arguments: dict[str, Any] = {"num_samples": nsamples, "data": data, "device": device}
+    if format_ == "html":
+        click.echo(f"-> {write_report(run, out, **arguments)}")
+    else:
+        for path in write_figures(run, format_, out, **arguments):
+            click.echo(f"-> {path}")
 
 
 @main.command()
@@ -370,12 +399,12 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
     from rich.table import Table
 
     from .evaluator import rerank
-    from .rundir import heldout, load_model
+    from .rundir import heldout, heldout_data, load_model
     from .terminal import console
 
     model, spec, note = load_model(run)
     best = rerank(model, heldout(model, spec, note, data, count, 32), plans)
-    best = replace(best, info={**best.info, "rerank_data": data or note["data"]})
+    best = replace(best, info={**best.info, "rerank_data": heldout_data(note, data)})
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
         table.add_column(name, justify="left" if name == "plan" else "right")
@@ -386,6 +415,11 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
     lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
     click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
     return best
+
+
+def _command() -> str:
+    """This call, as it can be repeated."""
+    return shlex.join(["clado", *sys.argv[1:]])
 
 
 def _wishes(options: dict[str, Any]) -> dict[str, Any]:

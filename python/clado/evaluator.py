@@ -19,6 +19,7 @@ from .executor import Executor, State
 from .exporter import apply, check_fit
 from .plan import Plan
 from .profiler import LOSSES, check_targets, converted, full_precision, moved_to, split_batch, two_samples
+from .progress import progress_bar
 from .quantizer import Quantizer
 
 
@@ -105,20 +106,8 @@ def rerank(
         CladoError: no plans, no data, or no targets for the cross-entropy.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
-    require(loss in LOSSES, "rerank", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
-    batches = list(heldout)
-    clean, labels = _outputs(model, batches, device)
-    require(
-        loss == "kl" or labels is not None,
-        "rerank",
-        "heldout",
-        "yield (inputs, targets) for cross_entropy",
-        "inputs alone",
-    )
     distinct = list({tuple(plan.bits.items()): plan for plan in reversed(plans)}.values())[::-1]
-    outputs = _plan_outputs(model, distinct, batches, device)
-    labels = None if loss == "kl" else labels
-    increases = [clado_ext.batched_ce(clean, (logits - clean)[None], labels)[0] for logits in outputs]
+    increases = loss_increases(model, heldout, distinct, loss, device)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
     compared = [
@@ -136,10 +125,36 @@ def rerank(
     record = {
         "rerank": compared,
         "rerank_loss": loss,
-        "rerank_samples": len(clean),
+        "rerank_samples": increases.shape[1],
         "rerank_decided": decided,
     }
     return replace(distinct[best], info={**distinct[best].info, **record})
+
+
+def loss_increases(
+    model: nn.Module,
+    heldout: Iterable[Any],
+    plans: Sequence[Plan],
+    loss: str = "kl",
+    device: str | torch.device | None = None,
+    verbose: bool = False,
+) -> Tensor:
+    """True loss increase of every plan on every sample: float64 ``[plans, N]`` in nats; arguments as :func:`rerank`.
+
+    Args:
+        verbose: show a progress bar.
+
+    Raises:
+        CladoError: as :func:`rerank`.
+    """
+    require(loss in LOSSES, "rerank", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
+    batches = list(heldout)
+    clean, labels = _outputs(model, batches, device)
+    known = loss == "kl" or labels is not None
+    require(known, "rerank", "heldout", "yield (inputs, targets) for cross_entropy", "inputs alone")
+    labels = None if loss == "kl" else labels
+    outputs = _plan_outputs(model, plans, batches, device, verbose)
+    return torch.stack([clado_ext.batched_ce(clean, (logits - clean)[None], labels)[0] for logits in outputs])
 
 
 def _outputs(
@@ -164,7 +179,11 @@ def _outputs(
 
 
 def _plan_outputs(
-    model: nn.Module, plans: Sequence[Plan], batches: Sequence[Any], device: str | torch.device | None
+    model: nn.Module,
+    plans: Sequence[Plan],
+    batches: Sequence[Any],
+    device: str | torch.device | None,
+    verbose: bool = False,
 ) -> list[Tensor]:
     """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
     for plan in plans:
@@ -200,7 +219,9 @@ def _plan_outputs(
                 planned = state if bits is None else executor.fork(state, k, [variant(k, quantizer, bits)])
                 walk(planned, k + 1, group)
 
-        for item in batches:
-            inputs = split_batch(item)[0]
-            walk(executor.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
+        with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
+            for k, item in enumerate(batches):
+                inputs = split_batch(item)[0]
+                walk(executor.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
+                show(k + 1)
     return [torch.cat(part) for part in parts]

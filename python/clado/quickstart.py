@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,11 +19,13 @@ from .evaluator import Score
 from .models import ModelSpec
 from .plan import Plan
 from .progress import progress_bar
-from .rundir import RUN_FILE, write_json
+from .report import write_report
+from .rundir import write_note
 from .sensitivity import Sensitivity
 
 BITS = (2, 3, 4, 8)
 PER_TENSOR = 0  # scales as in the paper; per channel 3 bits cost this net little
+HELDOUT = "digits:heldout"
 CHOOSING = 200  # held-out digits that choose among the candidate plans; the others are reported
 SECONDS = 30.0  # at most, for all plans
 
@@ -31,15 +36,10 @@ def run(folder: Path, avg_bits: float) -> None:
     sens = profile(
         model, [load_data("sensitivity")], bits=BITS, num_samples=512, group_size=PER_TENSOR, output_dir=folder
     )
-    note = {
-        "spec": ModelSpec("digits").to_json(),
-        "data": "digits:sensitivity",
-        "num_samples": sens.num_samples,
-        "seed": 0,
-    }
-    write_json(folder / RUN_FILE, note)
+    command = shlex.join(["clado", *sys.argv[1:]])
+    write_note(folder, ModelSpec("digits"), "digits:sensitivity", sens.num_samples, 0, command, heldout=HELDOUT)
 
-    images, labels = load_data("heldout")
+    images, labels = load_data(HELDOUT.partition(":")[2])
     choosing, reported = [(images[:CHOOSING], labels[:CHOOSING])], [(images[CHOOSING:], labels[CHOOSING:])]
     with progress_bar("solve", 2, "steps") as show:
         diagonal = solve(sens, avg_bits=avg_bits, objective="diagonal", time_limit=SECONDS)
@@ -47,6 +47,7 @@ def run(folder: Path, avg_bits: float) -> None:
         plans = shortlist(sens, avg_bits=avg_bits, time_limit=SECONDS)
         show(2)
     plan = rerank(model, choosing, plans)
+    plan = replace(plan, info={**plan.info, "rerank_data": HELDOUT, "command": command})
     plan.save(folder)
     written = export(model, plan, folder / "out")
     if not same(load(folder / "out", model), apply(model, plan)):
@@ -60,8 +61,9 @@ def run(folder: Path, avg_bits: float) -> None:
         f"no plan below {plan.bound:.4f}"
     )
     console.print(f"loaded back bit for bit; {written.quantized:,} bytes of codes and scales as predicted")
-    console.print(f"\n[bold]{folder}/[/]  sensitivity.safetensors  plan.json  out/model.safetensors")
-    console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 2.5   clado profile --help")
+    page = write_report(folder, num_samples=len(reported[0][0]))
+    console.print(f"\n[bold]{page}[/]  open it in a browser: what was measured, chosen and proven")
+    console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 2.5   clado --help")
 
 
 def table(model: nn.Module, sens: Sensitivity, diagonal: Plan, plan: Plan, data: list) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from .data import build_data
 from .errors import CladoError, require
 from .files import atomic_file
 from .models import ModelSpec, build_model
+from .plan import Plan
 
 RUN_FILE = "model.json"
 
@@ -28,14 +30,51 @@ def load_model(run: str) -> tuple[Any, Any, dict[str, Any]]:
     return build_model(spec), spec, note
 
 
+def write_note(
+    folder: Path, spec: ModelSpec, data: str, num_samples: int, seed: int, command: str, heldout: str | None = None
+) -> None:
+    """Note how the model was built, what was measured on which data, by which command and with which versions.
+
+    Args:
+        heldout: data that later stages take where none is named; None: what ``data`` has left.
+    """
+    note = {
+        "spec": spec.to_json(),
+        "data": data,
+        "num_samples": num_samples,
+        "seed": seed,
+        "command": command,
+        "versions": versions(),
+    }
+    write_json(folder / RUN_FILE, note if heldout is None else {**note, "heldout": heldout})
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything whose change may change a result."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    known = {"python": platform.python_version()}
+    for package in ("clado", "torch", "numpy", "timm", "pyscipopt"):
+        with suppress(PackageNotFoundError):
+            known[package] = version(package)
+    return {**known, "platform": f"{platform.system()} {platform.machine()}"}
+
+
+def heldout_data(note: dict[str, Any], data: str | None) -> str:
+    """Where held-out images come from: what was asked for, else what the run notes, else the data that was profiled."""
+    return data or note.get("heldout") or note["data"]
+
+
 def heldout(
     model: Any, spec: Any, note: dict[str, Any], data: str | None, count: int | None, batch_size: int, skip: int = 0
 ) -> list[Any]:
     """Up to ``count`` images, none of those the matrix was made of, nor the ``skip`` next ones."""
-    profiled = note["num_samples"] if data in (None, note["data"]) else 0
+    source = heldout_data(note, data)
+    profiled = note["num_samples"] if source == note["data"] else 0
     batches: list[Any] = []
     left = sys.maxsize if count is None else count
-    for images, labels in build_data(data or note["data"], model, spec, batch_size, note["seed"], profiled + skip):
+    for images, labels in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
         batches.append((images[:left], labels[:left]))
         left -= len(images)
         if left <= 0:
@@ -43,6 +82,14 @@ def heldout(
     return batches
 
 
+def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int:
+    """How many of the first held-out images chose the plan, and so may not judge it."""
+    if plan is None or plan.info.get("rerank_data") != heldout_data(note, data):
+        return 0
+    return int(plan.info.get("rerank_samples", 0))
+
+
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))

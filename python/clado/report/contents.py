@@ -1,0 +1,179 @@
+"""Everything a report tells, read from a run directory or made once and kept there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import CladoError, require
+from ..exporter import MODEL_FILE
+from ..plan import FILE_NAME as PLAN_FILE
+from ..plan import Plan
+from ..rundir import RUN_FILE, heldout_data, load_model, that_chose, write_json
+from ..rundir import heldout as heldout_of
+from ..sensitivity import Sensitivity
+from ..solver import pareto
+from .measure import Record, load_measured, measure, named, random_plans, save_measured, uniform_plans
+
+PARETO_FILE = "pareto.json"
+BATCH = 64  # images that advance together when plans are run
+POINTS = 11  # of a frontier that the report makes itself
+SECONDS = 30.0  # for all of them
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known about a run.
+
+    Attributes:
+        folder: the run directory.
+        sens: the sensitivity matrix.
+        plan: the chosen plan, None where there is none.
+        front: plans with bits for rising budgets; may be empty.
+        measured: plans that were really run, see :func:`clado.report.measure`; may be empty.
+        samples: what they were run on, in words.
+        note: how the model was built, by which command, with which versions; empty for imported scores.
+        exported: bytes on disk of an export in ``out/``: codes and scales, float leftovers, header; empty without one.
+        remarks: why something is missing.
+    """
+
+    folder: Path
+    sens: Sensitivity
+    plan: Plan | None
+    front: list[Plan]
+    measured: list[Record]
+    samples: str = ""
+    note: dict[str, Any] = field(default_factory=dict)
+    exported: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+def gather(
+    run: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    heldout: Iterable[Any] | None = None,
+    data: str | None = None,
+    num_samples: int = 256,
+    device: str | None = None,
+    verbose: bool = True,
+) -> Contents:
+    """Read a run directory; make the frontier and run the plans where that was not done before.
+
+    Args:
+        run: run directory that holds a sensitivity matrix.
+        model: the float model; None: as the run directory notes it.
+        heldout: batches to run plans on; they must not have made the matrix. None: by ``data``.
+        data: image folder for the same; None: what the run's data has left.
+        num_samples: images of ``data`` to run plans on; 0: run none.
+        device: where to run plans.
+        verbose: show progress.
+
+    Raises:
+        CladoError: no matrix there, or a plan of another run.
+    """
+    folder = Path(run)
+    sens = Sensitivity.load(folder)
+    plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
+    if plan is not None:
+        ours = plan.fingerprint == sens.fingerprint and plan.layers == sens.layers
+        require(ours, "report", PLAN_FILE, "belong to the matrix beside it", "a plan of another run")
+    remarks: list[str] = []
+    front = _frontier(folder, sens, remarks)
+    note = _note(folder)
+    plans = {"random": random_plans(sens), "uniform": uniform_plans(sens), "frontier": front}
+    if plan is not None and plan.bits:
+        plans["chosen"] = [plan]
+    records: list[Record] = []
+    samples = ""
+    try:
+        key, batches, model, samples = _samples(folder, sens, plan, note, model, heldout, data, num_samples)
+        records = load_measured(folder, key)
+        distinct = {tuple(p.bits.values()): p for members in plans.values() for p in members}
+        missing = [p for bits, p in distinct.items() if bits not in {tuple(record["bits"]) for record in records}]
+        if missing and model is not None:
+            records = records + measure(sens, missing, model, batches(), device, verbose)
+            save_measured(folder, key, records)
+    except CladoError as error:
+        if heldout is not None:
+            raise
+        remarks.append(f"No plan was run to check the prediction ({error}).")
+    shown = named(records, plans)
+    return Contents(folder, sens, plan, front, shown, samples, note, exported_bytes(folder / "out"), remarks)
+
+
+def exported_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of an export by what they hold; empty where there is none."""
+    path = folder / MODEL_FILE
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, MemoryError, OverflowError):
+        return {}
+    sizes = {"codes": 0, "scales": 0, "left in float": 0}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            kind = "codes" if name.endswith("_packed") else "scales" if "weight_" in name else "left in float"
+            first, last = entry["data_offsets"]
+            sizes[kind] += last - first
+    return {**sizes, "header": 8 + length}
+
+
+def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]:
+    """The frontier beside the matrix, or a new one over the average bits, kept there."""
+    path = folder / PARETO_FILE
+    try:
+        known = [Plan.from_json(json.dumps(item)) for item in json.loads(path.read_text())]
+        if known and all(plan.fingerprint == sens.fingerprint and plan.layers == sens.layers for plan in known):
+            return [plan for plan in known if plan.bits]
+    except (OSError, ValueError, TypeError):
+        pass
+    points = np.linspace(sens.bits[0], sens.bits[-1], POINTS) if len(sens.bits) > 1 else [float(sens.bits[0])]
+    try:
+        plans = pareto(sens, avg_bits=[round(float(x), 3) for x in points], time_limit=SECONDS)
+    except CladoError as error:
+        remarks.append(f"No frontier could be solved for ({error}).")
+        return []
+    write_json(path, [json.loads(plan.to_json()) for plan in plans])
+    return [plan for plan in plans if plan.bits]
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    try:
+        note = json.loads((folder / RUN_FILE).read_text())
+        return note if isinstance(note, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _samples(
+    folder: Path,
+    sens: Sensitivity,
+    plan: Plan | None,
+    note: dict[str, Any],
+    model: nn.Module | None,
+    heldout: Iterable[Any] | None,
+    data: str | None,
+    num_samples: int,
+) -> tuple[dict[str, Any], Any, nn.Module | None, str]:
+    """What names the samples, a function that reads them, the model, and the samples in words."""
+    if heldout is not None:
+        require(model is not None, "report", "model", "be given with heldout", "none")
+        batches = list(heldout)
+        return {"fingerprint": sens.fingerprint, "data": "given"}, lambda: batches, model, "the samples that were given"
+    require(num_samples > 0, "report", "nsamples", "be positive to run plans", num_samples)
+    require(bool(note), "report", "run", f"hold {RUN_FILE} so that the model can be built", "none")
+    source, skip = heldout_data(note, data), that_chose(note, plan, data)
+    key = {"fingerprint": sens.fingerprint, "data": source, "after": skip, "at_most": num_samples}
+    loaded, spec, note = load_model(str(folder))
+    batches = heldout_of(loaded, spec, note, data, num_samples, BATCH, skip)
+    count = sum(len(batch[0]) for batch in batches)
+    return key, lambda: batches, model or loaded, f"{count:,} images of {source} that neither measured nor chose"
