@@ -133,6 +133,7 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
     require(bool(plan.bits), op, "plan", "hold bits for every layer", f"a plan that is {plan.status}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in plan.layers:
+        require(bool(layer.names), op, "plan", "name the parameters of its layers", f"none for {layer.name}")
         for name in layer.names:
             known = name in parameters and tuple(parameters[name].shape) == layer.shape
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")

@@ -161,7 +161,7 @@ class Plan:
 
 def _layer(item: dict[str, Any]) -> Layer:
     layer = Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
-    named = bool(layer.names) and all(isinstance(name, str) for name in (layer.name, *layer.names))
+    named = all(isinstance(name, str) for name in (layer.name, *layer.names))  # imported scores know no parameters
     sized = bool(layer.shape) and all(type(size) is int and size > 0 for size in layer.shape)
     require(named and sized, "plan", "layers", "have names and positive shapes", f"{layer.name!r} {layer.shape}")
     return layer

@@ -104,6 +104,7 @@ def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]
         plan = Plan.from_json(json.dumps(header["plan"]))
         dtypes = {layer.name: _DTYPES[header["dtypes"][layer.name]] for layer in plan.layers}
         for layer in plan.layers:
+            require(bool(layer.names), "load", "file", "name the parameters of its layers", f"none for {layer.name}")
             _check_layer(plan, layer, tensors)
         return plan, dtypes, tensors
     except CladoError:

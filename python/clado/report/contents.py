@@ -13,9 +13,10 @@ import numpy as np
 from torch import nn
 
 from ..errors import CladoError, require
-from ..exporter import MODEL_FILE
+from ..formats.safetensors import MODEL_FILE
 from ..plan import FILE_NAME as PLAN_FILE
 from ..plan import Plan
+from ..quantizer import PACKED, SCALE, ZERO_POINT
 from ..rundir import RUN_FILE, heldout_data, load_model, that_chose, write_json
 from ..rundir import heldout as heldout_of
 from ..sensitivity import Sensitivity
@@ -40,7 +41,7 @@ class Contents:
         measured: plans that were really run, see :func:`clado.report.measure`; may be empty.
         samples: what they were run on, in words.
         note: how the model was built, by which command, with which versions; empty for imported scores.
-        exported: bytes on disk of an export in ``out/``: codes and scales, float leftovers, header; empty without one.
+        exported: bytes on disk of an export in ``out/``: codes, scales, floats, header; empty without one.
         remarks: why something is missing.
     """
 
@@ -110,18 +111,19 @@ def gather(
 
 
 def exported_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of an export by what they hold; empty where there is none."""
-    path = folder / MODEL_FILE
+    """Bytes of an export by what they hold, or of its files where it holds no safetensors; empty where there is none."""
     try:
-        with path.open("rb") as file:
+        with (folder / MODEL_FILE).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
+    except FileNotFoundError:
+        return {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.name != PLAN_FILE}
     except (OSError, ValueError, MemoryError, OverflowError):
         return {}
-    sizes = {"codes": 0, "scales": 0, "left in float": 0}
+    sizes = {"codes": 0, "scales": 0, "floats": 0}
     for name, entry in header.items():
         if name != "__metadata__":
-            kind = "codes" if name.endswith("_packed") else "scales" if "weight_" in name else "left in float"
+            kind = "codes" if name.endswith(PACKED) else "scales" if name.endswith((SCALE, ZERO_POINT)) else "floats"
             first, last = entry["data_offsets"]
             sizes[kind] += last - first
     return {**sizes, "header": 8 + length}
