@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
+from clado import Sensitivity, solve
 from clado.cli import main
 from tests.models import timm_model
 
@@ -112,6 +114,46 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == before
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_inspect_fits_80_columns_without_colour(tmp_path: Path, encoding: str) -> None:
+    """Imported scores with a long name, then a plan, then junk: whole lines, bars by width, damage named."""
+    names = ["features.denseblock3.denselayer12.conv_depthwise.0", "head"]
+    sens = Sensitivity.from_matrix(np.diag([2.0, 1, 0.5] * 2), [(name, 64) for name in names])
+    sens.save(tmp_path)
+
+    def inspect() -> list[str]:
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1", "COLUMNS": "80"}
+        command = [sys.executable, "-m", "clado", "inspect", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, env=environment, check=True)
+        lines = done.stdout.decode(encoding).splitlines()
+        assert all(len(line) <= 80 or line.startswith("next: ") for line in lines)  # a path is never broken
+        assert "\x1b" not in "".join(lines)
+        return lines
+
+    assert any("2.5e-01" in line and line.startswith("features.de") for line in inspect())
+    solve(sens, avg_bits=6).save(tmp_path)
+    block = "█" if encoding == "utf-8" else "#"
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    rows = [line for line in inspect() if line.startswith(("features", "head"))]
+    assert [line.count(block * 2) > 0 for line in rows] == [True, True]
+    assert [f" {bits} {block * bits} " in line for line, bits in zip(rows, plan["bits"].values(), strict=True)] == [
+        True,
+        True,
+    ]
+    (tmp_path / "pareto.json").write_text("[")
+    assert any("pareto.json" in line and "damaged" in line for line in inspect())
+
+
+def test_inspect_an_unfinished_run(tmp_path: Path) -> None:
+    (tmp_path / "chunks").mkdir()
+    for name in ("000000000-000000032", "000000032-000000064"):
+        (tmp_path / "chunks" / f"{name}.safetensors").write_bytes(b"x")
+    result = call("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "2 chunks, 64 samples done" in result.output
+    refused(call("inspect", tmp_path / "nowhere"), "run must be a run directory that holds one of clado's files")
+
+
 def test_digits_and_a_model_of_ones_own(tmp_path: Path) -> None:
     result = call(
         "profile",
@@ -161,11 +203,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path, tmp_path: Path) 
     refused(call("profile", *MODEL, "--data", tmp_path / "empty", "--output-dir", run), "folder must hold images")
     for stage in ("export", "evaluate"):
         refused(call(stage, tmp_path / "nowhere"), "directory must hold model.json")
-    for stage in ("solve", "inspect"):
-        refused(
-            call(stage, tmp_path / "nowhere", *(["--avg-bits", 3] if stage == "solve" else [])),
-            "run directory that holds one",
-        )
+    refused(call("solve", tmp_path / "nowhere", "--avg-bits", 3), "run directory that holds one")
     assert not run.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -17,6 +18,9 @@ class Group(click.Group):
     """Bad input is one line on stderr and exit code 2; Ctrl-C ends cleanly."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal without Greek letters shows a question mark
         try:
             return super().invoke(ctx)
         except CladoError as error:
@@ -359,37 +363,10 @@ def report(run: str, format_: str, out: str | None, nsamples: int, data: str | N
 @main.command()
 @click.argument("run")
 def inspect(run: str) -> None:
-    """What a run directory holds: the measurement, the plan, the bits of every layer."""
-    from .plan import FILE_NAME, Plan
-    from .sensitivity import Sensitivity
-    from .terminal import console, show_plan
+    """What a run directory holds: matrix, plan, frontier, exports, or the chunks of an unfinished run."""
+    from .terminal import show_run
 
-    sens = Sensitivity.load(run)
-    info = sens.info
-    click.echo(f"{len(sens.layers)} layers at {', '.join(map(str, sens.bits))} bits, {sens.num_samples} samples")
-    click.echo(
-        f"estimator {info.get('estimator')}, loss {info.get('loss')}, {info.get('precision')}, "
-        f"{info.get('forward_equivalents', 0):.1f} forwards per sample"
-    )
-    plan = Plan.load(run) if (Path(run) / FILE_NAME).exists() else None
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    table.add_column("layer")
-    table.add_column("weights", justify="right")
-    for bits in sens.bits:
-        table.add_column(f"ΔL at {bits}", justify="right")
-    if plan is not None:
-        table.add_column("plan", justify="right")
-    width = len(sens.bits)
-    for k, layer in enumerate(sens.layers):
-        losses = [f"{value:.1e}" for value in sens.delta_loss[k * width : (k + 1) * width]]
-        table.add_row(
-            layer.name, f"{layer.numel:,}", *losses, *([str(plan.bits.get(layer.name, ""))] if plan is not None else [])
-        )
-    console().print(table)
-    if plan is not None:
-        show_plan(plan)
+    show_run(Path(run))
 
 
 def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:

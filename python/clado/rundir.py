@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import FOLDER as CHUNKS
 from .data import build_data
 from .errors import CladoError, require
 from .files import atomic_file
 from .models import ModelSpec, build_model
+from .plan import FILE_NAME as PLAN
 from .plan import Plan
+from .sensitivity import FILE_NAME as MATRIX
+from .sensitivity import Sensitivity
 
 RUN_FILE = "model.json"
 
@@ -87,6 +92,57 @@ def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int
     if plan is None or plan.info.get("rerank_data") != heldout_data(note, data):
         return 0
     return int(plan.info.get("rerank_samples", 0))
+
+
+def holdings(folder: Path) -> list[tuple[str, int, str]]:
+    """Name, bytes and meaning of everything in a run directory that clado wrote; a damaged file says so."""
+    out = []
+    for name, (meaning, describe) in _ARTIFACTS.items():
+        path = folder / name
+        if path.exists():
+            files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+            try:
+                text = describe(path)
+            except (CladoError, OSError, ValueError, KeyError, TypeError, IndexError):
+                text = "damaged"
+            out.append((name, sum(file.stat().st_size for file in files), f"{meaning}: {text}" if text else meaning))
+    return out
+
+
+def _plan(path: Path) -> str:
+    plan = Plan.load(path)
+    return f"{plan.status}, {plan.avg_bits:.3f} bits, {plan.size_bytes:,} bytes" if plan.bits else plan.status
+
+
+def _front(path: Path) -> str:
+    plans = json.loads(path.read_text())
+    proven = sum(plan["status"] == "optimal" for plan in plans)
+    return f"{len(plans)} budgets, {proven} proven"
+
+
+def _measured(path: Path) -> str:
+    plans = json.loads(path.read_text())["plans"]
+    return f"{len(plans)} on {plans[0]['samples']:,} held-out samples"
+
+
+def _chunks(path: Path) -> str:
+    ranges = [file.stem.split("-") for file in path.glob("*.safetensors")]
+    samples = sum(int(last) - int(first) for first, last in ranges)
+    return f"{len(ranges)} chunks, {samples:,} samples done; run the same command to go on"
+
+
+_ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    RUN_FILE: ("model", lambda path: str(json.loads(path.read_text())["spec"]["model"])),
+    CHUNKS: ("unfinished run", _chunks),
+    MATRIX: ("matrix", lambda path: f"{len(Sensitivity.load(path).layers)} layers"),
+    PLAN: ("plan", _plan),
+    "pareto.json": ("frontier", _front),
+    "measured.json": ("plans that were run", _measured),
+    "latency.csv": ("latency table", lambda path: f"{len(path.read_text().splitlines()) - 1} layers"),
+    "out": ("export", lambda path: ", ".join(sorted(file.name for file in path.iterdir() if file.name != PLAN))),
+    "figures": ("figures", lambda path: f"{len(list(path.iterdir()))} files"),
+    "report.html": ("report", lambda path: "open it in a browser"),
+}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+
+from .errors import require
+from .plan import FILE_NAME as PLAN
+from .plan import Plan
+from .rundir import MATRIX, holdings
+from .sensitivity import Sensitivity
+
+WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
 
 
 def console() -> Any:
@@ -43,3 +52,81 @@ def show_scores(rows: list[tuple[str, Any]]) -> None:
         )
     console().print(table)
     click.echo(f"{rows[0][1].num_samples} samples")
+
+
+def show_run(folder: Path) -> None:
+    """What a run directory holds, then every layer with its bits and bytes as bars, or its loss increases without a plan.
+
+    Raises:
+        CladoError: a directory that holds nothing of clado.
+    """
+    rows = holdings(folder)
+    require(bool(rows), "inspect", "run", "be a run directory that holds one of clado's files", folder)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, size, text in rows:
+        table.add_row(name, f"{size:,}", text)
+    console().print(table)
+    if not (folder / MATRIX).exists():
+        return
+    sens = Sensitivity.load(folder)
+    info = sens.info
+    work = f", {info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else ""
+    source = f"{info['estimator']} estimator, {info.get('loss')}" if "estimator" in info else "scores from elsewhere"
+    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {', '.join(map(str, sens.bits))} bits")
+    plan = Plan.load(folder) if (folder / PLAN).exists() else None
+    if plan is not None and plan.bits:
+        console().print(plan_table(sens, plan))
+        show_plan(plan)
+    else:
+        console().print(loss_table(sens))
+        click.echo(f"next: clado solve {folder} --avg-bits 3")
+
+
+def plan_table(sens: Sensitivity, plan: Plan) -> Table:
+    """Every layer's width and bytes as bars, and what it costs alone."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "weights", "bits", "bytes", "", "ΔL alone"):
+        right = name in ("weights", "bytes", "ΔL alone")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    largest = max(plan.layer_bytes.values())
+    for layer in plan.layers:
+        bits, size = plan.bits[layer.name], plan.layer_bytes[layer.name]
+        known = layer in sens.layers and bits in sens.bits
+        alone = f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" if known else ""
+        bars = (f"{bits} {bar(bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
+        table.add_row(shortened(layer.name), f"{layer.numel:,}", *bars, alone)
+    return table
+
+
+def loss_table(sens: Sensitivity) -> Table:
+    """Every layer's loss increase alone; widths beyond what 80 columns hold are left out from the middle."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    shown = sens.bits if len(sens.bits) <= 4 else (*sens.bits[:3], sens.bits[-1])
+    for bits in shown:
+        table.add_column(f"ΔL at {bits}", justify="right", no_wrap=True)
+    for layer in sens.layers:
+        losses = [f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" for bits in shown]
+        table.add_row(shortened(layer.name), f"{layer.numel:,}", *losses)
+    return table
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of ``share`` of ``width`` columns, at least a sliver; blocks where the terminal has them."""
+    share = min(1.0, max(0.0, share))
+    if console().options.ascii_only:
+        return "#" * max(1, round(share * width))
+    eighths = max(1, round(share * width * 8))
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def shortened(name: str) -> str:
+    """A name that fits: its beginning and its end."""
+    if len(name) <= WIDEST_NAME:
+        return name
+    left = WIDEST_NAME // 3
+    return f"{name[:left]}…{name[len(name) - (WIDEST_NAME - left - 1) :]}"
