@@ -19,6 +19,7 @@ def iqp_prove(
     linear: Tensor,
     multipliers: Tensor,
     start: Tensor | None = None,
+    point: Tensor | None = None,
     *,
     constant: float = 0.0,
     slack: float = 0.0,
@@ -26,7 +27,7 @@ def iqp_prove(
     nodes: int = 10_000_000,
     seconds: float = 60.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prove how good the best choice is, with a convex form ½ xᵀQx + cᵀx + constant that equals ½ xᵀGx on choices.
+    """Prove how good the best choice is, with a convex form ½ xᵀQx + cᵀx + constant that is at most ½ xᵀGx on choices.
 
     Args:
         matrix, starts, rows, limits: as in :func:`clado_ext.iqp_search`.
@@ -34,6 +35,7 @@ def iqp_prove(
         linear: c, float64 ``[V]``.
         multipliers: float64 ``[P]``, non-negative, objective per unit of a row; where the dual ascent starts.
         start: int64 ``[L]``, an incumbent.
+        point: float64 ``[V]``, non-negative; where the descent starts, best a minimizer of the form within the budgets.
         constant: a number.
         slack: taken off every bound.
         tolerance: nodes that cannot beat the incumbent by more than this are closed.
@@ -49,9 +51,9 @@ def iqp_prove(
         ValueError: tensors that are not on the CPU or of another dtype or shape, a matrix that is not finite.
     """
     given = starts.new_full((starts.numel() - 1,), -1) if start is None else start
-    return torch.ops.clado.iqp_prove(
-        matrix, starts, rows, limits, quadratic, linear, multipliers, given, constant, slack, tolerance, nodes, seconds
-    )
+    origin = torch.zeros_like(linear) if point is None else point
+    form = (quadratic, linear, multipliers, given, origin, constant, slack)
+    return torch.ops.clado.iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
 
 
 def _allocate(
@@ -63,6 +65,7 @@ def _allocate(
     linear: Tensor,
     multipliers: Tensor,
     start: Tensor,
+    point: Tensor,
     constant: float,
     slack: float,
     tolerance: float,
@@ -75,6 +78,7 @@ def _allocate(
         ("quadratic", quadratic, (size, size)),
         ("linear", linear, (size,)),
         ("multipliers", multipliers, (limits.shape[0],)),
+        ("point", point, (size,)),
     ):
         require(tensor.dtype == torch.float64, "iqp_prove", name, "be float64", tensor.dtype)
         require(tensor.shape == shape, "iqp_prove", name, f"have shape {shape}", tuple(tensor.shape))
@@ -94,6 +98,7 @@ def _launch(
     linear: Tensor,
     multipliers: Tensor,
     start: Tensor,
+    point: Tensor,
     constant: float,
     slack: float,
     tolerance: float,
@@ -104,12 +109,12 @@ def _launch(
     outcome: Tensor,
 ) -> None:
     matrix, starts, rows, limits = (tensor.contiguous() for tensor in (matrix, starts, rows, limits))
-    quadratic, linear, multipliers = (tensor.contiguous() for tensor in (quadratic, linear, multipliers))
+    quadratic, linear, multipliers, point = (t.contiguous() for t in (quadratic, linear, multipliers, point))
     check_values("iqp_prove", matrix, starts, start)
-    finite = bool(quadratic.isfinite().all()) and bool(linear.isfinite().all())
-    require(finite, "iqp_prove", "quadratic and linear", "be finite", "NaN or infinity")
+    finite = all(bool(t.isfinite().all()) for t in (quadratic, linear, point))
+    require(finite, "iqp_prove", "quadratic, linear and point", "be finite", "NaN or infinity")
     choice.copy_(start)
-    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), constant, slack)
+    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), point.data_ptr(), constant, slack)
     out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
     _native.iqp_prove_cpu(*program_addresses(matrix, starts, rows, limits), *form, *out, tolerance, nodes, seconds)
     if int(choice[0]) < 0:
@@ -118,7 +123,7 @@ def _launch(
 
 define(
     "iqp_prove(Tensor matrix, Tensor starts, Tensor rows, Tensor limits, Tensor quadratic, Tensor linear, "
-    "Tensor multipliers, Tensor start, float constant, float slack, float tolerance, int nodes, float seconds) "
+    "Tensor multipliers, Tensor start, Tensor point, float constant, float slack, float tolerance, int nodes, float seconds) "
     "-> (Tensor, Tensor, Tensor)",
     _allocate,
     _launch,

@@ -1,4 +1,4 @@
-// Branch and bound for the integer quadratic program with a convex form of its objective.
+// Branch and bound for the integer quadratic program with a convex form below its objective.
 //
 // Node bound: for any point x̃ and any non-negative multipliers μ, convexity gives
 //     f(x) >= f(x̃) + ∇f(x̃)ᵀ(x − x̃) + μᵀ(rows·x − limits)   on every feasible x,
@@ -13,11 +13,12 @@
 
 namespace clado {
 
-// ½ xᵀQx + cᵀx + constant: convex up to `slack`, and equal to ½ xᵀGx wherever x has one candidate per layer.
+// ½ xᵀQx + cᵀx + constant: convex up to `slack`, and at most ½ xᵀGx wherever x has one candidate per layer.
 struct IqpForm {
   const double* quadratic;    // [V, V] symmetric
   const double* linear;       // [V]
   const double* multipliers;  // [budgets] >= 0, objective per unit of a budget row; where the ascent starts
+  const double* point;        // [V] >= 0, where the descent starts; a layer without any of it starts spread evenly
   double constant;
   double slack;
 };

@@ -1,6 +1,5 @@
 #include "iqp_prove/iqp_prove.h"
 
-#include <chrono>
 #include <limits>
 #include <memory>
 #include <queue>
@@ -37,8 +36,8 @@ struct Later {
 // The convex relaxation over the candidates that are alive.
 class Relaxation {
  public:
-  Relaxation(const IqpProgram& program, const IqpForm& form)
-      : p_(program), f_(form), size_(program.starts[program.layers]), x_(size_), gradient_(size_), reduced_(size_),
+  Relaxation(const IqpProgram& program, const IqpForm& form, Clock::time_point end)
+      : p_(program), f_(form), end_(end), size_(program.starts[program.layers]), x_(size_), gradient_(size_), reduced_(size_),
         use_(program.budgets * size_), limit_(program.budgets), residual_(program.budgets), lambda_(program.budgets),
         mu_(program.budgets), stiffness_(program.budgets), quiet_(size_) {
     for (int64_t r = 0; r < p_.budgets; ++r) {
@@ -91,11 +90,11 @@ class Relaxation {
   }
 
   // Sweeps until the bound reaches `cutoff`, is within `patience` of what x allows (relative to what is missing to `cutoff`),
-  // stops rising, or `sweeps` are done.
+  // stops rising, or `sweeps` or the time are over.
   void ascend(double cutoff, int sweeps, double patience, int period) {
     measure();
     double before = bound_;
-    for (int k = 1; k <= sweeps && bound_ < cutoff; ++k) {
+    for (int k = 1; k <= sweeps && bound_ < cutoff && Clock::now() < end_; ++k) {
       for (int64_t i : active_) update(i);
       for (int64_t r = 0; r < p_.budgets; ++r) lambda_[r] = multiplier(r);
       measure();
@@ -212,6 +211,7 @@ class Relaxation {
 
   IqpProgram p_;
   IqpForm f_;
+  Clock::time_point end_;
   int64_t size_;
   const std::vector<uint8_t>* alive_ = nullptr;
   std::vector<double> x_, gradient_, reduced_, scratch_, use_, limit_, residual_, lambda_, mu_, best_mu_, stiffness_, units_;
@@ -223,9 +223,8 @@ class Relaxation {
 class Tree {
  public:
   Tree(const IqpProgram& program, const IqpForm& form, double tolerance, int64_t nodes, double seconds)
-      : p_(program), form_(form), size_(program.starts[program.layers]), relaxation_(program, form), local_(program),
-        tolerance_(tolerance), most_(nodes),
-        end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e6)))) {}
+      : p_(program), form_(form), size_(program.starts[program.layers]), end_(after(seconds)), relaxation_(program, form, end_),
+        local_(program, end_), tolerance_(tolerance), most_(nodes) {}
 
   IqpProof run(int64_t* choice, uint8_t* alive) {
     if (choice[0] >= 0) {
@@ -235,12 +234,12 @@ class Tree {
     auto root = std::make_unique<Node>();
     root->bound = -kInfinity, root->order = 0;
     root->alive.assign(size_, 1);
-    root->x.assign(size_, 0.0f);
+    root->x.assign(form_.point, form_.point + size_);
     for (int64_t r = 0; r < p_.budgets; ++r) root->multipliers.push_back(form_.multipliers[r] * relaxation_.unit(r));
     std::vector<uint8_t> left = root->alive;
     expand(*root, &left);
     std::copy(left.begin(), left.end(), alive);
-    while (!empty() && count_ < most_ && Clock::now() < end_) {
+    while (!empty() && count_ < most_ && !local_.late()) {
       std::unique_ptr<Node> node = take();
       if (node->bound < cutoff()) expand(*node, nullptr);
     }
@@ -254,8 +253,6 @@ class Tree {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   double cutoff() const { return best_.empty() ? kInfinity : best_value_ - tolerance_; }
   bool empty() const { return heap_.empty() && stack_.empty(); }
 
@@ -396,11 +393,11 @@ class Tree {
   IqpProgram p_;
   IqpForm form_;
   int64_t size_;
+  Clock::time_point end_;
   Relaxation relaxation_;
   LocalSearch local_;
   double tolerance_;
   int64_t most_;
-  Clock::time_point end_;
   std::vector<std::unique_ptr<Node>> heap_, stack_;
   std::vector<int64_t> best_, least_;
   double best_value_ = kInfinity;

@@ -1,6 +1,5 @@
 #include "iqp_search/iqp_search.h"
 
-#include <chrono>
 #include <limits>
 
 #include "iqp_search/local_search.h"
@@ -11,8 +10,7 @@ namespace {
 class Portfolio {
  public:
   Portfolio(const IqpProgram& program, int64_t seed, int64_t work, double seconds, double target)
-      : p_(program), search_(program), random_(static_cast<uint64_t>(seed)), work_(work), target_(target),
-        end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e6)))) {}
+      : p_(program), search_(program, after(seconds)), random_(static_cast<uint64_t>(seed)), work_(work), target_(target) {}
 
   bool run(int64_t* choice) {
     if (choice[0] >= 0) offer_start(std::vector<int64_t>(choice, choice + p_.layers));
@@ -30,9 +28,7 @@ class Portfolio {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
-  bool over() { return search_.work() + steps_ / search_.size() >= work_ || (feasible_ && best_value_ <= target_) || Clock::now() >= end_; }
+  bool over() { return search_.work() + steps_ / search_.size() >= work_ || (feasible_ && best_value_ <= target_) || search_.late(); }
 
   void offer() {
     if (search_.feasible()) {
@@ -165,7 +161,6 @@ class Portfolio {
   Random random_;
   int64_t work_, steps_ = 0;
   double target_;
-  Clock::time_point end_;
   std::vector<int64_t> best_;
   double best_value_ = std::numeric_limits<double>::infinity();
   double best_violation_ = std::numeric_limits<double>::infinity();

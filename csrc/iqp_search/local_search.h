@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -40,10 +41,18 @@ class Random {  // splitmix64
   uint64_t state_;
 };
 
+using Clock = std::chrono::steady_clock;
+
+// The moment `seconds` from now.
+inline Clock::time_point after(double seconds) {
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e6)));
+}
+
+// Past `end` every loop stops where it is, with a choice that is consistent.
 class LocalSearch {
  public:
-  explicit LocalSearch(const IqpProgram& program)
-      : p_(program), size_(program.starts[program.layers]), choice_(program.layers), layer_(size_), gradient_(size_), one_(size_),
+  LocalSearch(const IqpProgram& program, Clock::time_point end)
+      : p_(program), end_(end), size_(program.starts[program.layers]), choice_(program.layers), layer_(size_), gradient_(size_), one_(size_),
         joint_(size_), use_(program.budgets), unit_(program.budgets) {
     double total = 0;
     for (int64_t i = 0; i < p_.layers; ++i)
@@ -107,7 +116,7 @@ class LocalSearch {
 
   // Layer by layer the best candidate at `prices` ([V], what a candidate costs on top of its loss), until nothing changes.
   void descend(const std::vector<double>& prices) {
-    for (int sweep = 0; sweep < 50; ++sweep) {
+    for (int sweep = 0; sweep < 50 && !late(); ++sweep) {
       bool changed = false;
       for (int64_t i = 0; i < p_.layers; ++i) {
         int64_t best = choice_[i];
@@ -119,9 +128,10 @@ class LocalSearch {
     }
   }
 
-  // One-layer moves with the least loss per violation removed until every budget holds; false when stuck.
+  // One-layer moves with the least loss per violation removed until every budget holds; false when stuck or late.
   bool repair() {
     while (!feasible()) {
+      if (late()) return false;
       const double now = violation();
       int64_t best = -1;
       double best_rate = 0;
@@ -140,11 +150,10 @@ class LocalSearch {
 
   // Best feasible one-layer moves and pair exchanges until none helps. The choice must be feasible.
   void improve() {
-    while (true) {
-      while (best_single()) {
+    do {
+      while (!late() && best_single()) {
       }
-      if (!any_pair()) return;
-    }
+    } while (any_pair());
   }
 
   bool fits(int64_t v) const {
@@ -160,6 +169,8 @@ class LocalSearch {
     }
     return true;
   }
+
+  bool late() const { return Clock::now() >= end_; }
 
   double change(int64_t v) const { return gradient_[v] - gradient_[choice_[layer_[v]]]; }
 
@@ -194,7 +205,7 @@ class LocalSearch {
 
   // For each layer in turn the best exchange with a later one; true after the first that helps.
   bool any_pair() {
-    for (int64_t i = 0; i < p_.layers; ++i) {
+    for (int64_t i = 0; i < p_.layers && !late(); ++i) {
       for (int64_t j = 0; j < p_.layers; ++j)
         for (int64_t w = p_.starts[j]; w < p_.starts[j + 1]; ++w) one_[w] = gradient_[w] - gradient_[choice_[j]];
       int64_t first = -1, second = -1;
@@ -220,6 +231,7 @@ class LocalSearch {
   }
 
   IqpProgram p_;
+  Clock::time_point end_;
   int64_t size_, work_ = 0;
   double value_ = 0, epsilon_ = 0;
   std::vector<int64_t> choice_, layer_;

@@ -71,8 +71,9 @@ def test_time_limit() -> None:
     [
         ({"quadratic": torch.zeros(2, 2, dtype=torch.float64)}, "quadratic must have shape"),
         ({"linear": torch.zeros(3)}, "linear must be float64"),
-        ({"linear": torch.full((3,), math.nan, dtype=torch.float64)}, "quadratic and linear must be finite"),
+        ({"linear": torch.full((3,), math.nan, dtype=torch.float64)}, "quadratic, linear and point must be finite"),
         ({"multipliers": torch.zeros(2, dtype=torch.float64)}, "multipliers must have shape"),
+        ({"point": torch.zeros(2, dtype=torch.float64)}, "point must have shape"),
         ({"tolerance": -1.0}, "slack and tolerance must not be negative"),
         ({"seconds": -1.0}, "seconds must not be negative"),
         ({"start": torch.tensor([0, 0])}, "start must hold"),
@@ -92,5 +93,6 @@ def test_bad_input(change: dict, message: str) -> None:
 def test_opcheck() -> None:
     program = random_program(4)
     start = torch.full((5,), -1)
-    arguments = (*program.values(), *convex(program).values(), start, 0.0, 0.0, 0.0, 100, 60.0)
+    point = torch.zeros_like(program["matrix"][0])
+    arguments = (*program.values(), *convex(program).values(), start, point, 0.0, 0.0, 0.0, 100, 60.0)
     torch.library.opcheck(torch.ops.clado.iqp_prove, arguments)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CladoError
 from . import native, scip
+from .products import without_products
 from .program import Program, within_reach, worth_keeping
-from .shift import ConvexForm, convex_form, linear_form
+from .shift import ConvexForm, convex_form, iteration_seconds, linear_form, spectral_form
 
 SOLVERS = ("auto", "bnb", "scip", "heuristic")
+LARGE = 1500  # candidates beyond which dropping the hopeless ones first takes longer than it saves
 CLOSED = 1e-6  # gap at which a choice counts as optimal
+ROUNDS = 3  # of tightening before branch and bound goes to the end
+ITERATIONS = 100  # of the search for a tighter form
+NODES_WORK = 300_000_000  # nodes x V² before a tighter form is sought: about what one costs at V = 150
 Choice = NDArray[np.int64]
 
 
@@ -68,14 +73,21 @@ def certify(
         incumbent = _any_feasible(program, effort)
         if incumbent is None:
             return Answer(None, math.inf, "scip")
-    useful = worth_keeping(program, program.value(incumbent))
+    useful = np.arange(program.size) if program.size > LARGE else worth_keeping(program, program.value(incumbent))
     program, incumbent = program.restricted(useful), np.searchsorted(useful, incumbent)
     kept = reach[useful]
     diagonal = reference(program, incumbent)
     scale = 100.0 / diagonal if diagonal > 0 else scale
     known = form.restricted(kept, form.multipliers).scaled(scale) if form is not None else None
-    choice, bound, name = _prove(program.scaled(scale), incumbent, effort, known)
-    return Answer(kept[choice], bound / scale, name)
+    program, choice, bound = program.scaled(scale), incumbent, -math.inf
+    while True:
+        before = choice
+        choice, proven, name = _prove(program, before, effort, known)
+        bound = max(bound, proven)
+        # The gap is relative to the last choice, which may be smaller than what the proof was aimed by.
+        reached = program.value(choice) - bound <= max(effort.gap, CLOSED) * reference(program, choice)
+        if reached or choice is before or time.monotonic() > effort.deadline:
+            return Answer(kept[choice], bound / scale, name)
 
 
 def reference(program: Program, choice: Choice) -> float:
@@ -84,11 +96,19 @@ def reference(program: Program, choice: Choice) -> float:
 
 
 def shifted(program: Program, deadline: float, target: float = math.inf) -> ConvexForm:
-    """The convex form of a program; the plain linear one where nothing interacts."""
+    """The convex form of a program: linear where nothing interacts, a cheap one where the time allows no better."""
     across = program.layer[:, None] != program.layer[None, :]
     if not program.matrix[across].any():
         return linear_form(program)
-    return convex_form(program, deadline=deadline, target=target)
+    left, step = deadline - time.monotonic(), iteration_seconds(program)
+    if left > 20 * step:
+        return convex_form(program, deadline=deadline, target=target)
+    cheap = spectral_form(program, deadline)
+    cheap = replace(cheap, bound=native.prove(program, cheap, None, deadline, 0.0, nodes=1)[1])
+    if left < 4 * step:
+        return cheap
+    form = convex_form(program, deadline=deadline, target=target)
+    return form if form.bound > cheap.bound else cheap
 
 
 def _prove(program: Program, incumbent: Choice, effort: Effort, form: ConvexForm | None) -> tuple[Choice, float, str]:
@@ -96,19 +116,54 @@ def _prove(program: Program, incumbent: Choice, effort: Effort, form: ConvexForm
     value, unit = program.value(incumbent), reference(program, incumbent)
     if program.size == program.num_layers:
         return incumbent, value, "presolve"
-    tolerance = max(effort.gap, CLOSED / 4) * unit
+    tolerance = max(0.999 * effort.gap, CLOSED / 4) * unit
     if effort.solver == "heuristic" and form is not None:
         best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance, nodes=1)
         return _better(program, incumbent, best), bound, "heuristic"
     form = shifted(program, effort.share(0.8), value - CLOSED / 4 * unit)
-    if form.bound >= value - tolerance or effort.solver == "heuristic":
+    if form.bound >= value - tolerance:
         return incumbent, form.bound, "heuristic"
+    if effort.solver == "heuristic":
+        return incumbent, max(form.bound, _tightened(program, form, effort).bound), "heuristic"
     # Without interactions it is an integer linear program with many ties: SCIP's ground.
     if effort.solver == "scip" or (effort.solver == "auto" and not form.quadratic.any()):
         best, bound, _ = scip.exact(program, form, incumbent, effort.deadline, tolerance, effort.seed)
         return _better(program, incumbent, best), max(bound, form.bound), "scip"
-    best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance)
+    best, bound = _branch_and_bound(program, form, incumbent, effort, tolerance)
     return _better(program, incumbent, best), max(bound, form.bound), "bnb"
+
+
+def _branch_and_bound(
+    whole: Program, form: ConvexForm, incumbent: Choice, effort: Effort, tolerance: float
+) -> tuple[Choice, float]:
+    """A few nodes with the form at hand; then with tighter ones over the candidates that are left; then to the end."""
+    program, choice, where, bound = whole, incumbent, np.arange(whole.size), -math.inf
+    last = False
+    for k in range(ROUNDS + 1):
+        nodes = 2**62 if last or k == ROUNDS else max(1, NODES_WORK // program.size**2)
+        found, proven, done, alive = native.prove(program, form, choice, effort.deadline, tolerance, nodes)
+        assert found is not None
+        choice, bound = found, max(bound, proven)
+        if done or nodes == 2**62 or time.monotonic() > effort.deadline:
+            break
+        # What was dropped is in no choice below the incumbent less the tolerance, which no bound here exceeds.
+        keep = np.union1d(alive, choice)
+        last = k > 0 and len(keep) > 0.9 * program.size
+        if not last:
+            if len(keep) < program.size:
+                program, choice, where = program.restricted(keep), np.searchsorted(keep, choice), where[keep]
+                form = shifted(program, effort.share(0.5))
+            form = _tightened(program, form, effort)
+    return where[choice], bound
+
+
+def _tightened(program: Program, form: ConvexForm, effort: Effort) -> ConvexForm:
+    """A form of a lower objective with a better bound; ``form`` itself where none was found in time."""
+    if form.moments is None or not form.quadratic.any():
+        return form
+    lower = without_products(program, form, ITERATIONS, effort.share(0.4))
+    tight = convex_form(lower, deadline=effort.share(0.8))
+    return tight if tight.bound > form.bound else form
 
 
 def _better(program: Program, incumbent: Choice, other: Choice | None) -> Choice:

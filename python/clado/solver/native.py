@@ -51,6 +51,7 @@ def prove(
         linear=torch.from_numpy(form.linear),
         multipliers=torch.from_numpy(form.multipliers),
         start=None if incumbent is None else torch.from_numpy(incumbent),
+        point=torch.from_numpy(form.point(program)),
         constant=form.constant,
         slack=form.slack,
         tolerance=tolerance,

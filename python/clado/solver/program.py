@@ -69,6 +69,8 @@ class Program:
 
     def restricted(self, keep: NDArray[np.int64]) -> Program:
         """The program over the candidates ``keep`` (ascending, at least one of every layer)."""
+        if len(keep) == self.size:
+            return self
         return Program(self.matrix[np.ix_(keep, keep)], self.layer[keep], self.rows[:, keep], self.limits)
 
 

@@ -24,7 +24,7 @@ from .shift import ConvexForm, linear_form
 from .threads import blas_threads
 
 Choice = NDArray[np.int64]
-EIGEN_LIMIT = 1500  # candidates beyond which the clipped value is reported only when it is the objective
+EIGEN_SHARE = 0.1  # of the time limit that eigenvalues may take for what is only reported
 
 
 def solve(
@@ -144,6 +144,7 @@ class Solver:
         effort = Effort(started + time_limit, gap, seed, solver)
         with blas_threads(threads):
             asked = self._ask(objective, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
+            self._report_eigenvalues(time_limit)
             answer = self._answer(asked, effort, start)
             if answer.choice is None:
                 note = _conflict(asked.program, asked.keep, asked.groups, asked.budgets, effort)
@@ -205,7 +206,7 @@ class Solver:
         key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
         if len(np.unique(small.layer[keep])) < small.num_layers:
             return Answer(None, math.inf, "presolve")
-        if effort.solver == "heuristic" and key not in self._forms and small.size <= EIGEN_LIMIT:
+        if effort.solver == "heuristic" and key not in self._forms:
             reach = within_reach(small, keep)
             if len(reach) == small.size:
                 self._forms[key] = shifted(small, effort.share(0.5))
@@ -230,17 +231,21 @@ class Solver:
             self._matrices[name] = objective_matrix(original, self.sens.stderr, inside, name)
         return self._matrices[name]
 
+    def _report_eigenvalues(self, seconds: float) -> None:
+        """Find the clipped matrix and the negative mass, which plans report, where ``seconds`` are plenty for it."""
+        if self._mass is None and 2e-9 * self.sens.num_candidates**3 <= EIGEN_SHARE * seconds:
+            self._mass = negative_mass(self._matrix("original"))
+            self._matrix("clipped")
+
     def values(self, choice: Choice, objective: str) -> dict[str, float]:
         inside = same_layer(len(self.sens.layers), len(self.sens.bits))
-        known = {"shrunk": errors_known(self.sens.stderr, inside), "clipped": len(inside) <= EIGEN_LIMIT}
+        known = {"shrunk": errors_known(self.sens.stderr, inside), "clipped": "clipped" in self._matrices}
         names = [name for name in NAMES if name == objective or known.get(name, True)]
         return {name: float(self._matrix(name)[np.ix_(choice, choice)].sum() / 2) for name in names}
 
     def _plan(self, asked: _Asked, answer: Answer) -> Plan:
         sens, program, choice = self.sens, asked.program, answer.choice
         assert choice is not None
-        if self._mass is None and program.size <= EIGEN_LIMIT:
-            self._mass = negative_mass(self._matrix("original"))
         value = program.value(choice)
         bound = min(answer.bound, value)
         unit = reference(program, choice)
@@ -324,6 +329,7 @@ def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "ori
     solver = Solver(sens)
     solver.refresh(choice)
     rows = make_budgets(sens, **budgets) if budgets else []
+    solver._report_eigenvalues(60.0)
     values = solver.values(choice, objective)
     return Plan(
         layers=sens.layers,

@@ -18,17 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+import scipy.sparse.linalg
 from numpy.typing import NDArray
 
 from .program import Program
 
 Array = NDArray[np.float64]
 _STRIP = 32  # rows of the Schur complement's gather at a time
+_LOOSE, _DENSE = 1e9, 1e10  # operations a second that a core does entry by entry, and in matrix products
 
 
 @dataclass(frozen=True)
 class ConvexForm:
-    """½ xᵀQx + cᵀx + constant: convex, and equal to ½ xᵀGx on every one-hot x.
+    """½ xᵀQx + cᵀx + constant: convex, and at most ½ xᵀGx on every one-hot x (equal, unless products were taken off).
 
     Attributes:
         quadratic: Q, ``[V, V]``, positive semidefinite up to ``slack``.
@@ -37,6 +39,8 @@ class ConvexForm:
         slack: what rounding may have cost: every bound from this form is lowered by it.
         bound: lower bound of the semidefinite relaxation, slack subtracted.
         multipliers: ``[rows]``, non-negative, one per budget, in units of objective per unit of the budget row.
+        moments: ``[1 + W, 1 + W]``, W the free candidates: (1, y)(1, y)ᵀ on average at the relaxation's solution, nearly;
+            None where no semidefinite program was solved.
     """
 
     quadratic: Array
@@ -45,6 +49,13 @@ class ConvexForm:
     slack: float
     bound: float
     multipliers: Array
+    moments: Array | None = None
+
+    def point(self, program: Program) -> Array:
+        """``[V]``: a minimizer of the form within the budgets, nearly; zero where it is unknown."""
+        if self.moments is None:
+            return np.zeros(program.size)
+        return np.maximum(0.0, one_hot_map(program) @ self.moments[0])
 
     def scaled(self, factor: float) -> ConvexForm:
         """The form of the same program with its objective multiplied by ``factor``."""
@@ -55,6 +66,7 @@ class ConvexForm:
             self.slack * factor,
             self.bound * factor,
             self.multipliers * factor,
+            self.moments,
         )
 
     def restricted(self, keep: NDArray[np.int64], multipliers: Array) -> ConvexForm:
@@ -95,12 +107,14 @@ class _Semidefinite:
         """C − Aᵀ(dual), dense."""
         return self.cost - self.adjoint(dual).toarray()
 
-    def schur(self, primal: Array, inverse: Array) -> Array:
+    def schur(self, primal: Array, inverse: Array, deadline: float) -> Array | None:
         """M[k, l] = ⟨A_k, primal · A_l · inverse⟩, built in strips so that large programs stay in the cache."""
         p, q = self.p, self.q
         columns = self.rows.T.tocsc()
         strips = []
         for low in range(0, len(p), _STRIP):
+            if time.monotonic() > deadline:
+                return None
             a, b = p[low : low + _STRIP], q[low : low + _STRIP]
             xa, xb, za, zb = primal[a], primal[b], inverse[a], inverse[b]
             part = _take(xb, p) * _take(za, q)
@@ -111,13 +125,21 @@ class _Semidefinite:
         out = self.rows @ np.concatenate(strips)
         return (out + out.T) / 2
 
-    def solve(self, primal: Array, dual: Array, tolerance: float, deadline: float, target: float) -> Array:
-        """Best dual vector with C − Aᵀ(dual) ≻ 0 and dual ≤ 0 on inequality rows; ``dual`` must be such a vector."""
+    def solve(
+        self, primal: Array, dual: Array, tolerance: float, deadline: float, target: float
+    ) -> tuple[Array, Array]:
+        """Best dual vector with C − Aᵀ(dual) ≻ 0 and dual ≤ 0 on inequality rows, and Y.
+
+        The ``dual`` given must be such a vector.
+        """
         right, equal = self.right, self.equal
         slack = np.maximum(right[equal:] - self.apply(primal)[equal:], 0.1)
         barrier = self.barrier(dual)
-        best, size = dual, len(self.cost) + self.slacks
+        best, size, took = dual, len(self.cost) + self.slacks, 0.0
         for _ in range(60):
+            began = time.monotonic()
+            if began + took > deadline:
+                break
             inverse = _inverse(barrier)
             if inverse is None:
                 break
@@ -126,9 +148,9 @@ class _Semidefinite:
             value = float(right @ dual)
             if complementarity * size <= tolerance * max(1.0, abs(value)) or value >= target:
                 break
-            if time.monotonic() > deadline:
+            schur = self.schur(primal, inverse, deadline)
+            if schur is None:
                 break
-            schur = self.schur(primal, inverse)
             schur[np.arange(equal, len(right)), np.arange(equal, len(right))] += slack / reduced
             try:
                 solver = scipy.linalg.cho_factor(schur, check_finite=False)
@@ -151,7 +173,8 @@ class _Semidefinite:
             barrier = self.barrier(dual)
             if right @ dual >= right @ best:
                 best = dual
-        return best
+            took = time.monotonic() - began
+        return best, primal
 
     def _step(self, state: tuple[Array, ...], solver: tuple, centre: float, affine: _Step | None) -> _Step:
         """Newton step towards complementarity ``centre``; with the second-order term of ``affine`` if given."""
@@ -236,8 +259,9 @@ def convex_form(
     cost[1:, 0] = cost[0, 1:] = basis.T @ half[:, base].sum(axis=1)
     cost[1:, 1:] = basis.T @ (basis.T @ half).T
     problem, shift_rows = _build(program, basis, base, cost)
-    dual = problem.solve(_interior(program), _feasible_dual(problem, shift_rows), tolerance, deadline, target)
-    return _form(program, problem, dual, shift_rows)
+    start = _feasible_dual(problem, shift_rows)
+    dual, moments = problem.solve(_interior(program), start, tolerance, deadline, target)
+    return _form(program, problem, dual, shift_rows, moments)
 
 
 def _reduced_basis(program: Program) -> tuple[scipy.sparse.csc_matrix, NDArray[np.int64]]:
@@ -250,6 +274,14 @@ def _reduced_basis(program: Program) -> tuple[scipy.sparse.csc_matrix, NDArray[n
         (np.r_[free, base[program.layer[free]]], np.r_[columns, columns]),
     )
     return scipy.sparse.csc_matrix(entries, shape=(program.size, len(free))), base
+
+
+def one_hot_map(program: Program) -> Array:
+    """``[V, 1 + W]``: x of (1, y), y the free candidates."""
+    basis, base = _reduced_basis(program)
+    constant = np.zeros((program.size, 1))
+    constant[base] = 1
+    return np.hstack([constant, basis.toarray()])
 
 
 def _build(program: Program, basis: scipy.sparse.csc_matrix, base: NDArray, cost: Array) -> tuple[_Semidefinite, int]:
@@ -307,7 +339,7 @@ def _rounding(matrix: Array) -> float:
     return epsilon if _definite(matrix) else epsilon + max(0.0, -float(np.linalg.eigvalsh(matrix)[0]))
 
 
-def _form(program: Program, problem: _Semidefinite, dual: Array, inside: int) -> ConvexForm:
+def _form(program: Program, problem: _Semidefinite, dual: Array, inside: int, moments: Array) -> ConvexForm:
     barrier = problem.barrier(dual)
     slack = _rounding(barrier) * (1 + 2 * program.num_layers)
     only_shift = dual.copy()
@@ -317,7 +349,41 @@ def _form(program: Program, problem: _Semidefinite, dual: Array, inside: int) ->
     quadratic[np.ix_(program.free, program.free)] = 2 * form[1:, 1:]
     linear[program.free] = 2 * form[0, 1:]
     multipliers = -dual[inside + 1 :] / program.row_scale
-    return ConvexForm(quadratic, linear, float(form[0, 0]), slack, float(problem.right @ dual) - slack, multipliers)
+    bound = float(problem.right @ dual) - slack
+    return ConvexForm(quadratic, linear, float(form[0, 0]), slack, bound, multipliers, moments)
+
+
+def iteration_seconds(program: Program) -> float:
+    """What one iteration of :func:`convex_form` may take at worst, on a slow core."""
+    count = len(program.free)
+    inside = np.bincount(program.layer[program.free], minlength=program.num_layers)
+    pairs = float((inside * (inside + 1) // 2).sum())
+    return 8 * (1 + count + pairs) ** 2 / _LOOSE + (pairs**3 / 3 + 12.0 * count**3) / _DENSE
+
+
+def spectral_form(program: Program, deadline: float) -> ConvexForm:
+    """A convex form at the price of one eigenvalue, where the semidefinite program takes too long; its bound is not known.
+
+    Every diagonal entry is raised by the same share of the candidate's own increase; by its row's sum of magnitudes
+    (Gershgorin) where there is no time for the eigenvalue.
+    """
+    own = np.diag(program.matrix)
+    weight = np.maximum(np.abs(own), 1e-6 * float(np.abs(own).max()) or 1.0)
+    across = program.matrix - np.diag(own)
+    root = np.sqrt(weight)
+    scaled = across / root[:, None] / root[None, :]
+    raised = np.abs(scaled).sum(axis=1)
+    if time.monotonic() + 200.0 * program.size**2 / _LOOSE + program.size**3 / _DENSE < deadline:
+        start = np.cos(np.arange(program.size))
+        least = scipy.sparse.linalg.eigsh(scaled, 1, which="SA", tol=1e-3, v0=start, return_eigenvectors=False)[0]
+        share = 1.002 * max(0.0, -float(least)) + 1e-9
+        while not _definite(scaled + share * np.eye(program.size)):
+            share *= 1.05
+        raised = np.full(program.size, share)
+    quadratic = across + np.diag(raised * weight)
+    slack = 8 * program.size * np.finfo(float).eps * float((raised * weight).max()) * (1 + 2 * program.num_layers)
+    linear = (own - raised * weight) / 2
+    return ConvexForm(quadratic, linear, 0.0, slack, -np.inf, np.zeros(len(program.limits)))
 
 
 def linear_form(program: Program) -> ConvexForm:
