@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,12 +26,14 @@ class Exported:
         quantized: packed codes and scales; what :func:`predicted_bytes` promised.
         leftovers: what stays float.
         header: names, graph and metadata: the rest of the files, without the plan beside them.
+        kept: layers of the plan that have no place in the format: they stay float and count as leftovers.
     """
 
     folder: Path
     quantized: int
     leftovers: int
     header: int
+    kept: tuple[str, ...] = ()
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -65,10 +67,14 @@ def export(
         model: the model the plan was made for.
         plan: bits per layer.
         path: folder to write; an earlier export there is replaced once the new one is complete.
-        format: one of :data:`clado.formats.FORMATS`.
+        format: "safetensors" (every width, read by :func:`load`), "compressed-tensors" (Linear layers alone, read by vLLM and
+            transformers) or "onnx" (the whole graph, run by onnxruntime).
+        example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
+        odd_widths: for "compressed-tensors" and 3, 5, 6, 7 bits: "dense" for its readers from 0.18.0 on, "padded" to 0.17.1.
 
     Raises:
-        CladoError: an unknown format, a plan for other weights, or a path that holds something else.
+        CladoError: an unknown format, a plan for other weights or one that does not go into the format, or a path that holds
+            something else.
     """
     request = _request(model, plan, format, example, odd_widths)
     target = Path(path)
@@ -77,8 +83,10 @@ def export(
     with atomic_folder(target) as folder:
         quantized, leftovers = FORMATS[format].write(request, folder)
         files = sum(file.stat().st_size for file in folder.iterdir())
-        plan.save(folder / PLAN_FILE)
-    return Exported(target, quantized, leftovers, files - quantized - leftovers)
+        kept = tuple(layer.name for layer in FORMATS[format].kept(request))
+        note = {"format": format, "quantized_bytes": quantized, "leftover_bytes": leftovers, "float_layers": kept}
+        replace(plan, info={**plan.info, "export": note}).save(folder / PLAN_FILE)
+    return Exported(target, quantized, leftovers, files - quantized - leftovers, kept)
 
 
 def predicted_bytes(
@@ -98,11 +106,12 @@ def verify(
     format: str = "safetensors",
     *,
     example: Tensor | None = None,
+    odd_widths: str | None = None,
 ) -> str:
     """Read an export with a consumer of its format and compare with :func:`apply`.
 
     Args:
-        model, plan, format, example: as given to :func:`export`.
+        model, plan, format, example, odd_widths: as given to :func:`export`.
         path: the folder it wrote.
 
     Returns:
@@ -111,7 +120,7 @@ def verify(
     Raises:
         CladoError: a difference, or a consumer that is not installed.
     """
-    return FORMATS[format].verify(_request(model, plan, format, example, None), Path(path))
+    return FORMATS[format].verify(_request(model, plan, format, example, odd_widths), Path(path))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -> nn.Module:
