@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..sensitivity import Layer
-from . import compressed_tensors, safetensors
+from . import compressed_tensors, onnx, safetensors
 from .request import Request
 
 
@@ -33,6 +33,7 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": Format(
         compressed_tensors.write, compressed_tensors.predict, compressed_tensors.verify, compressed_tensors.kept
     ),
+    "onnx": Format(onnx.write, onnx.predict, onnx.verify),
 }
 
 __all__ = ["FORMATS", "Format", "Request"]
