@@ -137,7 +137,7 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
     double = copy.deepcopy(model).double()
     executor = Executor(capture(double, x[:2].double()))
     executor.self_test(x[:2].double())
-    variants = quantized_variants(model, executor.captured, BITS, sens.quantizer, x.device, torch.float64)
+    variants = quantized_variants(model, executor.layers, BITS, sens.quantizer, x.device, torch.float64)
     with torch.no_grad():
         ones = [
             ESTIMATORS["corrected"](

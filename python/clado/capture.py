@@ -54,7 +54,16 @@ class Captured:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-class _Step(nn.Module):
+class NotCapturable(CladoError):
+    """The model cannot be run as a graph; whole forwards may still do."""
+
+
+def _needs(condition: bool, argument: str, must: str, got: object) -> None:
+    if not condition:
+        raise NotCapturable(f"capture: {argument} must {must}, got {got}")
+
+
+class Step(nn.Module):
     """``forward_step(model, batch)`` as a module."""
 
     def __init__(self, model: nn.Module, forward_step: ForwardStep) -> None:
@@ -82,19 +91,18 @@ def capture(
         forward_step: what runs the model on a batch; None: ``model(batch)``.
 
     Raises:
-        CladoError: model in train mode, not exportable, changing its own buffers, or without layers; an ``ignore`` pattern
-            that matches nothing.
+        NotCapturable: not exportable, changing its own buffers, of a fixed batch size, or with outputs that are not ``[N, …]``.
+        CladoError: model in train mode or without layers; an ``ignore`` pattern that matches nothing.
     """
     shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example)]
     require(all(s and s[0] >= 2 for s in shapes), "capture", "example", "hold at least two samples", shapes)
     check_eval(model)
 
-    program = _export(model if forward_step is None else _Step(model, forward_step).eval(), example)
+    program = _export(model if forward_step is None else Step(model, forward_step).eval(), example)
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     signature = program.graph_signature
-    require(
+    _needs(
         not signature.buffers_to_mutate,
-        "capture",
         "model",
         "leave its buffers unchanged in eval mode",
         f"changes of {sorted(signature.buffers_to_mutate.values())[:3]}",
@@ -104,14 +112,12 @@ def capture(
     used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
     inputs = tuple(placeholders[name] for name in signature.user_inputs)
     batch = next(node for node in inputs if node in used).meta["val"].shape[0]
-    require(
-        isinstance(batch, torch.SymInt), "capture", "model", "accept any batch size", f"the fixed batch size {batch}"
-    )
+    _needs(isinstance(batch, torch.SymInt), "model", "accept any batch size", f"the fixed batch size {batch}")
     live = {*nodes, *inputs}
     for node in outputs:
         value = node.meta["val"] if isinstance(node, Node) and node in live else None
         rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-        require(value is None or rows, "capture", "model", "return tensors [N, …]", f"{value}")
+        _needs(value is None or rows, "model", "return tensors [N, …]", f"{value}")
     names = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -154,7 +160,7 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
             return program.run_decompositions({})  # decomposes nothing, but removes mutation
     except Exception as error:  # torch.export raises whatever the model's code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CladoError(
+        raise NotCapturable(
             f"capture: model must be exportable by torch.export with a dynamic batch, got {type(error).__name__}: {reason}"
         ) from error
 
@@ -219,10 +225,10 @@ def _find_layers(
 ) -> tuple[list[Layer], list[tuple[Node, ...]], dict[str, str]]:
     aliases: dict[tuple[Any, ...], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(_storage(parameter), []).append(name)
+        aliases.setdefault(storage(parameter), []).append(name)
     weights: dict[tuple[Any, ...], list[Node]] = {}
     for placeholder in names:
-        weights.setdefault(_storage(constants[placeholder]) if placeholder in constants else (placeholder,), []).append(
+        weights.setdefault(storage(constants[placeholder]) if placeholder in constants else (placeholder,), []).append(
             placeholder
         )
 
@@ -234,10 +240,10 @@ def _find_layers(
         if kind is None:
             continue
         weight = node.args[1]
-        if not isinstance(weight, Node) or weight not in names or _storage(constants[weight]) not in aliases:
+        if not isinstance(weight, Node) or weight not in names or storage(constants[weight]) not in aliases:
             skipped[str(node)] = "its weight is computed, not a parameter"
             continue
-        key = _storage(constants[weight])
+        key = storage(constants[weight])
         kinds.setdefault(key, kind)
         macs[key] = macs.get(key, 0) + _positions(node) * math.prod(constants[weight].shape)
     layers, sources = [], []
@@ -252,7 +258,7 @@ def _find_layers(
     return layers, sources, skipped
 
 
-def _storage(tensor: Tensor) -> tuple[Any, ...]:
+def storage(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 

@@ -76,6 +76,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
 @click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
+@click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16 or float64.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
@@ -99,7 +100,18 @@ def profile(**options: Any) -> None:
     model = build_model(spec)
     data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"])
     folder = Path(options["output_dir"])
-    kept = ("estimator", "loss", "group_size", "ignore", "quantize_ends", "batch_size", "device", "seed", "bits")
+    kept = (
+        "estimator",
+        "loss",
+        "precision",
+        "group_size",
+        "ignore",
+        "quantize_ends",
+        "batch_size",
+        "device",
+        "seed",
+        "bits",
+    )
     sens = measure(
         model,
         data,

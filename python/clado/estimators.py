@@ -15,7 +15,7 @@ from torch import Tensor
 
 import clado_ext
 
-from .executor import Executor, State
+from .executor import Runner
 from .losses import LogitLoss, Loss, UserLoss
 
 Variants = Sequence[Sequence[Tensor]]
@@ -68,23 +68,23 @@ class Sums:
         return self
 
 
-def diagonal(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def diagonal(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Single loss increases only; Ω = 0 (CLADO*, the HAWQ-like baseline)."""
-    return _single_sums(_singles(executor, variants, batch, loss, tick)[0])
+    return _single_sums(singles(executor, variants, batch, loss, tick)[0])
 
 
-def logit(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def logit(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Single loss increases, and all interactions in closed form as if logit changes added (DESIGN §3.2)."""
-    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    increase, logits, delta = singles(executor, variants, batch, loss, tick)
     sums = _single_sums(increase)
     total, squares = clado_ext.pairwise_ce(logits, delta)
     sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
     return sums
 
 
-def exact(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def exact(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Every pair by its own forward from the layer where it departs from a single perturbation (the paper's definition)."""
-    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    increase, logits, delta = singles(executor, variants, batch, loss, tick)
     sums = _single_sums(increase)
     for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick):
         omega = closed + residual
@@ -93,9 +93,9 @@ def exact(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: 
     return sums
 
 
-def corrected(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def corrected(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """The closed form, and beside it what the exact value adds to it; for the chunks that pay for both."""
-    increase, logits, delta = _singles(executor, variants, batch, loss, tick)
+    increase, logits, delta = singles(executor, variants, batch, loss, tick)
     sums = _single_sums(increase)
     total, squares = clado_ext.pairwise_ce(logits, delta)
     sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
@@ -109,13 +109,13 @@ def corrected(executor: Executor, variants: Variants, batch: Any, loss: Loss, ti
     return sums
 
 
-def gradient(executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
     """Ω_vw ≈ ⟨∇_j L(w + Δ_v) − ∇_j L(w), Δ_w⟩ for j downstream of i: the upstream layer perturbed, the other linearised."""
     width, count = len(variants[0]), sum(map(len, variants))
     state = executor.advance(executor.start(batch), 0)
     reached: dict[str, Any] = {}
 
-    def objective(end: State) -> Tensor:
+    def objective(end: Any) -> Tensor:
         if isinstance(loss, UserLoss):
             losses = [loss.losses(output) for output in executor.outputs(end)]
             reached["losses"] = torch.stack([value.detach().double() for value in losses]).cpu()
@@ -153,7 +153,7 @@ def gradient(executor: Executor, variants: Variants, batch: Any, loss: Loss, tic
     return sums
 
 
-Estimator = Callable[[Executor, Variants, Any, Loss, Tick], Sums]
+Estimator = Callable[[Runner, Variants, Any, Loss, Tick], Sums]
 ESTIMATORS: dict[str, Estimator] = {
     "diagonal": diagonal,
     "logit": logit,
@@ -176,9 +176,7 @@ def expected_work(estimator: str, suffix: Sequence[float], width: int) -> float:
     return singles + walk + width * width * sum(j * share for j, share in enumerate(suffix))
 
 
-def _singles(
-    executor: Executor, variants: Variants, batch: Any, loss: Loss, tick: Tick
-) -> tuple[Tensor, Tensor, Tensor]:
+def singles(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> tuple[Tensor, Tensor, Tensor]:
     """One clean pass whose prefixes all candidates share.
 
     Returns:
@@ -200,7 +198,7 @@ def _singles(
 
 
 def _pairs(
-    executor: Executor,
+    executor: Runner,
     variants: Variants,
     batch: Any,
     loss: Loss,

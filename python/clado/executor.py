@@ -12,7 +12,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .capture import Captured, evaluate, is_size
-from .errors import CladoError, require
+from .capture import Captured, NotCapturable, evaluate, is_size
+from .errors import require
+from .sensitivity import Layer
 
 Overrides = dict[Node, Tensor]
-Objective = Callable[["State"], Tensor]
+Objective = Callable[[Any], Tensor]
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 # Elements of the per-sample weight gradients that exist at once: beyond it they leave the caches of a CPU.
 _OUTER_ELEMENTS = 8 << 20
@@ -74,6 +75,29 @@ class _Tap:
     output: Tensor
 
 
+class Runner(Protocol):
+    """What estimators ask of an executor: of a graph, of carried differences, or of whole forwards. States are opaque."""
+
+    work: float
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+    @property
+    def skipped(self) -> dict[str, str]: ...
+    @property
+    def suffix_share(self) -> list[float]: ...
+    def start(self, batch: Any) -> Any: ...
+    def advance(self, state: Any, layer: int) -> Any: ...
+    def fork(self, state: Any, layer: int, variants: Sequence[Tensor]) -> Any: ...
+    def outputs(self, state: Any) -> list[Any]: ...
+    def finish(self, state: Any) -> Tensor: ...
+    def clean(self, state: Any) -> Tensor: ...
+    def changes(self, finished: Tensor, logits: Tensor) -> Tensor: ...
+    def products(self, state: Any, variants: Sequence[Sequence[Tensor]], objective: Objective) -> Tensor: ...
+
+
 class Executor:
     """Shared-prefix execution of a captured graph.
 
@@ -90,7 +114,7 @@ class Executor:
         starts = self._first_uses()
         order = sorted(range(len(starts)), key=starts.__getitem__)
         require(order == list(range(len(starts))), "executor", "layers", "be used in order", "another order")
-        bounds = [0, *(b for start in starts for b in (start, start + 1)), len(captured.nodes)]
+        self._bounds = bounds = [0, *(b for start in starts for b in (start, start + 1)), len(captured.nodes)]
         pieces = [captured.nodes[a:b] for a, b in itertools.pairwise(bounds)]
         self._live = self._liveness(bounds)
         self._segments = [self._build(piece, self._live[k + 1]) for k, piece in enumerate(pieces)]
@@ -103,6 +127,14 @@ class Executor:
     @property
     def num_layers(self) -> int:
         return len(self.captured.layers)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.captured.layers
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.captured.skipped
 
     @property
     def suffix_share(self) -> list[float]:
@@ -123,7 +155,7 @@ class Executor:
 
     def fork(self, state: State, layer: int, variants: Sequence[Tensor]) -> State:
         """Step over ``layer``'s node with each weight of ``variants``: S streams become len(variants)·S, variant-major."""
-        require(state.position == 2 * layer, "fork", "state", f"stand at layer {layer}", f"position {state.position}")
+        self._check_at(state, layer)
         after = self._live[2 * layer + 2]
         changed = [dict.fromkeys(self.captured.sources[layer], weight) for weight in variants]
         parts = [self._run(2 * layer + 1, state, weights) for weights in changed]
@@ -270,7 +302,7 @@ class Executor:
         they give alone, so by induction every suffix is right. Returns the model's clean output.
 
         Raises:
-            CladoError: a cut where stacking changes the values, named by the layer behind it.
+            NotCapturable: a cut where stacking changes the values, named by the layer behind it.
         """
         other = pytree.tree_map(lambda x: x * 0.5 if x.is_floating_point() else x[:1].expand_as(x), batch)
         states = [self.start(batch), self.start(other)]
@@ -284,7 +316,7 @@ class Executor:
             for node, value in stacked.values.items():
                 if not _close(value, self._stack([s.values[node] for s in states], node), rtol):
                     layer = self.captured.layers[min(max(position, 0) // 2, self.num_layers - 1)].name
-                    raise CladoError(
+                    raise NotCapturable(
                         f"capture: model must treat samples independently, got {node} near layer {layer} "
                         "that changes when batches are stacked (batch statistics, dropout or a mixed batch dimension?)"
                     )
@@ -299,11 +331,17 @@ class Executor:
         values |= {n: v for n, v in state.values.items() if n in live}
         return State(position + 1, values, state.samples, state.overrides)
 
-    def _run(self, index: int, state: State, weights: Overrides) -> dict[Node, Any]:
-        segment = self._segments[index]
+    def _count(self, index: int, rows: int) -> None:
         total = sum(self._flops)
         if total:
-            self.work += self._flops[index] / total * state.samples * state.streams
+            self.work += self._flops[index] / total * rows
+
+    def _check_at(self, state: State, layer: int) -> None:
+        require(state.position == 2 * layer, "fork", "state", f"stand at layer {layer}", f"position {state.position}")
+
+    def _run(self, index: int, state: State, weights: Overrides) -> dict[Node, Any]:
+        segment = self._segments[index]
+        self._count(index, state.samples * state.streams)
         if not any(segment.weights.intersection(o) for o in state.overrides):
             return self._call(segment, state.values, weights, state.samples * state.streams)
         # A weight used again further on: every stream runs under its own.

@@ -16,19 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Captured, ForwardStep, capture
+from .capture import ForwardStep, NotCapturable, capture
+from .carried import LOW_PRECISIONS, CarriedExecutor
 from .checkpoint import Chunks, refuse_other_run
 from .errors import CladoError, require
 from .estimators import CLOSED_FORM, ESTIMATORS, Sums, expected_work
-from .executor import Executor
+from .executor import Executor, Runner
 from .fingerprint import code_digest, digest, tensor_digest, weights_digest
 from .losses import LogitLoss, Loss, LossFunc, UserLoss
+from .probe import SAMPLES, probe
 from .progress import progress_bar
 from .quantizer import Quantizer
-from .sensitivity import FILE_NAME, Sensitivity, check_bits, same_layer
+from .sensitivity import FILE_NAME, Layer, Sensitivity, check_bits, same_layer
+from .whole import WholeExecutor
 
 LOSSES = ("kl", "cross_entropy")
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64} | dict.fromkeys(LOW_PRECISIONS, torch.float32)
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
 _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
@@ -90,7 +93,10 @@ def profile(
             called sample by sample); for models of any output, under "exact", "gradient" and "diagonal". Differentiable in
             the output for "gradient".
         forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
-        precision: "float32" (TF32 off) or "float64"; losses and sums are float64 always.
+        precision: "float32" (TF32 off), "float64", or with the differences to the clean forward carried through the graph
+            (DESIGN §3.3) "tf32" or "bfloat16" matrix products. The latter are probed against float64 on a few layers and
+            samples; the errors are in ``info["probe"]``, and where they exceed the sampling noise the run is float32, with a
+            warning. Losses and sums are float64 always.
         num_samples: how many samples of the loader to use; fewer are taken, with a warning, when it ends early.
         exact_samples: for "corrected": samples (rounded up to whole chunks) on which every pair is evaluated; None: an eighth.
         batch_size: samples that advance together; None chooses by the size of the activations.
@@ -122,6 +128,13 @@ def profile(
     quantizer = Quantizer(group_size, scale_steps, symmetric)
     check_finite(model)
 
+    require(
+        estimator != "gradient" or precision not in LOW_PRECISIONS,
+        "profile",
+        "precision",
+        "be float32 or float64 for the gradient estimator (a backward carries no differences)",
+        repr(precision),
+    )
     if loss_func is not None:
         loss = "user"
         usable = [name for name in ESTIMATORS if name not in CLOSED_FORM]
@@ -143,11 +156,17 @@ def profile(
     with full_precision(), torch.no_grad():
         moved = converted(model, place, dtype)
         example = moved_to(two_samples(samples.inputs), place, dtype)
-        captured = capture(moved, example, ignore, quantize_ends, forward_step)
-        executor = Executor(captured)
-        output = executor.self_test(example)
+        executor: Runner
+        notes: list[str] = []
+        try:
+            executor = Executor(capture(moved, example, ignore, quantize_ends, forward_step))
+            output = executor.self_test(example)
+        except NotCapturable as error:
+            executor = WholeExecutor(moved, example, ignore, quantize_ends, forward_step)
+            output = executor.self_test(example)
+            notes.append(f"whole forwards for every perturbation, since the model has no usable graph ({error})")
         check_output(output, samples.targets, loss)
-        chunk = batch_size or _default_batch(captured, len(bits), estimator, place)
+        chunk = batch_size or _default_batch(executor, len(bits), estimator, place)
         settings = {
             "bits": bits,
             "estimator": estimator,
@@ -156,32 +175,38 @@ def profile(
             "exact_samples": exact_samples,
             "precision": precision,
             "batch_size": chunk,
-            "layers": [asdict(layer) for layer in captured.layers],
+            "layers": [asdict(layer) for layer in executor.layers],
             "quantizer": quantizer.to_json(),
         }
         fingerprint = {"weights": weights_digest(model), "data": samples.digest(), "settings": digest(settings)}
         known = _earlier(output_dir, fingerprint)
         if known is not None:
             return known
-        variants = quantized_variants(model, captured, bits, quantizer, place, dtype)
+        variants = quantized_variants(model, executor.layers, bits, quantizer, place, dtype)
         chunks = Chunks(output_dir, fingerprint)
         make_loss = _loss_maker(loss, loss_func, samples.targets, place)
+        probed: dict[str, Any] = {}
+        if precision in LOW_PRECISIONS:
+            executor, probed = _lower(executor, variants, samples, make_loss, estimator, precision, notes)
         sums = _measure(executor, estimator, variants, samples, make_loss, chunk, exact_samples, chunks, verbose)
 
-    result = _assemble(sums, captured, bits, quantizer, fingerprint)
+    if sums.samples < num_samples:
+        notes.append(f"the data ended after {sums.samples} of {num_samples} samples")
+    result = _assemble(sums, executor.layers, bits, quantizer, fingerprint)
     result.info.update(
         estimator=estimator,
         loss=loss,
-        precision=precision,
+        precision=executor.precision.name
+        if isinstance(executor, CarriedExecutor)
+        else str(dtype).removeprefix("torch."),
+        **probed,
         batch_size=chunk,
         device=place.type,
         forward_equivalents=executor.work / sums.samples,
         expected_forward_equivalents=expected_work(estimator, executor.suffix_share, len(bits)),
         seconds=time.perf_counter() - start,
-        float_layers=captured.skipped,
-        warnings=[]
-        if sums.samples == num_samples
-        else [f"the data ended after {sums.samples} of {num_samples} samples"],
+        float_layers=executor.skipped,
+        warnings=notes,
     )
     if output_dir is not None:
         result.save(Path(output_dir) / FILE_NAME)
@@ -306,7 +331,7 @@ def split_batch(item: Any) -> tuple[Tensor, Tensor | None]:
 
 def quantized_variants(
     model: nn.Module,
-    captured: Captured,
+    layers: Sequence[Layer],
     bits: Sequence[int],
     quantizer: Quantizer,
     device: torch.device,
@@ -314,7 +339,7 @@ def quantized_variants(
 ) -> list[list[Tensor]]:
     """For every layer its weight at every bit-width, quantized in the weight's own dtype, then converted."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights = (parameters[layer.names[0]].detach() for layer in captured.layers)
+    weights = (parameters[layer.names[0]].detach() for layer in layers)
     return [list(quantizer.fake_quant(weight, bits).to(device, dtype)) for weight in weights]
 
 
@@ -360,10 +385,13 @@ def _loss_maker(
     return make
 
 
-def _default_batch(captured: Captured, width: int, estimator: str, device: torch.device) -> int:
+def _default_batch(executor: Runner, width: int, estimator: str, device: torch.device) -> int:
     """Samples per chunk: as many as keep the largest stacked activation within the device's budget."""
+    if isinstance(executor, WholeExecutor):
+        return 32
     per_sample = 1
-    for node in captured.nodes:
+    assert isinstance(executor, Executor)
+    for node in executor.captured.nodes:
         value = node.meta["val"]
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             fixed = [int(size) for size in tensor.shape if not isinstance(size, torch.SymInt)]
@@ -373,8 +401,36 @@ def _default_batch(captured: Captured, width: int, estimator: str, device: torch
     return int(min(256, max(1, budget // (streams * per_sample))))
 
 
+def _lower(
+    executor: Runner,
+    variants: list[list[Tensor]],
+    samples: Samples,
+    make_loss: Callable[[Any, slice], Loss],
+    estimator: str,
+    precision: str,
+    notes: list[str],
+) -> tuple[Runner, dict[str, Any]]:
+    """The executor that carries differences in a low precision, where a probe finds its errors below the sampling noise."""
+    if not isinstance(executor, Executor):
+        notes.append(f"float32 instead of {precision}: differences are carried through a graph, and there is none")
+        return executor, {}
+    rows = slice(0, min(SAMPLES, len(samples)))
+    device = variants[0][0].device
+    batch = moved_to(pytree.tree_map(lambda leaf: leaf[rows], samples.inputs), device, torch.float32)
+    found = probe(
+        executor.captured, variants, batch, lambda inputs: make_loss(inputs, rows), estimator, precision, len(samples)
+    )
+    if not found["good"]:
+        notes.append(
+            f"float32 instead of {precision}: the probe's error of ΔL is {found['loss_error']:.1e} and of Ω "
+            f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
+        )
+        return executor, {"probe": found}
+    return CarriedExecutor(executor.captured, precision, device, executor), {"probe": found}
+
+
 def _measure(
-    executor: Executor,
+    executor: Runner,
     estimator: str,
     variants: list[list[Tensor]],
     samples: Samples,
@@ -413,7 +469,7 @@ def _measure(
 
 
 def _assemble(
-    sums: Sums, captured: Captured, bits: tuple[int, ...], quantizer: Quantizer, fingerprint: dict[str, str]
+    sums: Sums, layers: Sequence[Layer], bits: tuple[int, ...], quantizer: Quantizer, fingerprint: dict[str, str]
 ) -> Sensitivity:
     count = sums.samples
     pair, pair_squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
@@ -421,12 +477,12 @@ def _assemble(
     if int(sums.residual_samples):
         interaction, stderr = _corrected(sums, interaction, stderr)
     delta_loss, loss_error = _mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), count)
-    inside = same_layer(len(captured.layers), len(bits))
+    inside = same_layer(len(layers), len(bits))
     interaction[inside] = 0.0
     stderr[inside] = 0.0
     np.fill_diagonal(stderr, loss_error)
     bad = [
-        f"{captured.layers[v // len(bits)].name} at {bits[v % len(bits)]} bits"
+        f"{layers[v // len(bits)].name} at {bits[v % len(bits)]} bits"
         for v in range(len(delta_loss))
         if not (np.isfinite(delta_loss[v]) and np.isfinite(interaction[v]).all())
     ]
@@ -437,7 +493,7 @@ def _assemble(
         "be finite for every candidate",
         f"NaN or infinity for {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
     )
-    return Sensitivity(captured.layers, bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint)
+    return Sensitivity(tuple(layers), bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint)
 
 
 def _corrected(sums: Sums, closed: Any, closed_error: Any) -> tuple[Any, Any]:
