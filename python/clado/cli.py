@@ -302,20 +302,70 @@ def latency(run: str, batch_size: int, repeats: int, device: str | None, out: st
 
 @main.command()
 @click.argument("run")
-@click.option("--format", "format_", default="safetensors", show_default=True, help="File format.")
+@click.option(
+    "--format",
+    "format_",
+    default="safetensors",
+    show_default=True,
+    help="safetensors (clado's own, every width), compressed-tensors (Linear layers), onnx.",
+)
 @click.option("--out", help="Folder to write; RUN/out when left out.")
-def export(run: str, format_: str, out: str | None) -> None:
-    """Write the integer weights of the plan in RUN."""
-    from .exporter import export as write
-    from .plan import Plan
-    from .rundir import load_model
+@click.option(
+    "--odd-widths", help="compressed-tensors with 3, 5, 6, 7 bits: dense (readers ≥ 0.18.0), padded (≤ 0.17.1)."
+)
+@click.option("--verify", is_flag=True, help="Then read it with a consumer of the format and compare.")
+def export(run: str, format_: str, out: str | None, odd_widths: str | None, verify: bool) -> None:
+    """Write the integer weights of the plan in RUN.
 
-    model, _, _ = load_model(run)
-    written = write(model, Plan.load(run), out or Path(run) / "out", format_)
+    \b
+    clado export run                                          # clado.load reads it
+    clado export run --format compressed-tensors --verify     # vLLM, transformers
+    clado export run --format onnx --out run/onnx --verify    # onnxruntime (pip install clado[onnx])
+    """
+    from . import exporter
+    from .plan import Plan
+    from .rundir import heldout, load_model
+
+    model, spec, note = load_model(run)
+    plan, target = Plan.load(run), out or Path(run) / "out"
+    options: dict[str, Any] = {"odd_widths": odd_widths}
+    if format_ == "onnx":
+        options["example"] = heldout(model, spec, {**note, "num_samples": 0}, None, 2, 2)[0][0]
+    written = exporter.export(model, plan, target, format_, **options)
     click.echo(
         f"{written.folder}: {written.quantized:,} bytes of codes and scales, {written.leftovers:,} bytes left in float, "
         f"{written.header:,} bytes of header"
     )
+    if written.kept:
+        names = ", ".join(written.kept[:3]) + (", …" if len(written.kept) > 3 else "")
+        click.echo(f"{len(written.kept)} planned layers have no place in {format_} and stay float: {names}")
+    if verify:
+        click.echo(exporter.verify(model, plan, target, format_, **options))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--tool", default="json", show_default=True, help="json, modelopt, quanto or torchao.")
+@click.option("--out", help="JSON file to write; the terminal when left out.")
+def recipe(run: str, tool: str, out: str | None) -> None:
+    """The plan in RUN as the configuration of another tool, which quantizes the model itself.
+
+    \b
+    clado recipe run                                   # {module: bits}
+    clado recipe run --tool modelopt --out config.json
+    In Python, clado.recipes gives the tools' own objects.
+    """
+    from .plan import Plan
+    from .recipes import RECIPES
+    from .rundir import write_json
+
+    require(tool in RECIPES, "recipe", "tool", f"be one of {', '.join(RECIPES)}", repr(tool))
+    config = RECIPES[tool](Plan.load(run))
+    if out is None:
+        click.echo(json.dumps(config, indent=1))
+    else:
+        write_json(Path(out), config)
+        click.echo(f"-> {out}")
 
 
 @main.command()
