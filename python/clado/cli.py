@@ -68,7 +68,12 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @main.command()
 @click.option("--model", required=True, help="timm name, package.module:function, or digits (embedded).")
 @click.option("--checkpoint", help="Weights: .safetensors, or a torch file of tensors alone.")
-@click.option("--pretrained", is_flag=True, help="timm's own weights (needs the hub).")
+@click.option(
+    "--pretrained",
+    is_flag=False,
+    flag_value="hub",
+    help="timm's own weights: from its hub, or from a local folder or file when one is named.",
+)
 @click.option("--num-classes", type=int, help="Classes of the head, as timm takes it.")
 @click.option("--img-size", type=int, help="Image size, as timm takes it.")
 @click.option("--data", required=True, help="Image folder (one subfolder per class), or digits:sensitivity.")
@@ -96,6 +101,7 @@ def profile(**options: Any) -> None:
     from .profiler import profile as measure
     from .rundir import write_note
 
+    options["pretrained"] = {None: False, "hub": True}.get(options["pretrained"], options["pretrained"])
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
     model = build_model(spec)
     data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"])
@@ -375,7 +381,13 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
-    """Loss and accuracy of the plan in RUN beside the float model."""
+    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors.
+
+    The last row is the plan less the float model on the same images: its errors are those of paired differences.
+
+    \b
+    clado evaluate run --data imagenet/val --nsamples 5000
+    """
     from .evaluator import evaluate as score
     from .exporter import apply
     from .plan import Plan

@@ -56,6 +56,14 @@ class Score:
     def accuracy_stderr(self) -> float:
         return standard_error(self.correct.double())
 
+    @property
+    def accuracy5(self) -> float | None:
+        return None if self.correct5 is None else self.correct5.double().mean().item()
+
+    @property
+    def accuracy5_stderr(self) -> float | None:
+        return None if self.correct5 is None else standard_error(self.correct5.double())
+
     def difference(self, other: Score) -> tuple[float, float]:
         """Mean and standard error of this loss minus another's on the same samples, paired."""
         gap = self.losses - other.losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,21 +13,25 @@ from torch import Tensor, nn
 
 from .errors import CladoError, require
 
+_HUB = "hf-hub:"
+
 
 @dataclass(frozen=True)
 class ModelSpec:
     """How a model is built; kept in the run directory so that later stages find it again.
 
     Attributes:
-        model: a timm name, "digits" (the embedded net), or ``package.module:function`` that returns a module.
+        model: a timm name (``hf-hub:owner/name`` too), "digits" (the embedded net), or ``package.module:function`` that returns
+            a module.
         checkpoint: local weights, ``.safetensors`` or a torch file of tensors alone.
-        pretrained: timm's own weights, from a hub.
+        pretrained: timm's own weights: True from its hub, or a local folder or file of them. Unlike a checkpoint they may have
+            another number of classes, and names of the original release.
         num_classes, img_size: as timm takes them.
     """
 
     model: str
     checkpoint: str | None = None
-    pretrained: bool = False
+    pretrained: bool | str = False
     num_classes: int | None = None
     img_size: int | None = None
 
@@ -44,7 +49,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         from .digits import load_model
 
         model = load_model()
-    elif ":" in spec.model:
+    elif ":" in spec.model and not spec.model.startswith(_HUB):
         model = _own(spec.model)
     else:
         model = _timm(spec)
@@ -88,7 +93,7 @@ def _timm(spec: ModelSpec) -> nn.Module:
         raise CladoError(
             "model: timm must be installed for models by name, got no module timm (pip install timm)"
         ) from None
-    if not timm.is_model(spec.model):
+    if not spec.model.startswith(_HUB) and not timm.is_model(spec.model):
         close = timm.list_models(f"*{spec.model.split('_')[0]}*")[:3]
         hint = f" (there are {', '.join(close)}, …)" if close else ""
         raise CladoError(
@@ -97,16 +102,39 @@ def _timm(spec: ModelSpec) -> nn.Module:
     options: dict[str, Any] = {
         k: v for k, v in (("num_classes", spec.num_classes), ("img_size", spec.img_size)) if v is not None
     }
+    name = spec.model
+    if isinstance(spec.pretrained, str):
+        name, overlay = _local(spec.model, Path(spec.pretrained))
+        options |= overlay
     try:
-        return timm.create_model(spec.model, pretrained=spec.pretrained, **options)
-    except TypeError:
-        options.pop("img_size", None)  # convolutional nets take any size and no such argument
-        return timm.create_model(spec.model, pretrained=spec.pretrained, **options)
+        try:
+            return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
+        except TypeError:
+            options.pop("img_size", None)  # convolutional nets take any size and no such argument
+            return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
     except Exception as error:  # what a hub that cannot be reached raises depends on the hub
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CladoError(
             f"model: timm must be able to build {spec.model}, got {type(error).__name__}: {reason}"
         ) from None
+
+
+def _local(model: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """timm's name and options for weights in a local folder as a hub holds it, or in a file."""
+    config = path / "config.json"
+    if config.is_file():
+        try:
+            held = json.loads(config.read_text())["architecture"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CladoError(f"model: pretrained must hold a timm config.json, got {config} ({error!r})") from None
+        require(held == model.split(".")[0], "model", "pretrained", f"hold weights of {model}", held)
+        return f"local-dir:{path}", {}
+    known = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    file = path if path.is_file() else next(iter(known), None)
+    must = "be a file, or a folder with model.safetensors or pytorch_model.bin"
+    require(file is not None, "model", "pretrained", must, path)
+    assert file is not None
+    return model, {"pretrained_cfg_overlay": {"state_dict": _read_state(file), "source": ""}}
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

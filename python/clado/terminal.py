@@ -37,21 +37,29 @@ def show_plan(plan: Any) -> None:
 
 
 def show_scores(rows: list[tuple[str, Any]]) -> None:
+    """Loss, top-1 and top-5 with standard errors; then the last row less the first on the same samples."""
     table = Table(box=None, header_style="bold")
-    for name in ("", "loss", "±", "top-1", "±", "top-5"):
+    for name in ("", "loss", "±", "top-1", "±", "top-5", "±"):
         table.add_column(name, justify="left" if not name else "right")
     for name, score in rows:
-        top5 = "" if score.correct5 is None else f"{score.correct5.double().mean().item():.2%}"
-        table.add_row(
-            name,
-            f"{score.loss:.4f}",
-            f"{score.loss_stderr:.4f}",
-            f"{score.accuracy:.2%}",
-            f"{score.accuracy_stderr:.2%}",
-            top5,
-        )
+        top5 = ("", "") if score.correct5 is None else (f"{score.accuracy5:.2%}", f"{score.accuracy5_stderr:.2%}")
+        loss = (f"{score.loss:.4f}", f"{score.loss_stderr:.4f}")
+        table.add_row(name, *loss, f"{score.accuracy:.2%}", f"{score.accuracy_stderr:.2%}", *top5)
+    first, last = rows[0][1], rows[-1][1]
+    gap = "{:+.4f} {:.4f}".format(*last.difference(first)).split()
+    hits = [(last.correct, first.correct)] + ([] if last.correct5 is None else [(last.correct5, first.correct5)])
+    shares = ["{:+.2%} {:.2%}".format(*paired(*pair)).split() for pair in hits]
+    table.add_row("difference", *gap, *(cell for share in shares for cell in share))
     console().print(table)
-    click.echo(f"{rows[0][1].num_samples} samples")
+    click.echo(f"{first.num_samples} samples")
+
+
+def paired(one: Any, other: Any) -> tuple[float, float]:
+    """Mean and standard error of the difference of two samples of hits."""
+    from .evaluator import standard_error
+
+    gap = one.double() - other.double()
+    return gap.mean().item(), standard_error(gap)
 
 
 def show_run(folder: Path) -> None:
