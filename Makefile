@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell git ls-files csrc clado_ext/bindings CMakeLists.txt pyproject.toml 2>/dev/null)
 
-.PHONY: help quickstart test lint dev native bench clean
+.PHONY: help quickstart test lint docs dev native bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## the documentation as HTML in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 bench: $(VENV)/.installed-test  ## microbenchmarks of the kernels beside their ceilings and rivals
 	$(BIN)/python -m bench

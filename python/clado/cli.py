@@ -420,7 +420,7 @@ def report(run: str, format_: str, out: str | None, nsamples: int, data: str | N
 
     \b
     clado report run
-    clado report run --format svg       # RUN/figures/*.svg
+    clado report run --format svg       # one file a figure in RUN/figures
     The page is one file: it opens offline, light and dark, and prints. Plans are run once on held-out images
     and kept in RUN/measured.json.
     """
