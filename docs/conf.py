@@ -1,5 +1,8 @@
 """Sphinx: Markdown pages, reference from docstrings. ``make docs``; warnings are errors."""
 
+import re
+from typing import Any
+
 project = "clado"
 author = "the clado authors"
 copyright = author
@@ -28,3 +31,13 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 copybutton_prompt_text = "$ "
+
+
+def bars_are_bars(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+    """Outside of literals, | is the magnitude of something and not a substitution."""
+    text = re.split(r"(``.*?``)", "\n".join(lines), flags=re.S)
+    lines[:] = "".join(part if part.startswith("``") else part.replace("|", "\\|") for part in text).split("\n")
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", bars_are_bars)

@@ -171,7 +171,7 @@ class Solver:
         Args:
             plan: an answer of :meth:`solve` to the same budgets and wishes; its objective orders the others.
             count: how many at most.
-            pin, forbid, min_bits, max_bits, shared_layers, **budget_arguments: as they were given to :meth:`solve`.
+            pin, forbid, min_bits, max_bits, shared_layers, budget_arguments: as they were given to :meth:`solve`.
         """
         asked = self._ask(plan.objective_name, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
         small, keep = merged(asked.program, asked.keep, asked.groups)
