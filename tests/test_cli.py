@@ -16,7 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clado import Sensitivity, solve
+from clado.checkpoint import Checkpoint
 from clado.cli import main
+from clado.estimators import Sums
 from tests.models import timm_model
 
 MODEL = ["--model", "mobilenetv3_small_100", "--num-classes", "10"]
@@ -145,12 +147,14 @@ def test_inspect_fits_80_columns_without_colour(tmp_path: Path, encoding: str) -
 
 
 def test_inspect_an_unfinished_run(tmp_path: Path) -> None:
-    (tmp_path / "chunks").mkdir()
-    for name in ("000000000-000000032", "000000032-000000064"):
-        (tmp_path / "chunks" / f"{name}.safetensors").write_bytes(b"x")
+    kept = Checkpoint(tmp_path, {}, 32, 2)
+    for _ in range(2):
+        part = Sums.zeros(2)
+        part.samples = 32
+        kept.add(part, torch.arange(32))
     result = call("inspect", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "2 chunks, 64 samples done" in result.output
+    assert "running sums: 64 samples done" in result.output
     refused(call("inspect", tmp_path / "nowhere"), "run must be a run directory that holds one of clado's files")
 
 

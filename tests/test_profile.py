@@ -226,9 +226,9 @@ def test_output_dir_is_reused_for_the_same_run_and_refused_for_another(tmp_path:
     stamp = (tmp_path / "sensitivity.safetensors").stat().st_mtime_ns
     again = profile(model, [x], output_dir=tmp_path, verbose=False)
     assert np.array_equal(first.interaction, again.interaction)
-    with pytest.raises(clado.CladoError, match="whose data differ"):
-        profile(model, [x[:5]], output_dir=tmp_path, verbose=False)
-    with pytest.raises(clado.CladoError, match="whose settings differ"):
+    with pytest.raises(clado.CladoError, match="whose data differ from sample 3 on"):
+        profile(model, [torch.cat([x[:3], x[4:]])], output_dir=tmp_path, verbose=False)
+    with pytest.raises(clado.CladoError, match=r"whose bits differ \(\[2, 4, 8\] there, \[2, 4\] here\)"):
         profile(model, [x], bits=(2, 4), output_dir=tmp_path, verbose=False)
     other = copy.deepcopy(model)
     with torch.no_grad():

@@ -1,97 +1,149 @@
-"""Finished chunks of a profile on disk, so that a run killed at any moment resumes to the same bits.
+"""The running sums of a profile on disk, so that a run killed at any moment goes on to the same bits.
 
-Each chunk of samples is one file with its :class:`Sums`, named by its sample range, written whole or not at all. Sums of
-chunks are added in sample order by whoever finishes, so it does not matter how often, or by how many processes, a run was
-carried on.
+One file holds the sums over all finished chunks, the digest of every sample in them and the settings in clear. It is replaced
+as a whole after every chunk, so its size does not grow, and it stays when the run is finished: with more samples the same
+run goes on from there.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import CladoError, require
 from .estimators import Sums
 from .files import atomic_file
 
-FOLDER = "chunks"
+FILE_NAME = "progress.safetensors"
+SCHEMA = 1
 _TENSORS = tuple(f.name for f in fields(Sums) if f.name != "samples")
 
 
-class Chunks:
-    """The chunk files of one run directory; with ``folder=None`` nothing is kept."""
+class Checkpoint:
+    """Sums of finished chunks in sample order; with ``output_dir=None`` nothing is written.
 
-    def __init__(self, output_dir: str | os.PathLike[str] | None, fingerprint: dict[str, str]) -> None:
-        self.folder = None if output_dir is None else Path(output_dir) / FOLDER
-        self.fingerprint = fingerprint
-        if self.folder is not None and self.folder.exists():
-            self._refuse_foreign()
+    Chunks are added in order, so the sums are the same left fold however often a run was interrupted.
 
-    def load(self, first: int) -> Sums | None:
-        """The finished chunk that starts at sample ``first``, None where there is none."""
-        if self.folder is None:
-            return None
-        for path in sorted(self.folder.glob(f"{first:09d}-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                return Sums(**{name: file.get_tensor(name) for name in _TENSORS}, samples=_range(path)[1] - first)
-        return None
+    Args:
+        output_dir: the run directory.
+        settings: JSON values by name that decide the result; a directory whose values differ is refused.
+        size: samples of a whole chunk. Only whole chunks are written: a shorter one ends the set, and with more samples it is
+            measured again as a whole one.
+        candidates: V.
 
-    def save(self, first: int, sums: Sums) -> None:
-        """Keep a finished chunk.
+    Attributes:
+        total: sums so far.
+        digests: int64 ``[total.samples]``.
+        expected: int64, digests of all samples the directory is known to hold, finished result included.
+    """
+
+    def __init__(self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int) -> None:
+        self.path = None if output_dir is None else output_dir / FILE_NAME
+        self.size = size
+        self.settings = json.loads(json.dumps(settings))
+        self.total = Sums.zeros(candidates)
+        self.digests = torch.zeros(0, dtype=torch.int64)
+        if self.path is not None and self.path.exists():
+            known, self.total, self.digests = read_progress(self.path)
+            refuse_other_run(known, self.settings, self.path.parent)
+        self.expected = self.digests
+        if output_dir is not None:
+            for left in output_dir.glob(".*.safetensors.*"):  # of a run that was killed while it wrote
+                left.unlink(missing_ok=True)
+
+    def check(self, first: int, digests: Tensor) -> None:
+        """Raise unless the samples from ``first`` on are those that the directory holds there, as far as it goes."""
+        known = self.expected[first : first + len(digests)]
+        different = (known != digests[: len(known)]).nonzero()
+        if len(different) > 0:
+            self.require_same(False, f"data differ from sample {first + int(different[0])} on")
+
+    def check_end(self, seen: int) -> None:
+        """Raise when the data ended before the samples that the directory holds."""
+        short = f"{len(self.expected)} samples are more than the {seen} asked for or at hand now"
+        self.require_same(seen >= len(self.expected), short)
+
+    def require_same(self, same: bool, reason: str) -> None:
+        place = None if self.path is None else self.path.parent
+        require(same, "profile", "output_dir", "be new or hold the same run", f"{place}, whose {reason}")
+
+    def add(self, part: Sums, digests: Tensor) -> None:
+        """Add the next chunk and keep it.
 
         Raises:
             CladoError: the disk is full; what was kept before stays.
         """
-        if self.folder is None:
-            return
-        path = self.folder / f"{first:09d}-{first + sums.samples:09d}.safetensors"
+        whole = part.samples == self.size
+        if self.path is not None and not whole and not self.path.exists():
+            self._write(self.path)  # the settings, for whoever comes with others
+        self.total += part
+        self.digests = torch.cat([self.digests, digests])
+        if self.path is not None and whole:
+            self._write(self.path)
+
+    def _write(self, path: Path) -> None:
+        tensors = {
+            name: getattr(self.total, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS
+        } | {"digests": self.digests}
+        header = {"schema": SCHEMA, "settings": self.settings}
         try:
             with atomic_file(path) as temporary:
-                tensors = {name: getattr(sums, name).contiguous() for name in _TENSORS}
-                save_file(tensors, temporary, metadata={"clado.chunk": json.dumps(self.fingerprint)})
+                save_file(tensors, temporary, metadata={"clado.progress": json.dumps(header)})
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-                raise CladoError(
-                    f"profile: output_dir must have space left, got a full disk at {self.folder}; "
-                    "finished chunks are kept, run the same call again to go on"
-                ) from None
-            raise
-
-    def clear(self) -> None:
-        """Remove the chunks of a finished run."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _refuse_foreign(self) -> None:
-        assert self.folder is not None
-        for path in sorted(self.folder.glob("*.safetensors"))[:1]:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    known = json.loads((file.metadata() or {}).get("clado.chunk", "{}"))
-            except (SafetensorError, OSError, json.JSONDecodeError):
-                raise CladoError(f"profile: output_dir must hold whole chunk files, got a damaged {path}") from None
-            refuse_other_run(known, self.fingerprint, self.folder.parent)
+            raise disk_error(error, path.parent) from None
 
 
-def refuse_other_run(known: dict[str, str], wanted: dict[str, str], place: Path) -> None:
-    """Raise when two fingerprints differ, naming the items that do."""
-    different = [item for item, value in wanted.items() if known.get(item) != value]
-    require(
-        not different,
-        "profile",
-        "output_dir",
-        "be new or hold the same run",
-        f"{place}, whose {' and '.join(different)} differ",
+def disk_error(error: Exception, place: Path) -> CladoError:
+    """What to say when a file of a run directory cannot be written."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    must, got = ("have space left", "a full disk") if full else ("be writable", str(error))
+    return CladoError(
+        f"profile: output_dir must {must}, got {got} at {place}; finished work is kept, run the same call again to go on"
     )
 
 
-def _range(path: Path) -> tuple[int, int]:
-    first, last = path.stem.split("-")
-    return int(first), int(last)
+def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path) -> None:
+    """Raise when settings differ, naming those that do with both values."""
+    different = [item for item in {**known, **wanted} if known.get(item) != wanted.get(item)]
+    shown = [f"{item} differ ({_short(known.get(item))} there, {_short(wanted.get(item))} here)" for item in different]
+    require(
+        not different, "profile", "output_dir", "be new or hold the same run", f"{place}, whose {' and '.join(shown)}"
+    )
+
+
+def recorded(output_dir: Path | None) -> dict[str, Any]:
+    """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
+    there = output_dir is not None and (output_dir / FILE_NAME).exists()
+    return read_progress(output_dir / FILE_NAME)[0] if output_dir is not None and there else {}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 24 else text[:10] + "…"
+
+
+def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
+    """(settings, sums, sample digests) of a checkpoint file.
+
+    Raises:
+        CladoError: a damaged or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("clado.progress", "{}"))
+            require(
+                header.get("schema") == SCHEMA, "profile", f"schema of {path}", f"be {SCHEMA}", header.get("schema")
+            )
+            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "digests")}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CladoError(f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error})") from None
+    digests = tensors.pop("digests")
+    return header["settings"], Sums(**tensors, samples=len(digests)), digests

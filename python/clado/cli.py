@@ -437,7 +437,7 @@ def report(run: str, format_: str, out: str | None, nsamples: int, data: str | N
 @main.command()
 @click.argument("run")
 def inspect(run: str) -> None:
-    """What a run directory holds: matrix, plan, frontier, exports, or the chunks of an unfinished run."""
+    """What a run directory holds: matrix, plan, frontier, exports, or the running sums of an unfinished run."""
     from .terminal import show_run
 
     show_run(Path(run))

@@ -18,9 +18,10 @@ from .errors import CladoError, require
 from .executor import Executor, State
 from .exporter import apply, check_fit
 from .plan import Plan
-from .profiler import LOSSES, check_targets, converted, full_precision, moved_to, split_batch, two_samples
+from .profiler import LOSSES, converted, full_precision
 from .progress import progress_bar
 from .quantizer import Quantizer
+from .samples import check_targets, moved_to, split_batch, two_samples
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -24,6 +26,11 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def data_digest(sample_digests: NDArray[np.int64]) -> str:
+    """SHA-256 over the digests of all samples in order."""
+    return hashlib.sha256(np.ascontiguousarray(sample_digests, np.int64).tobytes()).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from torch.utils import _pytree as pytree
 
 from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor
-from .checkpoint import Chunks, refuse_other_run
-from .errors import CladoError, require
+from .checkpoint import Checkpoint, disk_error, recorded
+from .distributed import Ranks
+from .errors import require
 from .estimators import CLOSED_FORM, ESTIMATORS, Sums, expected_work
 from .executor import Executor, Runner
-from .fingerprint import code_digest, digest, tensor_digest, weights_digest
+from .fingerprint import code_digest, data_digest, digest, weights_digest
 from .losses import LogitLoss, Loss, LossFunc, UserLoss
 from .probe import SAMPLES, probe
 from .progress import progress_bar
 from .quantizer import Quantizer
+from .samples import Chunk, SampleStream, check_targets, moved_to, split_batch, two_samples
 from .sensitivity import FILE_NAME, Layer, Sensitivity, check_bits, same_layer
 from .whole import WholeExecutor
 
@@ -34,24 +37,6 @@ LOSSES = ("kl", "cross_entropy")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64} | dict.fromkeys(LOW_PRECISIONS, torch.float32)
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
 _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The sensitivity set: inputs ``[N, …]`` and, where the loader gives them, targets int64 ``[N]``; on the CPU.
-
-    For a user's ``forward_step`` or ``loss_func`` the inputs are whole batches: a nest of tensors ``[N, …]``.
-    """
-
-    inputs: Any
-    targets: Tensor | None
-
-    def __len__(self) -> int:
-        return len(pytree.tree_leaves(self.inputs)[0])
-
-    def digest(self) -> str:
-        inputs = {f"inputs{k or ''}": leaf for k, leaf in enumerate(pytree.tree_leaves(self.inputs))}
-        return tensor_digest(inputs | ({} if self.targets is None else {"targets": self.targets}))
 
 
 def profile(
@@ -118,112 +103,302 @@ def profile(
     Raises:
         CladoError: any bad input, in one line; nothing is written then.
     """
-    bits = tuple(sorted(bits))
-    check_bits(bits)
-    require(estimator in ESTIMATORS, "profile", "estimator", f"be one of {', '.join(ESTIMATORS)}", repr(estimator))
-    require(loss in LOSSES, "profile", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
-    require(precision in PRECISIONS, "profile", "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
-    require(num_samples >= 1, "profile", "num_samples", "be at least 1", num_samples)
-    require(batch_size is None or batch_size >= 1, "profile", "batch_size", "be at least 1", batch_size)
-    quantizer = Quantizer(group_size, scale_steps, symmetric)
-    check_finite(model)
-
-    require(
-        estimator != "gradient" or precision not in LOW_PRECISIONS,
-        "profile",
-        "precision",
-        "be float32 or float64 for the gradient estimator (a backward carries no differences)",
-        repr(precision),
+    options = Options(
+        bits=tuple(sorted(bits)),
+        estimator=estimator,
+        loss=loss if loss_func is None else "user",
+        loss_func=loss_func,
+        forward_step=forward_step,
+        precision=precision,
+        num_samples=num_samples,
+        exact_samples=exact_samples,
+        batch_size=batch_size,
+        quantizer=Quantizer(group_size, scale_steps, symmetric),
+        ignore=tuple(ignore),
+        quantize_ends=quantize_ends,
+        output_dir=None if output_dir is None else Path(output_dir),
+        device=None if device is None else torch.device(device),
+        seed=seed,
     )
-    if loss_func is not None:
-        loss = "user"
-        usable = [name for name in ESTIMATORS if name not in CLOSED_FORM]
-        require(estimator in usable, "profile", "estimator", f"be one of {', '.join(usable)} with loss_func", estimator)
-
-    start = time.perf_counter()
-    samples = collect(data_loader, num_samples, seed, whole=loss_func is not None or forward_step is not None)
-    require(
-        loss != "cross_entropy" or samples.targets is not None,
-        "profile",
-        "data_loader",
-        "yield (inputs, targets) for cross_entropy",
-        "inputs alone",
-    )
-    if forward_step is None and loss_func is not None:
-        forward_step = first_of_batch
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = PRECISIONS[precision]
     with full_precision(), torch.no_grad():
-        moved = converted(model, place, dtype)
-        example = moved_to(two_samples(samples.inputs), place, dtype)
+        return Run(model, data_loader, options).measure(verbose)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`profile`, checked."""
+
+    bits: tuple[int, ...]
+    estimator: str
+    loss: str
+    loss_func: LossFunc | None
+    forward_step: ForwardStep | None
+    precision: str
+    num_samples: int
+    exact_samples: int | None
+    batch_size: int | None
+    quantizer: Quantizer
+    ignore: tuple[str, ...]
+    quantize_ends: bool
+    output_dir: Path | None
+    device: torch.device | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        losses = LOSSES if self.loss_func is None else ("user",)
+        for name, known in (("estimator", tuple(ESTIMATORS)), ("loss", losses), ("precision", tuple(PRECISIONS))):
+            value = getattr(self, name)
+            require(value in known, "profile", name, f"be one of {', '.join(known)}", repr(value))
+        if self.loss_func is not None:
+            usable = [name for name in ESTIMATORS if name not in CLOSED_FORM]
+            must = f"be one of {', '.join(usable)} with loss_func"
+            require(self.estimator in usable, "profile", "estimator", must, self.estimator)
+        must = "be float32 or float64 for the gradient estimator (a backward carries no differences)"
+        carries = self.estimator != "gradient" or self.precision not in LOW_PRECISIONS
+        require(carries, "profile", "precision", must, repr(self.precision))
+        for name in ("num_samples", "exact_samples", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, "profile", name, "be at least 1", value)
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether the user's own functions get the loader's batches as they are."""
+        return self.loss_func is not None or self.forward_step is not None
+
+
+class Run:
+    """A run that is ready to be measured: the captured model, the stream of samples, the settings that decide the result."""
+
+    def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options) -> None:
+        self.started = time.perf_counter()
+        self.model, self.options = model, options
+        self.measured = 0  # samples of this rank, in this call or an earlier one
+        check_finite(model)
+        self.stream = SampleStream(data_loader, options.num_samples, options.seed)
+        first = self.stream.peek(SAMPLES)
+        inputs, targets = self._parts(first)
+        labelled = options.loss != "cross_entropy" or targets is not None
+        require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+        self.device = options.device or next(model.parameters()).device
+        self.dtype = PRECISIONS[options.precision]
+        self.notes: list[str] = []
+        self.executor = self._executor(two_samples(moved_to(inputs, self.device, self.dtype)))
+        known = recorded(options.output_dir)
+        default = _default_batch(self.executor, len(options.bits), options.estimator, self.device)
+        self.size = options.batch_size or known.get("batch_size") or default
+        few = options.exact_samples or known.get("exact_samples") or max(2, self.stream.expected // 8)
+        self.exact_samples = few if options.estimator == "corrected" else None
+        self.probed: dict[str, Any] = {}
+        products = options.precision
+        if options.precision in LOW_PRECISIONS:
+            self._lower(first, known.get("products"))
+            products = options.precision if isinstance(self.executor, CarriedExecutor) else "float32"
+        self.settings = {
+            "weights": weights_digest(model),
+            "layers": digest([asdict(layer) for layer in self.executor.layers]),
+            "bits": options.bits,
+            "estimator": options.estimator,
+            "exact_samples": self.exact_samples,
+            "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
+            "forward_step": code_digest(options.forward_step),
+            "precision": options.precision,
+            "products": products,
+            "batch_size": self.size,
+            "quantizer": options.quantizer.to_json(),
+            "device": self.device.type,
+        }
+
+    def _executor(self, example: Any) -> Runner:
+        """The captured graph, or whole forwards where there is none; tested on the example."""
+        options = self.options
+        step = first_of_batch if options.forward_step is None and options.whole_batches else options.forward_step
+        moved = converted(self.model, self.device, self.dtype)
         executor: Runner
-        notes: list[str] = []
         try:
-            executor = Executor(capture(moved, example, ignore, quantize_ends, forward_step))
+            executor = Executor(capture(moved, example, options.ignore, options.quantize_ends, step))
             output = executor.self_test(example)
         except NotCapturable as error:
-            executor = WholeExecutor(moved, example, ignore, quantize_ends, forward_step)
+            executor = WholeExecutor(moved, example, options.ignore, options.quantize_ends, step)
             output = executor.self_test(example)
-            notes.append(f"whole forwards for every perturbation, since the model has no usable graph ({error})")
-        check_output(output, samples.targets, loss)
-        chunk = batch_size or _default_batch(executor, len(bits), estimator, place)
-        settings = {
-            "bits": bits,
-            "estimator": estimator,
-            "loss": loss if loss_func is None else code_digest(loss_func),
-            "forward_step": code_digest(forward_step),
-            "exact_samples": exact_samples,
-            "precision": precision,
-            "batch_size": chunk,
-            "layers": [asdict(layer) for layer in executor.layers],
-            "quantizer": quantizer.to_json(),
+            reason = f"since the model has no usable graph ({error})"
+            self.notes.append(f"whole forwards for every perturbation, {reason}")
+        self.classes = check_output(output, options.loss)
+        return executor
+
+    def _lower(self, first: Any, decided: str | None) -> None:
+        """Carry differences in a low precision where a probe finds its errors below the sampling noise.
+
+        ``decided``: what an earlier call of this run found; a run keeps to it.
+        """
+        precision = self.options.precision
+        if not isinstance(self.executor, Executor):
+            self.notes.append(
+                f"float32 instead of {precision}: differences are carried through a graph, and there is none"
+            )
+            return
+        inputs, targets = self._parts(first)
+        found = probe(
+            self.executor.captured,
+            self.variants,
+            moved_to(inputs, self.device, torch.float32),
+            lambda batch: self._loss(batch, targets, len(pytree.tree_leaves(batch)[0])),
+            self.options.estimator,
+            precision,
+            self.stream.expected,
+        )
+        self.probed = {"probe": found}
+        if found["good"] if decided is None else decided == precision:
+            self.executor = CarriedExecutor(self.executor.captured, precision, self.device, self.executor)
+            return
+        self.notes.append(
+            f"float32 instead of {precision}: the probe's error of ΔL is {found['loss_error']:.1e} and of Ω "
+            f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
+        )
+
+    @cached_property
+    def variants(self) -> list[list[Tensor]]:
+        """All layers' weights at every bit-width."""
+        options = self.options
+        layers, quantizer = self.executor.layers, options.quantizer
+        return quantized_variants(self.model, layers, options.bits, quantizer, self.device, self.dtype)
+
+    @property
+    def candidates(self) -> int:
+        """V."""
+        return len(self.executor.layers) * len(self.options.bits)
+
+    def estimator(self, first: int) -> str:
+        """What the chunk that starts at a sample is measured by."""
+        pays = self.exact_samples is None or first < self.exact_samples
+        return self.options.estimator if pays else "logit"
+
+    def work(self, first: int, samples: int) -> float:
+        """Forward-equivalents of a chunk."""
+        return samples * expected_work(self.estimator(first), self.executor.suffix_share, len(self.options.bits))
+
+    def total_work(self, samples: int) -> float:
+        """Forward-equivalents of so many samples."""
+        starts = range(0, samples, self.size)
+        return sum(self.work(first, min(self.size, samples - first)) for first in starts)
+
+    def measure(self, verbose: bool) -> Sensitivity:
+        """Measure what is not finished yet; on every rank the same result."""
+        ranks = Ranks(self.device)
+        if not ranks.writes:
+            self._measure(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
+            return ranks.receive(Sensitivity.load)
+        folder = self.options.output_dir
+        checkpoint = Checkpoint(folder, self.settings, self.size, self.candidates)
+        known = earlier_result(folder, self.settings)
+        if known is not None and known.num_samples > len(checkpoint.expected):
+            checkpoint.expected = torch.from_numpy(known.sample_digests)
+        seen = self._measure(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
+        if known is None or seen != known.num_samples:
+            checkpoint.check_end(seen)
+            known = self._result(checkpoint, ranks)
+            if folder is not None:
+                try:
+                    known.save(folder / FILE_NAME)
+                except OSError as error:
+                    raise disk_error(error, folder) from None
+        ranks.send(known.save)
+        return known
+
+    def _measure(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
+        """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
+
+        ``end``: samples of the finished result in the directory, 0 without one; its last, short chunk is not in the checkpoint.
+        """
+        done, end = ranks.agree([checkpoint.total.samples, end])
+        seen = 0
+        total = self.total_work(self.stream.expected)
+        with progress_bar(f"profile ({self.options.estimator})", total, "forwards", verbose) as show:
+
+            def tick() -> None:
+                show(min(self.executor.work * ranks.world, total))
+
+            for chunk in self.stream.chunks(self.size, ranks.rank, ranks.world):
+                part = None
+                if chunk is not None:
+                    checkpoint.check(chunk.first, chunk.digests)
+                    self.measured += chunk.samples
+                    if chunk.last <= done or (chunk.last == end and chunk.samples < self.size):
+                        self.executor.work += self.work(chunk.first, chunk.samples)
+                    else:
+                        part = self._estimate(chunk, tick)
+                for digests, sums in ranks.collect(chunk, part, checkpoint.total, self.size):
+                    checkpoint.check(seen, digests)
+                    seen += len(digests)
+                    if sums is not None:
+                        checkpoint.add(sums, digests)
+                tick()
+        return seen
+
+    def _parts(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """(what the model is run on, labels or None) of one of the loader's batches."""
+        if not self.options.whole_batches:
+            return split_batch(batch)
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        labels = batch[1] if pair and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
+        return batch, None if labels is None or labels.is_floating_point() else labels
+
+    def _loss(self, inputs: Any, targets: Tensor | None, samples: int) -> Loss:
+        if self.options.loss_func is not None:
+            return UserLoss(self.options.loss_func, inputs, samples)
+        check_targets(targets, self.classes)
+        labels = targets if self.options.loss == "cross_entropy" else None
+        return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
+
+    def _estimate(self, chunk: Chunk, tick: Callable[[], None]) -> Sums:
+        inputs, targets = self._parts(chunk.batch)
+        inputs = moved_to(inputs, self.device, self.dtype)
+        loss = self._loss(inputs, targets, chunk.samples)
+        part = ESTIMATORS[self.estimator(chunk.first)](self.executor, self.variants, inputs, loss, tick)
+        finite = bool(torch.isfinite(part.loss).any())
+        where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished work is kept"
+        require(finite, "profile", "model", "return finite outputs", where)
+        return part
+
+    def _result(self, checkpoint: Checkpoint, ranks: Ranks) -> Sensitivity:
+        options, sums = self.options, checkpoint.total
+        fingerprint = {
+            "weights": str(self.settings["weights"]),
+            "data": data_digest(checkpoint.digests.numpy()),
+            "settings": digest(self.settings),
         }
-        fingerprint = {"weights": weights_digest(model), "data": samples.digest(), "settings": digest(settings)}
-        known = _earlier(output_dir, fingerprint)
-        if known is not None:
-            return known
-        variants = quantized_variants(model, executor.layers, bits, quantizer, place, dtype)
-        chunks = Chunks(output_dir, fingerprint)
-        make_loss = _loss_maker(loss, loss_func, samples.targets, place)
-        probed: dict[str, Any] = {}
-        if precision in LOW_PRECISIONS:
-            executor, probed = _lower(executor, variants, samples, make_loss, estimator, precision, notes)
-        sums = _measure(executor, estimator, variants, samples, make_loss, chunk, exact_samples, chunks, verbose)
-
-    if sums.samples < num_samples:
-        notes.append(f"the data ended after {sums.samples} of {num_samples} samples")
-    result = _assemble(sums, executor.layers, bits, quantizer, fingerprint)
-    result.info.update(
-        estimator=estimator,
-        loss=loss,
-        precision=executor.precision.name
-        if isinstance(executor, CarriedExecutor)
-        else str(dtype).removeprefix("torch."),
-        **probed,
-        batch_size=chunk,
-        device=place.type,
-        forward_equivalents=executor.work / sums.samples,
-        expected_forward_equivalents=expected_work(estimator, executor.suffix_share, len(bits)),
-        seconds=time.perf_counter() - start,
-        float_layers=executor.skipped,
-        warnings=notes,
-    )
-    if output_dir is not None:
-        result.save(Path(output_dir) / FILE_NAME)
-        chunks.clear()
-    return result
+        result = _assemble(sums, self.executor.layers, options.bits, options.quantizer, fingerprint, checkpoint.digests)
+        if sums.samples < options.num_samples:
+            self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
+        result.info["warnings"] = self.notes + result.info["warnings"]
+        result.info.update(
+            estimator=options.estimator,
+            loss=options.loss,
+            precision=self.settings["products"],
+            **self.probed,
+            batch_size=self.size,
+            device=self.device.type,
+            ranks=ranks.world,
+            forward_equivalents=self.executor.work / self.measured,
+            expected_forward_equivalents=self.total_work(sums.samples) / sums.samples,
+            exact_samples=int(sums.residual_samples) or None,
+            seconds=time.perf_counter() - self.started,
+            float_layers=self.executor.skipped,
+        )
+        return result
 
 
-def check_output(output: Any, targets: Tensor | None, loss: str) -> None:
-    """Raise when the model's output does not suit the loss, or holds NaN or infinity."""
+def check_output(output: Any, loss: str) -> int:
+    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
     leaves = pytree.tree_leaves(output)
-    if loss != "user":
-        fits = isinstance(output, Tensor) and output.dim() == 2
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
-        check_targets(targets, output.shape[1])
-        finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
-        require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+    if loss == "user":
+        return 0
+    fits = isinstance(output, Tensor) and output.dim() == 2
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
+    finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
+    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+    return int(output.shape[1])
 
 
 def first_of_batch(model: nn.Module, batch: Any) -> Any:
@@ -236,97 +411,6 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             require(bool(torch.isfinite(tensor).all()), "profile", f"weight {name}", "be finite", "NaN or infinity")
-
-
-def check_targets(targets: Tensor | None, classes: int) -> None:
-    """Raise when a label is not a class of the model."""
-    if targets is not None:
-        low, high = int(targets.min()), int(targets.max())
-        require(low >= 0 and high < classes, "profile", "targets", f"lie in 0..{classes - 1}", f"{low}..{high}")
-
-
-def collect(data_loader: Iterable[Any], num_samples: int, seed: int = 0, whole: bool = False) -> Samples:
-    """Read up to ``num_samples`` samples in the loader's order; ``whole``: nests of tensors, kept as they are.
-
-    Raises:
-        CladoError: no data, a batch of another shape, or items that are neither tensors nor (inputs, targets).
-    """
-    batches: list[Any] = []
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    count = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for item in data_loader:
-            if whole:
-                batches.append(_first_rows(item, num_samples - count))
-                count += len(pytree.tree_leaves(batches[-1])[0])
-                if count >= num_samples:
-                    break
-                continue
-            x, y = split_batch(item)
-            require(
-                not inputs or x.shape[1:] == inputs[0].shape[1:],
-                "profile",
-                "data_loader",
-                f"yield inputs of one shape {tuple(inputs[0].shape[1:]) if inputs else ''}",
-                tuple(x.shape[1:]),
-            )
-            require(
-                not inputs or (y is None) == (not targets),
-                "profile",
-                "data_loader",
-                "yield targets always or never",
-                "both",
-            )
-            inputs.append(x[: num_samples - count].cpu())
-            if y is not None:
-                require(
-                    y.shape == x.shape[:1] and not y.is_floating_point(),
-                    "profile",
-                    "targets",
-                    "be integers, one per sample",
-                    f"{y.dtype} {tuple(y.shape)}",
-                )
-                targets.append(y[: num_samples - count].cpu().long())
-            count += inputs[-1].shape[0]
-            if count >= num_samples:
-                break
-    require(count > 0, "profile", "data_loader", "yield at least one sample", "none")
-    if whole:
-        require(
-            len({str(pytree.tree_structure(batch)) for batch in batches}) == 1,
-            "profile",
-            "data_loader",
-            "yield batches of one structure",
-            "several",
-        )
-        # The labels of (inputs, targets) also serve the cross-entropy.
-        labels = [batch[1] for batch in batches if isinstance(batch, (tuple, list)) and len(batch) == 2]
-        usable = len(labels) == len(batches) and all(
-            isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point() for y in labels
-        )
-        joined = pytree.tree_map(lambda *leaves: torch.cat(leaves), batches[0], *batches[1:])
-        return Samples(joined, torch.cat(labels).long() if usable else None)
-    return Samples(torch.cat(inputs), torch.cat(targets) if targets else None)
-
-
-def _first_rows(batch: Any, count: int) -> Any:
-    """Up to ``count`` samples of a nest of tensors, on the CPU."""
-    leaves = pytree.tree_leaves(batch)
-    fits = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(leaves[0]) for leaf in leaves]
-    got = "other items" if leaves else "nothing"
-    require(bool(leaves) and all(fits), "profile", "data_loader", "yield nests of tensors of one length", got)
-    return pytree.tree_map(lambda leaf: leaf[:count].cpu(), batch)
-
-
-def split_batch(item: Any) -> tuple[Tensor, Tensor | None]:
-    """(inputs, targets or None) of one batch of a data loader."""
-    if isinstance(item, Tensor) and item.dim() >= 1:
-        return item, None
-    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(isinstance(part, Tensor) for part in item):
-        return item[0], item[1] if len(item) == 2 else None
-    raise CladoError(f"profile: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
 
 
 def quantized_variants(
@@ -363,28 +447,6 @@ def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
     return model if fits else copy.deepcopy(model).to(device, dtype)
 
 
-def two_samples(inputs: Any) -> Any:
-    """Two samples to export and test with; a single one is repeated."""
-    return pytree.tree_map(lambda x: x[:2] if len(x) > 1 else x.repeat(2, *[1] * (x.dim() - 1)), inputs)
-
-
-def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    return pytree.tree_map(lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device), inputs)
-
-
-def _loss_maker(
-    loss: str, loss_func: LossFunc | None, targets: Tensor | None, device: torch.device
-) -> Callable[[Any, slice], Loss]:
-    """The loss of a chunk, from its batch and its place in the sensitivity set."""
-
-    def make(batch: Any, rows: slice) -> Loss:
-        if loss_func is not None:
-            return UserLoss(loss_func, batch, len(pytree.tree_leaves(batch)[0]))
-        return LogitLoss(targets[rows].to(device) if loss == "cross_entropy" and targets is not None else None)
-
-    return make
-
-
 def _default_batch(executor: Runner, width: int, estimator: str, device: torch.device) -> int:
     """Samples per chunk: as many as keep the largest stacked activation within the device's budget."""
     if isinstance(executor, WholeExecutor):
@@ -401,75 +463,13 @@ def _default_batch(executor: Runner, width: int, estimator: str, device: torch.d
     return int(min(256, max(1, budget // (streams * per_sample))))
 
 
-def _lower(
-    executor: Runner,
-    variants: list[list[Tensor]],
-    samples: Samples,
-    make_loss: Callable[[Any, slice], Loss],
-    estimator: str,
-    precision: str,
-    notes: list[str],
-) -> tuple[Runner, dict[str, Any]]:
-    """The executor that carries differences in a low precision, where a probe finds its errors below the sampling noise."""
-    if not isinstance(executor, Executor):
-        notes.append(f"float32 instead of {precision}: differences are carried through a graph, and there is none")
-        return executor, {}
-    rows = slice(0, min(SAMPLES, len(samples)))
-    device = variants[0][0].device
-    batch = moved_to(pytree.tree_map(lambda leaf: leaf[rows], samples.inputs), device, torch.float32)
-    found = probe(
-        executor.captured, variants, batch, lambda inputs: make_loss(inputs, rows), estimator, precision, len(samples)
-    )
-    if not found["good"]:
-        notes.append(
-            f"float32 instead of {precision}: the probe's error of ΔL is {found['loss_error']:.1e} and of Ω "
-            f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
-        )
-        return executor, {"probe": found}
-    return CarriedExecutor(executor.captured, precision, device, executor), {"probe": found}
-
-
-def _measure(
-    executor: Runner,
-    estimator: str,
-    variants: list[list[Tensor]],
-    samples: Samples,
-    make_loss: Callable[[Any, slice], Loss],
-    chunk: int,
-    exact_samples: int | None,
-    chunks: Chunks,
-    verbose: bool,
-) -> Sums:
-    sums = Sums.zeros(sum(map(len, variants)))
-    device, dtype = variants[0][0].device, variants[0][0].dtype
-    width, count = len(variants[0]), len(samples)
-    few = count if estimator != "corrected" else exact_samples or max(2, count // 8)
-
-    def work(first: int) -> tuple[str, float]:
-        """What is done to the chunk that starts at a sample, and its forward-equivalents per sample."""
-        name = estimator if first < few else "logit"
-        return name, expected_work(name, executor.suffix_share, width)
-
-    total = sum(work(first)[1] * min(chunk, count - first) for first in range(0, count, chunk))
-    with progress_bar(f"profile ({estimator})", total, "forwards", verbose) as show:
-        while sums.samples < count:
-            rows = slice(sums.samples, min(sums.samples + chunk, count))
-            name, per_sample = work(rows.start)
-            part = chunks.load(rows.start)
-            if part is None:
-                batch = moved_to(pytree.tree_map(lambda leaf, rows=rows: leaf[rows], samples.inputs), device, dtype)
-                loss = make_loss(batch, rows)
-                part = ESTIMATORS[name](executor, variants, batch, loss, lambda: show(executor.work))
-                chunks.save(rows.start, part)
-            else:
-                executor.work += per_sample * part.samples
-            sums += part
-            show(executor.work)
-    return sums
-
-
 def _assemble(
-    sums: Sums, layers: Sequence[Layer], bits: tuple[int, ...], quantizer: Quantizer, fingerprint: dict[str, str]
+    sums: Sums,
+    layers: Sequence[Layer],
+    bits: tuple[int, ...],
+    quantizer: Quantizer,
+    fingerprint: dict[str, str],
+    digests: Tensor,
 ) -> Sensitivity:
     count = sums.samples
     pair, pair_squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
@@ -481,19 +481,30 @@ def _assemble(
     interaction[inside] = 0.0
     stderr[inside] = 0.0
     np.fill_diagonal(stderr, loss_error)
-    bad = [
-        f"{layers[v // len(bits)].name} at {bits[v % len(bits)]} bits"
-        for v in range(len(delta_loss))
-        if not (np.isfinite(delta_loss[v]) and np.isfinite(interaction[v]).all())
-    ]
-    require(
-        not bad,
-        "profile",
-        "loss",
-        "be finite for every candidate",
-        f"NaN or infinity for {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+    dropped = _drop(delta_loss, interaction, stderr)
+    result = Sensitivity(
+        tuple(layers), bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint, digests.numpy()
     )
-    return Sensitivity(tuple(layers), bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint)
+    names = [f"{layers[v // len(bits)].name} at {bits[v % len(bits)]} bits" for v in dropped]
+    result.info["dropped"] = [[layers[v // len(bits)].name, bits[v % len(bits)]] for v in dropped]
+    result.info["warnings"] = [f"dropped {name}: its loss is NaN or infinite" for name in names]
+    return result
+
+
+def _drop(delta_loss: Any, interaction: Any, stderr: Any) -> list[int]:
+    """Candidates that leave the others finite when their rows become NaN, which this does: first those whose own loss is not
+    finite, then the one in the most pairs that are not."""
+    bad = ~np.isfinite(interaction)
+    np.fill_diagonal(bad, ~np.isfinite(delta_loss))
+    dropped: list[int] = []
+    while bad.any():
+        v = int(np.argmax(np.diag(bad) * len(bad) + bad.sum(0)))
+        dropped.append(v)
+        bad[v, :] = bad[:, v] = False
+        delta_loss[v] = np.nan
+        for matrix in (interaction, stderr):
+            matrix[v, :] = matrix[:, v] = np.nan
+    return sorted(dropped)
 
 
 def _corrected(sums: Sums, closed: Any, closed_error: Any) -> tuple[Any, Any]:
@@ -522,10 +533,11 @@ def _mean_and_error(total: Any, squares: Any, count: int) -> tuple[Any, Any]:
     return mean, np.sqrt(variance / count)
 
 
-def _earlier(output_dir: str | os.PathLike[str] | None, fingerprint: dict[str, str]) -> Sensitivity | None:
-    """The result of the very same run, None where there is none; another run's directory is refused."""
-    if output_dir is None or not (Path(output_dir) / FILE_NAME).exists():
+def earlier_result(output_dir: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
+    """The result that the run directory holds, None where there is none; another run's is refused."""
+    if output_dir is None or not (output_dir / FILE_NAME).exists():
         return None
-    known = Sensitivity.load(Path(output_dir) / FILE_NAME)
-    refuse_other_run(known.fingerprint, fingerprint, Path(output_dir))
+    known = Sensitivity.load(output_dir / FILE_NAME)
+    same = known.fingerprint.get("settings") == digest(settings)
+    require(same, "profile", "output_dir", "be new or hold the same run", f"{FILE_NAME} of another run in {output_dir}")
     return known

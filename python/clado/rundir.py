@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import FOLDER as CHUNKS
+from .checkpoint import FILE_NAME as PROGRESS
+from .checkpoint import read_progress
 from .data import build_data
 from .errors import CladoError, require
 from .files import atomic_file
@@ -125,15 +126,16 @@ def _measured(path: Path) -> str:
     return f"{len(plans)} on {plans[0]['samples']:,} held-out samples"
 
 
-def _chunks(path: Path) -> str:
-    ranges = [file.stem.split("-") for file in path.glob("*.safetensors")]
-    samples = sum(int(last) - int(first) for first, last in ranges)
-    return f"{len(ranges)} chunks, {samples:,} samples done; run the same command to go on"
+def _progress(path: Path) -> str:
+    done = read_progress(path)[1].samples
+    finished = (path.parent / MATRIX).exists()
+    more = "kept, so that more can be added" if finished else "done; run the same command to go on"
+    return f"{done:,} samples {more}"
 
 
 _ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     RUN_FILE: ("model", lambda path: str(json.loads(path.read_text())["spec"]["model"])),
-    CHUNKS: ("unfinished run", _chunks),
+    PROGRESS: ("running sums", _progress),
     MATRIX: ("matrix", lambda path: f"{len(Sensitivity.load(path).layers)} layers"),
     PLAN: ("plan", _plan),
     "pareto.json": ("frontier", _front),

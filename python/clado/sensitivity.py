@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from .errors import CladoError, require
 from .files import atomic_file
+from .fingerprint import data_digest
 from .quantizer import Quantizer
 
 SCHEMA = 1
 FILE_NAME = "sensitivity.safetensors"
-_TENSORS = ("delta_loss", "interaction", "stderr")
+_TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Sensitivity:
         quantizer: the settings under which the weights were perturbed.
         info: estimator, loss, precision, seed, work in forward-equivalents, seconds, warnings.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
+        sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
     """
 
     layers: tuple[Layer, ...]
@@ -63,6 +65,7 @@ class Sensitivity:
     quantizer: Quantizer = field(default_factory=Quantizer)
     info: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
+    sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -168,6 +171,73 @@ class Sensitivity:
             known, tuple(bits), np.diag(given) / 2, interaction, errors, quantizer=quantizer or Quantizer()
         )
 
+    @staticmethod
+    def merge(parts: Sequence[Sensitivity]) -> Sensitivity:
+        """What one run over the samples of all parts, in this order, would have given, to rounding.
+
+        Means are weighted by samples; squared deviations are pooled (Chan, Golub and LeVeque 1983).
+
+        Args:
+            parts: results of :func:`clado.profile` over disjoint samples, same model and settings.
+
+        Raises:
+            CladoError: nothing to merge, parts of different runs, or samples that are in more than one part.
+        """
+        require(len(parts) > 0, "merge", "parts", "be at least one sensitivity", "none")
+        first = parts[0]
+        for part in parts:
+            for name in ("bits", "layers", "quantizer"):
+                same = getattr(part, name) == getattr(first, name)
+                require(same, "merge", "parts", f"have the same {name}", "others")
+            known = part.num_samples > 0 and len(part.sample_digests) == part.num_samples
+            require(
+                known, "merge", "parts", "come from clado.profile", f"one of {len(part.sample_digests)} known samples"
+            )
+            for name in ("weights", "settings"):
+                same = part.fingerprint.get(name) == first.fingerprint.get(name)
+                require(same, "merge", "parts", f"be of the same {name}", "others")
+        digests = np.concatenate([part.sample_digests for part in parts])
+        shared = sum(len(np.unique(part.sample_digests)) for part in parts) - len(np.unique(digests))
+        require(shared == 0, "merge", "parts", "be of disjoint samples", f"{shared} samples in common")
+        total = len(digests)
+        counts = np.array([part.num_samples for part in parts], np.float64)[:, None, None]
+        means = np.stack([part._mean for part in parts])
+        mean = (means * counts).sum(0) / total
+        deviation = (np.stack([part._deviation for part in parts]) + counts * (means - mean) ** 2).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            stderr = np.sqrt(deviation / (total - 1.0) / total) if total > 1 else np.full_like(mean, np.nan)
+        stderr[same_layer(len(first.layers), len(first.bits)) & ~np.eye(len(stderr), dtype=bool)] = 0.0
+        loss = np.diag(mean).copy()
+        np.fill_diagonal(mean, 0.0)
+        work = sum(part.info.get("forward_equivalents", 0.0) * part.num_samples for part in parts) / total
+        info = {
+            **first.info,
+            "forward_equivalents": work,
+            "seconds": sum(part.info.get("seconds", 0.0) for part in parts),
+            "warnings": list(dict.fromkeys(w for part in parts for w in part.info.get("warnings", []))),
+            "dropped": [
+                list(item) for item in dict.fromkeys(tuple(d) for p in parts for d in p.info.get("dropped", []))
+            ],
+            "merged": [part.num_samples for part in parts],
+        }
+        fingerprint = {**first.fingerprint, "data": data_digest(digests)}
+        return Sensitivity(
+            first.layers, first.bits, loss, mean, stderr, total, first.quantizer, info, fingerprint, digests
+        )
+
+    @property
+    def _mean(self) -> NDArray[np.float64]:
+        """``[V, V]``: ΔL on the diagonal, Ω off it."""
+        mean = self.interaction.copy()
+        np.fill_diagonal(mean, self.delta_loss)
+        return mean
+
+    @property
+    def _deviation(self) -> NDArray[np.float64]:
+        """``[V, V]``: squared deviations from :attr:`_mean`, summed over samples."""
+        count = self.num_samples
+        return np.zeros_like(self.stderr) if count == 1 else self.stderr**2 * (count * (count - 1.0))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path`` (a file, or a run directory) whole or not at all; returns the file."""
         from safetensors.numpy import save_file
@@ -204,7 +274,7 @@ class Sensitivity:
                 header = json.loads(metadata.get("clado.sensitivity", "null"))
                 require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
                 require(header.get("schema") == SCHEMA, "load", "schema", f"be {SCHEMA}", header.get("schema"))
-                arrays = {name: file.get_tensor(name) for name in _TENSORS}
+                arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
             layers = tuple(
                 Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
                 for item in header["layers"]
