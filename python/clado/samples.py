@@ -160,12 +160,13 @@ class SampleStream:
                 f"profile: data_loader must yield tensors or (inputs, targets), got {type(batch).__name__}"
             )
         lengths = [len(leaf) for leaf in leaves]
-        require(len(set(lengths)) == 1, "profile", "targets", "be one per sample", f"lengths {lengths}")
+        must = "yield nests of tensors of one length"
+        require(len(set(lengths)) == 1, "profile", "data_loader", must, f"lengths {lengths}")
         kinds = [(tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves]
         if self._like is None:
             self._like = (structure, kinds)
         known, wanted = self._like
-        must = "yield targets always or never, and batches of one structure"
+        must = "yield batches of one structure, targets always or never"
         require(structure == known, "profile", "data_loader", must, f"{structure} after {known}")
         require(kinds == wanted, "profile", "data_loader", f"yield inputs of one shape {wanted}", kinds)
 
