@@ -139,6 +139,7 @@ def iqp_prove_cpu(
     quadratic: int,
     linear: int,
     multipliers: int,
+    removed: int,
     point: int,
     constant: float,
     slack: float,

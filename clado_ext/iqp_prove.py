@@ -20,6 +20,7 @@ def iqp_prove(
     multipliers: Tensor,
     start: Tensor | None = None,
     point: Tensor | None = None,
+    removed: Tensor | None = None,
     *,
     constant: float = 0.0,
     slack: float = 0.0,
@@ -36,6 +37,8 @@ def iqp_prove(
         multipliers: float64 ``[P]``, non-negative, objective per unit of a row; where the dual ascent starts.
         start: int64 ``[L]``, an incumbent.
         point: float64 ``[V]``, non-negative; where the descent starts, best a minimizer of the form within the budgets.
+        removed: R, float64 ``[V, V]``, symmetric, non-negative, zero within layers: where given, the form lies below
+            ½ xᵀ(G − R)x, and what R holds of candidates that a node has fixed is put back there.
         constant: a number.
         slack: taken off every bound.
         tolerance: nodes that cannot beat the incumbent by more than this are closed.
@@ -52,7 +55,8 @@ def iqp_prove(
     """
     given = starts.new_full((starts.numel() - 1,), -1) if start is None else start
     origin = torch.zeros_like(linear) if point is None else point
-    form = (quadratic, linear, multipliers, given, origin, constant, slack)
+    taken = linear.new_empty(0) if removed is None else removed
+    form = (quadratic, linear, multipliers, given, origin, taken, constant, slack)
     return torch.ops.clado.iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
 
 
@@ -66,6 +70,7 @@ def _allocate(
     multipliers: Tensor,
     start: Tensor,
     point: Tensor,
+    removed: Tensor,
     constant: float,
     slack: float,
     tolerance: float,
@@ -79,6 +84,7 @@ def _allocate(
         ("linear", linear, (size,)),
         ("multipliers", multipliers, (limits.shape[0],)),
         ("point", point, (size,)),
+        ("removed", removed, (size, size) if removed.numel() else removed.shape),
     ):
         require(tensor.dtype == torch.float64, "iqp_prove", name, "be float64", tensor.dtype)
         require(tensor.shape == shape, "iqp_prove", name, f"have shape {shape}", tuple(tensor.shape))
@@ -99,6 +105,7 @@ def _launch(
     multipliers: Tensor,
     start: Tensor,
     point: Tensor,
+    removed: Tensor,
     constant: float,
     slack: float,
     tolerance: float,
@@ -109,22 +116,25 @@ def _launch(
     outcome: Tensor,
 ) -> None:
     matrix, starts, rows, limits = (tensor.contiguous() for tensor in (matrix, starts, rows, limits))
-    quadratic, linear, multipliers, point = (t.contiguous() for t in (quadratic, linear, multipliers, point))
+    quadratic, linear, multipliers = (tensor.contiguous() for tensor in (quadratic, linear, multipliers))
+    point, removed = point.contiguous(), removed.contiguous()
     check_values("iqp_prove", matrix, starts, start)
-    finite = all(bool(t.isfinite().all()) for t in (quadratic, linear, point))
-    require(finite, "iqp_prove", "quadratic, linear and point", "be finite", "NaN or infinity")
+    finite = all(bool(t.isfinite().all()) for t in (quadratic, linear, point, removed))
+    require(finite, "iqp_prove", "quadratic, linear, point and removed", "be finite", "NaN or infinity")
     choice.copy_(start)
-    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), point.data_ptr(), constant, slack)
+    taken = removed.data_ptr() if removed.numel() else 0
+    program = program_addresses(matrix, starts, rows, limits)
+    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
     out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
-    _native.iqp_prove_cpu(*program_addresses(matrix, starts, rows, limits), *form, *out, tolerance, nodes, seconds)
+    _native.iqp_prove_cpu(*program, *form, constant, slack, *out, tolerance, nodes, seconds)
     if int(choice[0]) < 0:
         choice.fill_(-1)
 
 
 define(
     "iqp_prove(Tensor matrix, Tensor starts, Tensor rows, Tensor limits, Tensor quadratic, Tensor linear, "
-    "Tensor multipliers, Tensor start, Tensor point, float constant, float slack, float tolerance, int nodes, float seconds) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor multipliers, Tensor start, Tensor point, Tensor removed, float constant, float slack, "
+    "float tolerance, int nodes, float seconds) -> (Tensor, Tensor, Tensor)",
     _allocate,
     _launch,
 )

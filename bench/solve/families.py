@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clado import Layer, Sensitivity
+from clado import Layer, LinearConstraint, Sensitivity
 from clado.solver.program import Program
 from clado.solver.shift import convex_form
 from clado.solver.threads import blas_threads
@@ -66,6 +66,17 @@ def family(name: str, bits: tuple[int, ...] = (2, 4, 8), noise: float = 0.1, see
     matrix[layer[:, None] == layer[None, :]] = 0
     matrix[np.diag_indices(size)] = diagonal
     return Sensitivity.from_matrix(matrix, layers, bits)
+
+
+def second_budget(sens: Sensitivity, bits: dict[str, int]) -> LinearConstraint:
+    """A latency table that does not follow the sizes, with a limit at 97 % of what the plan ``bits`` uses."""
+    random = np.random.default_rng(len(sens.layers))
+    speed = np.exp(random.normal(0, 0.7, len(sens.layers)))
+    table = {
+        layer.name: {b: float(layer.numel * s * (2 + b) * 1e-9) for b in sens.bits}
+        for layer, s in zip(sens.layers, speed, strict=True)
+    }
+    return LinearConstraint("latency", table, 0.97 * sum(table[name][b] for name, b in bits.items()))
 
 
 def program(name: str, bits: tuple[int, ...], avg_bits: float, noise: float = 0.1, seed: int = 0) -> dict[str, Tensor]:

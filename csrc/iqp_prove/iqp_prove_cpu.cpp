@@ -78,7 +78,8 @@ class Relaxation {
         if (alive[v]) x_[v] = sum > 1e-3 ? x_[v] / sum : 1.0 / static_cast<double>(count);
       if (count > 1) active_.push_back(i);
     }
-    std::copy(f_.linear, f_.linear + size_, gradient_.begin());
+    restore();
+    gradient_ = linear_;
     for (int64_t v = 0; v < size_; ++v)
       if (x_[v] != 0 && !quiet_[v]) add_scaled(gradient_.data(), quadratic(v), x_[v], size_);
     lambda_ = multipliers;
@@ -127,6 +128,21 @@ class Relaxation {
  private:
   const double* quadratic(int64_t v) const { return f_.quadratic + v * size_; }
   double multiplier(int64_t r) const { return std::max(0.0, lambda_[r] + stiffness_[r] * residual_[r]); }
+
+  // The linear part at this node: with x_v = 1 the product x_v x_w that was removed is x_w.
+  void restore() {
+    linear_.assign(f_.linear, f_.linear + size_);
+    if (!f_.removed) return;
+    fixed_.clear();
+    for (int64_t i = 0; i < p_.layers; ++i) {
+      int64_t count = 0, last = -1;
+      for (int64_t v = p_.starts[i]; v < p_.starts[i + 1]; ++v)
+        if ((*alive_)[v]) last = v, ++count;
+      if (count == 1) fixed_.push_back(last);
+    }
+    for (int64_t v : fixed_) add_scaled(linear_.data(), f_.removed + v * size_, 1.0, size_);
+    for (int64_t v : fixed_) linear_[v] = f_.linear[v] + (linear_[v] - f_.linear[v]) / 2;  // a pair of fixed ones counts once
+  }
 
   // Penalty weights that match the curvature of a typical exchange inside a layer.
   void set_stiffness() {
@@ -187,7 +203,7 @@ class Relaxation {
   void measure() {
     double curved = 0, least = 0, excess = 0, fixed = 0;
     for (int64_t r = 0; r < p_.budgets; ++r) mu_[r] = multiplier(r), fixed -= mu_[r] * limit_[r];
-    for (int64_t v = 0; v < size_; ++v) curved += x_[v] * (gradient_[v] - f_.linear[v]);
+    for (int64_t v = 0; v < size_; ++v) curved += x_[v] * (gradient_[v] - linear_[v]);
     scratch_.resize(size_);
     for (int64_t i = 0; i < p_.layers; ++i) {
       double smallest = kInfinity;
@@ -214,9 +230,9 @@ class Relaxation {
   Clock::time_point end_;
   int64_t size_;
   const std::vector<uint8_t>* alive_ = nullptr;
-  std::vector<double> x_, gradient_, reduced_, scratch_, use_, limit_, residual_, lambda_, mu_, best_mu_, stiffness_, units_;
+  std::vector<double> x_, linear_, gradient_, reduced_, scratch_, use_, limit_, residual_, lambda_, mu_, best_mu_, stiffness_, units_;
   std::vector<uint8_t> quiet_;
-  std::vector<int64_t> active_;
+  std::vector<int64_t> active_, fixed_;
   double bound_ = -kInfinity, last_ = -kInfinity, gap_ = 0;
 };
 

@@ -42,6 +42,23 @@ def test_equals_the_optimum(seed: int) -> None:
     assert value(program, choice) <= optimum + 1e-12 or bool(alive[best].all())
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_the_form_leaves_out_is_put_back(seed: int) -> None:
+    """A form of G − R: the proof still closes on G, and no bound on the way exceeds the optimum."""
+    program = random_program(seed, layers=6, budgets=1 + seed % 3, tightness=(0.2, 0.5, 1.0)[seed % 3])
+    generator = torch.Generator().manual_seed(seed)
+    removed = torch.rand(program["matrix"].shape, dtype=torch.float64, generator=generator)
+    layer = torch.repeat_interleave(torch.arange(6), program["starts"].diff())
+    removed = (removed + removed.T) * (layer[:, None] != layer[None, :])
+    form = {**convex({**program, "matrix": program["matrix"] - removed}), "removed": removed}
+    _, optimum = oracle.iqp_prove(**program)
+    for nodes in (1, 2, 5, 10, 10_000):
+        choice, _, outcome = clado_ext.iqp_prove(**program, **form, nodes=nodes, tolerance=1e-7)
+        assert outcome[0] <= optimum + 1e-9
+    assert outcome[2] == 1
+    assert value(program, choice) == pytest.approx(float(optimum), abs=2e-7)
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 5, 20])
 @pytest.mark.parametrize("seed", range(6))
 def test_bound_of_an_open_tree_is_never_above_the_optimum(seed: int, nodes: int) -> None:
@@ -71,9 +88,13 @@ def test_time_limit() -> None:
     [
         ({"quadratic": torch.zeros(2, 2, dtype=torch.float64)}, "quadratic must have shape"),
         ({"linear": torch.zeros(3)}, "linear must be float64"),
-        ({"linear": torch.full((3,), math.nan, dtype=torch.float64)}, "quadratic, linear and point must be finite"),
+        (
+            {"linear": torch.full((3,), math.nan, dtype=torch.float64)},
+            "quadratic, linear, point and removed must be finite",
+        ),
         ({"multipliers": torch.zeros(2, dtype=torch.float64)}, "multipliers must have shape"),
         ({"point": torch.zeros(2, dtype=torch.float64)}, "point must have shape"),
+        ({"removed": torch.zeros(2, 2, dtype=torch.float64)}, "removed must have shape"),
         ({"tolerance": -1.0}, "slack and tolerance must not be negative"),
         ({"seconds": -1.0}, "seconds must not be negative"),
         ({"start": torch.tensor([0, 0])}, "start must hold"),
@@ -94,5 +115,5 @@ def test_opcheck() -> None:
     program = random_program(4)
     start = torch.full((5,), -1)
     point = torch.zeros_like(program["matrix"][0])
-    arguments = (*program.values(), *convex(program).values(), start, point, 0.0, 0.0, 0.0, 100, 60.0)
+    arguments = (*program.values(), *convex(program).values(), start, point, point[:0], 0.0, 0.0, 0.0, 100, 60.0)
     torch.library.opcheck(torch.ops.clado.iqp_prove, arguments)

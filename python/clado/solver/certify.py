@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ LARGE = 1500  # candidates beyond which dropping the hopeless ones first takes l
 CLOSED = 1e-6  # gap at which a choice counts as optimal
 ROUNDS = 3  # of tightening before branch and bound goes to the end
 ITERATIONS = 100  # of the search for a tighter form
-NODES_WORK = 300_000_000  # nodes x V² before a tighter form is sought: about what one costs at V = 150
+NODES_WORK = 100_000_000  # nodes x V² before a tighter form is sought: about half of what one costs at V = 150
 Choice = NDArray[np.int64]
 
 
@@ -49,7 +50,7 @@ class Answer:
 
 
 def certify(
-    whole: Program, keep: Choice, effort: Effort, start: Choice | None = None, form: ConvexForm | None = None
+    whole: Program, keep: Choice, effort: Effort, start: Choice | None = None, forms: Sequence[ConvexForm] = ()
 ) -> Answer:
     """The best choice of ``whole`` among the candidates ``keep``, with its bound.
 
@@ -58,7 +59,7 @@ def certify(
         keep: ascending candidates that may be taken, at least one of every layer.
         effort: time, gap, seed, solver.
         start: ``[L]`` candidates of ``whole`` to begin with; ignored where it is not among ``keep``.
-        form: a convex form of ``whole`` for other limits; used instead of a new one by the solver "heuristic".
+        forms: convex forms of ``whole`` for any limits; used instead of a new one by the solver "heuristic".
     """
     reach = within_reach(whole, keep)
     if len(np.unique(whole.layer[reach])) < whole.num_layers:
@@ -78,7 +79,7 @@ def certify(
     kept = reach[useful]
     diagonal = reference(program, incumbent)
     scale = 100.0 / diagonal if diagonal > 0 else scale
-    known = form.restricted(kept, form.multipliers).scaled(scale) if form is not None else None
+    known = [form.restricted(kept, form.multipliers).scaled(scale) for form in forms]
     program, choice, bound = program.scaled(scale), incumbent, -math.inf
     while True:
         before = choice
@@ -87,7 +88,7 @@ def certify(
         # The gap is relative to the last choice, which may be smaller than what the proof was aimed by.
         reached = program.value(choice) - bound <= max(effort.gap, CLOSED) * reference(program, choice)
         if reached or choice is before or time.monotonic() > effort.deadline:
-            return Answer(kept[choice], bound / scale, name)
+            return Answer(kept[choice], float(bound / scale), name)
 
 
 def reference(program: Program, choice: Choice) -> float:
@@ -95,36 +96,38 @@ def reference(program: Program, choice: Choice) -> float:
     return max(abs(program.value(choice)), float(np.abs(np.diag(program.matrix)[choice]).sum() / 2))
 
 
-def shifted(program: Program, deadline: float, target: float = math.inf) -> ConvexForm:
+def shifted(program: Program, deadline: float, target: float = math.inf, tolerance: float = 1e-7) -> ConvexForm:
     """The convex form of a program: linear where nothing interacts, a cheap one where the time allows no better."""
     across = program.layer[:, None] != program.layer[None, :]
     if not program.matrix[across].any():
         return linear_form(program)
     left, step = deadline - time.monotonic(), iteration_seconds(program)
     if left > 20 * step:
-        return convex_form(program, deadline=deadline, target=target)
+        return convex_form(program, tolerance, deadline, target)
     cheap = spectral_form(program, deadline)
     cheap = replace(cheap, bound=native.prove(program, cheap, None, deadline, 0.0, nodes=1)[1])
     if left < 4 * step:
         return cheap
-    form = convex_form(program, deadline=deadline, target=target)
+    form = convex_form(program, tolerance, deadline, target)
     return form if form.bound > cheap.bound else cheap
 
 
-def _prove(program: Program, incumbent: Choice, effort: Effort, form: ConvexForm | None) -> tuple[Choice, float, str]:
+def _prove(
+    program: Program, incumbent: Choice, effort: Effort, forms: Sequence[ConvexForm]
+) -> tuple[Choice, float, str]:
     """A choice at least as good as ``incumbent`` and a lower bound on all choices, in the program's scale."""
     value, unit = program.value(incumbent), reference(program, incumbent)
     if program.size == program.num_layers:
         return incumbent, value, "presolve"
     tolerance = max(0.999 * effort.gap, CLOSED / 4) * unit
-    if effort.solver == "heuristic" and form is not None:
-        best, bound, _, _ = native.prove(program, form, incumbent, effort.deadline, tolerance, nodes=1)
-        return _better(program, incumbent, best), bound, "heuristic"
+    if effort.solver == "heuristic" and forms:
+        bound = max(native.prove(program, form, incumbent, effort.deadline, tolerance, nodes=1)[1] for form in forms)
+        return incumbent, bound, "heuristic"
     form = shifted(program, effort.share(0.8), value - CLOSED / 4 * unit)
     if form.bound >= value - tolerance:
         return incumbent, form.bound, "heuristic"
     if effort.solver == "heuristic":
-        return incumbent, max(form.bound, _tightened(program, form, effort).bound), "heuristic"
+        return incumbent, max(form.bound, tightened(program, form, effort).bound), "heuristic"
     # Without interactions it is an integer linear program with many ties: SCIP's ground.
     if effort.solver == "scip" or (effort.solver == "auto" and not form.quadratic.any()):
         best, bound, _ = scip.exact(program, form, incumbent, effort.deadline, tolerance, effort.seed)
@@ -140,11 +143,13 @@ def _branch_and_bound(
     program, choice, where, bound = whole, incumbent, np.arange(whole.size), -math.inf
     last = False
     for k in range(ROUNDS + 1):
-        nodes = 2**62 if last or k == ROUNDS else max(1, NODES_WORK // program.size**2)
+        if time.monotonic() > effort.deadline:
+            break
+        nodes = 2**62 if last or k == ROUNDS else 1 if k else max(1, NODES_WORK // program.size**2)
         found, proven, done, alive = native.prove(program, form, choice, effort.deadline, tolerance, nodes)
         assert found is not None
         choice, bound = found, max(bound, proven)
-        if done or nodes == 2**62 or time.monotonic() > effort.deadline:
+        if done or nodes == 2**62:
             break
         # What was dropped is in no choice below the incumbent less the tolerance, which no bound here exceeds.
         keep = np.union1d(alive, choice)
@@ -153,16 +158,17 @@ def _branch_and_bound(
             if len(keep) < program.size:
                 program, choice, where = program.restricted(keep), np.searchsorted(keep, choice), where[keep]
                 form = shifted(program, effort.share(0.5))
-            form = _tightened(program, form, effort)
+            form = tightened(program, form, effort)
     return where[choice], bound
 
 
-def _tightened(program: Program, form: ConvexForm, effort: Effort) -> ConvexForm:
+def tightened(program: Program, form: ConvexForm, effort: Effort) -> ConvexForm:
     """A form of a lower objective with a better bound; ``form`` itself where none was found in time."""
-    if form.moments is None or not form.quadratic.any():
+    left = effort.deadline - time.monotonic()
+    if form.moments is None or not form.quadratic.any() or left < 20 * iteration_seconds(program):
         return form
     lower = without_products(program, form, ITERATIONS, effort.share(0.4))
-    tight = convex_form(lower, deadline=effort.share(0.8))
+    tight = replace(convex_form(lower, deadline=effort.share(0.8)), removed=program.matrix - lower.matrix)
     return tight if tight.bound > form.bound else form
 
 

@@ -52,6 +52,7 @@ def prove(
         multipliers=torch.from_numpy(form.multipliers),
         start=None if incumbent is None else torch.from_numpy(incumbent),
         point=torch.from_numpy(form.point(program)),
+        removed=None if form.removed is None else torch.from_numpy(form.removed),
         constant=form.constant,
         slack=form.slack,
         tolerance=tolerance,

@@ -53,8 +53,10 @@ def without_products(program: Program, form: ConvexForm, iterations: int, deadli
     penalty = _PENALTY * float(np.linalg.norm(cost[1:, 1:])) / program.num_layers
     stride = penalty / np.maximum(1e-9, (use * use).sum(axis=1))
     price = np.zeros(len(limits))
+    took = 0.0
     for _ in range(iterations):
-        if time.monotonic() > deadline:
+        began = time.monotonic()
+        if began + took > deadline:
             break
         factor = _positive_factor(basis.T @ (first + dual / penalty) @ basis)
         factor = basis @ factor
@@ -67,6 +69,7 @@ def without_products(program: Program, form: ConvexForm, iterations: int, deadli
         first[0, 0] = 1
         dual += _STRIDE * penalty * (first - second)
         price = np.maximum(least_price, price + stride * (use @ mean - limits))
+        took = time.monotonic() - began
     products = np.maximum(0, cost + dual)[1:, 1:]
     products[inside[1:, 1:]] = 0
     return Program(program.matrix - (products + products.T), program.layer, program.rows, program.limits)

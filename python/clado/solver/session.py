@@ -17,13 +17,16 @@ from ..plan import Plan
 from ..sensitivity import Sensitivity, same_layer
 from . import scip
 from .budgets import Budget, LinearConstraint, Table, allowed_candidates, check_minimum, layer_groups, make_budgets
-from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted
+from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted, tightened
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
 from .program import Program, merged, within_reach
 from .shift import ConvexForm, linear_form
 from .threads import blas_threads
 
 Choice = NDArray[np.int64]
+NEAR = 0.1  # relative gap beyond which a what-if question is worth a convex form of its own
+EXACT, ROUGH = 1e-7, 1e-3  # how exactly the semidefinite programs of the first question and of later ones are solved
+MOST_FORMS = 6  # limits whose convex forms are kept
 EIGEN_SHARE = 0.1  # of the time limit that eigenvalues may take for what is only reported
 
 
@@ -107,7 +110,8 @@ class Solver:
     """A sensitivity matrix that is solved many times: what does not depend on the budgets is computed once.
 
     With ``solver="heuristic"`` a question that was asked before with other limits, pins or bans is answered in
-    milliseconds: its bound then comes from the convex form of the earlier answer.
+    milliseconds: its bound then comes from the convex forms of earlier answers, the best of them; a budget so different
+    that none comes within 10 % costs one more form.
     """
 
     def __init__(self, sens: Sensitivity):
@@ -115,7 +119,7 @@ class Solver:
         self.layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
         self._matrices: dict[str, NDArray[np.float64]] = {}
         self._mass: float | None = None
-        self._forms: dict[Any, ConvexForm] = {}
+        self._forms: dict[Any, dict[bytes, list[ConvexForm]]] = {}
         self._dropped: NDArray[np.bool_] = np.zeros(0, dtype=bool)
 
     def solve(
@@ -203,14 +207,13 @@ class Solver:
         begin = None
         if start is not None and list(start.bits) == [layer.name for layer in self.sens.layers]:
             begin = _chosen(self.sens, start, asked.groups)
-        key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
         if len(np.unique(small.layer[keep])) < small.num_layers:
             return Answer(None, math.inf, "presolve")
-        if effort.solver == "heuristic" and key not in self._forms:
-            reach = within_reach(small, keep)
-            if len(reach) == small.size:
-                self._forms[key] = shifted(small, effort.share(0.5))
-        answer = certify(small, keep, effort, begin, self._forms.get(key))
+        if effort.solver == "heuristic":
+            key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
+            answer = _what_if(small, keep, effort, begin, self._forms.setdefault(key, {}))
+        else:
+            answer = certify(small, keep, effort, begin)
         if answer.choice is None:
             return answer
         count = len(self.sens.bits)
@@ -275,6 +278,27 @@ class Solver:
             fingerprint=dict(self.sens.fingerprint),
             info={"solver": "presolve and scip", "reason": reason},
         )
+
+
+def _what_if(
+    program: Program, keep: Choice, effort: Effort, start: Choice | None, forms: dict[bytes, list[ConvexForm]]
+) -> Answer:
+    """Answer with the best of the forms at hand, {limits: forms}; where none comes near, with new ones, which are kept."""
+    known = [form for pair in forms.values() for form in pair]
+    answer = certify(program, keep, effort, start, known) if known else None
+    if answer is not None and (answer.choice is None or program.limits.tobytes() in forms):
+        return answer
+    if answer is not None and answer.choice is not None:
+        missing = program.value(answer.choice) - answer.bound
+        if missing <= NEAR * reference(program, answer.choice):
+            return answer
+        start = answer.choice
+    if len(within_reach(program, np.arange(program.size))) == program.size:
+        plain = shifted(program, effort.share(0.5), tolerance=ROUGH if known else EXACT)
+        forms[program.limits.tobytes()] = [plain] if known else [plain, tightened(program, plain, effort)]
+        for old in list(forms)[:-MOST_FORMS]:
+            del forms[old]
+    return certify(program, keep, effort, start, [form for pair in forms.values() for form in pair])
 
 
 def _chosen(sens: Sensitivity, plan: Plan, groups: Choice) -> Choice:

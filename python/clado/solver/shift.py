@@ -41,6 +41,7 @@ class ConvexForm:
         multipliers: ``[rows]``, non-negative, one per budget, in units of objective per unit of the budget row.
         moments: ``[1 + W, 1 + W]``, W the free candidates: (1, y)(1, y)ᵀ on average at the relaxation's solution, nearly;
             None where no semidefinite program was solved.
+        removed: ``[V, V]`` non-negative R: the form equals ½ xᵀ(G − R)x on one-hot x; None for zero.
     """
 
     quadratic: Array
@@ -50,6 +51,7 @@ class ConvexForm:
     bound: float
     multipliers: Array
     moments: Array | None = None
+    removed: Array | None = None
 
     def point(self, program: Program) -> Array:
         """``[V]``: a minimizer of the form within the budgets, nearly; zero where it is unknown."""
@@ -67,12 +69,15 @@ class ConvexForm:
             self.bound * factor,
             self.multipliers * factor,
             self.moments,
+            None if self.removed is None else self.removed * factor,
         )
 
     def restricted(self, keep: NDArray[np.int64], multipliers: Array) -> ConvexForm:
         """The form over the candidates ``keep`` for other budgets, whose bound is then unknown."""
         quadratic = self.quadratic[np.ix_(keep, keep)]
-        return ConvexForm(quadratic, self.linear[keep], self.constant, self.slack, -np.inf, multipliers)
+        removed = None if self.removed is None else self.removed[np.ix_(keep, keep)]
+        linear = self.linear[keep]
+        return ConvexForm(quadratic, linear, self.constant, self.slack, -np.inf, multipliers, None, removed)
 
 
 @dataclass(frozen=True)
