@@ -208,6 +208,7 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
                 "scale": {"domain": [0, start], "nice": False},
                 "axis": {
                     "title": "weights, in the order the network runs them",
+                    "labelExpr": "datum.value == 0 ? '0' : datum.label",
                     "format": "~s",
                     "grid": False,
                     "tickCount": 8,
@@ -290,8 +291,8 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
             "as": "second",
         },
         {
-            "calculate": "format(datum.value, '.3~g') + (isValid(datum.error) ? ' ± ' + format(datum.error, '.2~g') : '')"
-            " + ' nats'",
+            "calculate": "format(datum.value, abs(datum.value) < 0.001 ? '.2e' : '.3~g')"
+            " + (isValid(datum.error) ? ' ± ' + format(datum.error, datum.error < 0.001 ? '.1e' : '.2~g') : '') + ' nats'",
             "as": "text",
         },
     ]
@@ -550,10 +551,11 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
         if record is not None:
             checks.append(error_bar(record) | {"budget": row["budget"], "status": "measured on held-out samples"})
     logarithmic = min(row["loss"] for row in rows) > 0 and all(row["increase"] > 0 for row in checks)
-    floor = min((row["loss"] for row in rows), default=1.0) / 3
-    if logarithmic:
-        rows = [row | {"bound": max(row["bound"], floor)} for row in rows]
-        checks = [row | {"low": max(row["low"], floor)} for row in checks]
+    losses = [row["loss"] for row in rows]
+    # A bound far below is drawn to the edge of the picture; the tooltip has the number.
+    floor = min(losses) / 3 if logarithmic else min(losses) - 0.25 * (max(losses) - min(losses))
+    rows = [row | {"bound": max(row["bound"], floor)} for row in rows]
+    checks = [row | {"low": max(row["low"], floor)} for row in checks]
     x: Spec = {
         "field": "budget",
         "type": "quantitative",
@@ -636,7 +638,10 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
     if chosen is not None and chosen.bits:
         place = budget_on(chosen, axis)
         if place is not None:
-            layers += [rule("x", place), note("your budget", x={"datum": place}, y={"value": 12}, dx=5)]
+            layers += [
+                rule("x", place),
+                note("your budget" if axis in chosen.usage else "your plan", x={"datum": place}, y={"value": 12}, dx=5),
+            ]
     return {"width": "container", "height": 300, "data": {"values": rows}, "layer": layers}
 
 
