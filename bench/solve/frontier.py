@@ -31,12 +31,14 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.solve.frontier", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit of a frontier")
+    parser.add_argument("--noise", nargs="+", choices=list(NOISE), default=list(NOISE))
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
-    for noise in NOISE:
+    for noise in options.noise:
         sens = family("vit_b", noise=NOISE[noise])
-        plans, wall, cpu = timed(lambda s=sens: clado.pareto(s, avg_bits=BUDGETS, time_limit=60))
+        plans, wall, cpu = timed(lambda s=sens: clado.pareto(s, avg_bits=BUDGETS, time_limit=options.seconds))
         gaps = [plan.info["relative_gap"] for plan in plans]
         proven = sum(plan.status == "optimal" for plan in plans)
         print(f"{noise:7} frontier of 30: {wall:6.2f} s, CPU {cpu:6.2f} s, {proven} proven, worst gap {max(gaps):.2%}")

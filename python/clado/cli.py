@@ -194,7 +194,13 @@ def wishes(command: Any) -> Any:
             ),
             click.option("--solver", default="auto", show_default=True, help="auto, bnb, scip or heuristic."),
             click.option("--time-limit", default=60.0, show_default=True, help="Seconds."),
-            click.option("--seed", default=0, show_default=True),
+            click.option("--gap", default=0.0, show_default=True, help="Stop once this relative gap is proven."),
+            click.option("--threads", default=1, show_default=True, help="Of the linear algebra behind the bound."),
+            click.option("--seed", default=0, show_default=True, help="Of everything random."),
+            click.option("--act-bits", default=32, show_default=True, help="Width of activations in --bitops."),
+            click.option(
+                "--constraints", help="JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."
+            ),
         )
     ):
         command = option(command)
@@ -206,7 +212,7 @@ def wishes(command: Any) -> Any:
 @click.option("--avg-bits", type=float, help="Bits per weight, codes alone.")
 @click.option("--size-mb", type=float, help="MiB of packed codes and scales.")
 @click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
-@click.option("--bitops", type=float, help="Sum of macs x bits x 32.")
+@click.option("--bitops", type=float, help="Sum of macs x bits x act-bits for one sample.")
 @click.option("--latency-ms", type=float, help="Sum of the --latency table.")
 @click.option("--rerank", type=int, help="Measure the best plans of every objective on so many other images; keep one.")
 @click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
@@ -481,7 +487,8 @@ def _wishes(options: dict[str, Any]) -> dict[str, Any]:
         forbid.setdefault(layer, []).append(bits)
     pin = dict(_layer_bits("pin", options.pop("pin")))
     shared = [group.split(",") for group in options.pop("shared")]
-    return {**options, "pin": pin, "forbid": forbid, "shared_layers": shared}
+    constraints = options.pop("constraints") or ()
+    return {**options, "pin": pin, "forbid": forbid, "shared_layers": shared, "constraints": constraints}
 
 
 def _layer_bits(option: str, values: tuple[str, ...]) -> list[tuple[str, int]]:

@@ -194,6 +194,22 @@ def test_latency_files(tmp_path: Path) -> None:
         clado.solve(sens, latency_ms=5.0, latency={"a": table["a"]})
 
 
+def test_constraint_files(tmp_path: Path) -> None:
+    sens = Sensitivity.from_matrix(np.diag([1.0, 0.5, 0.1] * 2), [("a", 100), ("b", 50)], (2, 4, 8))
+    own = {"heat": {"limit": 3.5, "coefficients": {"a": {4: 1.0, 8: 3.0}, "b": {8: 2.0}}}}
+    (tmp_path / "c.json").write_text(json.dumps(own))
+    plan = clado.solve(sens, constraints=tmp_path / "c.json")
+    # By hand: 8 and 4 bits use 3, 4 and 8 use 3, 8 and 8 use 5; both of the first two cost 0.05 + 0.25.
+    assert plan.usage == {"heat": {"used": 3.0, "limit": 3.5}}
+    assert plan.objective == pytest.approx(0.3)
+    for text in ("", "[]", '{"heat": {}}', '{"heat": {"limit": "x", "coefficients": {}}}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(CladoError, match="constraints must be JSON"):
+            clado.solve(sens, constraints=tmp_path / "bad.json")
+    with pytest.raises(CladoError, match="constraints must be a JSON file"):
+        clado.solve(sens, constraints=tmp_path / "none.json")
+
+
 def test_pareto_is_monotone_and_proven() -> None:
     sens = family("digits", noise=0.3)
     plans = clado.pareto(sens, avg_bits=np.arange(2, 8.01, 0.5).tolist(), bitops=1e12)

@@ -71,7 +71,7 @@ def make_budgets(
     bitops: float | None = None,
     latency_ms: float | None = None,
     latency: Table | str | os.PathLike[str] | None = None,
-    constraints: Sequence[LinearConstraint] = (),
+    constraints: Sequence[LinearConstraint] | str | os.PathLike[str] = (),
     act_bits: int = 32,
 ) -> list[Budget]:
     """Rows of the budgets that are given; see :func:`clado.solve` for their units."""
@@ -97,7 +97,8 @@ def make_budgets(
         require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
         known = {name: table[name] for name in whole}
         budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, latency_ms)))
-    budgets += [_real_budget(sens, constraint) for constraint in constraints]
+    own = read_constraints(constraints) if isinstance(constraints, (str, os.PathLike)) else constraints
+    budgets += [_real_budget(sens, constraint) for constraint in own]
     need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms or constraints"
     require(bool(budgets), "solve", "budget", need, "none")
     names = [budget.name for budget in budgets]
@@ -124,6 +125,30 @@ def read_latency(path: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
         message = f"latency: path must be JSON {{layer: {{bits: ms}}}} or CSV layer,bits,ms, got {source} ({error})"
         raise CladoError(message) from None
     return table
+
+
+def read_constraints(path: str | os.PathLike[str]) -> list[LinearConstraint]:
+    """Linear constraints from JSON ``{name: {"limit": number, "coefficients": {layer: {bits: number}}}}``.
+
+    Raises:
+        CladoError: no such file, or other content.
+    """
+    source = Path(path)
+    require(source.is_file(), "solve", "constraints", "be a JSON file", source)
+    try:
+        return [
+            LinearConstraint(
+                name,
+                {layer: {int(b): float(x) for b, x in row.items()} for layer, row in item["coefficients"].items()},
+                float(item["limit"]),
+            )
+            for name, item in json.loads(source.read_text(encoding="utf-8")).items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CladoError(
+            f"solve: constraints must be JSON {{name: {{limit, coefficients: {{layer: {{bits: number}}}}}}}}, "
+            f"got {source} ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:

@@ -39,7 +39,7 @@ def solve(
     latency_ms: float | None = None,
     *,
     latency: Table | str | os.PathLike[str] | None = None,
-    constraints: Sequence[LinearConstraint] = (),
+    constraints: Sequence[LinearConstraint] | str | os.PathLike[str] = (),
     objective: str = "original",
     pin: Mapping[str, int] | None = None,
     forbid: Mapping[str, int | Sequence[int]] | None = None,
@@ -64,7 +64,7 @@ def solve(
         bitops: upper bound on Σ macs·bits·act_bits for one sample.
         latency_ms: upper bound on the sum of ``latency``.
         latency: {layer: {bits: ms}}, or a file that :func:`clado.solver.budgets.read_latency` reads.
-        constraints: linear constraints of your own.
+        constraints: linear constraints of your own, or a file that :func:`clado.solver.budgets.read_constraints` reads.
         objective: "original", "clipped", "shrunk" or "diagonal"; see :func:`clado.solver.objectives.objective_matrix`.
         pin: {layer: bits} that must be taken.
         forbid: {layer: bits or several bits} that must not be taken.
