@@ -6,7 +6,6 @@ import json
 import os
 from datetime import datetime, timezone
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +254,7 @@ def readable_bytes(size: float) -> str:
 
 
 def _part(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _palette_css() -> str:
