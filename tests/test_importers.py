@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import pickle
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import clado
@@ -88,6 +92,71 @@ def test_pickles_of_the_public_code(protocol: int, tmp_path: Path) -> None:
         CladoError, match=r"layers must give every layer its number of weights, got none for \['layer2'\]"
     ):
         read_clado(path, {name: n for name, n in sizes.items() if name != "layer2"})
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_torch_files_of_the_public_code(tensor: bool, tmp_path: Path) -> None:
+    sens = instances.sensitivity(2, 4, (2, 4, 8))
+    held, path = ltilde(sens), tmp_path / "Ltilde.pt"
+    sizes = {layer.name: layer.numel for layer in sens.layers}
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(held))
+    wanted = read_clado(tmp_path / "plain.pkl", sizes)
+    if tensor:  # strided
+        held["Ltilde"] = torch.from_numpy(ltilde(sens)["Ltilde"].T.copy()).T
+    torch.save(held, path)
+    again = read_clado(path, sizes)
+    assert np.array_equal(again.matrix, wanted.matrix)
+    assert [layer.name for layer in again.layers] == [layer.name for layer in wanted.layers]
+
+
+@given(
+    st.integers(0, 5), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=3)
+)
+def test_damaged_pickles_are_read_or_refused(protocol: int, flips: list[tuple[float, int]]) -> None:
+    sens = instances.sensitivity(2, 3, (2, 4))
+    data = bytearray(pickle.dumps(ltilde(sens), protocol=protocol))
+    for place, bit in flips:
+        data[int(place * len(data))] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.pkl"
+        path.write_bytes(data)
+        with contextlib.suppress(CladoError):  # a flip may hit a number, and then it is another number
+            read_clado(path, {layer.name: layer.numel for layer in sens.layers})
+
+
+class Forged:
+    """An array whose dtype claims to hold Python objects, over bytes that would be taken for their addresses."""
+
+    def __reduce__(self) -> tuple:
+        return np.array([1.0]).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (1,), ForgedDtype(), False, b"A" * 8)
+
+
+class ForgedDtype:
+    def __reduce__(self) -> tuple:
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 63)
+
+
+class Outside:
+    """A tensor that reaches beyond its storage."""
+
+    def __init__(self, tensor: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.parts = (tensor.untyped_storage(), tensor, size, stride)
+
+    def __reduce__(self) -> tuple:
+        storage, tensor, size, stride = self.parts
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=tensor.dtype, _internal=True)
+        return torch._utils._rebuild_tensor_v2, (typed, 0, size, stride, False, collections.OrderedDict())
+
+
+def test_arrays_that_lie_about_their_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"Ltilde": Forged(), "layer_index": {"a(8, 2)bits": 0}}))
+    with pytest.raises(CladoError, match="array must hold numbers, got 'O8'"):
+        read_clado(path, {"a": 1})
+    for size, stride in (((3, 3), (3, 1)), ((2, 2), (-1, 1)), ((2, 2), (2**40, 1))):
+        torch.save({"Ltilde": Outside(torch.zeros(4), size, stride), "layer_index": {}}, tmp_path / "x.pt")
+        with pytest.raises(CladoError, match="tensor must lie inside its storage"):
+            read_clado(tmp_path / "x.pt", {})
 
 
 class Hostile:

@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,13 @@ def read_matrix(path: str | os.PathLike[str], layers: str | os.PathLike[str]) ->
 
 
 def read_clado(path: str | os.PathLike[str], sizes: Sizes) -> Sensitivity:
-    """A matrix of CLADO's public code: pickle of ``{"Ltilde": [V, V], "layer_index": {"<layer>(a, w)bits": row}}``.
+    """A matrix of CLADO's public code: ``{"Ltilde": [V, V], "layer_index": {"<layer>(a, w)bits": row}}``.
 
     Ltilde holds the loss increase of one layer on the diagonal and of two layers together off it. One activation width
-    is read; files that mix several are refused. Only numpy arrays and plain containers are built from the pickle.
+    is read; files that mix several are refused. Only arrays and plain containers are built from the file.
 
     Args:
-        path: the pickle.
+        path: the pickle, or what ``torch.save`` made of the same (``.pt``), with arrays or tensors in it.
         sizes: {layer: weights}.
 
     Raises:
@@ -114,8 +114,8 @@ def read_clado(path: str | os.PathLike[str], sizes: Sizes) -> Sensitivity:
     """
     source = _existing(path)
     try:
-        held = _Restricted(io.BytesIO(source.read_bytes())).load()
-        joint, index = np.asarray(held["Ltilde"], dtype=np.float64), dict(held["layer_index"])
+        held = _load_restricted(source)
+        joint, index = np.asarray(_value(held["Ltilde"]), dtype=np.float64), dict(held["layer_index"])
         order = sorted(index, key=index.__getitem__)
         parts = [re.fullmatch(r"(.+)\((\d+), (\d+)\)bits", name) for name in order]
         sound = (
@@ -127,6 +127,7 @@ def read_clado(path: str | os.PathLike[str], sizes: Sizes) -> Sensitivity:
         raise
     except Exception as error:  # a broken pickle can raise anything
         raise CladoError(f"import: path must be an Ltilde pickle, got {source} ({type(error).__name__})") from None
+    require(bool(np.isfinite(joint).all()), "import", "Ltilde", "be finite", "NaN or infinity")
     require(sound, "import", "layer_index", "name every row once as <layer>(a, w)bits", f"{joint.shape}, {order[:2]}")
     schemes = [(m[1], int(m[2]), int(m[3])) for m in parts if m is not None]
     require(len({a for _, a, _ in schemes}) == 1, "import", "path", "hold one activation width", "several")
@@ -227,17 +228,88 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return source
 
 
-class _Restricted(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; any other name in the pickle ends the import."""
+def _load_restricted(source: Path) -> Any:
+    """What a pickle, or the pickle in a torch file, holds in arrays and plain containers."""
+    if not zipfile.is_zipfile(source):
+        return _Restricted(io.BytesIO(source.read_bytes()), {}).load()
+    with zipfile.ZipFile(source) as archive:
+        stored = [item for item in archive.infolist() if item.compress_type == zipfile.ZIP_STORED]
+        parts = {item.filename.partition("/")[2]: archive.read(item) for item in stored}
+    return _Restricted(io.BytesIO(parts[_TORCH_ZIP_ENTRY]), parts).load()
+
+
+# The unpickler written in Python: the one in C takes as much memory as a damaged file asks for.
+class _Restricted(pickle._Unpickler):
+    """Builds arrays and plain containers; any other name in the pickle ends the import.
+
+    numpy's own classes stay out of it: the state of a forged dtype makes them read memory that is not theirs.
+    """
+
+    def __init__(self, file: io.BytesIO, parts: Mapping[str, bytes]) -> None:
+        super().__init__(file)
+        self.parts = parts
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _plain(module, name) or _numpy(module, name)
+        known = _plain(module, name) or _arrays(module, name)
         if known is None:
             raise CladoError(f"import: pickle must hold numpy arrays and plain containers only, got {module}.{name}")
         return known
 
     def persistent_load(self, pid: Any) -> Any:
-        raise CladoError("import: pickle must hold numpy arrays and plain containers only, got an outside reference")
+        """The storage of a torch tensor: ("storage", dtype, key, device, elements)."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Storage)):
+            raise CladoError(
+                "import: pickle must hold numpy arrays and plain containers only, got an outside reference"
+            )
+        return np.frombuffer(self.parts[f"data/{pid[2]}"], pid[1].dtype)
+
+
+class _Storage:
+    """Stands for a torch storage class."""
+
+    def __init__(self, kind: str) -> None:
+        self.dtype = np.dtype(kind)
+
+
+class _Dtype:
+    """Stands for a numpy dtype of numbers."""
+
+    def __init__(self, kind: str, *_: Any) -> None:
+        require(re.fullmatch("[fiu][1248]|b1", kind) is not None, "import", "array", "hold numbers", repr(kind))
+        self.dtype = np.dtype(kind)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for a numpy array until its state is known."""
+
+    value: NDArray[Any] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array(data: Any, dtype: _Dtype, shape: Any, order: str = "C") -> NDArray[Any]:
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _tensor(
+    storage: NDArray[Any], offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> NDArray[Any]:
+    """A torch tensor as numpy, its bounds checked."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    inside = offset >= 0 and min((*size, *stride), default=1) >= 0 and last < len(storage)
+    require(inside, "import", "tensor", "lie inside its storage", f"size {size}, stride {stride}")
+    steps = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+def _value(held: Any) -> Any:
+    return held.value if isinstance(held, _Array) else held
 
 
 class _Record:
@@ -251,7 +323,7 @@ class _Record:
         self.state = state if isinstance(state, dict) else {"state": state}
 
 
-class _Inert(pickle.Unpickler):
+class _Inert(pickle._Unpickler):
     """Builds plain containers; every other name becomes a :class:`_Record`."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -268,21 +340,25 @@ def _plain(module: str, name: str) -> Any:
     return {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(name) if module == "collections" else None
 
 
-def _numpy(module: str, name: str) -> Callable[..., Any] | None:
-    if module == "_codecs" and name == "encode":  # how protocol 2 writes the bytes of an array
+def _arrays(module: str, name: str) -> Any:
+    """What the names in pickles of arrays and tensors become."""
+    if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes the bytes of an array
         return _latin1
-    if module not in (
-        "numpy",
-        *(f"numpy.{core}.{part}" for core in ("core", "_core") for part in ("multiarray", "numeric")),
-    ):
-        return None
-    array, number = np.empty(0), np.float64(0)
-    makers: dict[str, Any] = {"_reconstruct": array.__reduce__(), "_frombuffer": array.__reduce_ex__(5)}
-    makers["scalar"] = number.__reduce__()
-    if name in makers:
-        maker: Callable[..., Any] = makers[name][0]
-        return maker
-    return {"ndarray": np.ndarray, "dtype": np.dtype}.get(name)
+    if module == "torch" and name.endswith("Storage"):
+        kinds = {"Double": "f8", "Float": "f4", "Half": "f2", "Long": "i8", "Int": "i4"}
+        kind = kinds.get(name.removesuffix("Storage"))
+        return None if kind is None else _Storage(kind)
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        return _tensor
+    if module == "numpy":
+        return {"ndarray": _Array, "dtype": _Dtype}.get(name)
+    cores = [f"numpy.{core}.{part}" for core in ("core", "_core") for part in ("multiarray", "numeric")]
+    makers: dict[str, Any] = {
+        "_reconstruct": lambda *_: _Array(),
+        "_frombuffer": _array,
+        "scalar": lambda dtype, data: _array(data, dtype, ())[()],
+    }
+    return makers.get(name) if module in cores else None
 
 
 def _latin1(text: str, encoding: str) -> bytes:
