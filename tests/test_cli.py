@@ -85,8 +85,9 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     result = call("evaluate", run)
     assert result.exit_code == 0, result.output
     assert "12 samples" in result.output  # twenty less the eight that were profiled
-    result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--rerank", 5)
+    result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--refine", 1, "--rerank", 5)
     assert result.exit_code == 0, result.output
+    assert "refined on 8 images: loss increase" in result.output
     assert "5 images; the winner's lead" in result.output
     assert json.loads((run / "plan.json").read_text())["info"]["rerank_samples"] == 5
     assert "7 samples" in call("evaluate", run).output  # nor those that chose the plan

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .profiler import profile
     from .quantizer import Quantizer
+    from .refiner import refine
     from .report import write_figures, write_report
     from .sensitivity import Layer, Sensitivity
     from .solver import LinearConstraint, Solver, given_plan, pareto, shortlist, solve
@@ -35,6 +36,7 @@ _HOME = {
     "load": "exporter",
     "pareto": "solver",
     "profile": "profiler",
+    "refine": "refiner",
     "rerank": "evaluator",
     "solve": "solver",
     "write_figures": "report",
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "pareto",
     "profile",
+    "refine",
     "rerank",
     "shortlist",
     "solve",

@@ -216,13 +216,15 @@ def wishes(command: Any) -> Any:
 @click.option("--latency-ms", type=float, help="Sum of the --latency table.")
 @click.option("--rerank", type=int, help="Measure the best plans of every objective on so many other images; keep one.")
 @click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
+@click.option("--refine", type=int, help="Measure again around the plan, at most so many times, while its loss falls.")
 @wishes
-def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> None:
+def solve(run: str, rerank: int | None, data: str | None, refine: int | None, **options: Any) -> None:
     """Choose bits per layer within one or more budgets, with a bound.
 
     \b
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
+    clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
     """
     from dataclasses import replace
 
@@ -233,13 +235,16 @@ def solve(run: str, rerank: int | None, data: str | None, **options: Any) -> Non
     from .terminal import show_plan
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
-    if rerank is None:
+    if rerank is None and refine is None:
         plan = choose(sens, **wishes)
     else:
-        require(rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
-        require(wishes.pop("objective") == "original", "solve", "objective", "be left out with --rerank", "another")
+        measured = "--rerank or --refine"
+        require(rerank is None or rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
+        require(wishes.pop("objective") == "original", "solve", "objective", f"be left out with {measured}", "another")
         plans = shortlist(sens, **wishes)
-        plan = _rerank(run, plans, data, rerank) if plans[0].bits else plans[0]
+        if refine is not None and plans[0].bits:
+            plans = [_refine(run, sens, plans, refine, wishes), *plans]
+        plan = _rerank(run, plans, data, rerank) if rerank is not None and plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     replace(plan, info={**plan.info, "command": _command()}).save(Path(run) / FILE_NAME)
     show_plan(plan)
@@ -448,6 +453,20 @@ def inspect(run: str) -> None:
     from .terminal import show_run
 
     show_run(Path(run))
+
+
+def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str, Any]) -> Any:
+    """The best of the plans, improved on the images of the sensitivity set."""
+    from .data import build_data
+    from .refiner import refine
+    from .rundir import load_model
+
+    model, spec, note = load_model(run)
+    images = build_data(note["data"], model, spec, 32, note["seed"])
+    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": note["seed"]})
+    losses = [row["loss_increase"] for row in best.info["refine"]]
+    click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
+    return best
 
 
 def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -163,6 +163,11 @@ class Executor:
         values |= {n: self._stack([part[n] for part in parts], n) for n in parts[0]}
         overrides = tuple({**old, **weights} for weights in changed for old in state.overrides)
         return State(2 * layer + 1, values, state.samples, overrides)
+
+    def rebase(self, weights: Overrides) -> None:
+        """Take ``weights`` as the clean ones from now on."""
+        constants = {node: self._constant(node, weights) for node in self.captured.constants}
+        self.captured = replace(self.captured, constants=constants)
 
     def outputs(self, state: State) -> list[Any]:
         """The model's output under every stream."""

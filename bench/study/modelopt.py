@@ -1,0 +1,88 @@
+"""The rival: plans of NVIDIA ModelOpt's ``auto_quantize``, weights only, of the same widths on the same layers and samples.
+
+Its weight quantizers are calibrated by squared error, as ours are (its default, the largest magnitude, is worse at 2 bits).
+Layers that are not searched stay float and count 16 bits per weight in its budget, so the budget is raised by that much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from clado.sensitivity import Sensitivity
+
+METHODS = ("gradient", "kl_div")
+BATCH = 32
+
+
+def plans(
+    model: nn.Module,
+    sens: Sensitivity,
+    images: Tensor,
+    labels: Tensor,
+    method: str,
+    budgets: Sequence[float],
+    checkpoint: Path,
+) -> Iterator[dict[str, int]]:
+    """{layer: bits} for each budget of average bits; the scores are measured once and kept in ``checkpoint``."""
+    import modelopt.torch.quantization as mtq
+
+    axis = None if sens.quantizer.group_size == 0 else 0
+    formats = [
+        {
+            "quant_cfg": [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": axis}, "enable": True},
+            ],
+            "algorithm": "mse",
+        }
+        for bits in sens.bits
+    ]
+    searched = sum(layer.numel for layer in sens.layers)
+    names = {layer.name for layer in sens.layers}
+    float_layers = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in names
+    }
+    extra = sum(float_layers.values())
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    state_file = checkpoint
+    if not checkpoint.exists():  # a state it was killed in cannot be resumed
+        state_file = checkpoint.with_suffix(".partial")
+        state_file.unlink(missing_ok=True)
+    for budget in budgets:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            _, state = mtq.auto_quantize(
+                copy.deepcopy(model),
+                {"effective_bits": (budget * searched + 16 * extra) / (searched + extra)},
+                quantization_formats=formats,
+                module_search_spaces=[
+                    {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
+                ],
+                data_loader=batches,
+                forward_step=lambda module, batch: module(batch[0]),
+                loss_func=lambda output, batch: cross_entropy(output, batch[1]),
+                disabled_layers=list(float_layers),
+                num_calib_steps=1,
+                num_score_steps=len(batches),
+                method=method,
+                checkpoint=str(state_file),
+            )
+        recipe = {
+            name.removesuffix(".quant_recipe"): chosen.num_bits for name, chosen in state["best"]["recipe"].items()
+        }
+        yield {layer.name: recipe[layer.name] for layer in sens.layers}
+    state_file.replace(checkpoint)
