@@ -94,6 +94,38 @@ def test_measured_plans_are_the_true_loss_and_are_kept(measured: Path, monkeypat
     assert gather(again, model=model, heldout=data, verbose=False).measured == contents.measured
 
 
+def test_a_run_directory_says_how_to_build_the_model(tmp_path: Path) -> None:
+    """Plans are run on what the profiled data has left, and the next report takes as many images as the last."""
+    run = tmp_path / "run"
+
+    def clado_(*words: str) -> None:
+        result = CliRunner().invoke(main, list(words))
+        assert result.exit_code == 0, result.output
+
+    model = [
+        "--model",
+        "digits",
+        "--data",
+        "digits:heldout",
+        "--nsamples",
+        "6",
+        "--bits",
+        "2,8",
+        "--estimator",
+        "diagonal",
+    ]
+    clado_("profile", *model, "--output-dir", str(run))
+    clado_("report", str(run), "--nsamples", "5")
+    first = json.loads((run / "measured.json").read_text())
+    assert first["key"]["at_most"] == 5
+    assert {plan["samples"] for plan in first["plans"]} == {5}
+    clado_("report", str(run))
+    assert json.loads((run / "measured.json").read_text()) == first
+    page = (run / "report.html").read_text()
+    assert "5 images of digits:heldout" in page
+    assert "<h1>digits</h1>" in page
+
+
 def test_bare_scores_have_a_report_too(imported: Path) -> None:
     page = (imported / "report.html").read_text()
     assert set(drawn(page)) == {"interactions", "frontier", "eigenvalues"}

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 run=${1:-$(mktemp -d)/run}
 [ -e "$run/report.html" ] || clado quickstart --output-dir "$run"
-clado report "$run" --nsamples 400 --format svg --out "$run/figures"
+clado report "$run" --format svg --out "$run/figures"
 cp "$run/figures/interactions.svg" .
 for scheme in light dark; do
   profile=$(mktemp -d)

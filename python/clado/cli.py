@@ -424,10 +424,10 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     "--format", "format_", default="html", show_default=True, help="html: one page; png, svg, pdf: one file a figure."
 )
 @click.option("--out", help="File (html) or folder to write; RUN/report.html or RUN/figures when left out.")
-@click.option("--nsamples", default=256, show_default=True, help="Held-out images to run plans on; 0: none.")
+@click.option("--nsamples", type=int, help="Held-out images to run plans on, 256 when left out; 0: none.")
 @click.option("--data", help="Image folder for them; what the profiled one has left when left out.")
 @click.option("--device", help="cpu or cuda.")
-def report(run: str, format_: str, out: str | None, nsamples: int, data: str | None, device: str | None) -> None:
+def report(run: str, format_: str, out: str | None, nsamples: int | None, data: str | None, device: str | None) -> None:
     """Write RUN/report.html: what was measured, what was chosen, and whether it holds.
 
     \b

@@ -21,9 +21,10 @@ from ..rundir import RUN_FILE, heldout_data, load_model, that_chose, write_json
 from ..rundir import heldout as heldout_of
 from ..sensitivity import Sensitivity
 from ..solver import pareto
-from .measure import Record, load_measured, measure, named, random_plans, save_measured, uniform_plans
+from .measure import Record, load_measured, measure, measured_key, named, random_plans, save_measured, uniform_plans
 
 PARETO_FILE = "pareto.json"
+SAMPLES = 256  # images that plans are run on
 BATCH = 64  # images that advance together when plans are run
 POINTS = 11  # of a frontier that the report makes itself
 SECONDS = 30.0  # for all of them
@@ -62,7 +63,7 @@ def gather(
     model: nn.Module | None = None,
     heldout: Iterable[Any] | None = None,
     data: str | None = None,
-    num_samples: int = 256,
+    num_samples: int | None = None,
     device: str | None = None,
     verbose: bool = True,
 ) -> Contents:
@@ -73,7 +74,7 @@ def gather(
         model: the float model; None: as the run directory notes it.
         heldout: batches to run plans on; they must not have made the matrix. None: by ``data``.
         data: image folder for the same; None: what the run's data has left.
-        num_samples: images of ``data`` to run plans on; 0: run none.
+        num_samples: images of ``data`` to run plans on; 0: run none; None: as many as the last report of the run, or 256.
         device: where to run plans.
         verbose: show progress.
 
@@ -164,18 +165,21 @@ def _samples(
     model: nn.Module | None,
     heldout: Iterable[Any] | None,
     data: str | None,
-    num_samples: int,
+    num_samples: int | None,
 ) -> tuple[dict[str, Any], Any, nn.Module | None, str]:
     """What names the samples, a function that reads them, the model, and the samples in words."""
     if heldout is not None:
         require(model is not None, "report", "model", "be given with heldout", "none")
         batches = list(heldout)
         return {"fingerprint": sens.fingerprint, "data": "given"}, lambda: batches, model, "the samples that were given"
-    require(num_samples > 0, "report", "nsamples", "be positive to run plans", num_samples)
+    require(num_samples is None or num_samples > 0, "report", "nsamples", "be positive to run plans", num_samples)
     require(bool(note), "report", "run", f"hold {RUN_FILE} so that the model can be built", "none")
     source, skip = heldout_data(note, data), that_chose(note, plan, data)
-    key = {"fingerprint": sens.fingerprint, "data": source, "after": skip, "at_most": num_samples}
+    key: dict[str, Any] = {"fingerprint": sens.fingerprint, "data": source, "after": skip}
+    known = measured_key(folder)
+    same = all(known.get(name) == value for name, value in key.items())
+    key["at_most"] = num_samples or (known.get("at_most") if same else None) or SAMPLES
     loaded, spec, note = load_model(str(folder))
-    batches = heldout_of(loaded, spec, note, data, num_samples, BATCH, skip)
+    batches = heldout_of(loaded, spec, note, data, key["at_most"], BATCH, skip)
     count = sum(len(batch[0]) for batch in batches)
     return key, lambda: batches, model or loaded, f"{count:,} images of {source} that neither measured nor chose"

@@ -93,6 +93,14 @@ def load_measured(run: Path, key: dict[str, Any]) -> list[Record]:
         return []
 
 
+def measured_key(run: Path) -> dict[str, Any]:
+    """What an earlier report's records hold for; empty where there are none."""
+    try:
+        return dict(json.loads((run / FILE_NAME).read_text())["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def save_measured(run: Path, key: dict[str, Any], records: Sequence[Record]) -> None:
     """Keep records beside what they hold for: the run's fingerprint and the samples."""
     with atomic_file(run / FILE_NAME) as temporary:
