@@ -1,40 +1,82 @@
-"""``python -m bench [op …] [--device cpu|cuda] [--threads n] [--json file]``: microbenchmarks of the kernels."""
+"""``python -m bench``: microbenchmarks of the kernels, their comparison and their plot."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import torch
 
-from . import harness
+from . import compare, harness, overhead, plot
 
 OPS = sorted(p.stem.removeprefix("bench_") for p in (Path(__file__).parent / "ops").glob("bench_*.py"))
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
+EXAMPLES = """examples:
+  python -m bench                                              every op at its own shapes
+  python -m bench list                                         the ops
+  python -m bench fake_quant --shape 768x3072 --dtype bfloat16 --threads 1 2 --json new.json
+  python -m bench overhead                                     what a call costs beside its kernel
+  python -m bench compare old.json new.json                    faster, slower or within the noise; exit code 1 if slower
+  python -m bench plot new.json --out share.svg                share of the ceiling by size"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=f"Microbenchmarks of: {', '.join(OPS)}.")
-    parser.add_argument("ops", nargs="*", default=OPS, help="which ones; all when left out")
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
+    if arguments[:1] == ["plot"]:
+        return plot.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        "python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", help=f"list, overhead, or any of: {', '.join(OPS)}; all when left out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shape", nargs="+", type=_shape, default=[], help="e.g. 768x3072, or 150x256x1000 for V N C")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="of the CPU")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per case and contender")
     parser.add_argument("--json", help="write the rows to this file")
-    options = parser.parse_args()
-    unknown = sorted(set(options.ops) - set(OPS))
+    options = parser.parse_args(arguments)
+    if options.ops == ["list"]:
+        for op in OPS:
+            print((_module(op).__doc__ or op).splitlines()[0])
+        return 0
+    unknown = sorted(set(options.ops) - {*OPS, "overhead"})
     if unknown:
-        parser.error(f"ops must be among {', '.join(OPS)}, got {', '.join(unknown)}")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = []
-    for op in options.ops:
-        module = importlib.import_module(f"bench.ops.bench_{op}")
-        with torch.inference_mode():
-            part = harness.measure(module.cases(options.device), options.device)
-        harness.show(part)
-        rows += part
+        parser.error(f"ops must be list, overhead or among {', '.join(OPS)}, got {', '.join(unknown)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("device must be cpu where torch sees no GPU, got cuda")
+    grid = harness.Grid(options.device, tuple(options.shape), tuple(options.dtype))
+    rows, more = [], {}
+    for op in options.ops or [*OPS, "overhead"]:
+        if op == "overhead":
+            more["overhead_us"] = overhead.measure(options.device)
+            overhead.show(more["overhead_us"])
+            continue
+        for threads in options.threads if options.device == "cpu" else [1]:
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            with torch.inference_mode():
+                part = harness.measure(_module(op).cases(grid), options.device, options.seconds)
+            harness.show(part)
+            rows += part
     if options.json:
-        harness.save(options.json, rows, options.device)
+        harness.save(options.json, rows, options.device, **more)
+    return 0
+
+
+def _module(op: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"bench.ops.bench_{op}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"shape must be sizes joined by x, got {text}") from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Timing with a correctness check first, ceilings measured in the same run, and rivals on the same work."""
+"""Timing with a correctness check first, a ceiling measured beside every case, and rivals on the same work."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+ROUNDS = 5  # of ours, the ceiling and the rivals in turn, so that all see the same machine
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Case:
         bytes: read and written by the work at least, each input and output once.
         flops: done by the work at least.
         rivals: other ways to the same result, by name.
+        copy: moves the same bytes by ``copy_``, the ceiling; None: a plain copy of as many bytes.
     """
 
     op: str
@@ -37,9 +41,31 @@ class Case:
     bytes: int = 0
     flops: int = 0
     rivals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    copy: Callable[[], Any] | None = None
 
 
-def times(work: Callable[[], Any], device: str, seconds: float = 0.4, least: int = 5) -> list[float]:
+@dataclass(frozen=True)
+class Grid:
+    """Shapes and dtypes asked for; an op's own where nothing is asked."""
+
+    device: str = "cpu"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    def shapes_or(self, *own: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shapes asked for that have as many sizes as the op's ``own``, which stand where none is asked for."""
+        return tuple(shape for shape in self.shapes if len(shape) == len(own[0])) if self.shapes else own
+
+    def dtypes_or(self, *own: torch.dtype) -> tuple[torch.dtype, ...]:
+        """The dtypes asked for that the op takes."""
+        return tuple(dtype for dtype in own if name_of(dtype) in self.dtypes) if self.dtypes else own
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def times(work: Callable[[], Any], device: str, seconds: float, least: int) -> list[float]:
     """Seconds of single calls, after a warm-up."""
     work()
     synchronize(device)
@@ -57,70 +83,86 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """Bytes per second of a large copy (read plus written) and float32 multiply-adds (two flops each) of a large product."""
-    source = torch.randn(1 << (28 if device == "cuda" else 25), device=device)
+def copy_of(size: int, device: str) -> Callable[[], Any]:
+    """A copy that reads and writes ``size`` bytes in all."""
+    source = torch.ones(max(1, size // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    size = 8192 if device == "cuda" else 2048
+    return lambda: target.copy_(source)
+
+
+def product(device: str) -> tuple[Callable[[], Any], int]:
+    """A float32 product of torch, at the rate of its multiply-adds, and its flops (two each)."""
+    size = 8192 if device == "cuda" else 1024
     left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    copy = statistics.median(times(lambda: target.copy_(source), device))
-    product = statistics.median(times(lambda: left @ right, device))
-    return {"bytes_per_s": 2 * source.nbytes / copy, "flops_per_s": 2 * size**3 / product}
+    return (lambda: left @ right), 2 * size**3
 
 
-def measure(cases: Iterable[Case], device: str) -> list[dict[str, Any]]:
-    """Check and time every case; rivals are interleaved with the work so that both see the same machine."""
-    top = ceilings(device)
+def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[dict[str, Any]]:
+    """Check every case, then time it in rounds with its ceiling and its rivals."""
+    multiply, multiply_flops = product(device)
     rows = []
     for case in cases:
         case.check()
-        ours, rivals = [], {name: [] for name in case.rivals}
-        for _ in range(3):
-            ours += times(case.run, device, seconds=0.15)
-            for name, rival in case.rivals.items():
-                rivals[name] += times(rival, device, seconds=0.15, least=2)
-        median = statistics.median(ours)
-        low, high = statistics.quantiles(ours, n=4)[0], statistics.quantiles(ours, n=4)[2]
-        share = max(case.bytes / median / top["bytes_per_s"], case.flops / median / top["flops_per_s"])
+        copy = case.copy or copy_of(case.bytes, device)
+        works = {"ours": case.run, "copy": copy, "product": multiply, **case.rivals}
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(ROUNDS):
+            for name, work in works.items():
+                share = seconds if name in ("ours", "copy") else seconds / 2
+                taken[name] += times(work, device, share / ROUNDS, least=3 if name == "ours" else 1)
+        median = {name: statistics.median(t) for name, t in taken.items()}
+        low, _, high = statistics.quantiles(taken["ours"], n=4)
+        ceiling = {"bytes_per_s": case.bytes / median["copy"], "flops_per_s": multiply_flops / median["product"]}
+        by_bytes = median["copy"] if case.bytes else 0.0
+        by_flops = case.flops / ceiling["flops_per_s"]
         rows.append(
             {
                 "op": case.op,
                 "shape": case.shape,
                 "dtype": case.dtype,
-                "median_s": median,
-                "spread": (high - low) / median,
-                "gb_per_s": case.bytes / median / 1e9,
-                "gflop_per_s": case.flops / median / 1e9,
-                "share_of_ceiling": share,
-                "rivals_s": {name: statistics.median(t) for name, t in rivals.items()},
+                "threads": torch.get_num_threads() if device == "cpu" else 0,
+                "median_s": median["ours"],
+                "low_s": low,
+                "high_s": high,
+                "calls": len(taken["ours"]),
+                "bytes": case.bytes,
+                "gb_per_s": case.bytes / median["ours"] / 1e9,
+                "gflop_per_s": case.flops / median["ours"] / 1e9,
+                "ceiling": ceiling,
+                "bound": "bytes" if by_bytes >= by_flops else "flops",
+                "share_of_ceiling": max(by_bytes, by_flops) / median["ours"],
+                "rivals_s": {name: median[name] for name in case.rivals},
             }
         )
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold")
-    for name in ("op", "shape", "dtype", "ms", "± %", "GB/s", "GFLOP/s", "of ceiling", "times faster than"):
-        table.add_column(name, justify="left" if name in ("op", "shape", "dtype", "times faster than") else "right")
+    left = ("op", "shape", "dtype", "rivals (times our time)")
+    for name in (*left[:3], "threads", "ms", "± %", "GB/s", "GFLOP/s", "of ceiling", left[3]):
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         rivals = ", ".join(f"{name} {t / row['median_s']:.1f}" for name, t in row["rivals_s"].items())
         table.add_row(
             row["op"],
             row["shape"],
             row["dtype"],
+            str(row["threads"] or ""),
             f"{row['median_s'] * 1e3:.3f}",
-            f"{50 * row['spread']:.0f}",
+            f"{50 * (row['high_s'] - row['low_s']) / row['median_s']:.0f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['gflop_per_s']:.1f}" if row["gflop_per_s"] else "",
-            f"{row['share_of_ceiling']:.0%}",
+            f"{row['share_of_ceiling']:.0%} {row['bound']}",
             rivals,
         )
     Console(width=150, highlight=False).print(table)
 
 
-def save(path: str, rows: list[dict[str, Any]], device: str) -> None:
-    with open(path, "w") as file:
-        json.dump({"machine": machine(device), "ceilings": ceilings(device), "rows": rows}, file, indent=1)
+def save(path: str | Path, rows: Sequence[dict[str, Any]], device: str, **more: Any) -> None:
+    """Write machine and rows as JSON; ``more`` goes beside them."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps({"machine": machine(device), **more, "rows": list(rows)}, indent=1) + "\n")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import clado_ext
-from bench.harness import Case
+from bench.harness import Case, Grid
 from clado_ext.reference import batched_ce as oracle
 
 
@@ -16,21 +16,23 @@ def torch_float64(logits: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return torch.stack([(clean + d.double()).logsumexp(-1) - (p * d.double()).sum(-1) for d in delta])
 
 
-def cases(device: str) -> Iterator[Case]:
-    for v, n, c in [(150, 256, 1000), (96, 512, 10)]:
-        logits, delta = 3 * torch.randn(n, c, device=device), 0.1 * torch.randn(v, n, c, device=device)
+def cases(grid: Grid) -> Iterator[Case]:
+    for v, n, c in grid.shapes_or((150, 64, 1000), (150, 256, 1000), (96, 512, 10)):
+        logits, delta = 3 * torch.randn(n, c, device=grid.device), 0.1 * torch.randn(v, n, c, device=grid.device)
+        target = torch.randint(0, c, (n,), device=grid.device)
+        for loss, labels in (("KL", None), ("CE", target)):
 
-        def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
-            got, wanted = clado_ext.batched_ce(logits, delta), oracle.batched_ce(logits, delta)
-            torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-12)
+            def check(z: torch.Tensor = logits, d: torch.Tensor = delta, y: torch.Tensor | None = labels) -> None:
+                got, wanted = clado_ext.batched_ce(z, d, y), oracle.batched_ce(z, d, y)
+                torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-12 if y is None else 1e-7)
 
-        yield Case(
-            "batched_ce",
-            f"V={v} N={n} C={c}",
-            "float32",
-            lambda z=logits, d=delta: clado_ext.batched_ce(z, d),
-            check,
-            logits.nbytes + delta.nbytes,
-            0,
-            {"torch float64": lambda z=logits, d=delta: torch_float64(z, d)},
-        )
+            yield Case(
+                "batched_ce",
+                f"V={v} N={n} C={c} {loss}",
+                "float32",
+                lambda z=logits, d=delta, y=labels: clado_ext.batched_ce(z, d, y),
+                check,
+                logits.nbytes + delta.nbytes,
+                0,
+                {"torch float64": lambda z=logits, d=delta: torch_float64(z, d)} if labels is None else {},
+            )

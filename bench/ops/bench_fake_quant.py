@@ -1,11 +1,12 @@
-"""fake_quant into given outputs: bytes are one read of the weight and one write per width."""
+"""fake_quant into given outputs: bytes are one read of the weight and one write per width; the ceiling does that by copy_."""
 
 from collections.abc import Iterator
 
 import torch
 
 import clado_ext
-from bench.harness import Case
+from bench import rivals
+from bench.harness import Case, Grid, name_of
 from clado_ext.reference import fake_quant as oracle
 
 BITS = (2, 4, 8)
@@ -27,35 +28,36 @@ def plain(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.stack(codes)
 
 
-def cases(device: str) -> Iterator[Case]:
-    shapes = [(768, 3072), (4096, 4096)] + ([(4096, 16384)] if device == "cuda" else [])
+def cases(grid: Grid) -> Iterator[Case]:
+    large = ((4096, 16384),) if grid.device == "cuda" else ()
     compiled = torch.compile(plain, dynamic=False)
-    for rows, columns in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            weight = torch.randn(rows, columns, device=device).to(dtype)
+    for rows, columns in grid.shapes_or((256, 768), (768, 3072), (4096, 4096), *large):
+        for dtype in grid.dtypes_or(torch.float32, torch.bfloat16, torch.float16):
+            weight = torch.randn(rows, columns, device=grid.device).to(dtype)
             scale = clado_ext.scale_search(weight, BITS, steps=1)
             values, sqerr = clado_ext.fake_quant(weight, scale, BITS)
+            moved = torch.empty_like(values)
 
             def check(weight: torch.Tensor = weight, scale: torch.Tensor = scale) -> None:
                 got, wanted = clado_ext.fake_quant(weight, scale, BITS)[0], oracle.fake_quant(weight, scale, BITS)[0]
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
-            rivals = {}
+            others = {}
             if dtype == torch.float32:
-                rivals = {
+                others = {
                     "fake_quantize x3": lambda w=weight, s=scale: per_channel(w, s),
                     "eager": lambda w=weight, s=scale: plain(w, s),
                     "compiled": lambda w=weight, s=scale: compiled(w, s),
+                    **rivals.fake_quant(weight, scale, BITS),
                 }
-            run = lambda w=weight, s=scale, v=values, e=sqerr: clado_ext.fake_quant_into(w, s, BITS, v, e)  # noqa: E731
-            size = weight.nbytes * (1 + len(BITS))
             yield Case(
                 "fake_quant",
                 f"{rows}x{columns} 2,4,8 bit",
-                str(dtype).removeprefix("torch."),
-                run,
+                name_of(dtype),
+                lambda w=weight, s=scale, v=values, e=sqerr: clado_ext.fake_quant_into(w, s, BITS, v, e),
                 check,
-                size,
+                weight.nbytes * (1 + len(BITS)),
                 0,
-                rivals,
+                others,
+                lambda w=weight, v=moved: v.copy_(w),  # one read, three writes
             )

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 import clado_ext
-from bench.harness import Case
+from bench.harness import Case, Grid
 from bench.solve.families import convex, program
 
 
-def cases(device: str) -> Iterator[Case]:
-    if device != "cpu":
+def cases(grid: Grid) -> Iterator[Case]:
+    if grid.device != "cpu" or grid.shapes or grid.dtypes:
         return
     for name, bits in (("digits", (2, 4, 8)), ("vit_b", (2, 4, 8)), ("vit_b", (2, 3, 4, 6, 8))):
         tensors = program(name, bits, avg_bits=4.0)

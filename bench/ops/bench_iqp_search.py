@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 import clado_ext
-from bench.harness import Case
+from bench.harness import Case, Grid
 from bench.solve.families import program
 
 WORK = 200  # rows per candidate
@@ -29,8 +29,8 @@ def numpy_descent(matrix: Tensor, starts: Tensor, rows: Tensor, limits: Tensor) 
         choice[layer[best]] = best
 
 
-def cases(device: str) -> Iterator[Case]:
-    if device != "cpu":
+def cases(grid: Grid) -> Iterator[Case]:
+    if grid.device != "cpu" or grid.shapes or grid.dtypes:
         return
     for name, bits in (("vit_b", (2, 4, 8)), ("vit_l", (2, 4, 8))):
         tensors = program(name, bits, avg_bits=4.0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import clado_ext
-from bench.harness import Case
+from bench.harness import Case, Grid
 from clado_ext.reference import pairwise_ce as oracle
 
 
@@ -24,9 +24,10 @@ def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple
     return total, squares
 
 
-def cases(device: str) -> Iterator[Case]:
-    for v, n, c in [(150, 256, 1000)] + ([(300, 1024, 1000)] if device == "cuda" else []):
-        logits, delta = 3 * torch.randn(n, c, device=device), 0.1 * torch.randn(v, n, c, device=device)
+def cases(grid: Grid) -> Iterator[Case]:
+    large = ((300, 1024, 1000),) if grid.device == "cuda" else ()
+    for v, n, c in grid.shapes_or((50, 64, 1000), (150, 256, 1000), *large):
+        logits, delta = 3 * torch.randn(n, c, device=grid.device), 0.1 * torch.randn(v, n, c, device=grid.device)
 
         def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
             z, d = logits[:4], delta[:20, :4]

@@ -1,11 +1,16 @@
-"""scale_search over 95 steps: flops are eight per element, width and step (multiply, clamp, round, subtract, square, add)."""
+"""scale_search over 95 steps, alone and with the quantization that follows.
+
+Flops are eight per element, width and step (multiply, clamp, round, subtract, square, add); steps that cannot win are left out,
+so a share above 100 % is no error.
+"""
 
 from collections.abc import Iterator
 
 import torch
 
 import clado_ext
-from bench.harness import Case
+from bench.harness import Case, Grid
+from bench.ops.bench_fake_quant import plain
 from clado_ext.reference import scale_search as oracle
 
 BITS = (2, 4, 8)
@@ -31,9 +36,10 @@ def torch_loop(weight: torch.Tensor) -> torch.Tensor:
     return torch.stack(out)
 
 
-def cases(device: str) -> Iterator[Case]:
-    for rows, columns in [(768, 3072)] + ([(4096, 16384)] if device == "cuda" else []):
-        weight = torch.randn(rows, columns, device=device)
+def cases(grid: Grid) -> Iterator[Case]:
+    large = ((4096, 16384),) if grid.device == "cuda" else ()
+    for rows, columns in grid.shapes_or((256, 768), (768, 3072), *large):
+        weight = torch.randn(rows, columns, device=grid.device)
 
         def check(weight: torch.Tensor = weight) -> None:
             got = clado_ext.scale_search(weight, BITS, steps=STEPS)
@@ -43,13 +49,10 @@ def cases(device: str) -> Iterator[Case]:
                     assert errors[tried == got[b, n, 0]].min() <= errors.min() * (1 + 1e-4)
 
         flops = 8 * weight.numel() * len(BITS) * STEPS
-        yield Case(
-            "scale_search",
-            f"{rows}x{columns} 2,4,8 bit",
-            "float32",
-            lambda w=weight: clado_ext.scale_search(w, BITS, steps=STEPS),
-            check,
-            weight.nbytes,
-            flops,
-            {"torch loop": lambda w=weight: torch_loop(w)},
-        )
+        shape = f"{rows}x{columns} 2,4,8 bit"
+        search = lambda w=weight: clado_ext.scale_search(w, BITS, steps=STEPS)  # noqa: E731
+        loop = {"torch loop": lambda w=weight: torch_loop(w)}
+        yield Case("scale_search", shape, "float32", search, check, weight.nbytes, flops, loop)
+        whole = lambda w=weight: clado_ext.quantize_weight(w, BITS, steps=STEPS)  # noqa: E731
+        loop = {"torch loop and formula": lambda w=weight: plain(w, torch_loop(w))}
+        yield Case("quantize_weight", shape, "float32", whole, check, 4 * weight.nbytes, flops, loop)

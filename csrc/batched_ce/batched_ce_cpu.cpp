@@ -13,7 +13,7 @@ template <class T>
 void run(const T* logits, const T* delta, const int64_t* target, double* increase, int64_t perturbations, int64_t samples,
          int64_t classes, int threads) {
   const int64_t shares = (perturbations + kShare - 1) / kShare;
-  parallel_for(samples * shares, threads, [&](int64_t index) {
+  parallel_for(samples * shares, threads_for(perturbations * samples * classes, threads), [&](int64_t index) {
     const int64_t n = index / shares, first = index % shares * kShare;
     const CleanRow<T> clean(logits + n * classes, classes);
     for (int64_t v = first; v < perturbations && v < first + kShare; ++v) {

@@ -176,6 +176,7 @@ constexpr int64_t kPiece = 1 << 14;
 template <class Fn>
 void for_each_piece(int64_t rows, int64_t columns, int threads, Fn fn) {
   const int64_t pieces = (columns + kPiece - 1) / kPiece;
+  threads = threads_for(rows * columns, threads);
   parallel_for(rows * pieces, threads, [&](int64_t i) {
     const int64_t first = i % pieces * kPiece, rest = columns - first;
     fn(i / pieces, first, rest < kPiece ? rest : kPiece);

@@ -7,6 +7,13 @@
 
 namespace clado {
 
+// Threads worth waking for `work` element operations: a thread for every 32 Ki of them, as torch has it. Small inputs stay on the
+// caller's thread, where no other can keep them waiting.
+inline int threads_for(int64_t work, int threads) {
+  const int64_t useful = 1 + work / (1 << 15);
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
 // fn(i) for i in [0, n), on up to `threads` threads, never more threads than items. fn must not throw.
 template <class Fn>
 void parallel_for(int64_t n, int threads, Fn fn) {

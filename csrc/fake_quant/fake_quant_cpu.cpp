@@ -164,7 +164,7 @@ void for_each_block(const void* weight, DType dtype, const float* scales, const 
                     int64_t group_size, const int32_t* bits, int num_bits, int threads, Fn fn) {
   const int64_t blocks = blocks_of(columns), groups = (columns + group_size - 1) / group_size;
   const int64_t bytes = dtype == DType::float32 ? 4 : 2;
-  parallel_for(rows * blocks, threads, [&](int64_t index) {
+  parallel_for(rows * blocks, threads_for(rows * columns * num_bits, threads), [&](int64_t index) {
     const int64_t row = index / blocks, part = index % blocks, column = part * kBlock, first = row * columns + column;
     const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - column));
     for (int b = 0; b < num_bits; ++b) {

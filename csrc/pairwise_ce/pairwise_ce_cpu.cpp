@@ -231,6 +231,7 @@ template <class T>
 void run(const T* logits, const T* delta, double* total, double* squares, T* workspace, int64_t perturbations, int64_t samples,
          int64_t classes, int threads) {
   const Cut cut(perturbations, samples, classes, sizeof(T));
+  threads = threads_for(perturbations * cut.samples * cut.classes, threads);
   std::fill(total, total + perturbations * perturbations, 0.0);
   std::fill(squares, squares + perturbations * perturbations, 0.0);
   std::vector<std::pair<int64_t, int64_t>> tiles;  // the upper triangle; the other one is its mirror

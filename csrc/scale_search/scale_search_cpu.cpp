@@ -211,6 +211,7 @@ void search_group(const Group& group, const Result& result, const int32_t* bits,
 void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
                       int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads) {
   const int64_t groups = (columns + group_size - 1) / group_size, all = rows * groups;
+  threads = threads_for(rows * columns * num_bits * steps, threads);
   const auto type = static_cast<DType>(dtype);
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   const auto one = [&](int64_t index, int workers) {

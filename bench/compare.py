@@ -1,0 +1,55 @@
+"""Two JSON files of ``python -m bench``: which rows are faster, slower, or within the noise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LEAST = 0.03  # a smaller change is no change, however quiet the machine
+
+
+def rows_of(path: str | Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    """Rows of a file by (op, shape, dtype, threads)."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    return {(r["op"], r["shape"], r["dtype"], r["threads"]): r for r in rows}
+
+
+def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """ "faster" or "slower" where the middle halves of the two samples do not meet and the medians differ by 3 %."""
+    if new["high_s"] < old["low_s"] and new["median_s"] < old["median_s"] * (1 - LEAST):
+        return "faster"
+    if new["low_s"] > old["high_s"] and new["median_s"] > old["median_s"] * (1 + LEAST):
+        return "slower"
+    return "same"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; 1 when a row is slower."""
+    parser = argparse.ArgumentParser("python -m bench compare", description=__doc__)
+    parser.add_argument("old")
+    parser.add_argument("new")
+    options = parser.parse_args(arguments)
+    machines = [json.loads(Path(p).read_text())["machine"] for p in (options.old, options.new)]
+    if machines[0]["device"] != machines[1]["device"]:
+        print(f"warning: measured on {machines[0]['device']} and on {machines[1]['device']}")
+    old, new = rows_of(options.old), rows_of(options.new)
+    table = Table(box=None, header_style="bold")
+    for name in ("op", "shape", "dtype", "threads", "old ms", "new ms", "old / new", "of ceiling", "verdict"):
+        table.add_column(name)
+    verdicts = []
+    for key in (k for k in new if k in old):
+        a, b = old[key], new[key]
+        verdicts.append(verdict(a, b))
+        times = (f"{a['median_s'] * 1e3:.3f}", f"{b['median_s'] * 1e3:.3f}", f"{a['median_s'] / b['median_s']:.2f}")
+        shares = f"{a['share_of_ceiling']:.0%} to {b['share_of_ceiling']:.0%}"
+        table.add_row(*key[:3], str(key[3]), *times, shares, verdicts[-1])
+    Console(width=150, highlight=False).print(table)
+    only = len(old.keys() ^ new.keys())
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("faster", "slower", "same"))
+    print(f"{counts}; {only} in one file only")
+    return int("slower" in verdicts)
