@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell git ls-files csrc clado_ext/bindings CMakeLists.txt pyproject.toml 2>/dev/null)
 
-.PHONY: help quickstart test lint docs dev native bench clean
+.PHONY: help quickstart test lint docs dev native bench sanitize gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -45,6 +45,16 @@ native:  ## the native module in place, without an install (PYTHONPATH=.:python)
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) $(CMAKE_ARGS)
 	$(BIN)/cmake --build build/native
 	$(BIN)/cmake --install build/native --prefix .
+
+sanitize: $(VENV)/.installed-test  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCLADO_CUDA=OFF -DCLADO_WERROR=ON -DCLADO_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_native*.so
+
+gpu-check:  ## build, test, sanitize and time the CUDA kernels with the Python that is there; fails without a GPU
+	$(PYTHON) bench/gpu_check.py
 
 clean:
 	rm -rf build dist clado_ext/*.so $(VENV)

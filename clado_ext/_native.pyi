@@ -169,13 +169,11 @@ def iqp_search_cpu(
 ) -> bool: ...
 
 # pairwise_ce
-def pairwise_ce_workspace_cpu(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
 def pairwise_ce_cpu(
     logits: int,
     delta: int,
     total: int,
     squares: int,
-    workspace: int,
     perturbations: int,
     samples: int,
     classes: int,
@@ -183,17 +181,17 @@ def pairwise_ce_cpu(
     threads: int,
     /,
 ) -> None: ...
-def pairwise_ce_workspace_cuda(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
+def pairwise_ce_workspace(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
 def pairwise_ce_cuda(
     logits: int,
     delta: int,
     total: int,
     squares: int,
-    workspace: int,
     perturbations: int,
     samples: int,
     classes: int,
     is_double: bool,
+    workspace: int,
     device: int,
     stream: int,
     /,

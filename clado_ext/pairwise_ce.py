@@ -44,10 +44,12 @@ def _allocate(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 def _launch(logits: Tensor, delta: Tensor, total: Tensor, squares: Tensor) -> None:
     z, d = computed(logits), computed(delta)
     double = z.dtype == torch.float64
-    size = getattr(_native, f"pairwise_ce_workspace_{z.device.type}")(*d.shape, double)
-    workspace = d.new_empty(size, dtype=torch.uint8)
-    addresses = (z.data_ptr(), d.data_ptr(), total.data_ptr(), squares.data_ptr(), workspace.data_ptr())
-    call("pairwise_ce", z.device, *addresses, *d.shape, double)
+    extra: tuple[int, ...] = ()
+    if z.is_cuda:
+        workspace = d.new_empty(_native.pairwise_ce_workspace(*d.shape, double), dtype=torch.uint8)
+        extra = (workspace.data_ptr(),)
+    addresses = (z.data_ptr(), d.data_ptr(), total.data_ptr(), squares.data_ptr())
+    call("pairwise_ce", z.device, *addresses, *d.shape, double, *extra)
 
 
 _pairwise_ce = define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)

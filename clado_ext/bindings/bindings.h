@@ -5,6 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace py = pybind11;
 
@@ -14,6 +17,18 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 template <class T>
 T* as(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Memory cannot be checked here, numbers can: ValueError("op: …") unless `holds`.
+inline void expect(bool holds, const char* op, const char* must) {
+  if (!holds) throw std::invalid_argument(std::string(op) + ": " + must);
+}
+inline void expect_sizes(const char* op, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) expect(size >= 0, op, "sizes must not be negative");
+}
+// No null address where there are elements.
+inline void expect_memory(const char* op, int64_t elements, std::initializer_list<Address> addresses) {
+  for (const Address address : addresses) expect(elements == 0 || address != 0, op, "addresses must not be null");
 }
 
 void bind_batched_ce(py::module_& m);

@@ -1,34 +1,38 @@
 #include "fake_quant/fake_quant.h"
 
-#include <vector>
-
-#include "bindings.h"
-
-using Bits = std::vector<int32_t>;
+#include "weights.h"
 
 void bind_fake_quant(py::module_& m) {
   m.def("fake_quant_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
                              int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, int threads) {
+    expect_matrix("fake_quant_cpu", dtype, rows, columns, group_size, bits);
+    expect_memory("fake_quant_cpu", rows * columns, {weight, scales, values, sqerr});
     clado::fake_quant_cpu(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                          as<double>(sqerr), rows, columns, group_size, bits.data(), static_cast<int>(bits.size()), threads);
+                          as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), threads);
   }, NoGil());
   m.def("quantize_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
                            int64_t columns, int64_t group_size, const Bits& bits, int threads) {
+    expect_matrix("quantize_cpu", dtype, rows, columns, group_size, bits);
+    expect_memory("quantize_cpu", rows * columns, {weight, scales, codes});
     clado::quantize_cpu(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes),
-                        rows, columns, group_size, bits.data(), static_cast<int>(bits.size()), threads);
+                        rows, columns, group_size, bits.data(), count_of(bits), threads);
   }, NoGil());
 #ifdef CLADO_WITH_CUDA
   m.def("fake_quant_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
                               int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, Address block_errors,
                               int device, Address stream) {
+    expect_matrix("fake_quant_cuda", dtype, rows, columns, group_size, bits);
+    expect_memory("fake_quant_cuda", rows * columns, {weight, scales, values, sqerr, block_errors});
     clado::fake_quant_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                           as<double>(sqerr), rows, columns, group_size, bits.data(), static_cast<int>(bits.size()),
-                           as<float>(block_errors), device, as<void>(stream));
+                           as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), as<float>(block_errors),
+                           device, as<void>(stream));
   }, NoGil());
   m.def("quantize_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
                             int64_t columns, int64_t group_size, const Bits& bits, int device, Address stream) {
+    expect_matrix("quantize_cuda", dtype, rows, columns, group_size, bits);
+    expect_memory("quantize_cuda", rows * columns, {weight, scales, codes});
     clado::quantize_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes),
-                         rows, columns, group_size, bits.data(), static_cast<int>(bits.size()), device, as<void>(stream));
+                         rows, columns, group_size, bits.data(), count_of(bits), device, as<void>(stream));
   }, NoGil());
 #endif
 }

@@ -2,19 +2,31 @@
 
 #include "bindings.h"
 
+namespace {
+
+void check(const char* op, std::initializer_list<Address> addresses, int64_t perturbations, int64_t samples, int64_t classes) {
+  expect_sizes(op, {perturbations, samples});
+  expect(classes >= 1, op, "classes must be positive");
+  expect_memory(op, perturbations * samples, addresses);
+}
+
+}  // namespace
+
 void bind_pairwise_ce(py::module_& m) {
-  m.def("pairwise_ce_workspace_cpu", &clado::pairwise_ce_workspace_cpu);
-  m.def("pairwise_ce_cpu", [](Address logits, Address delta, Address total, Address squares, Address workspace,
-                              int64_t perturbations, int64_t samples, int64_t classes, bool is_double, int threads) {
+  m.def("pairwise_ce_cpu", [](Address logits, Address delta, Address total, Address squares, int64_t perturbations,
+                              int64_t samples, int64_t classes, bool is_double, int threads) {
+    check("pairwise_ce_cpu", {logits, delta, total, squares}, perturbations, samples, classes);
     clado::pairwise_ce_cpu(as<const void>(logits), as<const void>(delta), as<double>(total), as<double>(squares),
-                           as<void>(workspace), perturbations, samples, classes, is_double, threads);
+                           perturbations, samples, classes, is_double, threads);
   }, NoGil());
 #ifdef CLADO_WITH_CUDA
-  m.def("pairwise_ce_workspace_cuda", &clado::pairwise_ce_workspace_cuda);
-  m.def("pairwise_ce_cuda", [](Address logits, Address delta, Address total, Address squares, Address workspace,
-                               int64_t perturbations, int64_t samples, int64_t classes, bool is_double, int device, Address stream) {
+  m.def("pairwise_ce_workspace", &clado::pairwise_ce_workspace);
+  m.def("pairwise_ce_cuda", [](Address logits, Address delta, Address total, Address squares, int64_t perturbations,
+                               int64_t samples, int64_t classes, bool is_double, Address workspace, int device,
+                               Address stream) {
+    check("pairwise_ce_cuda", {logits, delta, total, squares, workspace}, perturbations, samples, classes);
     clado::pairwise_ce_cuda(as<const void>(logits), as<const void>(delta), as<double>(total), as<double>(squares),
-                            as<void>(workspace), perturbations, samples, classes, is_double, device, as<void>(stream));
+                            perturbations, samples, classes, is_double, as<void>(workspace), device, as<void>(stream));
   }, NoGil());
 #endif
 }

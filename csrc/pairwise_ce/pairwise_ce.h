@@ -14,13 +14,12 @@
 
 namespace clado {
 
-// Bytes of `workspace`, which need no initial value.
-int64_t pairwise_ce_workspace_cpu(int64_t perturbations, int64_t samples, int64_t classes, bool is_double);
-void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, void* workspace, int64_t perturbations,
+void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
                      int64_t samples, int64_t classes, bool is_double, int threads);
 
-int64_t pairwise_ce_workspace_cuda(int64_t perturbations, int64_t samples, int64_t classes, bool is_double);
-void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, void* workspace,
-                      int64_t perturbations, int64_t samples, int64_t classes, bool is_double, int device, void* stream);
+// Bytes of `workspace` on the device, which need no initial value.
+int64_t pairwise_ce_workspace(int64_t perturbations, int64_t samples, int64_t classes, bool is_double);
+void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
+                      int64_t samples, int64_t classes, bool is_double, void* workspace, int device, void* stream);
 
 }  // namespace clado

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -228,8 +229,8 @@ struct Sample {
 };
 
 template <class T>
-void run(const T* logits, const T* delta, double* total, double* squares, T* workspace, int64_t perturbations, int64_t samples,
-         int64_t classes, int threads) {
+void run(const T* logits, const T* delta, double* total, double* squares, int64_t perturbations, int64_t samples, int64_t classes,
+         int threads) {
   const Cut cut(perturbations, samples, classes, sizeof(T));
   threads = threads_for(perturbations * cut.samples * cut.classes, threads);
   std::fill(total, total + perturbations * perturbations, 0.0);
@@ -240,6 +241,7 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
   const bool sliced = cut.classes < classes;
   std::vector<T> unfinished(sliced ? tiles.size() * kTileSize : 0);  // the one sample's tiles between two slices of its classes
   std::vector<Row<T>> rows(static_cast<size_t>(cut.samples * cut.panels * kTile));
+  const std::unique_ptr<T[]> workspace(new T[static_cast<size_t>(cut.samples * cut.panels * kTile * cut.classes)]);
   std::vector<Sample<T>> group;
 
   // Adds the finished tiles of a group, or (last = false) keeps them for the next slice.
@@ -251,7 +253,7 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
       alignas(64) T tile[kTileSize];
       T* const kept = sliced ? &unfinished[static_cast<size_t>(i) * kTileSize] : nullptr;
       for (int64_t n = 0; n < count; ++n) {
-        const T* sample = workspace + n * cut.panels * size;
+        const T* sample = workspace.get() + n * cut.panels * size;
         if (kept)
           std::copy(kept, kept + kTileSize, tile);
         else
@@ -288,7 +290,7 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
           own[r].d = delta + (v * samples + start + n) * classes;
           own[r].moments = moments(sample.clean, own[r].d, v + 1 < perturbations ? own[r].d + samples * classes : own[r].d);
         }
-        fill(sample.clean, sample.root.data(), own, first, width, workspace + i * kTile * width);
+        fill(sample.clean, sample.root.data(), own, first, width, workspace.get() + i * kTile * width);
       });
       multiply(count, width, first + width == classes);
     }
@@ -302,20 +304,14 @@ void run(const T* logits, const T* delta, double* total, double* squares, T* wor
 
 }  // namespace
 
-int64_t pairwise_ce_workspace_cpu(int64_t perturbations, int64_t samples, int64_t classes, bool is_double) {
-  const int64_t element = is_double ? 8 : 4;
-  const Cut cut(perturbations, samples, classes, element);
-  return cut.samples * cut.panels * kTile * cut.classes * element;
-}
-
-void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, void* workspace, int64_t perturbations,
+void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
                      int64_t samples, int64_t classes, bool is_double, int threads) {
   if (is_double)
-    run(static_cast<const double*>(logits), static_cast<const double*>(delta), total, squares, static_cast<double*>(workspace),
-        perturbations, samples, classes, threads);
+    run(static_cast<const double*>(logits), static_cast<const double*>(delta), total, squares, perturbations, samples, classes,
+        threads);
   else
-    run(static_cast<const float*>(logits), static_cast<const float*>(delta), total, squares, static_cast<float*>(workspace),
-        perturbations, samples, classes, threads);
+    run(static_cast<const float*>(logits), static_cast<const float*>(delta), total, squares, perturbations, samples, classes,
+        threads);
 }
 
 }  // namespace clado

@@ -139,14 +139,14 @@ void launch(const T* logits, const T* delta, double* total, double* squares, voi
 
 }  // namespace
 
-int64_t pairwise_ce_workspace_cuda(int64_t perturbations, int64_t samples, int64_t classes, bool is_double) {
+int64_t pairwise_ce_workspace(int64_t perturbations, int64_t samples, int64_t classes, bool is_double) {
   const int64_t element = is_double ? 8 : 4;
   const Cut cut(perturbations, samples, classes, element);
   return 16 * cut.slices * perturbations * perturbations + cut.together * perturbations * classes * element;
 }
 
-void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, void* workspace,
-                      int64_t perturbations, int64_t samples, int64_t classes, bool is_double, int device, void* stream) {
+void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
+                      int64_t samples, int64_t classes, bool is_double, void* workspace, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto bytes = static_cast<size_t>(perturbations * perturbations) * sizeof(double);

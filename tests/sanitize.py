@@ -1,0 +1,128 @@
+"""Every CPU kernel on awkward sizes at every SIMD level and thread count, by numpy alone: what the sanitizer build runs.
+
+    python tests/sanitize.py <path of a _native module>
+
+`make sanitize` builds the module with AddressSanitizer and UndefinedBehaviorSanitizer and calls this. Results must have the same
+bits at every setting; out-of-bounds accesses and undefined behaviour abort.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+BITS = [2, 3, 8]
+THREADS = (1, 3)
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def at(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for rows, columns in ((1, 1), (3, 31), (2, 33), (1, 1024), (2, 1029), (1, 20_001), (0, 4)):
+        for dtype in (0, 1, 2):
+            for group in (columns, 7, 32):
+                for ranged in (False, True):
+                    raw = draw.standard_normal((rows, columns), dtype=np.float32)
+                    weight = raw if dtype == 0 else raw.astype(np.float16) if dtype == 1 else (raw.view(np.uint32) >> 16).astype(np.uint16)
+                    groups = -(-columns // group)
+
+                    def run(
+                        threads: int,
+                        weight: np.ndarray = weight,
+                        dtype: int = dtype,
+                        group: int = group,
+                        ranged: bool = ranged,
+                        shape: tuple[int, int, int] = (rows, columns, groups),
+                    ) -> list[np.ndarray]:
+                        rows, columns, groups = shape
+                        scale = np.ones((3, rows, groups), np.float32)
+                        zero = np.zeros((3, rows, groups), np.int8) if ranged else None
+                        values = np.zeros((3, rows, columns), weight.dtype)
+                        error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
+                        sizes = (rows, columns, group, BITS)
+                        native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, 20, threads)
+                        native.fake_quant_cpu(at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads)
+                        native.quantize_cpu(at(weight), dtype, at(scale), at(zero), at(codes), *sizes, threads)
+                        return [scale, values, error, codes, *([] if zero is None else [zero])]
+
+                    yield run
+
+
+def packing(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for bits in range(2, 9):
+        for rows, columns in ((1, 1), (3, 31), (2, 32), (2, 33), (1, 16_385), (0, 5), (4, 0)):
+            half = 2 ** (bits - 1)
+            codes = draw.integers(-half, half, (rows, columns), np.int8)
+
+            def run(threads: int, bits: int = bits, codes: np.ndarray = codes) -> list[np.ndarray]:
+                words = np.zeros((codes.shape[0], -(-codes.shape[1] * bits // 32)), np.int32)
+                back = np.zeros_like(codes)
+                assert native.pack_cpu(at(codes), at(words), *codes.shape, bits, threads)
+                native.unpack_cpu(at(words), at(back), *codes.shape, bits, threads)
+                assert np.array_equal(back, codes)
+                return [words]
+
+            yield run
+
+
+def losses(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for perturbations, samples, classes in ((1, 1, 1), (3, 2, 15), (17, 3, 33), (33, 2, 1000), (500, 1, 700), (2, 0, 3)):
+        for double in (False, True):
+            for size in (1e-3, 1.0, 50.0):
+                kind = np.float64 if double else np.float32
+                logits = (3 * draw.standard_normal((samples, classes))).astype(kind)
+                delta = (size * draw.standard_normal((perturbations, samples, classes))).astype(kind)
+                target = draw.integers(0, classes, samples, np.int64)
+
+                def run(
+                    threads: int,
+                    logits: np.ndarray = logits,
+                    delta: np.ndarray = delta,
+                    target: np.ndarray = target,
+                    double: bool = double,
+                ) -> list[np.ndarray]:
+                    n = delta.shape[0]
+                    kl, ce = np.zeros(delta.shape[:2]), np.zeros(delta.shape[:2])
+                    total, squares = np.zeros((n, n)), np.zeros((n, n))
+                    native.batched_ce_cpu(at(logits), at(delta), 0, at(kl), *delta.shape, double, threads)
+                    assert native.batched_ce_cpu(at(logits), at(delta), at(target), at(ce), *delta.shape, double, threads)
+                    native.pairwise_ce_cpu(at(logits), at(delta), at(total), at(squares), *delta.shape, double, threads)
+                    return [kl, ce, total, squares]
+
+                yield run
+
+
+def main() -> None:
+    native = load(str(Path(sys.argv[1]).resolve()))
+    draw, count, best = np.random.default_rng(0), 0, native.simd_level()
+    for family in (quantization, packing, losses):
+        for run in family(native, draw):
+            first = None
+            for level in range(best + 1):
+                native.set_simd(level)
+                for threads in THREADS:
+                    got = [x.tobytes() for x in run(threads)]
+                    first = first or got
+                    assert got == first, f"{family.__name__}: other bits at SIMD level {level}, {threads} threads"
+            count += 1
+    print(f"{count} cases at {best + 1} SIMD levels and {THREADS} threads: same bits, nothing out of bounds")
+
+
+if __name__ == "__main__":
+    main()
