@@ -46,7 +46,7 @@ native:  ## the native module in place, without an install (PYTHONPATH=.:python)
 	$(BIN)/cmake --build build/native
 	$(BIN)/cmake --install build/native --prefix .
 
-sanitize: $(VENV)/.installed-test  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.installed-dev  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCLADO_CUDA=OFF -DCLADO_WERROR=ON -DCLADO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize

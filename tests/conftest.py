@@ -15,3 +15,12 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked large run only when asked for: ``-m large``."""
+    if "large" in config.getoption("-m"):
+        return
+    kept = [item for item in items if item.get_closest_marker("large") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept

@@ -39,7 +39,13 @@ def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Call
             for group in (columns, 7, 32):
                 for ranged in (False, True):
                     raw = draw.standard_normal((rows, columns), dtype=np.float32)
-                    weight = raw if dtype == 0 else raw.astype(np.float16) if dtype == 1 else (raw.view(np.uint32) >> 16).astype(np.uint16)
+                    weight = (
+                        raw
+                        if dtype == 0
+                        else raw.astype(np.float16)
+                        if dtype == 1
+                        else (raw.view(np.uint32) >> 16).astype(np.uint16)
+                    )
                     groups = -(-columns // group)
 
                     def run(
@@ -57,7 +63,9 @@ def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Call
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
                         sizes = (rows, columns, group, BITS)
                         native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, 20, threads)
-                        native.fake_quant_cpu(at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads)
+                        native.fake_quant_cpu(
+                            at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads
+                        )
                         native.quantize_cpu(at(weight), dtype, at(scale), at(zero), at(codes), *sizes, threads)
                         return [scale, values, error, codes, *([] if zero is None else [zero])]
 
@@ -82,7 +90,14 @@ def packing(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[
 
 
 def losses(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
-    for perturbations, samples, classes in ((1, 1, 1), (3, 2, 15), (17, 3, 33), (33, 2, 1000), (500, 1, 700), (2, 0, 3)):
+    for perturbations, samples, classes in (
+        (1, 1, 1),
+        (3, 2, 15),
+        (17, 3, 33),
+        (33, 2, 1000),
+        (500, 1, 700),
+        (2, 0, 3),
+    ):
         for double in (False, True):
             for size in (1e-3, 1.0, 50.0):
                 kind = np.float64 if double else np.float32
@@ -101,7 +116,9 @@ def losses(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[
                     kl, ce = np.zeros(delta.shape[:2]), np.zeros(delta.shape[:2])
                     total, squares = np.zeros((n, n)), np.zeros((n, n))
                     native.batched_ce_cpu(at(logits), at(delta), 0, at(kl), *delta.shape, double, threads)
-                    assert native.batched_ce_cpu(at(logits), at(delta), at(target), at(ce), *delta.shape, double, threads)
+                    assert native.batched_ce_cpu(
+                        at(logits), at(delta), at(target), at(ce), *delta.shape, double, threads
+                    )
                     native.pairwise_ce_cpu(at(logits), at(delta), at(total), at(squares), *delta.shape, double, threads)
                     return [kl, ce, total, squares]
 

@@ -1,0 +1,76 @@
+"""What only a GPU can show: equality with the CPU on small awkward sizes, streams, graphs, other devices.
+
+gpu-check runs this under compute-sanitizer too. Skipped without a GPU unless CLADO_REQUIRE_GPU=1, which fails then.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import clado_ext
+from tests.ops.devices import DEVICES, same_bits
+
+pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")
+
+BITS = (2, 5, 8)
+
+
+def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
+    """Small cases by name, the same numbers on every device; True where the bits must agree with the CPU."""
+    torch.manual_seed(0)
+    weight, codes = torch.randn(5, 1029).to(device), torch.randint(-4, 4, (3, 1027), dtype=torch.int8).to(device)
+    logits, delta = 3 * torch.randn(3, 70).to(device), torch.randn(67, 3, 70).to(device)
+    target = torch.tensor([0, 69, 5]).to(device)
+    halves = weight.half()
+    return {
+        "quantize_weight": (lambda: tuple(clado_ext.quantize_weight(weight, BITS, 33, 9)[:3]), True),
+        "asymmetric": (lambda: tuple(clado_ext.quantize_weight(halves, BITS, -1, 9, symmetric=False)), True),
+        "quantize": (lambda: clado_ext.quantize(weight, clado_ext.scale_search(weight, BITS), BITS), True),
+        "bitpack": (lambda: clado_ext.unpack(clado_ext.pack(codes, 3), 3, 1027), True),
+        "pack_dim_0": (lambda: clado_ext.pack(codes, 3, 0), True),
+        "batched_ce": (lambda: clado_ext.batched_ce(logits, delta, target), False),
+        "pairwise_ce": (lambda: clado_ext.pairwise_ce(logits, delta), False),
+    }
+
+
+def cpu(x: Any) -> Any:
+    return tuple(y.cpu() for y in x) if isinstance(x, tuple) else x.cpu()
+
+
+@pytest.mark.parametrize("name", list(works("cpu")))
+def test_as_on_the_cpu(name: str) -> None:
+    (ours, exact), (wanted, _) = works("cuda")[name], works("cpu")[name]
+    if exact:
+        assert same_bits(cpu(ours()), wanted())
+    else:  # float32 rows against double ones: the tolerances of the ops' own tests
+        torch.testing.assert_close(cpu(ours()), wanted(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(works("cpu")))
+def test_on_another_stream_and_in_a_graph(name: str) -> None:
+    run, _ = works("cuda")[name]
+    wanted = cpu(run())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run()
+    stream.synchronize()
+    assert same_bits(cpu(got), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(cpu(captured), wanted)
+
+
+def test_on_a_device_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weight = torch.randn(4, 50)
+    with torch.cuda.device(0):
+        got = clado_ext.quantize_weight(weight.to("cuda:1"), BITS)
+    assert got.values.device == torch.device("cuda:1")
+    assert same_bits(cpu(got.values), clado_ext.quantize_weight(weight, BITS).values)
