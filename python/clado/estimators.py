@@ -185,10 +185,11 @@ def singles(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: 
     state, finished = executor.start(batch), []
     for k in range(executor.num_layers):
         state = executor.advance(state, k)
-        branch = executor.fork(state, k, variants[k])
-        finished.append(
-            loss.values(executor.outputs(branch)) if isinstance(loss, UserLoss) else executor.finish(branch)
-        )
+        for part in _stacks(executor, variants[k]):
+            branch = executor.fork(state, k, part)
+            finished.append(
+                loss.values(executor.outputs(branch)) if isinstance(loss, UserLoss) else executor.finish(branch)
+            )
         tick()
     if isinstance(loss, UserLoss):
         return torch.cat(finished) - loss.values(executor.outputs(state)), torch.empty(0), torch.empty(0)
@@ -211,24 +212,35 @@ def _pairs(
     width = len(variants[0])
     blocks = [slice(k * width, (k + 1) * width) for k in range(executor.num_layers)]
     base = loss.values(executor.outputs(executor.start(batch))) if isinstance(loss, UserLoss) else torch.empty(0)
+
+    def measured(both: Any) -> Tensor:
+        """What both perturbations change: losses ``[S, N]`` or logits ``[S, N, C]``."""
+        if isinstance(loss, UserLoss):
+            return loss.values(executor.outputs(both)) - base
+        return executor.changes(executor.finish(both), logits)
+
     state = executor.start(batch)
     for i, own in enumerate(blocks):
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i]) if i + 1 < len(blocks) else state
         for j in range(i + 1, executor.num_layers):
             branch = executor.advance(branch, j)
-            both = executor.fork(branch, j, variants[j])  # streams: bits of j outermost
             other = blocks[j]
+            joint = torch.cat([measured(executor.fork(branch, j, part)) for part in _stacks(executor, variants[j])])
+            joint = joint.view(width, width, *joint.shape[1:]).transpose(0, 1)  # streams: bits of j outermost
             if isinstance(loss, UserLoss):
-                joint = (loss.values(executor.outputs(both)) - base).view(width, width, -1).transpose(0, 1)
                 closed = joint - increase[own, None] - increase[other]
                 residual = torch.zeros_like(closed)
             else:
-                joint = executor.changes(executor.finish(both), logits)
-                joint = joint.view(width, width, *joint.shape[1:]).transpose(0, 1)
                 closed, residual = loss.pair(logits, delta[own], delta[other], joint)
             yield (own, other), closed, residual
             tick()
+
+
+def _stacks(executor: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """As many variants of a layer at a time as the executor may stack."""
+    size = getattr(executor, "stack", None) or len(variants)
+    return (variants[k : k + size] for k in range(0, len(variants), size))
 
 
 def _single_sums(increase: Tensor) -> Sums:

@@ -103,7 +103,10 @@ class Executor:
 
     Attributes:
         work: multiply-add work done so far in forward-equivalents times samples, counted over the nodes that really ran.
+        stack: how many variants of a layer estimators fork into at once; None: all.
     """
+
+    stack: int | None = None
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured

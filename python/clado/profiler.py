@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor
 from .checkpoint import Checkpoint, disk_error, recorded
 from .distributed import Ranks
-from .errors import require
+from .errors import CladoError, require
 from .estimators import CLOSED_FORM, ESTIMATORS, Sums, expected_work
 from .executor import Executor, Runner
 from .fingerprint import code_digest, data_digest, digest, weights_digest
 from .losses import LogitLoss, Loss, LossFunc, UserLoss
+from .memory import chunk_bytes, disk_bytes, is_out_of_memory, run_bytes
 from .probe import SAMPLES, probe
 from .progress import progress_bar
 from .quantizer import Quantizer
@@ -52,6 +55,7 @@ def profile(
     num_samples: int = 1024,
     exact_samples: int | None = None,
     batch_size: int | None = None,
+    max_memory: int | None = None,
     group_size: int = -1,
     scale_steps: int = 95,
     symmetric: bool = True,
@@ -84,7 +88,11 @@ def profile(
             warning. Losses and sums are float64 always.
         num_samples: how many samples of the loader to use; fewer are taken, with a warning, when it ends early.
         exact_samples: for "corrected": samples (rounded up to whole chunks) on which every pair is evaluated; None: an eighth.
-        batch_size: samples that advance together; None chooses by the size of the activations.
+        batch_size: samples of a chunk: they are measured together and kept together; None chooses by the size of the
+            activations, or what an interrupted run in ``output_dir`` chose.
+        max_memory: bytes of weights, variants and live values on the device that must not be exceeded: fewer samples, and
+            then fewer perturbations, advance together. None: what is free on a GPU. A chunk that runs out of memory all the
+            same is measured again in halves.
         group_size: -1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
         symmetric: codes are steps around zero; False adds a zero point to every scale.
@@ -103,25 +111,81 @@ def profile(
     Raises:
         CladoError: any bad input, in one line; nothing is written then.
     """
-    options = Options(
-        bits=tuple(sorted(bits)),
-        estimator=estimator,
-        loss=loss if loss_func is None else "user",
-        loss_func=loss_func,
-        forward_step=forward_step,
-        precision=precision,
-        num_samples=num_samples,
-        exact_samples=exact_samples,
-        batch_size=batch_size,
-        quantizer=Quantizer(group_size, scale_steps, symmetric),
-        ignore=tuple(ignore),
-        quantize_ends=quantize_ends,
-        output_dir=None if output_dir is None else Path(output_dir),
-        device=None if device is None else torch.device(device),
-        seed=seed,
-    )
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "data_loader", "verbose")}
     with full_precision(), torch.no_grad():
-        return Run(model, data_loader, options).measure(verbose)
+        return Run(model, data_loader, Options.of(**arguments)).measure(verbose)
+
+
+def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> RunPlan:
+    """What :func:`profile` would do with these arguments: work, time, memory and disk. Nothing is written.
+
+    Raises:
+        CladoError: whatever :func:`profile` would refuse before its first chunk.
+    """
+    known = {name: p.default for name, p in inspect.signature(profile).parameters.items()}
+    unknown = [name for name in options if name not in known]
+    require(not unknown, "plan_run", "options", "be arguments of profile", ", ".join(unknown))
+    arguments = {**known, **options}
+    for name in ("model", "data_loader", "verbose"):
+        del arguments[name]
+    with full_precision(), torch.no_grad():
+        return Run(model, data_loader, Options.of(**arguments)).plan()
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will cost.
+
+    Attributes:
+        layers, candidates: L and V; bits: candidate widths.
+        samples: at most; finished: of them, in an interrupted run.
+        evaluations: losses per sample by the definition.
+        forward_equivalents: of all samples.
+        seconds: about, from a short probe of this machine.
+        batch_size: samples of a chunk; together: how many of them advance at a time, with ``stack`` perturbations.
+        fixed_bytes: weights, variants, sums; chunk_bytes: live values at most, None where they cannot be planned.
+        disk_bytes: of the run directory.
+    """
+
+    estimator: str
+    layers: int
+    bits: tuple[int, ...]
+    candidates: int
+    samples: int
+    finished: int
+    evaluations: int
+    forward_equivalents: float
+    seconds: float
+    batch_size: int
+    together: int
+    stack: int
+    fixed_bytes: int
+    chunk_bytes: int | None
+    disk_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        live = "unknown" if self.chunk_bytes is None else _size(self.chunk_bytes)
+        total = "" if self.chunk_bytes is None else f", {_size(self.fixed_bytes + self.chunk_bytes)} in all"
+        lines = (
+            ("layers", f"{self.layers} at {', '.join(map(str, self.bits))} bits, {self.candidates} candidates"),
+            ("samples", f"{self.samples:,}" + (f", {self.finished:,} of them finished" if self.finished else "")),
+            ("evaluations", f"{self.evaluations:,} per sample ({self.estimator})"),
+            (
+                "forwards",
+                f"{self.forward_equivalents / self.samples:,.1f} per sample, {self.forward_equivalents:,.0f} in all",
+            ),
+            ("time", f"about {timedelta(seconds=round(self.seconds))}" if self.seconds >= 1 else "about a second"),
+            ("at a time", f"{self.together} samples, {self.stack} perturbations; chunks of {self.batch_size} samples"),
+            ("memory", f"{_size(self.fixed_bytes)} weights and variants, {live} live values{total}"),
+            ("disk", _size(self.disk_bytes)),
+            *(("note", note) for note in self.notes),
+        )
+        return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -137,6 +201,7 @@ class Options:
     num_samples: int
     exact_samples: int | None
     batch_size: int | None
+    max_memory: int | None
     quantizer: Quantizer
     ignore: tuple[str, ...]
     quantize_ends: bool
@@ -157,9 +222,35 @@ class Options:
         must = "be float32 or float64 for the gradient estimator (a backward carries no differences)"
         carries = self.estimator != "gradient" or self.precision not in LOW_PRECISIONS
         require(carries, "profile", "precision", must, repr(self.precision))
-        for name in ("num_samples", "exact_samples", "batch_size"):
+        for name in ("num_samples", "exact_samples", "batch_size", "max_memory"):
             value = getattr(self, name)
             require(value is None or value >= 1, "profile", name, "be at least 1", value)
+
+    @staticmethod
+    def of(
+        *,
+        bits: Sequence[int],
+        loss: str,
+        loss_func: LossFunc | None,
+        group_size: int,
+        scale_steps: int,
+        symmetric: bool,
+        ignore: Sequence[str],
+        output_dir: str | os.PathLike[str] | None,
+        device: str | torch.device | None,
+        **rest: Any,
+    ) -> Options:
+        """From the arguments of :func:`profile`."""
+        return Options(
+            bits=tuple(sorted(bits)),
+            loss=loss if loss_func is None else "user",
+            loss_func=loss_func,
+            quantizer=Quantizer(group_size, scale_steps, symmetric),
+            ignore=tuple(ignore),
+            output_dir=None if output_dir is None else Path(output_dir),
+            device=None if device is None else torch.device(device),
+            **rest,
+        )
 
     @property
     def whole_batches(self) -> bool:
@@ -187,6 +278,7 @@ class Run:
         known = recorded(options.output_dir)
         default = _default_batch(self.executor, len(options.bits), options.estimator, self.device)
         self.size = options.batch_size or known.get("batch_size") or default
+        self.example = two_samples(moved_to(inputs, self.device, self.dtype))
         few = options.exact_samples or known.get("exact_samples") or max(2, self.stream.expected // 8)
         self.exact_samples = few if options.estimator == "corrected" else None
         self.probed: dict[str, Any] = {}
@@ -194,6 +286,8 @@ class Run:
         if options.precision in LOW_PRECISIONS:
             self._lower(first, known.get("products"))
             products = options.precision if isinstance(self.executor, CarriedExecutor) else "float32"
+        self.together = self.size  # samples that advance together
+        self._fit(known)
         self.settings = {
             "weights": weights_digest(model),
             "layers": digest([asdict(layer) for layer in self.executor.layers]),
@@ -256,6 +350,56 @@ class Run:
             f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
         )
 
+    def _fit(self, known: dict[str, Any]) -> None:
+        """Let fewer samples, then fewer perturbations advance together until the memory suffices."""
+        options, limit = self.options, self.options.max_memory
+        if limit is None and self.device.type != "cuda":
+            return
+        fixed = self.fixed_bytes()
+        if limit is None:
+            limit = fixed + int(0.9 * torch.cuda.mem_get_info(self.device)[0])
+        need = self.chunk_bytes()
+        while need is not None and fixed + need > limit:
+            if self.together > 1:
+                self.together = -(-self.together // 2)
+            elif isinstance(self.executor, Executor) and self._stack > 1:
+                self.executor.stack = -(-self._stack // 2)
+            else:
+                shown = f"{(fixed + need) / 2**20:,.0f} MiB for one sample and one perturbation"
+                require(False, "profile", "max_memory", "hold the weights, their variants and one sample", shown)
+            need = self.chunk_bytes()
+        if options.batch_size is None and "batch_size" not in known:
+            self.size = self.together
+
+    @property
+    def _stack(self) -> int:
+        return getattr(self.executor, "stack", None) or len(self.options.bits)
+
+    def fixed_bytes(self) -> int:
+        """Bytes of weights, variants and sums."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if isinstance(self.executor, Executor):
+            tensors += [t for t in self.executor.captured.constants.values() if isinstance(t, Tensor)]
+        here = [t for t in tensors if t.device.type == self.device.type]
+        return run_bytes(here, self.variants, self.options.estimator)
+
+    def chunk_bytes(self) -> int | None:
+        """Peak bytes of live values while samples advance together; None where it cannot be planned."""
+        return chunk_bytes(
+            self.executor,
+            self.options.estimator,
+            self.variants,
+            self.example,
+            lambda batch, samples: self._loss(batch, self._labels(samples), samples),
+            self.together,
+            getattr(self.executor, "stack", None),
+        )
+
+    def _labels(self, samples: int) -> Tensor | None:
+        """Labels that only have a shape, for the cross-entropy."""
+        wanted = self.options.loss == "cross_entropy"
+        return torch.zeros(samples, dtype=torch.int64) if wanted else None
+
     @cached_property
     def variants(self) -> list[list[Tensor]]:
         """All layers' weights at every bit-width."""
@@ -281,6 +425,49 @@ class Run:
         """Forward-equivalents of so many samples."""
         starts = range(0, samples, self.size)
         return sum(self.work(first, min(self.size, samples - first)) for first in starts)
+
+    def plan(self) -> RunPlan:
+        """What :meth:`measure` would cost; a few layers are run for the time."""
+        options, count = self.options, self.stream.expected
+        checkpoint = Checkpoint(options.output_dir, self.settings, self.size, self.candidates)
+        finished = min(count, checkpoint.total.samples)
+        work = self.total_work(count) - self.total_work(finished)
+        width, layers = len(options.bits), len(self.executor.layers)
+        pairs = width**2 * layers * (layers - 1) // 2 if options.estimator in ("exact", "corrected") else 0
+        return RunPlan(
+            estimator=options.estimator,
+            layers=layers,
+            bits=options.bits,
+            candidates=self.candidates,
+            samples=count,
+            finished=finished,
+            evaluations=1 + self.candidates + pairs,
+            forward_equivalents=self.total_work(count),
+            seconds=work / self._throughput() if work else 0.0,
+            batch_size=self.size,
+            together=self.together,
+            stack=self._stack,
+            fixed_bytes=self.fixed_bytes(),
+            chunk_bytes=self.chunk_bytes(),
+            disk_bytes=disk_bytes(self.candidates, count, options.estimator),
+            notes=tuple(self.notes),
+        )
+
+    def _throughput(self) -> float:
+        """Forward-equivalents per second, by stacked forwards from a few cuts; the second of two rounds counts."""
+        repeats = -(-self.together // 2)
+        batch = pytree.tree_map(lambda t: torch.cat([t] * repeats)[: self.together], self.example)
+        runner, count = self.executor, self.executor.num_layers
+        speed = 0.0
+        for _ in range(2):
+            begin, before = time.perf_counter(), runner.work
+            for k in sorted({0, count // 2, count - 1}):
+                state = runner.advance(runner.start(batch), k)
+                output = runner.outputs(runner.fork(state, k, self.variants[k][: self._stack]))
+            pytree.tree_map(lambda t: t.cpu(), output)
+            speed = (runner.work - before) / (time.perf_counter() - begin)
+        runner.work = 0.0
+        return speed
 
     def measure(self, verbose: bool) -> Sensitivity:
         """Measure what is not finished yet; on every rank the same result."""
@@ -351,14 +538,42 @@ class Run:
         return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
 
     def _estimate(self, chunk: Chunk, tick: Callable[[], None]) -> Sums:
-        inputs, targets = self._parts(chunk.batch)
-        inputs = moved_to(inputs, self.device, self.dtype)
-        loss = self._loss(inputs, targets, chunk.samples)
-        part = ESTIMATORS[self.estimator(chunk.first)](self.executor, self.variants, inputs, loss, tick)
-        finite = bool(torch.isfinite(part.loss).any())
+        """Sums of a chunk; samples advance together as memory allows, and halves where it did not."""
+        name, done, parts = self.estimator(chunk.first), 0, []
+        while done < chunk.samples:
+            inputs, targets = self._parts(pytree.tree_map(lambda t, a=done: t[a : a + self.together], chunk.batch))
+            count = min(self.together, chunk.samples - done)
+            try:
+                moved = moved_to(inputs, self.device, self.dtype)
+                loss = self._loss(moved, targets, count)
+                parts.append(ESTIMATORS[name](self.executor, self.variants, moved, loss, tick))
+                done += count
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(count, error)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        finite = bool(torch.isfinite(total.loss).any())
         where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished work is kept"
         require(finite, "profile", "model", "return finite outputs", where)
-        return part
+        return total
+
+    def _halve(self, samples: int, error: BaseException) -> None:
+        """After an allocation failed: half the samples, or half the perturbations, at a time."""
+        if samples > 1:
+            self.together = -(-samples // 2)
+        elif isinstance(self.executor, Executor) and self._stack > 1:
+            self.executor.stack = -(-self._stack // 2)
+        else:
+            raise CladoError(
+                "profile: device must have memory for one sample and one perturbation, got "
+                f"{str(error).splitlines()[0]}; finished work is kept"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.notes.append(f"out of memory: went on with {self.together} samples, {self._stack} perturbations at a time")
 
     def _result(self, checkpoint: Checkpoint, ranks: Ranks) -> Sensitivity:
         options, sums = self.options, checkpoint.total
