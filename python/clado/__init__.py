@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .evaluator import Score, evaluate, rerank
     from .exporter import apply, export, load
     from .plan import Plan
-    from .profiler import profile
+    from .profiler import RunPlan, plan_run, profile
     from .quantizer import Quantizer
     from .refiner import refine
     from .report import write_figures, write_report
@@ -35,6 +35,8 @@ _HOME = {
     "given_plan": "solver",
     "load": "exporter",
     "pareto": "solver",
+    "RunPlan": "profiler",
+    "plan_run": "profiler",
     "profile": "profiler",
     "refine": "refiner",
     "rerank": "evaluator",
@@ -49,6 +51,7 @@ __all__ = [
     "LinearConstraint",
     "Plan",
     "Quantizer",
+    "RunPlan",
     "Score",
     "Sensitivity",
     "Solver",
@@ -58,6 +61,7 @@ __all__ = [
     "given_plan",
     "load",
     "pareto",
+    "plan_run",
     "profile",
     "refine",
     "rerank",

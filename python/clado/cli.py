@@ -77,8 +77,12 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 )
 @click.option("--num-classes", type=int, help="Classes of the head, as timm takes it.")
 @click.option("--img-size", type=int, help="Image size, as timm takes it.")
-@click.option("--data", required=True, help="Image folder (one subfolder per class), or digits:sensitivity.")
-@click.option("--nsamples", default=512, show_default=True, help="Images of the sensitivity set.")
+@click.option("--data", required=True, help="Image folder (one subfolder per class), timm:…, hf:…, own (see above).")
+@click.option("--nsamples", default=512, show_default=True, help="Images of the sensitivity set; ask for more later.")
+@click.option(
+    "--skip", default=0, help="Leave out that many first images: for a second run, to be merged with the first."
+)
+@click.option("--workers", default=0, show_default=True, help="Processes that decode images.")
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
 @click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
@@ -87,25 +91,50 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
-@click.option("--batch-size", type=int, help="Samples that advance together; chosen when left out.")
+@click.option("--batch-size", type=int, help="Samples of a chunk, the unit that is kept; chosen when left out.")
+@click.option(
+    "--max-memory", type=float, help="GiB of weights, their variants and live values that must not be exceeded."
+)
 @click.option("--device", help="cpu or cuda; where the model is when left out.")
 @click.option("--seed", default=0, show_default=True, help="Which images come first.")
-@click.option("--output-dir", required=True, help="Run directory to write.")
+@click.option("--dry-run", is_flag=True, help="Print work, time, memory and disk; measure and write nothing.")
+@click.option("--output-dir", required=True, help="Run directory to write, or to go on with.")
 def profile(**options: Any) -> None:
     """Measure the sensitivity matrix of a model.
 
+    A run that was stopped in any way goes on where it was when the same command is given again; with a larger --nsamples a
+    finished one goes on as well. Several processes share a run under torchrun.
+
     \b
     clado profile --model resnet18 --pretrained --data imagenet/val --nsamples 1024 --output-dir run
+    torchrun --nproc-per-node 8 -m clado profile --model vit_base_patch16_224 ... --output-dir run
+
+    \b
+    --data  FOLDER                                        one subfolder per class
+            timm:torch/cifar10?root=FOLDER&split=test     a dataset as timm names them
+            hf:NAME?split=test&image=img&label=label      a Hugging Face dataset, by name or folder
+            package.module:function                       returns a dataset or a data loader
+            digits:sensitivity                            embedded
     """
+    from .distributed import torchrun_group
+
+    with torchrun_group() as device:
+        _profile({**options, "device": options["device"] or device})
+
+
+def _profile(options: dict[str, Any]) -> None:
     from .data import build_data
+    from .distributed import is_writer
     from .models import ModelSpec, build_model
+    from .profiler import plan_run
     from .profiler import profile as measure
     from .rundir import write_note
 
     options["pretrained"] = {None: False, "hub": True}.get(options["pretrained"], options["pretrained"])
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
     model = build_model(spec)
-    data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"])
+    skip, workers = options["skip"], options["workers"]
+    data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"], skip, workers)
     folder = Path(options["output_dir"])
     kept = (
         "estimator",
@@ -119,15 +148,23 @@ def profile(**options: Any) -> None:
         "seed",
         "bits",
     )
-    sens = measure(
-        model,
-        data,
-        num_samples=options["nsamples"],
-        symmetric=not options["asymmetric"],
-        output_dir=folder,
+    limit = options["max_memory"]
+    arguments = {
+        "num_samples": options["nsamples"],
+        "symmetric": not options["asymmetric"],
+        "max_memory": None if limit is None else int(limit * 2**30),
+        "output_dir": folder,
         **{name: options[name] for name in kept},
-    )
-    write_note(folder, spec, options["data"], sens.num_samples, options["seed"], _command())
+    }
+    if options["dry_run"]:
+        plan = plan_run(model, data, **arguments)
+        if is_writer():
+            click.echo(str(plan))
+        return
+    sens = measure(model, data, **arguments)
+    if not is_writer():
+        return
+    write_note(folder, spec, options["data"], skip + sens.num_samples, options["seed"], _command())
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -136,6 +173,30 @@ def profile(**options: Any) -> None:
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
     )
     click.echo(f"next: clado solve {folder} --avg-bits 3")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--output-dir", required=True, help="Run directory to write; it must not hold another matrix.")
+def merge(runs: tuple[str, ...], output_dir: str) -> None:
+    """Join runs of the same model and settings over different images into what one run would have given.
+
+    \b
+    clado profile ... --nsamples 512            --output-dir a
+    clado profile ... --nsamples 512 --skip 512 --output-dir b
+    clado merge a b --output-dir run
+    """
+    from .rundir import merge_notes
+    from .sensitivity import FILE_NAME, Sensitivity
+
+    target = Path(output_dir)
+    require(not (target / FILE_NAME).exists(), "merge", "output-dir", "not hold a matrix yet", output_dir)
+    sens = Sensitivity.merge([Sensitivity.load(run) for run in runs])
+    target.mkdir(parents=True, exist_ok=True)
+    sens.save(target)
+    merge_notes([Path(run) for run in runs], target)
+    click.echo(f"{len(runs)} runs, {sens.num_samples} samples -> {output_dir}")
+    click.echo(f"next: clado solve {output_dir} --avg-bits 3")
 
 
 @main.command("import")

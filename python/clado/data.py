@@ -1,58 +1,148 @@
-"""Image folders as batches, through the model's own transforms, in an order fixed by a seed."""
+"""Images as batches, through the model's own transforms, in an order fixed by a seed."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CladoError, require
 from .models import ModelSpec
 
 
 def build_data(
-    data: str, model: nn.Module, spec: ModelSpec, batch_size: int, seed: int, skip: int = 0
+    data: str, model: nn.Module, spec: ModelSpec, batch_size: int, seed: int, skip: int = 0, workers: int = 0
 ) -> Iterable[Any]:
     """Batches of (inputs, targets).
 
     Args:
-        data: an image folder (one subfolder per class), or ``digits:sensitivity`` and the like for the embedded data.
+        data: where the images are:
+
+            - a folder with one subfolder per class;
+            - ``timm:NAME?root=FOLDER&split=SPLIT``: a dataset as timm names them (``torch/cifar10``, ``tfds/…``, ``hfds/…``);
+            - ``hf:NAME?split=SPLIT&image=COLUMN&label=COLUMN``: a Hugging Face dataset, by name or by a folder it was saved to;
+            - ``package.module:function``: what the function returns, a dataset of (image tensor, label) or a data loader;
+            - ``digits:sensitivity`` and the like: the embedded data.
         model: whose transforms are used.
         spec: for the image size.
         batch_size: images per batch.
         seed: fixes which images come first.
         skip: leave out that many first images: those the sensitivities were measured on.
+        workers: processes that decode images; they change nothing but the speed.
 
     Raises:
-        CladoError: a missing or empty folder.
+        CladoError: missing or empty data, an unknown scheme, or a package that is not installed.
     """
-    if data.startswith("digits:"):
+    scheme, _, rest = data.partition(":")
+    if scheme == "digits":
         from .digits import load_data
 
-        images, labels = load_data(data.partition(":")[2])
+        images, labels = load_data(rest)
         return list(zip(images[skip:].split(batch_size), labels[skip:].split(batch_size), strict=True))
-    dataset = _image_folder(data, model, spec)
+    if Path(data).exists() or not rest:
+        dataset = _image_folder(data, _transform(model, spec))
+    elif scheme in ("timm", "hf"):
+        name, _, query = rest.partition("?")
+        options = dict(parse_qsl(query))
+        dataset = (_timm if scheme == "timm" else _hugging_face)(name, options, _transform(model, spec))
+    else:
+        dataset = _own(data)
+        if not hasattr(dataset, "__getitem__"):
+            require(
+                skip == 0, "data", data, "be a dataset with a length for images that were not profiled", "a data loader"
+            )
+            return dataset
+    require(len(dataset) > 0, "data", "data", "hold images", f"none in {data}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[skip:]
     require(len(order) > 0, "data", "folder", f"hold more than the {skip} images the matrix was made of", len(dataset))
-    return torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, order), batch_size=batch_size)
+    kept = torch.utils.data.Subset(dataset, order)
+    return torch.utils.data.DataLoader(kept, batch_size=batch_size, num_workers=workers)
 
 
-def _image_folder(data: str, model: nn.Module, spec: ModelSpec) -> Any:
-    require(Path(data).is_dir(), "data", "folder", "be an image folder with one subfolder per class", data)
+def _transform(model: nn.Module, spec: ModelSpec) -> Any:
+    """The model's own evaluation transforms, image to tensor."""
     try:
-        from timm.data import ImageDataset, create_transform, resolve_data_config
+        from timm.data import create_transform, resolve_data_config
     except ImportError:
-        raise CladoError(
-            "data: timm must be installed for image folders, got no module timm (pip install timm)"
-        ) from None
+        raise CladoError("data: timm must be installed for images, got no module timm (pip install timm)") from None
     arguments = {} if spec.img_size is None else {"img_size": spec.img_size}
     config = resolve_data_config(arguments, model=model, verbose=False)
+    return create_transform(**config, is_training=False)
+
+
+def _image_folder(data: str, transform: Any) -> Any:
+    from timm.data import ImageDataset
+
+    require(Path(data).is_dir(), "data", "folder", "be an image folder with one subfolder per class", data)
     dataset: Any = []
     with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
-        dataset = ImageDataset(data, transform=create_transform(**config, is_training=False))
+        dataset = ImageDataset(data, transform=transform)
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
     return dataset
+
+
+def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
+    from timm.data import create_dataset
+
+    arguments: dict[str, Any] = {"split": "validation", **options}
+    try:
+        dataset = create_dataset(name, arguments.pop("root", None), transform=transform, **arguments)
+    except Exception as error:  # each reader of timm has its own
+        raise CladoError(f"data: timm must be able to open {name}, got {_reason(error)}") from None
+    require(hasattr(dataset, "__getitem__"), "data", name, "be a dataset with a length and an order", "a stream")
+    return dataset
+
+
+def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        message = "data: the package datasets must be installed for hf: data, got no module datasets"
+        raise CladoError(f"{message} (pip install datasets)") from None
+    split, image, label = (options.pop(k, k) for k in ("split", "image", "label"))
+    split = "validation" if split == "split" else split
+    try:
+        if Path(name).exists():
+            loaded = datasets.load_from_disk(name)
+            found = loaded[split] if isinstance(loaded, dict) else loaded
+        else:
+            found = datasets.load_dataset(name, split=split, **options)
+        columns = found.column_names
+    except Exception as error:  # the hub, the network, and every builder have their own
+        raise CladoError(f"data: datasets must be able to open {name}, got {_reason(error)}") from None
+    missing = [column for column in (image, label) if column not in columns]
+    require(not missing, "data", name, f"have the columns {image} and {label} (?image=…&label=…)", ", ".join(columns))
+    return HuggingFaceImages(found, image, label, transform)
+
+
+class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Rows of a Hugging Face dataset as (image tensor, label)."""
+
+    def __init__(self, rows: Any, image: str, label: str, transform: Any) -> None:
+        self.rows, self.image, self.label, self.transform = rows, image, label, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        return self.transform(row[self.image].convert("RGB")), int(row[self.label])
+
+
+def _own(name: str) -> Any:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        must = "be a folder, timm:NAME, hf:NAME, digits:SPLIT or package.module:function that can be imported"
+        raise CladoError(f"data: data must {must}, got {name} ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -114,6 +114,11 @@ class Ranks:
             return load(Path(folder) / FILE_NAME)
 
 
+def is_writer() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @contextmanager
 def torchrun_group() -> Iterator[torch.device | None]:
     """The process group that torchrun asks for and this rank's device; None where nothing was asked for.

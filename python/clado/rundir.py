@@ -95,6 +95,14 @@ def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int
     return int(plan.info.get("rerank_samples", 0))
 
 
+def merge_notes(runs: list[Path], target: Path) -> None:
+    """The note of merged runs: the first one's, with the images of all taken as seen; none where a run has none."""
+    paths = [run / RUN_FILE for run in runs]
+    if all(path.is_file() for path in paths):
+        notes = [json.loads(path.read_text()) for path in paths]
+        write_json(target / RUN_FILE, {**notes[0], "num_samples": max(note["num_samples"] for note in notes)})
+
+
 def holdings(folder: Path) -> list[tuple[str, int, str]]:
     """Name, bytes and meaning of everything in a run directory that clado wrote; a damaged file says so."""
     out = []
