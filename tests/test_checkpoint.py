@@ -253,3 +253,27 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
         profile(model, loader, batch_size=8, output_dir=tmp_path, verbose=False)
     assert "\n" not in str(caught.value)
     assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[1].samples == 16
+
+
+def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = data()
+    sound = profile(model, [x], verbose=False)
+    make = profiler.quantized_variants
+
+    def broken(*arguments: object) -> list[list[torch.Tensor]]:
+        variants = make(*arguments)  # type: ignore[arg-type]
+        variants[2][1] = torch.full_like(variants[2][1], float("inf"))
+        return variants
+
+    monkeypatch.setattr(profiler, "quantized_variants", broken)
+    found = profile(model, [x], verbose=False)
+    name, bad = found.layers[2].name, 2 * 3 + 1
+    assert found.info["dropped"] == [[name, 4]]
+    assert f"dropped {name} at 4 bits" in found.info["warnings"][1]
+    assert np.isnan(found.delta_loss[bad])
+    assert np.isnan(found.interaction[bad]).all()
+    kept = np.delete(np.arange(len(found.delta_loss)), bad)
+    np.testing.assert_array_equal(found.matrix[np.ix_(kept, kept)], sound.matrix[np.ix_(kept, kept)])
+    plan = clado.solve(found, avg_bits=4)
+    assert plan.status == "optimal"
+    assert plan.bits[name] != 4
