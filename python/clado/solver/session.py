@@ -190,6 +190,8 @@ class Solver:
         require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
         rows = make_budgets(self.sens, **budgets)
         keep = np.flatnonzero(allowed_candidates(self.sens, *limits))
+        dropped = [self.sens.index(layer, bits) for layer, bits in self.sens.info.get("dropped", ())]
+        keep = np.setdiff1d(keep, np.array(dropped, dtype=keep.dtype))
         for budget in rows:
             check_minimum(budget, self.layer, keep)
         self.refresh(keep)
