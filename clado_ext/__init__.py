@@ -5,6 +5,7 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, packed_columns, unpack
+from .carried import carried_gelu, carried_layer_norm, carried_softmax
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
@@ -22,6 +23,9 @@ from .scale_search import range_search, scale_search
 __all__ = [
     "QuantizedWeight",
     "batched_ce",
+    "carried_gelu",
+    "carried_layer_norm",
+    "carried_softmax",
     "dequantize",
     "fake_quant",
     "fake_quant_into",

@@ -11,6 +11,89 @@ def unpack_cpu(words: int, codes: int, rows: int, columns: int, bits: int, threa
 def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 
+# carried
+def carried_gelu_cpu(
+    clean: int,
+    delta: int,
+    out: int,
+    streams: int,
+    size: int,
+    delta_half: bool,
+    out_half: bool,
+    threads: int,
+    /,
+) -> None: ...
+def carried_layer_norm_cpu(
+    clean: int,
+    delta: int,
+    weight: int,
+    out: int,
+    streams: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    delta_half: bool,
+    out_half: bool,
+    threads: int,
+    /,
+) -> None: ...
+def carried_softmax_cpu(
+    scores: int,
+    clean: int,
+    delta: int,
+    out: int,
+    streams: int,
+    rows: int,
+    columns: int,
+    scale: float,
+    delta_half: bool,
+    out_half: bool,
+    threads: int,
+    /,
+) -> None: ...
+def carried_gelu_cuda(
+    clean: int,
+    delta: int,
+    out: int,
+    streams: int,
+    size: int,
+    delta_half: bool,
+    out_half: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def carried_layer_norm_cuda(
+    clean: int,
+    delta: int,
+    weight: int,
+    out: int,
+    streams: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    delta_half: bool,
+    out_half: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def carried_softmax_cuda(
+    scores: int,
+    clean: int,
+    delta: int,
+    out: int,
+    streams: int,
+    rows: int,
+    columns: int,
+    scale: float,
+    delta_half: bool,
+    out_half: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
 # fake_quant
 def fake_quant_cpu(
     weight: int,

@@ -32,7 +32,7 @@ def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None
     return getattr(torch.ops.clado, name).default
 
 
-def call(name: str, device: torch.device, *args: int | list[int]) -> Any:
+def call(name: str, device: torch.device, *args: int | float | list[int]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device.type == "cpu":
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");
   bind_batched_ce(m);
   bind_bitpack(m);
+  bind_carried(m);
   bind_fake_quant(m);
   bind_iqp_prove(m);
   bind_iqp_search(m);

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+import clado_ext
+
 from .capture import Captured, evaluate, is_size
 from .executor import Executor, Overrides, State, _batch_dim, _slice, _stack
 
@@ -87,6 +89,7 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
+        self.half = name == "bfloat16"  # what leaves a product, or enters the next one, is bfloat16; sums are float32
         self._emulated = name == "tf32" and device.type != "cuda"
 
     def operand(self, x: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ class CarriedExecutor(Executor):
         self._dynamic = {*captured.nodes, *captured.inputs}
         self._operands: dict[Node, Tensor] = {}
         self._changes: dict[tuple[Node, int], Tensor] = {}
-        self._attention: dict[Node, Tensor] = {}
+        self._attention: dict[Node, tuple[Tensor, ...]] = {}
         self._clean: dict[Node, Any] = {}
         self._batch: Any = None
         self._samples = 0
@@ -169,7 +172,7 @@ class CarriedExecutor(Executor):
         found = end.values.get(output)
         if found is None:
             return clean.new_zeros(end.streams, *clean.shape)
-        return found.view(end.streams, end.samples, *clean.shape[1:])
+        return found.float().view(end.streams, end.samples, *clean.shape[1:])
 
     def outputs(self, state: State) -> list[Any]:
         end = self.advance(state, self.num_layers)
@@ -339,23 +342,23 @@ def _part(value: Any, node: Node, stream: int, streams: int) -> Any:
     )
 
 
-# Products: (executor, node, input operand, weight operand) -> float32 output without bias.
+# Products: (executor, node, input operand, weight operand) -> output without bias, of the operands' dtype.
 
 
 def _linear_product(executor: CarriedExecutor, node: Any, x: Tensor, w: Tensor) -> Tensor:
     with executor.precision.product():
-        return torch.nn.functional.linear(x, w).float()
+        return torch.nn.functional.linear(x, w)
 
 
 def _conv_product(executor: CarriedExecutor, node: Any, x: Tensor, w: Tensor) -> Tensor:
     rest = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
     with executor.precision.product():
-        return node.target(x, w, None, *node.args[3:], **rest).float()
+        return node.target(x, w, None, *node.args[3:], **rest)
 
 
 def _matmul(executor: CarriedExecutor, a: Tensor, b: Tensor) -> Tensor:
     with executor.precision.product():
-        return torch.matmul(executor.precision.operand(a), executor.precision.operand(b)).float()
+        return torch.matmul(executor.precision.operand(a), executor.precision.operand(b))
 
 
 _PRODUCTS: dict[Any, Callable[[CarriedExecutor, Node, Tensor, Tensor], Tensor]] = {
@@ -427,7 +430,7 @@ def _add(executor: CarriedExecutor, node: Any, values: Values, state: State) -> 
     alpha = node.kwargs.get("alpha", 1)
     sign = -alpha if node.target == aten.sub.Tensor else alpha
     if da is not None and db is not None:
-        return torch.add(da, db, alpha=sign)
+        return torch.add(da.float() if da.dtype == db.dtype == torch.bfloat16 else da, db, alpha=sign)
     out = da if db is None else db if sign == 1 else db * sign
     assert out is not None
     dim = _batch_dim(node.meta["val"])
@@ -481,42 +484,48 @@ def _attend(executor: CarriedExecutor, node: Any, values: Values, state: State) 
         or (isinstance(mask, Node) and mask in executor._dynamic)
     ):
         return None
-    scale = given.get("scale") or heads[0].shape[-1] ** -0.5
-    clean = {n: executor._clean[n] for n in (q, k, v)}
+    scale, streams = given.get("scale") or heads[0].shape[-1] ** -0.5, state.streams
+    operand, half = executor.precision.operand, executor.precision.half
     if node not in executor._attention:
-        scores = clean[q] @ clean[k].transpose(-1, -2) * scale
+        clean = [executor._clean[n] for n in (q, k, v)]
+        scores = clean[0] @ clean[1].transpose(-1, -2) * scale
         if mask is not None:
             bias = executor.captured.constants[mask]
             scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-        executor._attention[node] = scores
-    scores = executor._attention[node]
-    dq, dk, dv = (values.get(n) for n in (q, k, v))
-    operand, streams = executor.precision.operand, state.streams
+        executor._attention[node] = (scores, scores.softmax(-1), *(operand(x).contiguous() for x in clean))
+    scores, probabilities, cq, ck, cv = executor._attention[node]
+    dq, dk, dv = (None if d is None else operand(d).unflatten(0, (streams, -1)) for d in map(values.get, (q, k, v)))
 
-    def stacked(x: Tensor) -> Tensor:
-        return x.repeat(streams, 1, 1, 1)
+    def pair(first: Tensor | None, second: Tensor | None, dim: int) -> Tensor:
+        """Both along a dimension, streams outermost; clean ones serve every stream."""
+        parts = [x if x.dim() == 5 else x.expand(streams, *x.shape) for x in (first, second) if x is not None]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).flatten(0, 1)
 
-    moved = None
-    left, right = [], []
-    if dq is not None:
-        left.append(operand(dq))
-        right.append(operand(executor._whole(k, values, state)))
-    if dk is not None:
-        left.append(stacked(operand(clean[q])))
-        right.append(operand(dk))
     with executor.precision.product():
-        if left:
-            one, other = (parts[0] if len(parts) == 1 else torch.cat(parts, -1) for parts in (left, right))
-            moved = torch.matmul(one, other.transpose(-1, -2)).float().mul_(scale)
-        before = scores.softmax(-1)
-        if moved is None:
-            assert dv is not None
-            return torch.matmul(stacked(operand(before)), operand(dv)).float()
-        moved = moved.unflatten(0, (streams, -1)).add_(scores).flatten(0, 1)
-        after = torch.softmax(moved, -1)
-        change = (after.unflatten(0, (streams, -1)) - before).flatten(0, 1)
-        out = torch.matmul(operand(change), stacked(operand(clean[v]))).float()
-        return out if dv is None else out.add_(torch.matmul(operand(after), operand(dv)))
+        if dq is None and dk is None:
+            return torch.matmul(operand(pair(probabilities, None, 0)), pair(dv, None, 0))
+        one = pair(dq, None if dk is None else cq, -1)
+        other = pair(None if dq is None else operand(ck if dk is None else dk + ck), dk, -1)
+        moved = torch.matmul(one, other.transpose(-1, -2))
+        both = operand(clado_ext.carried_softmax(scores, probabilities, moved, scale, half))
+        change = both[..., : scores.shape[-1]] if dv is None else both
+        return torch.matmul(change, pair(cv, dv, -2))
+
+
+def _gelu(executor: CarriedExecutor, node: Any, values: Values, state: State) -> Any:
+    x = node.args[0]
+    if len(node.args) > 1 or node.kwargs.get("approximate", "none") != "none" or _batch_dim(x.meta["val"]) != 0:
+        return None
+    return clado_ext.carried_gelu(executor._clean[x], values[x], executor.precision.half)
+
+
+def _layer_norm(executor: CarriedExecutor, node: Any, values: Values, state: State) -> Any:
+    x, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+    dynamic = any(isinstance(a, Node) and a in executor._dynamic for a in (weight, bias))
+    if len(shape) != 1 or dynamic or node.kwargs or _batch_dim(x.meta["val"]) != 0:
+        return None
+    scale = None if weight is None else executor.captured.constants[weight]
+    return clado_ext.carried_layer_norm(executor._clean[x], values[x], scale, eps, executor.precision.half)
 
 
 Rule = Callable[[CarriedExecutor, Any, Values, State], Any]
@@ -530,4 +539,6 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     **dict.fromkeys((aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default), _batch_norm),
     aten.scaled_dot_product_attention.default: _attend,
+    aten.gelu.default: _gelu,
+    aten.layer_norm.default: _layer_norm,
 }

@@ -1,0 +1,69 @@
+"""carried_*: bytes are one read of the clean values and differences and one write; the rival is f(x + d) − f(x) in torch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import clado_ext
+from bench.harness import Case
+from clado_ext.reference import carried as oracle
+
+F = torch.nn.functional
+
+
+def cases(device: str) -> Iterator[Case]:
+    streams, n, tokens, width = 3, 2, 197, 1536
+    x = torch.randn(n, tokens, width, device=device)
+    d = (1e-2 * torch.randn(streams * n, tokens, width, device=device)).bfloat16()
+    y = x[..., :384].contiguous()
+    e = 1e-2 * torch.randn(streams * n, tokens, 384, device=device)
+    weight = torch.rand(384, device=device)
+    s = torch.randn(n, 6, tokens, tokens, device=device)
+    p = s.softmax(-1)
+    g = (1e-2 * torch.randn(streams * n, 6, tokens, tokens, device=device)).bfloat16()
+
+    def whole(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return (delta.view(streams, *clean.shape) + clean).flatten(0, 1)
+
+    def minus(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        return after.view(streams, *before.shape).sub_(before).flatten(0, 1).bfloat16()
+
+    gelu_x, norm_y = F.gelu(x), F.layer_norm(y, (384,), weight)
+
+    def torch_softmax() -> torch.Tensor:
+        after = whole(s, g).softmax(-1)
+        return torch.cat([(after.view(streams, *p.shape) - p).flatten(0, 1), after], -1).bfloat16()
+
+    work: list[tuple[str, Callable[[], Any], Callable[[], Any], Callable[[], Any], tuple[torch.Tensor, ...]]] = [
+        (
+            "carried_gelu",
+            lambda: clado_ext.carried_gelu(x, d, True),
+            lambda: oracle.carried_gelu(x, d),
+            lambda: minus(F.gelu(whole(x, d)), gelu_x),
+            (x, d, d),
+        ),
+        (
+            "carried_layer_norm",
+            lambda: clado_ext.carried_layer_norm(y, e, weight, 1e-5, True),
+            lambda: oracle.carried_layer_norm(y, e, weight),
+            lambda: minus(F.layer_norm(whole(y, e), (384,), weight), norm_y),
+            (y, e, e.bfloat16()),
+        ),
+        (
+            "carried_softmax",
+            lambda: clado_ext.carried_softmax(s, p, g, 1.0, True),
+            lambda: oracle.carried_softmax(s, p, g),
+            torch_softmax,
+            (p, g, g, g),
+        ),
+    ]
+    for name, run, wanted, rival, moved in work:
+
+        def check(run: Callable[[], Any] = run, wanted: Callable[[], Any] = wanted) -> None:
+            got, right = run().double(), wanted()
+            if not (got - right).norm() <= 4e-3 * right.norm():
+                raise AssertionError("differs from the float64 twin")
+
+        shape = f"S={streams} N={n} T={tokens}"
+        yield Case(name, shape, "bfloat16", run, check, sum(t.nbytes for t in moved), 0, {"torch": rival})

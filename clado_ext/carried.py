@@ -1,0 +1,153 @@
+"""What a nonlinear op makes of a small difference of its input, f(x + d) − f(x), without cancellation, for many streams at once.
+
+Differences are carried through a network so that matrix products may run in TF32 or bfloat16 (see ``clado``'s ``precision``):
+their rounding is then relative to the difference, not to the activation. These ops fuse the memory-bound part between products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._registry import call, define, refusal
+
+_HALF = (torch.float32, torch.bfloat16)
+
+
+def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor:
+    """gelu(x + d) − gelu(x), the exact GELU x·Φ(x), as d·Φ(x + d) + x·(Φ(x + d) − Φ(x)).
+
+    Args:
+        clean: x, float32 ``[N, …]``.
+        delta: d, ``[S·N, …]`` of S streams, float32 or bfloat16.
+        bfloat16: give bfloat16, what the next product takes, instead of float32.
+
+    Returns:
+        ``[S·N, …]``; relative error near 1e-5 of the difference in float32 (Φ: Abramowitz and Stegun 7.1.26).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.clado.carried_gelu(clean, delta, bfloat16)
+
+
+def carried_layer_norm(
+    clean: Tensor, delta: Tensor, weight: Tensor | None = None, eps: float = 1e-5, bfloat16: bool = False
+) -> Tensor:
+    """Layer norm over the last dimension: LN(x + d) − LN(x), from the change of the variance; a bias would drop out.
+
+    Args:
+        clean: x, float32 ``[N, …, C]``.
+        delta: d, ``[S·N, …, C]``, float32 or bfloat16.
+        weight: float32 ``[C]`` or None.
+        eps: added to the variance.
+        bfloat16: give bfloat16 instead of float32.
+
+    Returns:
+        ``[S·N, …, C]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.clado.carried_layer_norm(clean, delta, weight, eps, bfloat16)
+
+
+def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float = 1.0, bfloat16: bool = False) -> Tensor:
+    """Softmax over the last dimension of s + scale·d: its change against p = softmax(s), and itself.
+
+    Args:
+        scores: s, float32 ``[N, …, K]``; read only where scale·d reaches beyond 30.
+        clean: p, as ``scores``.
+        delta: d, ``[S·N, …, K]``, float32 or bfloat16.
+        scale: factor on d alone.
+        bfloat16: give bfloat16 instead of float32.
+
+    Returns:
+        ``[S·N, …, 2K]``: softmax(s + scale·d) − p, then softmax(s + scale·d), side by side as attention multiplies them by v
+        and dv.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.clado.carried_softmax(scores, clean, delta, scale, bfloat16)
+
+
+def _check(op: str, clean: Tensor, delta: Tensor) -> None:
+    if clean.dtype != torch.float32 or clean.dim() < 1:
+        raise refusal(op, "clean", "be float32 [N, …]", f"{clean.dtype} {tuple(clean.shape)}")
+    if delta.dtype not in _HALF:
+        raise refusal(op, "delta", "be float32 or bfloat16", delta.dtype)
+    rows = clean.shape[0]
+    if delta.shape[1:] != clean.shape[1:] or (delta.shape[0] % rows if rows else delta.shape[0]) != 0:
+        must = f"have shape [S·{rows}, {', '.join(map(str, clean.shape[1:]))}]"
+        raise refusal(op, "delta", must, tuple(delta.shape))
+    if delta.device != clean.device:
+        raise refusal(op, "delta", f"be on {clean.device}", delta.device)
+
+
+def _dtype(bfloat16: bool) -> torch.dtype:
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def _sizes(clean: Tensor, delta: Tensor) -> tuple[int, int, int]:
+    """(streams, rows, columns)."""
+    rows = clean[..., 0].numel() if clean.shape[-1] else 0
+    return delta.shape[0] // max(1, clean.shape[0]), rows, clean.shape[-1]
+
+
+def _flags(delta: Tensor, bfloat16: bool) -> tuple[bool, bool]:
+    return delta.dtype == torch.bfloat16, bfloat16
+
+
+def _allocate_gelu(clean: Tensor, delta: Tensor, bfloat16: bool) -> Tensor:
+    _check("carried_gelu", clean, delta)
+    return delta.new_empty(delta.shape, dtype=_dtype(bfloat16))
+
+
+def _launch_gelu(clean: Tensor, delta: Tensor, bfloat16: bool, out: Tensor) -> None:
+    x, d = clean.contiguous(), delta.contiguous()
+    streams = delta.shape[0] // max(1, clean.shape[0])
+    addresses = (x.data_ptr(), d.data_ptr(), out.data_ptr())
+    call("carried_gelu", x.device, *addresses, streams, x.numel(), *_flags(delta, bfloat16))
+
+
+def _allocate_layer_norm(clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool) -> Tensor:
+    _check("carried_layer_norm", clean, delta)
+    if weight is not None and (weight.dtype != torch.float32 or weight.shape != clean.shape[-1:]):
+        must = f"be float32 [{clean.shape[-1]}]"
+        raise refusal("carried_layer_norm", "weight", must, f"{weight.dtype} {tuple(weight.shape)}")
+    return delta.new_empty(delta.shape, dtype=_dtype(bfloat16))
+
+
+def _launch_layer_norm(
+    clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool, out: Tensor
+) -> None:
+    x, d, w = clean.contiguous(), delta.contiguous(), None if weight is None else weight.contiguous()
+    addresses = (x.data_ptr(), d.data_ptr(), 0 if w is None else w.data_ptr(), out.data_ptr())
+    call("carried_layer_norm", x.device, *addresses, *_sizes(clean, delta), eps, *_flags(delta, bfloat16))
+
+
+def _allocate_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool) -> Tensor:
+    _check("carried_softmax", clean, delta)
+    if scores.dtype != torch.float32 or scores.shape != clean.shape or scores.device != clean.device:
+        raise refusal("carried_softmax", "scores", "be as clean", f"{scores.dtype} {tuple(scores.shape)}")
+    return delta.new_empty((*delta.shape[:-1], 2 * delta.shape[-1]), dtype=_dtype(bfloat16))
+
+
+def _launch_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool, out: Tensor) -> None:
+    s, p, d = scores.contiguous(), clean.contiguous(), delta.contiguous()
+    addresses = (s.data_ptr(), p.data_ptr(), d.data_ptr(), out.data_ptr())
+    call("carried_softmax", p.device, *addresses, *_sizes(clean, delta), scale, *_flags(delta, bfloat16))
+
+
+define("carried_gelu(Tensor clean, Tensor delta, bool bfloat16) -> Tensor", _allocate_gelu, _launch_gelu)
+define(
+    "carried_layer_norm(Tensor clean, Tensor delta, Tensor? weight, float eps, bool bfloat16) -> Tensor",
+    _allocate_layer_norm,
+    _launch_layer_norm,
+)
+define(
+    "carried_softmax(Tensor scores, Tensor clean, Tensor delta, float scale, bool bfloat16) -> Tensor",
+    _allocate_softmax,
+    _launch_softmax,
+)

@@ -1,0 +1,31 @@
+// f(x + d) - f(x) for clean values x and the differences d of several streams, where f is not linear, and nothing cancels.
+//
+// Clean values are float32, [size] or [rows, columns]; differences [streams, the same] and results are float32 or bfloat16
+// (`_half`); all contiguous. A row's clean part is read once for all streams.
+//
+//   gelu        d Phi(x + d) + x (Phi(x + d) - Phi(x)), Phi by Abramowitz and Stegun 7.1.26 (error of its slope below 1e-6)
+//   layer_norm  weight ((d - mean d) r' + (x - mean x) (r' - r)), r = 1 / sqrt(var + eps), r' - r from the change of the variance;
+//               the bias drops out; weight may be null
+//   softmax     from scores s, p = softmax(s) and d, scaled: w = p (e^d - 1), W = sum w; each result row holds 2 * columns values:
+//               the change (w - p W) / (1 + W), then the whole softmax(s + d) = (p + w) / (1 + W)
+#pragma once
+
+#include <cstdint>
+
+namespace clado {
+
+void carried_gelu_cpu(const float* clean, const void* delta, void* out, int64_t streams, int64_t size, bool delta_half, bool out_half,
+                      int threads);
+void carried_layer_norm_cpu(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
+                            int64_t columns, float eps, bool delta_half, bool out_half, int threads);
+void carried_softmax_cpu(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
+                         int64_t columns, float scale, bool delta_half, bool out_half, int threads);
+
+void carried_gelu_cuda(const float* clean, const void* delta, void* out, int64_t streams, int64_t size, bool delta_half, bool out_half,
+                       int device, void* stream);
+void carried_layer_norm_cuda(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
+                             int64_t columns, float eps, bool delta_half, bool out_half, int device, void* stream);
+void carried_softmax_cuda(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
+                          int64_t columns, float scale, bool delta_half, bool out_half, int device, void* stream);
+
+}  // namespace clado
