@@ -133,7 +133,7 @@ def test_a_low_precision_run_reports_its_probe_and_agrees_with_float64(precision
 def test_errors_beyond_the_sampling_noise_give_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, _ = net_and_data("vit", 6)
     plain = profile(model, [x], batch_size=6, verbose=False)
-    round_all = lambda self, t: torch.sign(t)  # noqa: E731  a precision worse than the noise of six samples
+    round_all = lambda self, t: torch.sign(t).bfloat16()  # noqa: E731  a precision worse than the noise of six samples
     monkeypatch.setattr("clado.carried.Precision.operand", round_all)
     sens = profile(model, [x], precision="bfloat16", batch_size=6, verbose=False)
     assert sens.info["precision"] == "float32"

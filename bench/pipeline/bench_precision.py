@@ -1,0 +1,157 @@
+"""Carried precisions against float64 (errors) and against float32 and the plain forward (speed), in one run.
+
+    python -m bench.pipeline.bench_precision [--model vit_small_patch16_224] [--samples 4] [--layers 12] [--json file]
+
+Errors are of δ, the logit change, per candidate: relative norm over samples and classes, the worst and the median candidate at
+each bit-width. Speed is CPU time (of one thread by default, so that a shared machine does not count) per forward-equivalent of the
+perturbed forwards of `--layers` layers, without the clean forward that a batch shares; `plain` is the model itself on as large a
+batch in the same precision. Rounds alternate, medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.pipeline.bench_profile import build, machine
+from clado.capture import Captured, capture
+from clado.carried import CarriedExecutor
+from clado.estimators import singles
+from clado.executor import Executor, Runner
+from clado.losses import LogitLoss
+from clado.profiler import full_precision, quantized_variants
+from clado.quantizer import Quantizer
+
+BITS = (2, 4, 8)
+LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}
+
+
+def deltas(executor: Runner, variants: list[list[Tensor]], x: Tensor) -> Tensor:
+    return singles(executor, variants, x, LogitLoss(None), lambda: None)[2]
+
+
+def errors(delta: Tensor, wanted: Tensor) -> dict[str, list[float]]:
+    relative = (delta.double() - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    widths = [relative[m :: len(BITS)] for m in range(len(BITS))]
+    return {"worst": [w.max().item() for w in widths], "median": [w.median().item() for w in widths]}
+
+
+def some(captured: Captured, count: int) -> Captured:
+    step = max(1, len(captured.layers) // count)
+    return replace(captured, layers=captured.layers[::step], sources=captured.sources[::step])
+
+
+class Timed:
+    """Seconds per forward-equivalent and sample of the perturbed forwards alone."""
+
+    def __init__(self, executor: Executor, variants: list[list[Tensor]], x: Tensor) -> None:
+        self.executor, self.variants, self.x = executor, variants, x
+        self.seconds: list[float] = []
+
+    def round(self) -> None:
+        executor = self.executor
+        state = executor.start(self.x)
+        spent = done = 0.0
+        for k in range(executor.num_layers):
+            state = executor.advance(state, k)
+            start, before = time.process_time(), executor.work
+            executor.finish(executor.fork(state, k, self.variants[k]))
+            spent, done = spent + time.process_time() - start, done + executor.work - before
+        self.seconds.append(spent / done)
+
+
+def plain_seconds(model: nn.Module, x: Tensor, streams: int) -> Callable[[], float]:
+    stacked = x.repeat(streams, 1, 1, 1)
+
+    def once() -> float:
+        start = time.process_time()
+        model(stacked)
+        return (time.process_time() - start) / len(stacked)
+
+    return once
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--timed-samples", type=int, default=2, help="samples per batch while timing")
+    parser.add_argument("--layers", type=int, default=12, help="about how many layers are perturbed, evenly spaced")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", help="write the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, x = build(options.model, options.samples)
+    with full_precision():
+        result = measure(model, x, options)
+    print(json.dumps(result, indent=1))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    captured = some(capture(model, x[:2]), options.layers)
+    variants = quantized_variants(model, captured.layers, BITS, Quantizer(-1, 95), x.device, torch.float32)
+    double = Executor(some(capture(copy.deepcopy(model).double(), x[:2].double()), options.layers))
+    wanted = deltas(double, [[w.double() for w in v] for v in variants], x.double())
+    plain = Executor(captured)
+    found = {"float32, plain forward": errors(deltas(plain, variants, x), wanted)}
+    for precision in ("float32", "tf32", "bfloat16"):
+        got = errors(deltas(CarriedExecutor(captured, precision, x.device), variants, x), wanted)
+        found[f"{precision}, carried"] = got
+        if max(got["worst"]) > LIMITS.get(precision, 1e-3):
+            raise SystemExit(f"bench_precision: {precision} must stay below its limit, got {got}")
+
+    x = x[: options.timed_samples]
+    plain.self_test(x[:2])
+    low = CarriedExecutor(captured, "bfloat16", x.device, plain)
+    half = copy.deepcopy(model).bfloat16()
+    timed = {"float32": Timed(plain, variants, x), "bfloat16, carried": Timed(low, variants, x)}
+    bare = {
+        "float32, plain forward": plain_seconds(model, x, len(BITS)),
+        "bfloat16, plain forward": plain_seconds(half, x.bfloat16(), len(BITS)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in bare}
+    for turn in range(options.rounds + 1):
+        for name in timed:
+            timed[name].round()
+        for name, once in bare.items():
+            seconds[name].append(once())
+        if turn == 0:  # warm-up
+            for values in (*seconds.values(), *(t.seconds for t in timed.values())):
+                values.clear()
+    medians = {name: statistics.median(t.seconds) for name, t in timed.items()}
+    medians |= {name: statistics.median(values) for name, values in seconds.items()}
+    carried = medians["bfloat16, carried"]
+    return {
+        "benchmark": "precision",
+        "model": options.model,
+        "samples": options.samples,
+        "layers": len(captured.layers),
+        "bits": BITS,
+        "delta_error": found,
+        "threads": options.threads,
+        "cpu_milliseconds_per_forward": {name: 1e3 * value for name, value in medians.items()},
+        "ratios": {
+            "carried bfloat16 over float32": medians["float32"] / carried,
+            "carried bfloat16, time over plain bfloat16 forward": carried / medians["bfloat16, plain forward"],
+            "float32, time over plain float32 forward": medians["float32"] / medians["float32, plain forward"],
+        },
+        "machine": machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()
