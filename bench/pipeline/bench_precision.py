@@ -3,7 +3,7 @@
     python -m bench.pipeline.bench_precision [--model vit_small_patch16_224] [--samples 4] [--layers 12] [--json file]
 
 Errors are of δ, the logit change, per candidate: relative norm over samples and classes, the worst and the median candidate at
-each bit-width. Speed is CPU time (of one thread by default, so that a shared machine does not count) per forward-equivalent of the
+each bit-width. Speed is CPU time (of one thread by default: a shared machine does not count) per forward-equivalent of the
 perturbed forwards of `--layers` layers, without the clean forward that a batch shares; `plain` is the model itself on as large a
 batch in the same precision. Rounds alternate, medians count.
 """
