@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def export(
     *,
     example: Tensor | None = None,
     odd_widths: str | None = None,
+    activations: Mapping[str, tuple[float, float]] | None = None,
 ) -> Exported:
     """Write the integer weights of a plan to folder ``path``; the folder appears whole or not at all.
 
@@ -70,13 +72,16 @@ def export(
         format: "safetensors" (every width, read by :func:`load`), "compressed-tensors" (Linear layers alone, read by vLLM and
             transformers) or "onnx" (the whole graph, run by onnxruntime).
         example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
+        activations: for "onnx": {layer: (least, largest value of its input)}; those inputs are quantized to 8 bits, asymmetric,
+            one scale each.
         odd_widths: for "compressed-tensors" and 3, 5, 6, 7 bits: "dense" for its readers from 0.18.0 on, "padded" to 0.17.1.
 
     Raises:
         CladoError: an unknown format, a plan for other weights or one that does not go into the format, or a path that holds
             something else.
     """
-    request = _request(model, plan, format, example, odd_widths)
+    require(activations is None or format == "onnx", "export", "activations", "be left out unless for onnx", format)
+    request = replace(_request(model, plan, format, example, odd_widths), activations=activations)
     target = Path(path)
     foreign = target.exists() and not (target.is_dir() and ((target / PLAN_FILE).exists() or not any(target.iterdir())))
     require(not foreign, "export", "path", "be new, empty or an earlier export", target)

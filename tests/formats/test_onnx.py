@@ -135,3 +135,47 @@ def test_verify_tells_other_weights_and_bad_input_is_one_line(tmp_path: Path) ->
     with pytest.raises(clado.CladoError, match=r"layer stem must be float32 for onnx, got torch.float16"):
         clado.export(half, random_plan(half, Quantizer()), tmp_path / "none", "onnx", example=x)
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_activations_of_8_bits(name: str, tmp_path: Path) -> None:
+    """Against the same rounding as hooks in torch; a value next to a tie may take the other code, one step of 255 away."""
+    model, shape = tiny_vit() if name == "vit" else small_cnn()
+    plan, x = random_plan(model, Quantizer(), (8,)), torch.randn(16, *shape)
+    wanted, seen = clado.apply(model, plan), {}
+
+    def note(layer: str) -> Any:
+        return lambda _, inputs: seen.setdefault(layer, []).append(inputs[0])
+
+    def rounded(low: float, high: float) -> Any:
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        return lambda _, inputs: (torch.fake_quantize_per_tensor_affine(inputs[0], scale, zero, 0, 255),)
+
+    owners = {
+        layer.name: [wanted.get_submodule(n.removesuffix(".weight")) for n in layer.names] for layer in plan.layers
+    }
+    handles = [m.register_forward_pre_hook(note(layer)) for layer, modules in owners.items() for m in modules]
+    with torch.no_grad():
+        plain = wanted(x).numpy()
+    for handle in handles:
+        handle.remove()
+    ranges = {
+        n: (min(0.0, *(float(v.min()) for v in held)), max(float(v.max()) for v in held)) for n, held in seen.items()
+    }
+    for layer, modules in owners.items():
+        for module in modules:
+            module.register_forward_pre_hook(rounded(*ranges[layer]))
+    with torch.no_grad():
+        logits = wanted(x).numpy()
+    clado.export(model, plan, tmp_path / "out", "onnx", example=x, activations=ranges)
+    found = writer.run(tmp_path / "out", x)
+    moved = np.abs(logits - plain).mean()
+    assert moved > 0
+    assert np.abs(found - logits).mean() < 0.1 * moved
+    made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
+    assert made.count("QuantizeLinear") == sum(map(len, owners.values()))
+    with pytest.raises(clado.CladoError, match=r"activations must name layers of the plan, got \['other'\]"):
+        clado.export(model, plan, tmp_path / "none", "onnx", example=x, activations={"other": (0.0, 1.0)})
+    with pytest.raises(clado.CladoError, match="activations must be left out unless for onnx, got safetensors"):
+        clado.export(model, plan, tmp_path / "none", activations=ranges)

@@ -35,8 +35,12 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
     model = _export(request).model
     quantized: set[str] = set()
+    ranges = dict(request.activations or {})
     for layer in request.plan.layers:
+        if layer.name in ranges:
+            _quantize_inputs(ir, model.graph, layer, *ranges.pop(layer.name))
         quantized |= _quantize(ir, model.graph, request, layer)
+    require(not ranges, "export", "activations", "name layers of the plan", sorted(ranges)[:3])
     leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
     _clean(model)
     model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
@@ -162,10 +166,7 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
     when ``out`` is no multiple of 4 (1.32), and DequantizeLinear → Transpose → MatMul is wrong in other ways; there the
     weight lies as [out, in] and multiplies from the left.
     """
-    name = next((name for name in layer.names if name in graph.initializers), None)
-    require(name is not None, "export", f"layer {layer.name}", "be a weight of the exported graph", "none")
-    weight = graph.initializers[name]
-    uses = list(weight.uses())
+    uses = list(_weight(graph, layer).uses())
     turned = [use.node for use in uses if _feeds_matmul_alone(use.node)]
     from_left = len(turned) < len(uses) or (request.plan.bits[layer.name] == 2 and layer.shape[0] % 4 != 0)
     made: set[str] = set()
@@ -182,6 +183,41 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
             for use in list(node.outputs[0].uses()):
                 _multiply_from_left(ir, graph, use.node, value)
     return made
+
+
+def _weight(graph: Any, layer: Layer) -> Any:
+    name = next((name for name in layer.names if name in graph.initializers), None)
+    require(name is not None, "export", f"layer {layer.name}", "be a weight of the exported graph", "none")
+    return graph.initializers[name]
+
+
+def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float) -> None:
+    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over [low, high], zero included."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    require(
+        math.isfinite(high - low) and high > low,
+        "export",
+        f"range of {layer.name}",
+        "be finite and hold more than 0",
+        (low, high),
+    )
+    scale = np.float32((high - low) / 255)
+    zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+    users = [use.node for use in _weight(graph, layer).uses()]
+    turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
+    settings = []
+    for part, array in (("input_scale", np.array(scale)), ("input_zero_point", np.array(zero))):
+        tensor = ir.Tensor(array, name=f"{layer.name}.{part}")
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+        settings.append(value)
+    for node in [*(node for node in users if node.op_type in ("Conv", "Gemm")), *turned]:
+        x = node.inputs[0]
+        codes = ir.Node("", "QuantizeLinear", [x, *settings])
+        again = ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])
+        again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
+        graph.insert_before(node, [codes, again])
+        node.replace_input_with(0, again.outputs[0])
 
 
 def _feeds_matmul_alone(node: Any) -> bool:

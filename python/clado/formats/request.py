@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ class Request:
 
     Attributes:
         example: inputs ``[n, …]``, n ≥ 2, for formats that hold the graph.
+        activations: {layer: (least, largest value of its input)} for formats that quantize activations to 8 bits.
         odd_widths: how compressed-tensors lays out 3, 5, 6 and 7 bits: "dense", "padded", or None to refuse them.
     """
 
@@ -23,6 +25,7 @@ class Request:
     plan: Plan
     example: Tensor | None = None
     odd_widths: str | None = None
+    activations: Mapping[str, tuple[float, float]] | None = None
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
