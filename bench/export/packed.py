@@ -1,7 +1,8 @@
 """``python -m bench.export.packed``: packed layers against float ones, in memory and in time.
 
-Memory is the resident anonymous memory (code is not counted) of a fresh process that has loaded a model, less that of the same
-process before, when it had loaded a small one; the float model is measured the same way. Time is a forward, the two models taking turns; outputs are compared with ``clado.apply`` first.
+Memory is the resident anonymous memory (code is not counted) of a fresh process that has loaded a model, less that of the
+same process before, when it had loaded a small one; the float model is measured the same way. Time is a forward, the two
+models taking turns; outputs are compared with ``clado.apply`` first.
 """
 
 from __future__ import annotations
