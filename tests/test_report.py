@@ -186,6 +186,25 @@ def test_relative_error_of_known_noise() -> None:
     assert figures.noise_edge(sens) == pytest.approx(2 * 0.3 * size**0.5, rel=0.15)
 
 
+def test_dropped_candidates_are_left_out(tmp_path: Path) -> None:
+    """NaN in a row of the matrix: no figure is spoiled, the plan's prediction is that of the entries it takes."""
+    matrix = np.diag([4.0, 1.0, 0.5, 2.0, 0.5, 0.1])
+    whole = Sensitivity.from_matrix(matrix, [("stem", 96), ("head", 32)], stderr=np.full((6, 6), 0.01))
+    loss, pairs = whole.delta_loss.copy(), whole.interaction.copy()
+    loss[0], pairs[0], pairs[:, 0] = np.nan, np.nan, np.nan
+    sens = replace(whole, delta_loss=loss, interaction=pairs, num_samples=8, info={"dropped": [["stem", 2]]})
+    assert sens.predict({"stem": 4, "head": 2}) == whole.predict({"stem": 4, "head": 2}) == 1.5
+    assert np.isnan(sens.predict({"stem": 2, "head": 2}))
+    sens.save(tmp_path)
+    solve(sens, avg_bits=5).save(tmp_path)
+    page = write_report(tmp_path, verbose=False).read_text()
+    specs = drawn(page)
+    assert set(specs) == {"bits", "interactions", "frontier", "eigenvalues", "sampling"}
+    assert len(specs["eigenvalues"]["data"]["values"]) == 5
+    assert "dropped" in page
+    assert "NaN" not in json.dumps(specs)
+
+
 def test_small_parts() -> None:
     assert figures.decades([0.0, 0.02, 4.0]) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
     assert figures.decades([1e-6, 1.0]) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]

@@ -284,6 +284,7 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
         {"calculate": "later < 0 ? datum.n : later", "as": "nn"},
         {"calculate": f"datum.w[datum.mm * {width} + datum.nn]", "as": "value"},
         {"calculate": f"datum.s[datum.mm * {width} + datum.nn]", "as": "error"},
+        {"filter": "isValid(datum.value)"},
         {"calculate": "isValid(datum.error) && abs(datum.value) < 2 * datum.error", "as": "faint"},
         {"calculate": f"datum.a + ' at ' + {bits}[datum.mm] + ' bits'", "as": "first"},
         {
@@ -355,7 +356,7 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
 
 def heaviest_layers(sens: Sensitivity, count: int) -> list[int]:
     """At most ``count`` layers with the largest entries, in execution order."""
-    size = np.abs(sens.matrix).reshape(len(sens.layers), len(sens.bits), -1).max(axis=(1, 2))
+    size = np.nan_to_num(np.abs(sens.matrix)).reshape(len(sens.layers), len(sens.bits), -1).max(axis=(1, 2))
     return sorted(np.argsort(-size, kind="stable")[:count].tolist())
 
 
@@ -363,7 +364,7 @@ def steps(sens: Sensitivity) -> list[float]:
     """Thresholds of the diverging colours: ±t, ±√10·t, …, the largest near the top percent of the entries."""
     outside = ~same_layer(len(sens.layers), len(sens.bits))
     entries = np.abs(np.concatenate([sens.interaction[outside], sens.delta_loss]))
-    entries = entries[entries > 0]
+    entries = entries[np.isfinite(entries) & (entries > 0)]
     top = float(np.quantile(entries, 0.99)) if len(entries) else 1.0
     exponent = math.floor(2 * math.log10(top)) / 2
     up = [float(f"{10 ** (exponent - k / 2):.0e}") for k in range(STEPS)]
@@ -382,7 +383,7 @@ def step_labels(thresholds: Sequence[float]) -> list[str]:
 
 def eigenvalue_figure(sens: Sensitivity) -> Spec:
     """Eigenvalues of G by size, and how far noise of the matrix' own standard errors reaches by itself."""
-    values = np.linalg.eigvalsh(sens.matrix)
+    values = np.linalg.eigvalsh(sens.matrix[np.ix_(sens.measured, sens.measured)])
     rows: list[Spec] = []
     for sign, name in ((1, "positive"), (-1, "negative")):
         part = np.sort(sign * values[sign * values > 0])[::-1]
@@ -425,7 +426,7 @@ def eigenvalue_figure(sens: Sensitivity) -> Spec:
 
 def noise_edge(sens: Sensitivity, draws: int = 4) -> float | None:
     """Mean largest |eigenvalue| of symmetric noise with the entries' standard errors, independent; None where unknown."""
-    error = sens.stderr.copy()
+    error = sens.stderr[np.ix_(sens.measured, sens.measured)]
     np.fill_diagonal(error, 2 * np.diag(error))
     if not np.isfinite(error).all():
         return None
@@ -507,7 +508,8 @@ def relative_errors(sens: Sensitivity) -> dict[str, float]:
         pick = outside & (kind[:, None] == m) & (kind[None, :] == m)
         parts[f"pairs at {bits} bits"] = (sens.interaction[pick], sens.stderr[pick])
     out = {}
-    for name, (value, error) in parts.items():
+    for name, (values, errors) in parts.items():
+        value, error = values[np.isfinite(values)], errors[np.isfinite(values)]
         noise = float((error**2).sum())
         signal = float((value**2).sum()) - noise
         if math.isfinite(noise) and noise > 0 and signal > 0:
@@ -784,4 +786,6 @@ def rounded(values: NDArray[np.float64]) -> list[float | None]:
 
 def with_error(value: float, error: float) -> str:
     """Value and standard error, the latter left out where unknown."""
+    if not math.isfinite(value):
+        return "dropped"
     return f"{value:.3g}" + (f" ± {error:.2g}" if math.isfinite(error) and error > 0 else "")

@@ -90,6 +90,11 @@ class Sensitivity:
         np.fill_diagonal(matrix, 2 * self.delta_loss)
         return matrix
 
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """``[V]`` mask of the candidates whose losses are finite: all but dropped ones."""
+        return np.isfinite(self.delta_loss)
+
     def index(self, layer: str, bits: int) -> int:
         """Row of candidate (layer, bits)."""
         names = [item.name for item in self.layers]
@@ -112,8 +117,10 @@ class Sensitivity:
 
     def predict(self, choice: dict[str, int]) -> float:
         """Predicted loss increase ½ xᵀGx of a choice {layer: bits}, in nats."""
-        x = self.one_hot(choice)
-        return float(0.5 * x @ self.matrix @ x)
+        taken = np.flatnonzero(
+            self.one_hot(choice)
+        )  # entries of dropped candidates are NaN: only those that are meant count
+        return float(0.5 * self.matrix[np.ix_(taken, taken)].sum())
 
     @staticmethod
     def from_matrix(

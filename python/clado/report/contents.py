@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ def gather(
     try:
         key, batches, model, samples = _samples(folder, sens, plan, note, model, heldout, data, num_samples)
         records = load_measured(folder, key)
-        distinct = {tuple(p.bits.values()): p for members in plans.values() for p in members}
+        known = [p for members in plans.values() for p in members if np.isfinite(sens.predict(p.bits))]
+        distinct = {tuple(p.bits.values()): p for p in known}  # a plan with a dropped candidate has no prediction
         missing = [p for bits, p in distinct.items() if bits not in {tuple(record["bits"]) for record in records}]
         if missing and model is not None:
             records = records + measure(sens, missing, model, batches(), device, verbose)
@@ -139,9 +141,12 @@ def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]
             return [plan for plan in known if plan.bits]
     except (OSError, ValueError, TypeError):
         pass
-    points = np.linspace(sens.bits[0], sens.bits[-1], POINTS) if len(sens.bits) > 1 else [float(sens.bits[0])]
+    weights = np.array([layer.numel for layer in sens.layers], np.float64)
+    least = np.where(sens.measured.reshape(len(weights), -1), np.array(sens.bits), sens.bits[-1]).min(axis=1)
+    lowest = math.ceil(1000 * weights @ least / weights.sum()) / 1000
+    points = np.unique(np.linspace(lowest, max(lowest, sens.bits[-1]), POINTS).round(3))
     try:
-        plans = pareto(sens, avg_bits=[round(float(x), 3) for x in points], time_limit=SECONDS)
+        plans = pareto(sens, avg_bits=points.tolist(), time_limit=SECONDS)
     except CladoError as error:
         remarks.append(f"No frontier could be solved for ({error}).")
         return []

@@ -76,7 +76,7 @@ def specs(contents: Contents) -> dict[str, figures.Spec]:
         "interactions": figures.interaction_figure(sens, plan),
         "agreement": figures.agreement_figure(contents.measured) if contents.measured else None,
         "frontier": figures.frontier_figure(contents.front, plan, contents.measured) if contents.front else None,
-        "eigenvalues": figures.eigenvalue_figure(sens) if np.any(sens.matrix) else None,
+        "eigenvalues": figures.eigenvalue_figure(sens) if np.nan_to_num(sens.matrix).any() else None,
         "sampling": figures.sampling_figure(sens),
     }
     return {name: spec for name, spec in drawn.items() if spec is not None}
@@ -102,7 +102,7 @@ def render(contents: Contents) -> str:
         drawn=set(drawn),
         tiles=tiles(contents),
         agreement=agreement([r for r in contents.measured if r["kind"] == "random"]),
-        negative=negative_mass(sens.matrix),
+        negative=negative_mass(sens.matrix[np.ix_(sens.measured, sens.measured)]),
         noise=figures.noise_edge(sens),
         clear=clear_share(sens),
         many=len(sens.layers) > figures.LARGEST_MAP,
@@ -171,7 +171,7 @@ def clear_share(sens: Sensitivity) -> float | None:
     """Share of the interactions beyond two standard errors; None where these are unknown."""
     outside = np.triu(~figures.same_layer(len(sens.layers), len(sens.bits)))
     value, error = np.abs(sens.interaction[outside]), sens.stderr[outside]
-    known = np.isfinite(error)
+    known = np.isfinite(error) & np.isfinite(value)
     return float((value[known] > 2 * error[known]).mean()) if known.any() else None
 
 
