@@ -88,6 +88,9 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
 @click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16 or float64.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
+@click.option(
+    "--act-bits", type=int, help="Also round the layers' inputs, to so many bits; weights only when left out."
+)
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
@@ -143,6 +146,7 @@ def _profile(options: dict[str, Any]) -> None:
         "group_size",
         "ignore",
         "quantize_ends",
+        "act_bits",
         "batch_size",
         "device",
         "seed",

@@ -197,6 +197,8 @@ def _plan_outputs(
     """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
     for plan in plans:
         check_fit(model, plan, "rerank")
+    if any(plan.activations for plan in plans):  # the graph of the float model does not round
+        return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
     place = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     with torch.inference_mode(), full_precision():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .activations import quantize_activations
 from .errors import require
 from .files import atomic_folder
 from .fingerprint import weights_digest
@@ -40,6 +41,8 @@ class Exported:
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of ``model`` whose planned weights are quantized and dequantized, for evaluation.
 
+    A plan that was made under quantized activations rounds the layers' inputs too.
+
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
     """
@@ -50,7 +53,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         for layer in plan.layers:
             weight = parameters[layer.names[0]]
             weight.copy_(plan.quantizer.fake_quant(weight, (plan.bits[layer.name],))[0])
-    return quantized
+    return quantize_activations(quantized, plan.activations) if plan.activations else quantized
 
 
 def export(

@@ -35,6 +35,7 @@ class Plan:
         layer_bytes: {layer name: bytes of packed codes and scales}.
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
+        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; empty: not at all.
         info: solver, seconds, what else is worth knowing.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     quantizer: Quantizer = field(default_factory=Quantizer)
     fingerprint: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
@@ -131,6 +133,7 @@ class Plan:
                 Quantizer(**data["quantizer"]),
                 data["fingerprint"],
                 data["info"],
+                data.get("activations", {}),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .activations import Activations, calibrate, quantize_activations
 from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor
 from .checkpoint import Checkpoint, disk_error, recorded
@@ -38,6 +39,8 @@ from .whole import WholeExecutor
 
 LOSSES = ("kl", "cross_entropy")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64} | dict.fromkeys(LOW_PRECISIONS, torch.float32)
+# Samples that calibrate activations, and how many of them make a step of the moving average.
+ACT_SAMPLES, ACT_BATCH = 64, 8
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
 _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
@@ -59,6 +62,7 @@ def profile(
     group_size: int = -1,
     scale_steps: int = 95,
     symmetric: bool = True,
+    act_bits: int | None = None,
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
@@ -96,6 +100,8 @@ def profile(
         group_size: -1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
         symmetric: codes are steps around zero; False adds a zero point to every scale.
+        act_bits: also round the inputs of the layers to so many bits, on per-tensor asymmetric ranges calibrated on the first
+            64 samples; the loss is then measured from the float weights under rounded inputs. None: weights only.
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier.
         output_dir: run directory; the result is saved there, chunk by chunk: the same call after an interruption goes on to
@@ -203,6 +209,7 @@ class Options:
     batch_size: int | None
     max_memory: int | None
     quantizer: Quantizer
+    act_bits: int | None
     ignore: tuple[str, ...]
     quantize_ends: bool
     output_dir: Path | None
@@ -267,13 +274,17 @@ class Run:
         self.measured = 0  # samples of this rank, in this call or an earlier one
         check_finite(model)
         self.stream = SampleStream(data_loader, options.num_samples, options.seed)
-        first = self.stream.peek(SAMPLES)
+        seen = self.stream.peek(SAMPLES if options.act_bits is None else ACT_SAMPLES)
+        first = pytree.tree_map(lambda t: t[:SAMPLES], seen)
         inputs, targets = self._parts(first)
         labelled = options.loss != "cross_entropy" or targets is not None
         require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
         self.device = options.device or next(model.parameters()).device
         self.dtype = PRECISIONS[options.precision]
         self.notes: list[str] = []
+        self.activations = self._calibrate(seen)
+        if self.activations:
+            self.model = model = quantize_activations(model, self.activations)
         self.executor = self._executor(two_samples(moved_to(inputs, self.device, self.dtype)))
         known = recorded(options.output_dir)
         default = _default_batch(self.executor, len(options.bits), options.estimator, self.device)
@@ -300,13 +311,32 @@ class Run:
             "products": products,
             "batch_size": self.size,
             "quantizer": options.quantizer.to_json(),
+            "act_bits": options.act_bits,
+            "act_ranges": digest(self.activations) if self.activations else None,
             "device": self.device.type,
         }
+
+    @property
+    def _step(self) -> ForwardStep | None:
+        """What runs the model on its part of a batch; None: the model itself."""
+        whole = self.options.whole_batches
+        return first_of_batch if self.options.forward_step is None and whole else self.options.forward_step
+
+    def _calibrate(self, seen: Any) -> Activations:
+        """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
+        options = self.options
+        if options.act_bits is None:
+            return {}
+        inputs = moved_to(self._parts(seen)[0], self.device, self.dtype)
+        rows = range(0, len(pytree.tree_leaves(inputs)[0]), ACT_BATCH)
+        batches = (pytree.tree_map(lambda t, a=a: t[a : a + ACT_BATCH], inputs) for a in rows)
+        moved, forward = converted(self.model, self.device, self.dtype), self._step or _call
+        return calibrate(moved, batches, forward, options.act_bits, options.ignore, options.quantize_ends)
 
     def _executor(self, example: Any) -> Runner:
         """The captured graph, or whole forwards where there is none; tested on the example."""
         options = self.options
-        step = first_of_batch if options.forward_step is None and options.whole_batches else options.forward_step
+        step = self._step
         moved = converted(self.model, self.device, self.dtype)
         executor: Runner
         try:
@@ -585,6 +615,7 @@ class Run:
         result = _assemble(sums, self.executor.layers, options.bits, options.quantizer, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples:
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
+        result = replace(result, activations=self.activations)
         result.info["warnings"] = self.notes + result.info["warnings"]
         result.info.update(
             estimator=options.estimator,
@@ -614,6 +645,10 @@ def check_output(output: Any, loss: str) -> int:
     finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
     require(finite, "profile", "model", "return finite logits", "NaN or infinity")
     return int(output.shape[1])
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
 
 
 def first_of_batch(model: nn.Module, batch: Any) -> Any:

@@ -53,6 +53,7 @@ class Sensitivity:
         quantizer: the settings under which the weights were perturbed.
         info: estimator, loss, precision, seed, work in forward-equivalents, seconds, warnings.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
+        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.activations); empty: float.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
     """
 
@@ -66,6 +67,7 @@ class Sensitivity:
     info: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    activations: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -229,7 +231,17 @@ class Sensitivity:
         }
         fingerprint = {**first.fingerprint, "data": data_digest(digests)}
         return Sensitivity(
-            first.layers, first.bits, loss, mean, stderr, total, first.quantizer, info, fingerprint, digests
+            first.layers,
+            first.bits,
+            loss,
+            mean,
+            stderr,
+            total,
+            first.quantizer,
+            info,
+            fingerprint,
+            digests,
+            first.activations,
         )
 
     @property
@@ -258,6 +270,7 @@ class Sensitivity:
             "quantizer": self.quantizer.to_json(),
             "info": self.info,
             "fingerprint": self.fingerprint,
+            "activations": self.activations,
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(target) as temporary:
@@ -294,6 +307,7 @@ class Sensitivity:
                 quantizer=Quantizer(**header["quantizer"]),
                 info=header["info"],
                 fingerprint=header["fingerprint"],
+                activations=header.get("activations", {}),
             )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None

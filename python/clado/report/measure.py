@@ -43,7 +43,15 @@ def plan_of(sens: Sensitivity, widths: Sequence[int]) -> Plan:
     """A plan of the given bits in layer order."""
     bits = {layer.name: int(width) for layer, width in zip(sens.layers, widths, strict=True)}
     objective = sens.predict(bits)
-    return Plan(sens.layers, bits, "given", objective, quantizer=sens.quantizer, fingerprint=sens.fingerprint)
+    return Plan(
+        sens.layers,
+        bits,
+        "given",
+        objective,
+        quantizer=sens.quantizer,
+        fingerprint=sens.fingerprint,
+        activations=sens.activations,
+    )
 
 
 def measure(

@@ -1,0 +1,92 @@
+"""Ranges of activations against a plain search; profiles under rounded inputs against a plain loop; plans that carry them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clado
+from clado.activations import best_range, calibrate, quantize_activations, rounded
+from clado.profiler import profile
+from tests.models import tiny_vit
+
+
+def plain_rounding(x: Tensor, low: float, high: float, bits: int) -> Tensor:
+    """Codes 0 … 2^bits − 1, in float64."""
+    scale = (high - low) / (2**bits - 1)
+    zero = round(-low / scale)
+    return (((x.double() / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_best_range_has_the_least_squared_error(bits: int, shift: float) -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0)) + shift
+    low, high = best_range(x, bits)
+    assert low <= 0 <= high
+
+    def error(pair: tuple[float, float]) -> float:
+        return (plain_rounding(x, *pair, bits) - x).square().sum().item()
+
+    ends = min(0.0, x.min().item()), max(0.0, x.max().item())
+    tried = [(ends[0] * (1 - k / 100), ends[1] * (1 - k / 100)) for k in range(95)]
+    # float32 rounding of x / scale may move a value that lies between two levels.
+    assert error((low, high)) <= min(map(error, tried)) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -1.5])
+def test_constant_tensors_stay_as_they_are(value: float) -> None:
+    x = torch.full((7,), value)
+    torch.testing.assert_close(rounded(x, *best_range(x, 8), 8), x, rtol=1e-6, atol=0)
+
+
+def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
+    model, shape = tiny_vit()
+    x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
+    sens = profile(model, [x], estimator="diagonal", bits=(2, 8), act_bits=4, output_dir=tmp_path, verbose=False)
+    names = {layer.name for layer in sens.layers}
+    assert set(sens.activations["ranges"]) == names
+    again = clado.Sensitivity.load(tmp_path)
+    assert again.activations == sens.activations
+
+    plan = clado.Plan.from_json(clado.solve(sens, avg_bits=8).to_json())
+    assert plan.activations == sens.activations
+    small = clado.apply(model, plan)
+    inner: dict[str, Tensor] = {}
+    for name, module in small.named_modules():
+        if name in names:
+            module.register_forward_hook(lambda m, given, out, name=name: inner.update({name: given[0]}))
+    with torch.no_grad():
+        out = small(x)
+        assert all(values.unique().numel() <= 16 for values in inner.values())
+        # ΔL by the definition: one weight of a model with rounded inputs.
+        base = quantize_activations(model, sens.activations)
+        reference = base(x).double().log_softmax(-1)
+        layer = sens.layers[3]
+        weight = base.get_parameter(layer.names[0])
+        weight.copy_(sens.quantizer.fake_quant(weight, (2,))[0])
+        changed = base(x).double().log_softmax(-1)
+    loss = (reference.exp() * (reference - changed)).sum(-1).mean().item()
+    assert sens.delta_loss[3 * 2] == pytest.approx(loss, rel=1e-4)
+    best = clado.rerank(model, [x], [plan])
+    gap = model(x).double().log_softmax(-1)
+    measured = (gap.exp() * (gap - out.double().log_softmax(-1))).sum(-1).mean().item()
+    assert best.info["rerank"][0]["loss_increase"] == pytest.approx(measured, rel=1e-4)
+    with pytest.raises(clado.CladoError, match=r"act_bits must be None or lie in 2\.\.8, got 9"):
+        profile(model, [x], act_bits=9, verbose=False)
+
+
+def test_calibration_is_a_moving_average_over_batches() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    batches = [torch.rand(4, 3, generator=torch.Generator().manual_seed(k)) - 0.5 for k in range(3)]
+    found = calibrate(model, batches, lambda m, x: m(x), quantize_ends=True)
+    wanted = np.array(best_range(batches[0], 8))
+    for batch in batches[1:]:
+        wanted = 0.9 * wanted + 0.1 * np.array(best_range(batch, 8))
+    np.testing.assert_allclose(found["ranges"]["0"], wanted, rtol=1e-12)
+    assert list(found["ranges"]) == ["0", "1"]
+    assert list(calibrate(model, batches, lambda m, x: m(x))["ranges"]) == ["0"]  # the classifier's input stays float
