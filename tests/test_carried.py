@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.capture import Captured, capture
-from clado.carried import CarriedExecutor
+from clado.carried import CarriedExecutor, auto_precision
 from clado.estimators import ESTIMATORS, singles
 from clado.executor import Executor, Runner
 from clado.losses import LogitLoss
@@ -161,6 +161,17 @@ def test_users_losses_and_several_outputs_carry() -> None:
     low, high = run("tf32"), run("float64")
     assert low.info["precision"] == "tf32"
     assert relative(low.delta_loss, high.delta_loss) < 1e-2
+
+
+def test_auto_is_bfloat16_where_units_and_estimator_bear_it() -> None:
+    model, x, _ = net_and_data("vit")
+    cpu = torch.device("cpu")
+    assert auto_precision(cpu, "gradient") == auto_precision(cpu, "exact") == "float32"
+    chosen, auto = (
+        profile(model, [x], BITS, precision=name, num_samples=24, verbose=False)
+        for name in (auto_precision(cpu, "logit"), "auto")
+    )
+    assert np.array_equal(chosen.interaction, auto.interaction)
 
 
 def test_a_backward_carries_no_differences() -> None:

@@ -82,10 +82,24 @@ class Loop:
         return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+clock = time.perf_counter
+
+
+def spread_out(model: nn.Module, x: Tensor, count: int | None) -> list[str]:
+    """Layers to ignore, so that about `count` evenly spaced ones are left."""
+    if count is None:
+        return []
+    from clado.capture import capture
+
+    names = [layer.name for layer in capture(model, x[:2]).layers]
+    kept = set(names[:: max(1, len(names) // count)])
+    return [name for name in names if name not in kept]
+
+
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    start = clock()
     result = work()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def main() -> None:
@@ -94,17 +108,24 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=400, help="pairs the loops are timed on; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="quantize about so many layers, evenly spaced; left out: all")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall time; with --threads 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="write the result to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        global clock
+        clock = time.process_time
     model, x = build(options.model, options.samples)
 
+    ignore = spread_out(model, x, options.layers)
+
     def ours(estimator: str) -> Sensitivity:
-        return clado.profile(model, [x], estimator=estimator, num_samples=len(x), verbose=False)
+        return clado.profile(model, [x], estimator=estimator, num_samples=len(x), ignore=ignore, verbose=False)
 
     with torch.inference_mode():
-        sens = ours("exact")
+        sens = ours("logit")
         layers, width = len(sens.layers), len(sens.bits)
         pairs = [(v, w) for v in range(layers * width) for w in range(v) if v // width != w // width]
         evaluations = 1 + layers * width + len(pairs)
@@ -125,7 +146,9 @@ def main() -> None:
         share = max(1, len(drawn) // options.rounds)
         for r in range(options.rounds):
             for estimator in ("logit", "exact"):
-                measured[estimator].append(seconds(lambda e=estimator: ours(e))[0])
+                took, measured_matrix = seconds(lambda e=estimator: ours(e))
+                measured[estimator].append(took)
+                sens = measured_matrix if estimator == "exact" else sens
             for name, loop in loops.items():
                 part = [pairs[k] for k in drawn[r * share : (r + 1) * share]]
                 choices = [[(v // width, v % width), (w // width, w % width)] for v, w in part]
@@ -150,8 +173,9 @@ def main() -> None:
         "timed_pairs": len(got),
         "relative_error": error,
         "threads": options.threads,
-        "forward_equivalents": {e: ours_info(model, x, e) for e in ("logit", "exact")},
-        "suffix_sum_of_pairs": suffix_sum(model, x, width),
+        "forward_equivalents": {e: ours_info(model, x, e, ignore) for e in ("logit", "gradient", "exact")},
+        "suffix_sum_of_pairs": suffix_sum(model, x, width, ignore),
+        "clock": "cpu" if options.cpu_time else "wall",
         "seconds": measured,
         "median_seconds": medians,
         "ratios": {f"{e} over {name}": medians[name] / medians[e] for e in ("logit", "exact") for name in loops},
@@ -173,18 +197,19 @@ def main() -> None:
             json.dump(result, file, indent=1)
 
 
-def ours_info(model: nn.Module, x: Tensor, estimator: str) -> float:
-    return clado.profile(model, [x[:4]], estimator=estimator, num_samples=4, scale_steps=1, verbose=False).info[
-        "forward_equivalents"
-    ]
+def ours_info(model: nn.Module, x: Tensor, estimator: str, ignore: list[str]) -> float:
+    sens = clado.profile(
+        model, [x[:1]], estimator=estimator, num_samples=1, scale_steps=1, ignore=ignore, verbose=False
+    )
+    return sens.info["forward_equivalents"]
 
 
-def suffix_sum(model: nn.Module, x: Tensor, width: int) -> float:
+def suffix_sum(model: nn.Module, x: Tensor, width: int, ignore: list[str]) -> float:
     """Σ over pairs of the share of a forward behind the later layer's cut: what `exact` cannot go below by prefixes."""
     from clado.capture import capture
     from clado.executor import Executor
 
-    executor = Executor(capture(model, x[:2]))
+    executor = Executor(capture(model, x[:2], ignore))
     executor.self_test(x[:2])
     return width**2 * sum(j * share for j, share in enumerate(executor.suffix_share))
 

@@ -84,6 +84,15 @@ class _Whole:
     value: Any
 
 
+def auto_precision(device: torch.device, estimator: str) -> str:
+    """bfloat16 where the device multiplies it faster and the estimator bears it (DESIGN §3.3), else float32."""
+    if device.type == "cuda":
+        units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if units and estimator in ("logit", "diagonal") else "float32"
+
+
 class Precision:
     """How matrix products round their operands; sums are float32."""
 

@@ -86,7 +86,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
 @click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
-@click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16 or float64.")
+@click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16, float64 or auto.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
 @click.option(
     "--act-bits", type=int, help="Also round the layers' inputs, to so many bits; weights only when left out."
