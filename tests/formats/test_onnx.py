@@ -179,3 +179,19 @@ def test_activations_of_8_bits(name: str, tmp_path: Path) -> None:
         clado.export(model, plan, tmp_path / "none", "onnx", example=x, activations={"other": (0.0, 1.0)})
     with pytest.raises(clado.CladoError, match="activations must be left out unless for onnx, got safetensors"):
         clado.export(model, plan, tmp_path / "none", activations=ranges)
+
+
+def test_activations_of_the_plan(tmp_path: Path) -> None:
+    """Calibrated by profile, rounded by apply, and the same in onnxruntime."""
+    model, shape = tiny_vit()
+    x = torch.randn(8, *shape)
+    sens = clado.profile(model, [x], bits=(8,), estimator="diagonal", act_bits=8, verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
+    assert made.count("QuantizeLinear") == len(plan.activations["ranges"]) > 0
+    assert "within" in verify(model, plan, tmp_path / "out", "onnx", example=x)
+    with torch.no_grad():
+        wanted, plain = clado.apply(model, plan)(x).numpy(), model(x).numpy()
+    found = writer.run(tmp_path / "out", x)
+    assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()

@@ -26,6 +26,7 @@ OPSET, OPSET_INT2 = 21, 25  # int4 came with 21 (IR 10), int2 with 25 (IR 13)
 _IR_VERSION, _IR_VERSION_INT2 = 10, 13
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
 _TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
+_TOLERANCE_ACTIVATIONS = 5e-2  # a value beside a tie may take the next of 255 steps, and the layers behind it see that
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
@@ -35,12 +36,10 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
     model = _export(request).model
     quantized: set[str] = set()
-    ranges = dict(request.activations or {})
+    for layer, low, high in _ranges(request):
+        _quantize_inputs(ir, model.graph, layer, low, high)
     for layer in request.plan.layers:
-        if layer.name in ranges:
-            _quantize_inputs(ir, model.graph, layer, *ranges.pop(layer.name))
         quantized |= _quantize(ir, model.graph, request, layer)
-    require(not ranges, "export", "activations", "name layers of the plan", sorted(ranges)[:3])
     leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
     _clean(model)
     model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
@@ -185,6 +184,29 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
     return made
 
 
+def _ranges(request: Request) -> list[tuple[Layer, float, float]]:
+    """Layers whose inputs are quantized, with the range given for each, or else calibrated with the plan."""
+    plan, planned = request.plan, {layer.name: layer for layer in request.plan.layers}
+    if request.activations is not None:
+        unknown = sorted(set(request.activations) - set(planned))
+        require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
+        return [(planned[name], *pair) for name, pair in request.activations.items()]
+    if not plan.activations:
+        return []
+    require(plan.activations["bits"] == 8, "export", "act_bits", "be 8 for onnx", plan.activations["bits"])
+    owner = {name.removesuffix(".weight"): layer for layer in plan.layers for name in layer.names}
+    found: dict[str, tuple[Layer, float, float]] = {}
+    for module, (low, high) in plan.activations["ranges"].items():
+        layer = owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
+        same = layer.name not in found or found[layer.name][1:] == (low, high)
+        require(
+            same, "export", f"layer {layer.name}", "have one range for onnx", "a weight shared by modules of several"
+        )
+        if high > low:
+            found[layer.name] = (layer, low, high)
+    return list(found.values())
+
+
 def _weight(graph: Any, layer: Layer) -> Any:
     name = next((name for name in layer.names if name in graph.initializers), None)
     require(name is not None, "export", f"layer {layer.name}", "be a weight of the exported graph", "none")
@@ -201,8 +223,8 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
         "be finite and hold more than 0",
         (low, high),
     )
+    zero = np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
     scale = np.float32((high - low) / 255)
-    zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
     users = [use.node for use in _weight(graph, layer).uses()]
     turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
     settings = []
