@@ -72,6 +72,9 @@ def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
         changed = base(x).double().log_softmax(-1)
     loss = (reference.exp() * (reference - changed)).sum(-1).mean().item()
     assert sens.delta_loss[3 * 2] == pytest.approx(loss, rel=1e-4)
+    clado.export(model, plan, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(clado.load(tmp_path / "out", model)(x), out)
     best = clado.rerank(model, [x], [plan])
     gap = model(x).double().log_softmax(-1)
     measured = (gap.exp() * (gap - out.double().log_softmax(-1))).sum(-1).mean().item()

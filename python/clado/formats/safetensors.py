@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import quantize_activations
 from ..errors import CladoError, require
 from ..fingerprint import digest, tensor_digest
 from ..plan import Plan
@@ -84,7 +85,7 @@ def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
     if packed:
         for layer, parts in layers:
             replace_layer(loaded, layer, plan.quantizer, plan.bits[layer.name], parts)
-    return loaded
+    return quantize_activations(loaded, plan.activations) if plan.activations else loaded
 
 
 def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]:
