@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,8 +102,8 @@ def main() -> None:
             if seed % every == 0:
                 try:
                     seen[name, check(seed, name, how, arguments)] += 1
-                except AssertionError as error:
-                    raise SystemExit(f"seed {seed}, {name}: {error!r}") from error
+                except AssertionError:
+                    raise SystemExit(f"seed {seed}, {name}: {traceback.format_exc()}") from None
     for (name, status), count in sorted(seen.items()):
         print(f"{name:10} {status:10} {count:6}")
     print(f"{sum(seen.values())} answers to {options.count} programs agree with trying every choice")
