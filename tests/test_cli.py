@@ -258,6 +258,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours <= loss["diagonal"][0] + 3 * error
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "sensitivity.safetensors",
+        "progress.safetensors",
         "plan.json",
         "model.json",
         "out",
