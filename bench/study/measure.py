@@ -122,6 +122,7 @@ def measure(unit: Unit, work: Path) -> Path:
         if name in COSTLY and not unit.thorough:
             continue
         folder = work / "profiles" / f"{unit.name}-{name.replace(', ', '-').replace(' ', '-')}"
+        begun = folder.exists()
         with cpu_seconds() as spent:
             sens[name] = clado.profile(
                 model,
@@ -134,7 +135,7 @@ def measure(unit: Unit, work: Path) -> Path:
             )
         spent_file = folder / "seconds.json"
         if not spent_file.exists():
-            spent_file.write_text(json.dumps(spent()))
+            spent_file.write_text(json.dumps(None if begun else spent()))  # of a resumed profile it is not known
         forwards = sens[name].info["forward_equivalents"] * sens[name].num_samples
         cost[name] = {
             "forwards": forwards,

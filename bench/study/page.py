@@ -329,9 +329,13 @@ def estimators(study: dict[str, Any]) -> str:
                 cells += [""] * 3
                 continue
             per_sample = np.mean([u["cost"][name]["forwards"] / u["cost"][name]["samples"] for u in own])
-            seconds = np.mean([u["cost"][name]["seconds"] for u in own])
+            seconds = [u["cost"][name]["seconds"] for u in own if u["cost"][name]["seconds"] is not None]
             errors = [u["entries"][name] for u in own if name in u["entries"]]
-            cells += [f"{per_sample:,.0f}", f"{seconds:.0f}", f"{np.mean(errors):.2f}" if errors else "0"]
+            cells += [
+                f"{per_sample:,.0f}",
+                f"{np.mean(seconds):.0f}" if seconds else "",
+                f"{np.mean(errors):.2f}" if errors else "0",
+            ]
         costs.append(cells)
     for rival in (*RIVALS, "refine, per budget"):
         cells = [SHOWN.get(rival, rival)]
