@@ -17,8 +17,9 @@ from clado.carried import CarriedExecutor, auto_precision
 from clado.estimators import ESTIMATORS, singles
 from clado.executor import Executor, Runner
 from clado.losses import LogitLoss
-from clado.profiler import profile, quantized_variants
+from clado.profiler import profile
 from clado.quantizer import Quantizer
+from clado.run import quantized_variants
 from tests.models import Shape, lively, small_cnn, timm_model, tiny_vit
 from tests.test_estimators import BITS, TwoHeads
 from tests.test_profile import net_and_data, relative

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import clado
-from clado import checkpoint, profiler
+from clado import checkpoint, run
 from clado.capture import Captured, capture
 from clado.profiler import profile
 from clado.sensitivity import Sensitivity
@@ -79,7 +79,7 @@ def data() -> tuple[torch.nn.Module, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One torch.export for all runs of the same model: it takes longer than the runs."""
-    monkeypatch.setattr(profiler, "capture", lambda model, example, *rest: captured(model.head.weight.dtype))
+    monkeypatch.setattr(run, "capture", lambda model, example, *rest: captured(model.head.weight.dtype))
 
 
 @cache
@@ -258,14 +258,14 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
 def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = data()
     sound = profile(model, [x], verbose=False)
-    make = profiler.quantized_variants
+    make = run.quantized_variants
 
     def broken(*arguments: object) -> list[list[torch.Tensor]]:
         variants = make(*arguments)  # type: ignore[arg-type]
         variants[2][1] = torch.full_like(variants[2][1], float("inf"))
         return variants
 
-    monkeypatch.setattr(profiler, "quantized_variants", broken)
+    monkeypatch.setattr(run, "quantized_variants", broken)
     found = profile(model, [x], verbose=False)
     name, bad = found.layers[2].name, 2 * 3 + 1
     assert found.info["dropped"] == [[name, 4]]

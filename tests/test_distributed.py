@@ -17,7 +17,8 @@ SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(1)
 from clado.distributed import torchrun_group
-from clado.profiler import Run, profile
+from clado.profiler import profile
+from clado.run import Run
 from tests.test_distributed import data, SETTINGS
 
 folder, estimator, last = sys.argv[1], sys.argv[2], int(sys.argv[3])

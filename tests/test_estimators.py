@@ -16,7 +16,8 @@ from clado.capture import capture
 from clado.estimators import ESTIMATORS
 from clado.executor import Executor
 from clado.losses import LogitLoss
-from clado.profiler import profile, quantized_variants
+from clado.profiler import profile
+from clado.run import quantized_variants
 from clado.sensitivity import Sensitivity, same_layer
 from tests.models import lively
 from tests.test_profile import net_and_data, plain_loop, relative

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import clado
-from clado import profiler
+from clado import run as run_module
 from clado.capture import Captured, capture
 from clado.losses import LogitLoss
 from clado.memory import LiveBytes
-from clado.profiler import Options, Run, plan_run, profile
+from clado.options import Options
+from clado.profiler import plan_run, profile
+from clado.run import Run
 from tests.models import tiny_vit
 
 SAMPLES = 12
@@ -29,7 +31,7 @@ def net() -> tuple[torch.nn.Module, torch.Tensor, Captured]:
 
 @pytest.fixture(autouse=True)
 def captured_once(net: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(profiler, "capture", lambda *_: net[2])
+    monkeypatch.setattr(run_module, "capture", lambda *_: net[2])
     with torch.no_grad():
         yield
 
@@ -48,7 +50,7 @@ def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> No
     ready = run(net, estimator=estimator, batch_size=SAMPLES)
     planned = ready.chunk_bytes()
     with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
-        profiler.ESTIMATORS[estimator](ready.executor, ready.variants, net[1], LogitLoss(None), lambda: None)
+        run_module.ESTIMATORS[estimator](ready.executor, ready.variants, net[1], LogitLoss(None), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
 
 
@@ -71,7 +73,7 @@ def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(
 
 def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = run(net, batch_size=SAMPLES)
-    measure, calls = profiler.ESTIMATORS["logit"], []
+    measure, calls = run_module.ESTIMATORS["logit"], []
 
     def limited(executor: Any, variants: Any, batch: Any, *rest: Any) -> Any:
         calls.append(len(batch))
@@ -79,7 +81,7 @@ def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return measure(executor, variants, batch, *rest)
 
-    monkeypatch.setitem(profiler.ESTIMATORS, "logit", limited)
+    monkeypatch.setitem(run_module.ESTIMATORS, "logit", limited)
     ready.together = 5
     found = ready.measure(False)
     assert calls == [5, 5, 3, 3, 1]  # the first five are not measured again
@@ -91,7 +93,7 @@ def test_an_estimator_that_never_fits_is_one_line(net: Any, monkeypatch: pytest.
     def never(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.\nframes")
 
-    monkeypatch.setitem(profiler.ESTIMATORS, "logit", never)
+    monkeypatch.setitem(run_module.ESTIMATORS, "logit", never)
     with pytest.raises(clado.CladoError, match="must have memory for one sample") as caught:
         run(net).measure(False)
     assert "\n" not in str(caught.value)

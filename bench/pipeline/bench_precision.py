@@ -28,8 +28,9 @@ from clado.carried import CarriedExecutor
 from clado.estimators import singles
 from clado.executor import Executor, Runner
 from clado.losses import LogitLoss
-from clado.profiler import full_precision, quantized_variants
+from clado.precision import full_precision
 from clado.quantizer import Quantizer
+from clado.run import quantized_variants
 
 BITS = (2, 4, 8)
 LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from .evaluator import Score, evaluate, rerank
     from .exporter import apply, export, load
     from .plan import Plan
-    from .profiler import RunPlan, plan_run, profile
+    from .profiler import plan_run, profile
     from .quantizer import Quantizer
     from .refiner import refine
     from .report import write_figures, write_report
+    from .run_plan import RunPlan
     from .sensitivity import Layer, Sensitivity
     from .solver import LinearConstraint, Solver, given_plan, pareto, shortlist, solve
 
@@ -35,7 +36,7 @@ _HOME = {
     "given_plan": "solver",
     "load": "exporter",
     "pareto": "solver",
-    "RunPlan": "profiler",
+    "RunPlan": "run_plan",
     "plan_run": "profiler",
     "profile": "profiler",
     "refine": "refiner",

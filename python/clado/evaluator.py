@@ -17,8 +17,9 @@ from .capture import capture
 from .errors import CladoError, require
 from .executor import Executor, State
 from .exporter import apply, check_fit
+from .options import LOSSES
 from .plan import Plan
-from .profiler import LOSSES, converted, full_precision
+from .precision import converted, full_precision
 from .progress import progress_bar
 from .quantizer import Quantizer
 from .samples import check_targets, moved_to, split_batch, two_samples

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 import clado_ext
 
+from .assembly import mean_and_error
 from .capture import capture
 from .errors import require
 from .estimators import Sums
 from .executor import Executor
 from .exporter import check_fit
+from .options import LOSSES
 from .plan import Plan
-from .profiler import LOSSES, _mean_and_error, converted, full_precision
+from .precision import converted, full_precision
 from .progress import progress_bar
 from .samples import SampleStream, check_targets, moved_to, split_batch, two_samples
 from .sensitivity import Sensitivity, same_layer
@@ -200,8 +202,8 @@ class _Ground:
             sums.pair_squared += squares.cpu()
             sums.samples += len(logits)
         pair, squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
-        interaction, stderr = _mean_and_error(pair.numpy(), squared.numpy(), sums.samples)
-        delta_loss, error = _mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), sums.samples)
+        interaction, stderr = mean_and_error(pair.numpy(), squared.numpy(), sums.samples)
+        delta_loss, error = mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), sums.samples)
         inside = same_layer(len(self.variants), len(self.sens.bits))
         interaction[inside], stderr[inside] = 0.0, 0.0
         np.fill_diagonal(stderr, error)

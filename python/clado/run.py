@@ -1,0 +1,482 @@
+"""A run from its first look at the data to the matrix: what is measured, in which pieces, and what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .activations import Activations, calibrate, quantize_activations
+from .assembly import assemble
+from .capture import ForwardStep, NotCapturable, capture
+from .carried import LOW_PRECISIONS, CarriedExecutor, auto_precision
+from .checkpoint import Checkpoint, disk_error, recorded
+from .distributed import Ranks
+from .errors import CladoError, require
+from .estimators import ESTIMATORS, Sums, expected_work
+from .executor import Executor, Runner
+from .fingerprint import code_digest, data_digest, digest, weights_digest
+from .losses import LogitLoss, Loss, UserLoss
+from .memory import chunk_bytes, disk_bytes, is_out_of_memory, run_bytes
+from .options import Options
+from .precision import PRECISIONS, converted
+from .probe import SAMPLES, probe
+from .progress import progress_bar
+from .quantizer import Quantizer
+from .run_plan import RunPlan
+from .samples import Chunk, SampleStream, check_targets, moved_to, split_batch, two_samples
+from .sensitivity import FILE_NAME, Layer, Sensitivity
+from .whole import WholeExecutor
+
+# Samples that calibrate activations, and how many of them make a step of the moving average.
+ACT_SAMPLES, ACT_BATCH = 64, 8
+# Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
+_STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+
+
+class Run:
+    """A run that is ready to be measured: the captured model, the stream of samples, the settings that decide the result."""
+
+    def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options) -> None:
+        self.started = time.perf_counter()
+        self.model, self.options = model, options
+        self.measured = 0  # samples of this rank, in this call or an earlier one
+        check_finite(model)
+        self.stream = SampleStream(data_loader, options.num_samples, options.seed)
+        seen = self.stream.peek(SAMPLES if options.act_bits is None else ACT_SAMPLES)
+        first = pytree.tree_map(lambda t: t[:SAMPLES], seen)
+        inputs, targets = self._parts(first)
+        labelled = options.loss != "cross_entropy" or targets is not None
+        require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+        self.device = options.device or next(model.parameters()).device
+        if options.precision == "auto":
+            options = self.options = replace(options, precision=auto_precision(self.device, options.estimator))
+        self.dtype = PRECISIONS[options.precision]
+        self.notes: list[str] = []
+        self.activations = self._calibrate(seen)
+        if self.activations:
+            self.model = model = quantize_activations(model, self.activations)
+        self.executor = self._executor(two_samples(moved_to(inputs, self.device, self.dtype)))
+        known = recorded(options.output_dir)
+        default = _default_batch(self.executor, len(options.bits), options.estimator, self.device)
+        self.size = options.batch_size or known.get("batch_size") or default
+        self.example = two_samples(moved_to(inputs, self.device, self.dtype))
+        few = options.exact_samples or known.get("exact_samples") or max(2, self.stream.expected // 8)
+        self.exact_samples = few if options.estimator == "corrected" else None
+        self.probed: dict[str, Any] = {}
+        products = options.precision
+        if options.precision in LOW_PRECISIONS:
+            self._lower(first, known.get("products"))
+            products = options.precision if isinstance(self.executor, CarriedExecutor) else "float32"
+        self.together = self.size  # samples that advance together
+        self._fit(known)
+        self.settings = {
+            "weights": weights_digest(model),
+            "layers": digest([asdict(layer) for layer in self.executor.layers]),
+            "bits": options.bits,
+            "estimator": options.estimator,
+            "exact_samples": self.exact_samples,
+            "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
+            "forward_step": code_digest(options.forward_step),
+            "precision": options.precision,
+            "products": products,
+            "batch_size": self.size,
+            "quantizer": options.quantizer.to_json(),
+            "act_bits": options.act_bits,
+            "act_ranges": digest(self.activations) if self.activations else None,
+            "device": self.device.type,
+        }
+
+    @property
+    def _step(self) -> ForwardStep | None:
+        """What runs the model on its part of a batch; None: the model itself."""
+        whole = self.options.whole_batches
+        return first_of_batch if self.options.forward_step is None and whole else self.options.forward_step
+
+    def _calibrate(self, seen: Any) -> Activations:
+        """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
+        options = self.options
+        if options.act_bits is None:
+            return {}
+        inputs = moved_to(self._parts(seen)[0], self.device, self.dtype)
+        rows = range(0, len(pytree.tree_leaves(inputs)[0]), ACT_BATCH)
+        batches = (pytree.tree_map(lambda t, a=a: t[a : a + ACT_BATCH], inputs) for a in rows)
+        moved, forward = converted(self.model, self.device, self.dtype), self._step or _call
+        return calibrate(moved, batches, forward, options.act_bits, options.ignore, options.quantize_ends)
+
+    def _executor(self, example: Any) -> Runner:
+        """The captured graph, or whole forwards where there is none; tested on the example."""
+        options = self.options
+        step = self._step
+        moved = converted(self.model, self.device, self.dtype)
+        executor: Runner
+        try:
+            executor = Executor(capture(moved, example, options.ignore, options.quantize_ends, step))
+            output = executor.self_test(example)
+        except NotCapturable as error:
+            executor = WholeExecutor(moved, example, options.ignore, options.quantize_ends, step)
+            output = executor.self_test(example)
+            reason = f"since the model has no usable graph ({error})"
+            self.notes.append(f"whole forwards for every perturbation, {reason}")
+        self.classes = check_output(output, options.loss)
+        return executor
+
+    def _lower(self, first: Any, decided: str | None) -> None:
+        """Carry differences in a low precision where a probe finds its errors below the sampling noise.
+
+        ``decided``: what an earlier call of this run found; a run keeps to it.
+        """
+        precision = self.options.precision
+        if not isinstance(self.executor, Executor):
+            self.notes.append(
+                f"float32 instead of {precision}: differences are carried through a graph, and there is none"
+            )
+            return
+        inputs, targets = self._parts(first)
+        found = probe(
+            self.executor.captured,
+            self.variants,
+            moved_to(inputs, self.device, torch.float32),
+            lambda batch: self._loss(batch, targets, len(pytree.tree_leaves(batch)[0])),
+            self.options.estimator,
+            precision,
+            self.stream.expected,
+        )
+        self.probed = {"probe": found}
+        if found["good"] if decided is None else decided == precision:
+            self.executor = CarriedExecutor(self.executor.captured, precision, self.device, self.executor)
+            return
+        self.notes.append(
+            f"float32 instead of {precision}: the probe's error of ΔL is {found['loss_error']:.1e} and of Ω "
+            f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
+        )
+
+    def _fit(self, known: dict[str, Any]) -> None:
+        """Let fewer samples, then fewer perturbations advance together until the memory suffices."""
+        options, limit = self.options, self.options.max_memory
+        if limit is None and self.device.type != "cuda":
+            return
+        fixed = self.fixed_bytes()
+        if limit is None:
+            limit = fixed + int(0.9 * torch.cuda.mem_get_info(self.device)[0])
+        need = self.chunk_bytes()
+        while need is not None and fixed + need > limit:
+            if self.together > 1:
+                self.together = -(-self.together // 2)
+            elif isinstance(self.executor, Executor) and self._stack > 1:
+                self.executor.stack = -(-self._stack // 2)
+            else:
+                shown = f"{(fixed + need) / 2**20:,.0f} MiB for one sample and one perturbation"
+                require(False, "profile", "max_memory", "hold the weights, their variants and one sample", shown)
+            need = self.chunk_bytes()
+        if options.batch_size is None and "batch_size" not in known:
+            self.size = self.together
+
+    @property
+    def _stack(self) -> int:
+        return getattr(self.executor, "stack", None) or len(self.options.bits)
+
+    def fixed_bytes(self) -> int:
+        """Bytes of weights, variants and sums."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if isinstance(self.executor, Executor):
+            tensors += [t for t in self.executor.captured.constants.values() if isinstance(t, Tensor)]
+        here = [t for t in tensors if t.device.type == self.device.type]
+        return run_bytes(here, self.variants, self.options.estimator)
+
+    def chunk_bytes(self) -> int | None:
+        """Peak bytes of live values while samples advance together; None where it cannot be planned."""
+        return chunk_bytes(
+            self.executor,
+            self.options.estimator,
+            self.variants,
+            self.example,
+            lambda batch, samples: self._loss(batch, self._labels(samples), samples),
+            self.together,
+            getattr(self.executor, "stack", None),
+        )
+
+    def _labels(self, samples: int) -> Tensor | None:
+        """Labels that only have a shape, for the cross-entropy."""
+        wanted = self.options.loss == "cross_entropy"
+        return torch.zeros(samples, dtype=torch.int64) if wanted else None
+
+    @cached_property
+    def variants(self) -> list[list[Tensor]]:
+        """All layers' weights at every bit-width."""
+        options = self.options
+        layers, quantizer = self.executor.layers, options.quantizer
+        return quantized_variants(self.model, layers, options.bits, quantizer, self.device, self.dtype)
+
+    @property
+    def candidates(self) -> int:
+        """V."""
+        return len(self.executor.layers) * len(self.options.bits)
+
+    def estimator(self, first: int) -> str:
+        """What the chunk that starts at a sample is measured by."""
+        pays = self.exact_samples is None or first < self.exact_samples
+        return self.options.estimator if pays else "logit"
+
+    def work(self, first: int, samples: int) -> float:
+        """Forward-equivalents of a chunk."""
+        return samples * expected_work(self.estimator(first), self.executor.suffix_share, len(self.options.bits))
+
+    def total_work(self, samples: int) -> float:
+        """Forward-equivalents of so many samples."""
+        starts = range(0, samples, self.size)
+        return sum(self.work(first, min(self.size, samples - first)) for first in starts)
+
+    def plan(self) -> RunPlan:
+        """What :meth:`measure` would cost; a few layers are run for the time."""
+        options, count = self.options, self.stream.expected
+        checkpoint = Checkpoint(options.output_dir, self.settings, self.size, self.candidates)
+        finished = min(count, checkpoint.total.samples)
+        work = self.total_work(count) - self.total_work(finished)
+        width, layers = len(options.bits), len(self.executor.layers)
+        pairs = width**2 * layers * (layers - 1) // 2 if options.estimator in ("exact", "corrected") else 0
+        return RunPlan(
+            estimator=options.estimator,
+            layers=layers,
+            bits=options.bits,
+            candidates=self.candidates,
+            samples=count,
+            finished=finished,
+            evaluations=1 + self.candidates + pairs,
+            forward_equivalents=self.total_work(count),
+            seconds=work / self._throughput() if work else 0.0,
+            batch_size=self.size,
+            together=self.together,
+            stack=self._stack,
+            fixed_bytes=self.fixed_bytes(),
+            chunk_bytes=self.chunk_bytes(),
+            disk_bytes=disk_bytes(self.candidates, count, options.estimator),
+            notes=tuple(self.notes),
+        )
+
+    def _throughput(self) -> float:
+        """Forward-equivalents per second, by stacked forwards from a few cuts; the second of two rounds counts."""
+        repeats = -(-self.together // 2)
+        batch = pytree.tree_map(lambda t: torch.cat([t] * repeats)[: self.together], self.example)
+        runner, count = self.executor, self.executor.num_layers
+        speed = 0.0
+        for _ in range(2):
+            begin, before = time.perf_counter(), runner.work
+            for k in sorted({0, count // 2, count - 1}):
+                state = runner.advance(runner.start(batch), k)
+                output = runner.outputs(runner.fork(state, k, self.variants[k][: self._stack]))
+            pytree.tree_map(lambda t: t.cpu(), output)
+            speed = (runner.work - before) / (time.perf_counter() - begin)
+        runner.work = 0.0
+        return speed
+
+    def measure(self, verbose: bool) -> Sensitivity:
+        """Measure what is not finished yet; on every rank the same result."""
+        ranks = Ranks(self.device)
+        if not ranks.writes:
+            self._measure(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
+            return ranks.receive(Sensitivity.load)
+        folder = self.options.output_dir
+        checkpoint = Checkpoint(folder, self.settings, self.size, self.candidates)
+        known = earlier_result(folder, self.settings)
+        if known is not None and known.num_samples > len(checkpoint.expected):
+            checkpoint.expected = torch.from_numpy(known.sample_digests)
+        seen = self._measure(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
+        if known is None or seen != known.num_samples:
+            checkpoint.check_end(seen)
+            known = self._result(checkpoint, ranks)
+            if folder is not None:
+                try:
+                    known.save(folder / FILE_NAME)
+                except OSError as error:
+                    raise disk_error(error, folder) from None
+        ranks.send(known.save)
+        return known
+
+    def _measure(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
+        """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
+
+        ``end``: samples of the finished result in the directory, 0 without one; its last, short chunk is not in the checkpoint.
+        """
+        done, end = ranks.agree([checkpoint.total.samples, end])
+        seen = 0
+        total = self.total_work(self.stream.expected)
+        with progress_bar(f"profile ({self.options.estimator})", total, "forwards", verbose) as show:
+
+            def tick() -> None:
+                show(min(self.executor.work * ranks.world, total))
+
+            for chunk in self.stream.chunks(self.size, ranks.rank, ranks.world):
+                part = None
+                if chunk is not None:
+                    checkpoint.check(chunk.first, chunk.digests)
+                    self.measured += chunk.samples
+                    if chunk.last <= done or (chunk.last == end and chunk.samples < self.size):
+                        self.executor.work += self.work(chunk.first, chunk.samples)
+                    else:
+                        part = self._estimate(chunk, tick)
+                for digests, sums in ranks.collect(chunk, part, checkpoint.total, self.size):
+                    checkpoint.check(seen, digests)
+                    seen += len(digests)
+                    if sums is not None:
+                        checkpoint.add(sums, digests)
+                tick()
+        return seen
+
+    def _parts(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """(what the model is run on, labels or None) of one of the loader's batches."""
+        if not self.options.whole_batches:
+            return split_batch(batch)
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        labels = batch[1] if pair and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
+        return batch, None if labels is None or labels.is_floating_point() else labels
+
+    def _loss(self, inputs: Any, targets: Tensor | None, samples: int) -> Loss:
+        if self.options.loss_func is not None:
+            return UserLoss(self.options.loss_func, inputs, samples)
+        check_targets(targets, self.classes)
+        labels = targets if self.options.loss == "cross_entropy" else None
+        return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
+
+    def _estimate(self, chunk: Chunk, tick: Callable[[], None]) -> Sums:
+        """Sums of a chunk; samples advance together as memory allows, and halves where it did not."""
+        name, done, parts = self.estimator(chunk.first), 0, []
+        while done < chunk.samples:
+            inputs, targets = self._parts(pytree.tree_map(lambda t, a=done: t[a : a + self.together], chunk.batch))
+            count = min(self.together, chunk.samples - done)
+            try:
+                moved = moved_to(inputs, self.device, self.dtype)
+                loss = self._loss(moved, targets, count)
+                parts.append(ESTIMATORS[name](self.executor, self.variants, moved, loss, tick))
+                done += count
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(count, error)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        finite = bool(torch.isfinite(total.loss).any())
+        where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished work is kept"
+        require(finite, "profile", "model", "return finite outputs", where)
+        return total
+
+    def _halve(self, samples: int, error: BaseException) -> None:
+        """After an allocation failed: half the samples, or half the perturbations, at a time."""
+        if samples > 1:
+            self.together = -(-samples // 2)
+        elif isinstance(self.executor, Executor) and self._stack > 1:
+            self.executor.stack = -(-self._stack // 2)
+        else:
+            raise CladoError(
+                "profile: device must have memory for one sample and one perturbation, got "
+                f"{str(error).splitlines()[0]}; finished work is kept"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.notes.append(f"out of memory: went on with {self.together} samples, {self._stack} perturbations at a time")
+
+    def _result(self, checkpoint: Checkpoint, ranks: Ranks) -> Sensitivity:
+        options, sums = self.options, checkpoint.total
+        fingerprint = {
+            "weights": str(self.settings["weights"]),
+            "data": data_digest(checkpoint.digests.numpy()),
+            "settings": digest(self.settings),
+        }
+        result = assemble(sums, self.executor.layers, options.bits, options.quantizer, fingerprint, checkpoint.digests)
+        if sums.samples < options.num_samples:
+            self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
+        result = replace(result, activations=self.activations)
+        result.info["warnings"] = self.notes + result.info["warnings"]
+        result.info.update(
+            estimator=options.estimator,
+            loss=options.loss,
+            precision=self.settings["products"],
+            **self.probed,
+            batch_size=self.size,
+            device=self.device.type,
+            ranks=ranks.world,
+            forward_equivalents=self.executor.work / self.measured,
+            expected_forward_equivalents=self.total_work(sums.samples) / sums.samples,
+            exact_samples=int(sums.residual_samples) or None,
+            seconds=time.perf_counter() - self.started,
+            float_layers=self.executor.skipped,
+        )
+        return result
+
+
+def check_output(output: Any, loss: str) -> int:
+    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
+    leaves = pytree.tree_leaves(output)
+    if loss == "user":
+        return 0
+    fits = isinstance(output, Tensor) and output.dim() == 2
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
+    finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
+    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+    return int(output.shape[1])
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def first_of_batch(model: nn.Module, batch: Any) -> Any:
+    """The forward step of a batch that is the input, or (input, …)."""
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise when a parameter or buffer of ``model`` holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            require(bool(torch.isfinite(tensor).all()), "profile", f"weight {name}", "be finite", "NaN or infinity")
+
+
+def quantized_variants(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    bits: Sequence[int],
+    quantizer: Quantizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[list[Tensor]]:
+    """For every layer its weight at every bit-width, quantized in the weight's own dtype, then converted."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = (parameters[layer.names[0]].detach() for layer in layers)
+    return [list(quantizer.fake_quant(weight, bits).to(device, dtype)) for weight in weights]
+
+
+def _default_batch(executor: Runner, width: int, estimator: str, device: torch.device) -> int:
+    """Samples per chunk: as many as keep the largest stacked activation within the device's budget."""
+    if isinstance(executor, WholeExecutor):
+        return 32
+    per_sample = 1
+    assert isinstance(executor, Executor)
+    for node in executor.captured.nodes:
+        value = node.meta["val"]
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            fixed = [int(size) for size in tensor.shape if not isinstance(size, torch.SymInt)]
+            per_sample = max(per_sample, int(np.prod(fixed, dtype=np.int64)) * tensor.element_size())
+    streams = width * width if estimator in ("exact", "corrected") else width
+    budget = _STACK_BYTES.get(device.type, _STACK_BYTES["cuda"])
+    return int(min(256, max(1, budget // (streams * per_sample))))
+
+
+def earlier_result(output_dir: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
+    """The result that the run directory holds, None where there is none; another run's is refused."""
+    if output_dir is None or not (output_dir / FILE_NAME).exists():
+        return None
+    known = Sensitivity.load(output_dir / FILE_NAME)
+    same = known.fingerprint.get("settings") == digest(settings)
+    require(same, "profile", "output_dir", "be new or hold the same run", f"{FILE_NAME} of another run in {output_dir}")
+    return known
