@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("torch", "pybind11", "pytest", "hypothesis", "rich")
+NEEDED = ("pybind11", "pytest", "hypothesis", "rich")
 STEPS = ("build", "tests", "large", "memcheck", "racecheck", "bench")
 
 
@@ -39,13 +39,15 @@ def fail(why: str) -> str:
 
 def device() -> str:
     """Name of the GPU as a folder name; exit code 1 without one."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"{sys.executable} lacks {', '.join(missing)}")
+    if importlib.util.find_spec("torch") is None:
+        fail(f"{sys.executable} lacks torch")
     import torch
 
     if not torch.cuda.is_available():
         fail(f"torch {torch.__version__} sees no GPU")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f"{sys.executable} lacks {', '.join(missing)}")
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 

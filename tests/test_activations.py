@@ -44,12 +44,37 @@ def test_constant_tensors_stay_as_they_are(value: float) -> None:
     torch.testing.assert_close(rounded(x, *best_range(x, 8), 8), x, rtol=1e-6, atol=0)
 
 
+def test_gradient_passes_where_nothing_is_clamped() -> None:
+    x = torch.linspace(-1.97, 2, 41, requires_grad=True)
+    y = rounded(x, -1.0, 1.0, 4)
+    torch.testing.assert_close(y.double(), plain_rounding(x.detach(), -1.0, 1.0, 4), rtol=1e-6, atol=0)
+    y.sum().backward()
+    codes = x.detach().double() / (2 / 15)  # 16 levels: -8 … 7 with zero at code 8
+    assert x.grad is not None
+    assert torch.equal(x.grad > 0.5, (codes >= -8) & (codes <= 7))
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "logit"])
+def test_other_estimators_and_carried_differences_take_rounded_inputs(estimator: str) -> None:
+    model, shape = tiny_vit()
+    x = torch.randn(6, *shape, generator=torch.Generator().manual_seed(1))
+    options = {"bits": (2, 4), "act_bits": 8, "estimator": estimator, "num_samples": 6, "verbose": False}
+    sens = profile(model, [x], **options)  # type: ignore[arg-type]
+    assert not any("whole forwards" in text for text in sens.info["warnings"])
+    assert np.abs(sens.interaction).max() > 0
+    if estimator == "logit":
+        carried = profile(model, [x], precision="tf32", **options)  # type: ignore[arg-type]
+        # A value at the edge of two levels may fall to the other one: a step of 8 bits in a few places.
+        np.testing.assert_allclose(carried.delta_loss, sens.delta_loss, rtol=0.2, atol=1e-3 * sens.delta_loss.max())
+
+
 def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
     model, shape = tiny_vit()
     x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
     sens = profile(model, [x], estimator="diagonal", bits=(2, 8), act_bits=4, output_dir=tmp_path, verbose=False)
     names = {layer.name for layer in sens.layers}
     assert set(sens.activations["ranges"]) == names
+    assert not any("whole forwards" in text for text in sens.info["warnings"])  # the rounding is in the graph
     again = clado.Sensitivity.load(tmp_path)
     assert again.activations == sens.activations
 

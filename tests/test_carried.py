@@ -83,7 +83,7 @@ def worst(delta: Tensor, wanted: Tensor) -> list[float]:
     return [errors[m::3].max().item() for m in range(3)]
 
 
-# The last column of DESIGN §3.3, with room for the worst candidate: rounding is relative to δ, so 8 bits are as right as 2.
+# Carried products (docs/numerics.md), with room for the worst candidate: rounding is relative to δ, so 8 bits are as right as 2.
 LIMITS = {"float32": 3e-4, "tf32": 3e-3, "bfloat16": 2e-2}
 
 

@@ -268,7 +268,7 @@ def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
     with torch.no_grad():
         _, omega = plain_loop(model, sens, x, y, "kl")
     eight = np.ix_(np.arange(1, sens.num_candidates, 2), np.arange(1, sens.num_candidates, 2))
-    # float32 logit changes of an 8-bit perturbation are right to 3e-4 (DESIGN §3.3), the residual to a few percent.
+    # float32 logit changes of an 8-bit perturbation are right to 3e-4 (docs/numerics.md), the residual to a few percent.
     assert relative(sens.interaction[eight], omega[eight]) < 0.05
 
 

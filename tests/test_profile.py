@@ -80,7 +80,7 @@ def relative(got: NDArray, wanted: NDArray) -> float:
 def test_exact_equals_the_plain_loop(name: str, loss: str) -> None:
     model, x, y = net_and_data(name)
     ends = name == "cnn"
-    # float32: the second difference of float32 forwards is right to about 1e-4 of its norm (DESIGN §3.3); float64: rounding.
+    # float32: the second difference of float32 forwards is right to about 1e-4 of its norm (docs/numerics.md); float64: rounding.
     for precision, tolerance in (("float32", 1e-4), ("float64", 1e-9)):
         sens = profile(
             model,

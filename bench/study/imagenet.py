@@ -1,8 +1,8 @@
 """The paper's setting on ImageNet, for those who have it: ``python -m bench.study.imagenet --model resnet50 --train … --val …``.
 
 ResNet-18, ResNet-50 or ViT-B/16, weights at 2, 4 and 8 bits with one scale per tensor (least squared error over 95 shrink
-steps), first convolution and classifier in float, cross-entropy. Profiles on training images, solves for the budgets, and
-reports top-1 on the validation images beside the published figures; see docs/imagenet.md.
+steps), activations at 8 bits, first convolution and classifier in float, cross-entropy. Profiles on training images, solves
+for the budgets, and reports top-1 on the validation images beside the published figures; see docs/imagenet.md.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--nsamples", type=int, default=8192, help="training images of the sensitivity set")
     parser.add_argument("--choice", type=int, default=1024, help="other training images, to re-rank plans")
     parser.add_argument("--avg-bits", default="2.5,3,3.5,4")
+    parser.add_argument("--act-bits", type=int, default=8, help="of the layers' inputs; 0 keeps them float")
     parser.add_argument("--estimator", default="logit")
     parser.add_argument("--rounds", type=int, default=3, help="of refinement")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         loss="cross_entropy",
         num_samples=options.nsamples,
         group_size=0,
+        act_bits=options.act_bits or None,
         output_dir=options.output_dir,
         seed=options.seed,
     )

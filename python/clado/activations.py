@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .capture import ignored
@@ -85,13 +84,17 @@ def best_range(x: Tensor, bits: int) -> tuple[float, float]:
 
 
 def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
-    """``x`` on the 2^bits levels of a range; beyond it the ends. An empty range leaves ``x`` as it is."""
+    """``x`` on the 2^bits levels of a range; beyond it the ends. An empty range leaves ``x`` as it is.
+
+    Plain operators, which every torch exports; the gradient passes straight through wherever nothing is clamped.
+    """
     levels = 2**bits - 1
     scale = (high - low) / levels
     if scale == 0:
         return x
     zero = min(levels, max(0, round(-low / scale)))
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, levels)
+    steps = (x / scale).clamp(-zero, levels - zero)
+    return (steps + (steps.round() - steps).detach()) * scale  # the sum is exact: an integer
 
 
 def quantize_activations(model: nn.Module, activations: Mapping[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Low precision that is right: the difference to the clean forward is carried through the graph (DESIGN §3.3).
+"""Low precision that is right: the difference to the clean forward is carried through the graph (docs/numerics.md).
 
 A perturbed forward in TF32 or bfloat16 rounds relative to the activations and loses the change that is sought, a thousandth of
 them. Here every value is a clean tensor, computed once per batch in float32 and shared by all perturbations, and a difference d,
@@ -85,7 +85,7 @@ class _Whole:
 
 
 def auto_precision(device: torch.device, estimator: str) -> str:
-    """bfloat16 where the device multiplies it faster and the estimator bears it (DESIGN §3.3), else float32."""
+    """bfloat16 where the device multiplies it faster and the estimator bears it (docs/numerics.md), else float32."""
     if device.type == "cuda":
         units = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

@@ -74,7 +74,7 @@ def diagonal(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
 
 
 def logit(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
-    """Single loss increases, and all interactions in closed form as if logit changes added (DESIGN §3.2)."""
+    """Single loss increases, and all interactions in closed form as if logit changes added (docs/numerics.md)."""
     increase, logits, delta = singles(executor, variants, batch, loss, tick)
     sums = _single_sums(increase)
     total, squares = clado_ext.pairwise_ce(logits, delta)

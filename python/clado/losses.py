@@ -39,7 +39,7 @@ class LogitLoss:
         return changed - torch.nn.functional.one_hot(self.target, logits.shape[-1])
 
     def pair(self, logits: Tensor, first: Tensor, second: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The interaction of two layers, split so that nothing cancels (DESIGN §3.2).
+        """The interaction of two layers, split so that nothing cancels (docs/numerics.md).
 
         Args:
             logits: clean, ``[N, C]``.

@@ -62,7 +62,7 @@ def profile(
             the output for "gradient".
         forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
         precision: "float32" (TF32 off), "float64", or with the differences to the clean forward carried through the graph
-            (DESIGN §3.3) "tf32" or "bfloat16" matrix products. The latter are probed against float64 on a few layers and
+            (docs/numerics.md) "tf32" or "bfloat16" matrix products. The latter are probed against float64 on a few layers and
             samples; the errors are in ``info["probe"]``, and where they exceed the sampling noise the run is float32, with a
             warning. "auto" takes bfloat16 for "logit" and "diagonal" where the device has matrix units for it (measured: 1.9
             times float32 on a Xeon with AMX), else float32. Losses and sums are float64 always.

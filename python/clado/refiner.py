@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import clado_ext
 
+from .activations import quantize_activations
 from .assembly import mean_and_error
 from .capture import capture
 from .errors import require
@@ -94,7 +95,7 @@ def refine(
     inputs, targets = split_batch(SampleStream(data_loader, count, seed).peek(count))
     require(loss == "kl" or targets is not None, "refine", "data_loader", "yield targets for cross_entropy", "none")
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    with torch.inference_mode(), full_precision():
+    with torch.no_grad(), full_precision():
         ground = _Ground(
             converted(model, place, next(model.parameters()).dtype),
             sens,
@@ -158,6 +159,8 @@ class _Ground:
         first = next(model.parameters())
         self.sens, self.chunk = sens, chunk
         self.inputs = moved_to(inputs, first.device, first.dtype)
+        if sens.activations:
+            model = quantize_activations(model, sens.activations)
         example = two_samples(self.inputs)
         captured = capture(model, example, (), quantize_ends=True)
         self.executor = Executor(captured)
@@ -181,7 +184,7 @@ class _Ground:
         return (self.constant - (self.target * torch.cat(parts).double().log_softmax(1)).sum(1)).mean().item()
 
     def matrix(self, bits: dict[str, int]) -> tuple[Sensitivity, float]:
-        """The matrix around ``bits``, by the closed form of DESIGN 3.2 with the plan's own logits in the middle; the loss."""
+        """The matrix around ``bits``, in closed form (docs/numerics.md) about the plan's own logits, and the loss there."""
         self._stand_on(bits)
         sums, loss = Sums.zeros(self.sens.num_candidates), 0.0
         for first in range(0, len(self.inputs), self.chunk):
