@@ -121,8 +121,8 @@ def profile(**options: Any) -> None:
     """
     from .distributed import torchrun_group
 
-    with torchrun_group() as device:
-        _profile({**options, "device": options["device"] or device})
+    with torchrun_group(options["device"]) as device:
+        _profile({**options, "device": device})
 
 
 def _profile(options: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """From logits to the sensitivity matrix: one function per estimator, one chunk of samples at a time.
 
 Every function returns :class:`Sums` over the chunk's samples, so chunks add up in a fixed order and carry their own error
-bars. Candidates are layer-major, bits ascending; a candidate's logit change is δ_v = logits(w + Δ_v) − z.
+bars. Candidates are layer-major, bits ascending; a candidate's logit change is δ_v = logits(w + Δ_v) − z. Where ranks share a
+chunk, every entry is measured on one of them and is zero on the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ import clado_ext
 
 from .executor import Runner
 from .losses import LogitLoss, Loss, UserLoss
+from .share import Share, longest
 
 Variants = Sequence[Sequence[Tensor]]
 Tick = Callable[[], None]
+ALONE = Share()
 
 
 @dataclass
@@ -67,49 +70,56 @@ class Sums:
         self.samples += other.samples
         return self
 
+    def added(self, share: Share) -> Sums:
+        """The sums of all members of a share over the same samples, on each of them."""
+        tensors: dict[str, Any] = {
+            name: share.added(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
-def diagonal(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+
+def diagonal(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
     """Single loss increases only; Ω = 0 (CLADO*, the HAWQ-like baseline)."""
-    return _single_sums(singles(executor, variants, batch, loss, tick)[0])
+    return _single_sums(singles(executor, variants, batch, loss, tick, share)[0], share)
 
 
-def logit(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def logit(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
     """Single loss increases, and all interactions in closed form as if logit changes added (docs/numerics.md)."""
-    increase, logits, delta = singles(executor, variants, batch, loss, tick)
-    sums = _single_sums(increase)
-    total, squares = clado_ext.pairwise_ce(logits, delta)
-    sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
+    increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
+    sums = _single_sums(increase, share)
+    if share.leads:
+        sums.pair, sums.pair_squared = _closed_sums(logits, delta)
     return sums
 
 
-def exact(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def exact(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
     """Every pair by its own forward from the layer where it departs from a single perturbation (the paper's definition)."""
-    increase, logits, delta = singles(executor, variants, batch, loss, tick)
-    sums = _single_sums(increase)
-    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick):
+    increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
+    sums = _single_sums(increase, share)
+    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick, share):
         omega = closed + residual
         sums.pair[block] = omega.sum(-1)
         sums.pair_squared[block] = omega.square().sum(-1)
     return sums
 
 
-def corrected(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def corrected(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
     """The closed form, and beside it what the exact value adds to it; for the chunks that pay for both."""
-    increase, logits, delta = singles(executor, variants, batch, loss, tick)
-    sums = _single_sums(increase)
-    total, squares = clado_ext.pairwise_ce(logits, delta)
-    sums.pair, sums.pair_squared = total.cpu(), squares.cpu()
-    sums.residual, sums.residual_squared, sums.residual_pair = torch.zeros(3, *total.shape, dtype=torch.float64)
+    increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
+    sums = _single_sums(increase, share)
+    if share.leads:
+        sums.pair, sums.pair_squared = _closed_sums(logits, delta)
+        sums.residual_samples += sums.samples
+    sums.residual, sums.residual_squared, sums.residual_pair = torch.zeros(3, *sums.pair.shape, dtype=torch.float64)
     sums.residual_closed = sums.pair.clone()
-    sums.residual_samples += sums.samples
-    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick):
+    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick, share):
         sums.residual[block] = residual.sum(-1)
         sums.residual_squared[block] = residual.square().sum(-1)
         sums.residual_pair[block] = (residual * closed).sum(-1)
     return sums
 
 
-def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> Sums:
+def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
     """Ω_vw ≈ ⟨∇_j L(w + Δ_v) − ∇_j L(w), Δ_w⟩ for j downstream of i: the upstream layer perturbed, the other linearised."""
     width, count = len(variants[0]), sum(map(len, variants))
     state = executor.advance(executor.start(batch), 0)
@@ -136,7 +146,7 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
         base = reached["losses"]
     increase = torch.zeros(count, samples, dtype=torch.float64)
     sums = Sums.zeros(count)
-    for i in range(executor.num_layers):
+    for i in share.own(executor.num_layers, lambda: _upstream_work("gradient", executor.suffix_share, width)):
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i])
         own = slice(i * width, (i + 1) * width)
@@ -149,11 +159,11 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
             objective(executor.advance(branch, i + 1))
         increase[own] = reached["losses"] - base
         tick()
-    sums += _single_sums(increase)
+    sums += _single_sums(increase)  # of this share's layers; zero for the others
     return sums
 
 
-Estimator = Callable[[Runner, Variants, Any, Loss, Tick], Sums]
+Estimator = Callable[..., Sums]
 ESTIMATORS: dict[str, Estimator] = {
     "diagonal": diagonal,
     "logit": logit,
@@ -164,26 +174,48 @@ ESTIMATORS: dict[str, Estimator] = {
 CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence or the cross-entropy
 
 
-def expected_work(estimator: str, suffix: Sequence[float], width: int) -> float:
-    """Forward-equivalents per sample, from each layer's share of a forward that lies behind its cut."""
-    singles = 1 + width * sum(suffix)
-    if estimator == "gradient":  # one backward by the inputs and one by the weights, from the next layer on
-        return 1 + singles + 2 * width * sum(suffix[1:])
+def expected_work(estimator: str, suffix: Sequence[float], width: int, members: int = 1) -> float:
+    """Forward-equivalents per sample, from each layer's share of a forward that lies behind its cut.
+
+    ``members``: ranks that share a chunk; the work is that of the one that has most to do.
+    """
+    if estimator == "gradient":  # one clean forward and backward
+        return 2 + longest(_upstream_work(estimator, suffix, width), members)
+    work = 1 + longest(_single_work(suffix, width), members)
     if estimator in ("diagonal", "logit"):
-        return singles
-    # The pairs walk the prefixes once more, up to the last layer's cut.
-    walk = 1 - suffix[-1] + width * sum(share - suffix[-1] for share in suffix)
-    return singles + walk + width * width * sum(j * share for j, share in enumerate(suffix))
+        return work
+    # The pairs walk the prefix once more, up to the cut of the last layer that has one behind it.
+    walk = 1 - suffix[-2] if len(suffix) > 1 else 0.0
+    return work + walk + longest(_upstream_work(estimator, suffix, width), members)
 
 
-def singles(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick) -> tuple[Tensor, Tensor, Tensor]:
+def _single_work(suffix: Sequence[float], width: int) -> list[float]:
+    """Forward-equivalents of each layer's perturbations."""
+    return [width * share for share in suffix]
+
+
+def _upstream_work(estimator: str, suffix: Sequence[float], width: int) -> list[float]:
+    """Forward-equivalents of all pairs whose first layer is i, for every i; each walks up to the last layer's cut."""
+    behind = [sum(suffix[i + 1 :]) for i in range(len(suffix))]
+    if estimator == "gradient":  # a backward by the inputs and one by the weights, from the next layer on
+        nexts = [*suffix[1:], 0.0]
+        return [width * (share + 2 * after) for share, after in zip(suffix, nexts, strict=True)]
+    walks = (share - suffix[-1] for share in suffix)
+    return [width * walk + width * width * rest for walk, rest in zip(walks, behind, strict=True)]
+
+
+def singles(
+    executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE
+) -> tuple[Tensor, Tensor, Tensor]:
     """One clean pass whose prefixes all candidates share.
 
     Returns:
         loss increase ``[V, N]``; clean logits ``[N, C]`` and logit changes ``[V, N, C]``, empty under a user's loss.
     """
     state, finished = executor.start(batch), []
-    for k in range(executor.num_layers):
+    width = len(variants[0])
+    own = share.own(executor.num_layers, lambda: _single_work(executor.suffix_share, width))
+    for k in own:
         state = executor.advance(state, k)
         for part in _stacks(executor, variants[k]):
             branch = executor.fork(state, k, part)
@@ -191,11 +223,19 @@ def singles(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: 
                 loss.values(executor.outputs(branch)) if isinstance(loss, UserLoss) else executor.finish(branch)
             )
         tick()
+    rows, count = [k * width + m for k in own for m in range(width)], sum(map(len, variants))
     if isinstance(loss, UserLoss):
-        return torch.cat(finished) - loss.values(executor.outputs(state)), torch.empty(0), torch.empty(0)
+        increase = torch.cat(finished) - loss.values(executor.outputs(state))
+        return share.gathered(increase, rows, count), torch.empty(0), torch.empty(0)
     logits = executor.clean(state)
-    delta = executor.changes(torch.cat(finished), logits)
+    delta = share.gathered(executor.changes(torch.cat(finished), logits), rows, count)
     return loss.increase(logits, delta), logits, delta
+
+
+def _closed_sums(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over samples of the closed-form Ω and its square, ``[V, V]``."""
+    total, squares = clado_ext.pairwise_ce(logits, delta)
+    return total.cpu(), squares.cpu()
 
 
 def _pairs(
@@ -207,8 +247,9 @@ def _pairs(
     logits: Tensor,
     delta: Tensor,
     tick: Tick,
+    share: Share,
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-    """(block of the matrix, closed form, residual ``[bits of i, bits of j, N]``) of every pair of layers i < j."""
+    """(block of the matrix, closed form, residual ``[bits of i, bits of j, N]``) of this share's pairs of layers i < j."""
     width = len(variants[0])
     blocks = [slice(k * width, (k + 1) * width) for k in range(executor.num_layers)]
     base = loss.values(executor.outputs(executor.start(batch))) if isinstance(loss, UserLoss) else torch.empty(0)
@@ -220,9 +261,10 @@ def _pairs(
         return executor.changes(executor.finish(both), logits)
 
     state = executor.start(batch)
-    for i, own in enumerate(blocks):
+    for i in share.own(executor.num_layers - 1, lambda: _upstream_work("exact", executor.suffix_share, width)):
+        own = blocks[i]
         state = executor.advance(state, i)
-        branch = executor.fork(state, i, variants[i]) if i + 1 < len(blocks) else state
+        branch = executor.fork(state, i, variants[i])
         for j in range(i + 1, executor.num_layers):
             branch = executor.advance(branch, j)
             other = blocks[j]
@@ -243,7 +285,9 @@ def _stacks(executor: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[T
     return (variants[k : k + size] for k in range(0, len(variants), size))
 
 
-def _single_sums(increase: Tensor) -> Sums:
+def _single_sums(increase: Tensor, share: Share = ALONE) -> Sums:
     sums = Sums.zeros(increase.shape[0])
-    sums.loss, sums.loss_squared, sums.samples = increase.sum(-1), increase.square().sum(-1), increase.shape[1]
+    sums.samples = increase.shape[1]
+    if share.leads:
+        sums.loss, sums.loss_squared = increase.sum(-1), increase.square().sum(-1)
     return sums

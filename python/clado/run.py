@@ -34,10 +34,13 @@ from .quantizer import Quantizer
 from .run_plan import RunPlan
 from .samples import Chunk, SampleStream, check_targets, moved_to, split_batch, two_samples
 from .sensitivity import FILE_NAME, Layer, Sensitivity
+from .share import MemberFailed, Share
 from .whole import WholeExecutor
 
 # Samples that calibrate activations, and how many of them make a step of the moving average.
 ACT_SAMPLES, ACT_BATCH = 64, 8
+# How much longer a chunk is thought to take where ranks share it: they wait for each other.
+_SHARING = 1.05
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
 _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
@@ -235,12 +238,31 @@ class Run:
         starts = range(0, samples, self.size)
         return sum(self.work(first, min(self.size, samples - first)) for first in starts)
 
+    def members(self, world: int, done: int) -> int:
+        """How many of the ranks measure a chunk together, so that the run ends soonest; the fewest where it is the same.
+
+        ``done``: samples that are measured.
+        """
+        divisors = [m for m in range(1, min(world, len(self.executor.layers)) + 1) if world % m == 0]
+        return min(divisors, key=lambda m: self._path(world // m, m, done) * (_SHARING if m > 1 else 1.0))
+
+    def _path(self, groups: int, members: int, done: int) -> float:
+        """Forward-equivalents of the rank that has most to do in every round, added up."""
+        suffix, width, count = self.executor.suffix_share, len(self.options.bits), self.stream.expected
+        share = {e: expected_work(e, suffix, width, members) for e in (self.options.estimator, "logit")}
+        left = [(a, min(self.size, count - a)) for a in range(0, count, self.size)]
+        work = [samples * share[self.estimator(a)] if a + samples > done else 0.0 for a, samples in left]
+        return sum(max(work[a : a + groups]) for a in range(0, len(work), groups))
+
     def plan(self) -> RunPlan:
         """What :meth:`measure` would cost; a few layers are run for the time."""
         options, count = self.options, self.stream.expected
         checkpoint = Checkpoint(options.output_dir, self.settings, self.size, self.candidates)
         finished = min(count, checkpoint.total.samples)
-        work = self.total_work(count) - self.total_work(finished)
+        world = Ranks(self.device).world
+        members = self.members(world, finished)
+        work = self._path(world // members, members, finished)
+        shared = f"{members} of {world} ranks measure each chunk together" if members > 1 else ""
         width, layers = len(options.bits), len(self.executor.layers)
         pairs = width**2 * layers * (layers - 1) // 2 if options.estimator in ("exact", "corrected") else 0
         return RunPlan(
@@ -259,7 +281,7 @@ class Run:
             fixed_bytes=self.fixed_bytes(),
             chunk_bytes=self.chunk_bytes(),
             disk_bytes=disk_bytes(self.candidates, count, options.estimator),
-            notes=tuple(self.notes),
+            notes=(*self.notes, shared) if shared else tuple(self.notes),
         )
 
     def _throughput(self) -> float:
@@ -306,15 +328,24 @@ class Run:
 
         ``end``: samples of the finished result in the directory, 0 without one; its last, short chunk is not in the checkpoint.
         """
-        done, end = ranks.agree([checkpoint.total.samples, end])
-        seen = 0
+        ranks.check_same(self.settings)
+        done = checkpoint.total.samples
+        wanted = [done, end, self.members(ranks.world, done), self.together, self._stack]
+        done, end, members, together, stack = ranks.agree(wanted)
+        ranks.join(members)
+        if members > 1:  # who share a chunk take it in the same pieces
+            self.together = together
+            if isinstance(self.executor, Executor):
+                self.executor.stack = stack
+        seen, settled = 0, 0.0
         total = self.total_work(self.stream.expected)
         with progress_bar(f"profile ({self.options.estimator})", total, "forwards", verbose) as show:
 
             def tick() -> None:
-                show(min(self.executor.work * ranks.world, total))
+                ours = settled + (self.executor.work - settled) * members
+                show(min(ours * ranks.groups, total))
 
-            for chunk in self.stream.chunks(self.size, ranks.rank, ranks.world):
+            for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups):
                 part = None
                 if chunk is not None:
                     checkpoint.check(chunk.first, chunk.digests)
@@ -322,7 +353,8 @@ class Run:
                     if chunk.last <= done or (chunk.last == end and chunk.samples < self.size):
                         self.executor.work += self.work(chunk.first, chunk.samples)
                     else:
-                        part = self._estimate(chunk, tick)
+                        part = self._estimate(chunk, tick, ranks.share)
+                    settled = self.executor.work
                 for digests, sums in ranks.collect(chunk, part, checkpoint.total, self.size):
                     checkpoint.check(seen, digests)
                     seen += len(digests)
@@ -346,20 +378,26 @@ class Run:
         labels = targets if self.options.loss == "cross_entropy" else None
         return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
 
-    def _estimate(self, chunk: Chunk, tick: Callable[[], None]) -> Sums:
-        """Sums of a chunk; samples advance together as memory allows, and halves where it did not."""
+    def _estimate(self, chunk: Chunk, tick: Callable[[], None], share: Share) -> Sums:
+        """Sums of a chunk; samples advance together as memory allows, and halves where it did not on any member."""
         name, done, parts = self.estimator(chunk.first), 0, []
         while done < chunk.samples:
             inputs, targets = self._parts(pytree.tree_map(lambda t, a=done: t[a : a + self.together], chunk.batch))
             count = min(self.together, chunk.samples - done)
+            before = self.executor.work
             try:
                 moved = moved_to(inputs, self.device, self.dtype)
                 loss = self._loss(moved, targets, count)
-                parts.append(ESTIMATORS[name](self.executor, self.variants, moved, loss, tick))
+                part = ESTIMATORS[name](self.executor, self.variants, moved, loss, tick, share)
+                parts.append(part.added(share))
+                work = torch.tensor(self.executor.work - before, dtype=torch.float64)
+                self.executor.work = before + share.added(work).item()
                 done += count
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+                if not isinstance(error, MemberFailed):
+                    if not is_out_of_memory(error):
+                        raise
+                    share.any_failed(True)
                 self._halve(count, error)
         total = parts[0]
         for part in parts[1:]:
