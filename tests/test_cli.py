@@ -243,6 +243,20 @@ print(clado_ext.pack(torch.zeros(1, 8, dtype=torch.int8), 4).shape[1])
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
+def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -> None:
+    data = ["--model", "digits", "--data", "digits:sensitivity", "--nsamples", 6, "--skip", 4, "--bits", "2,8"]
+    assert call("profile", *data, "--output-dir", tmp_path).exit_code == 0
+    result = call("solve", tmp_path, "--avg-bits", 4, "--solver", "heuristic", "--correct", 2)
+    assert result.exit_code == 0, result.output
+    sens, plan = Sensitivity.load(tmp_path), json.loads((tmp_path / "plan.json").read_text())
+    count = len(sens.info["corrected_pairs"])
+    assert f"{count} exact pairs on 2 images" in result.output
+    assert f"{count} exact pairs" in call("inspect", tmp_path).output
+    assert plan["info"]["stands"] == ("the plan stands" in result.output)
+    assert plan["objective"] == pytest.approx(sens.predict(plan["bits"]))
+    refused(call("solve", tmp_path, "--avg-bits", 4, "--correct", 7), "num_samples must lie in 2..6, got 7")
+
+
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little time for proofs; the plan is no worse than uniform and diagonal within three standard errors."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from clado.corrector import correct
 from clado.distributed import Ranks
 from clado.errors import CladoError
 from clado.estimators import ESTIMATORS, expected_work
@@ -27,7 +28,8 @@ torch.set_num_threads(1)
 from clado.distributed import torchrun_group
 from clado.profiler import profile
 from clado.run import Run
-from tests.test_distributed import data, SETTINGS
+from clado.corrector import correct
+from tests.test_distributed import data, SETTINGS, WISHES
 
 folder, runs, last = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 with torchrun_group() as device:
@@ -43,9 +45,17 @@ with torchrun_group() as device:
     for estimator, samples in runs:
         place = f"{folder}/{estimator}{samples}"
         model, loader = data()
-        sens = profile(model, loader, estimator=estimator, num_samples=samples, output_dir=place, device=device, **SETTINGS)
+        if estimator == "correct":
+            sens = profile(model, loader, num_samples=samples, output_dir=place, device=device, **SETTINGS)
+            sens, plan = correct(model, loader, sens, num_samples=3, batch_size=2, output_dir=place, **WISHES)
+            plan.save(f"{place}/rank{rank}.json")
+        else:
+            sens = profile(
+                model, loader, estimator=estimator, num_samples=samples, output_dir=place, device=device, **SETTINGS
+            )
         sens.save(f"{place}/rank{rank}.safetensors")
 """
+WISHES = {"avg_bits": 3.0, "solver": "heuristic", "verbose": False}
 SETTINGS = {"batch_size": 4, "exact_samples": 5, "verbose": False}
 
 
@@ -67,6 +77,9 @@ def one_rank(estimator: str, samples: int, output_dir: Path | None = None) -> Se
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun does
     try:
+        if estimator == "correct":
+            sens = profile(model, loader, num_samples=samples, **SETTINGS)  # type: ignore[arg-type]
+            return correct(model, loader, sens, num_samples=3, batch_size=2, **WISHES)[0]
         arguments = {"estimator": estimator, "num_samples": samples, "output_dir": output_dir}
         return profile(model, loader, **arguments, **SETTINGS)  # type: ignore[arg-type]
     finally:
@@ -84,7 +97,10 @@ def check_same(got: Sensitivity, wanted: Sensitivity) -> None:
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        (2, [("logit", 3), ("corrected", 22)]),  # one chunk that both share, and six, each whole on one of them
+        (
+            2,
+            [("logit", 3), ("corrected", 22), ("correct", 8)],
+        ),  # one chunk that both share, and six that each takes half of
         (3, [(name, 4) for name in ESTIMATORS]),  # one chunk, by three
         (4, [("exact", 7)]),  # two chunks, each by two
     ],

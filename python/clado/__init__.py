@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CladoError
 
 if TYPE_CHECKING:
+    from .corrector import correct
     from .evaluator import Score, evaluate, rerank
     from .exporter import apply, export, load
     from .plan import Plan
@@ -30,6 +31,7 @@ _HOME = {
     "Sensitivity": "sensitivity",
     "Solver": "solver",
     "apply": "exporter",
+    "correct": "corrector",
     "shortlist": "solver",
     "evaluate": "evaluator",
     "export": "exporter",
@@ -57,6 +59,7 @@ __all__ = [
     "Sensitivity",
     "Solver",
     "apply",
+    "correct",
     "evaluate",
     "export",
     "given_plan",

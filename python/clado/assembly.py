@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .estimators import Sums
@@ -22,24 +21,33 @@ def assemble(
     fingerprint: dict[str, str],
     digests: Tensor,
 ) -> Sensitivity:
-    count = sums.samples
-    pair, pair_squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
-    interaction, stderr = mean_and_error(pair.numpy(), pair_squared.numpy(), count)
-    if int(sums.residual_samples):
-        interaction, stderr = _corrected(sums, interaction, stderr)
-    delta_loss, loss_error = mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), count)
-    inside = same_layer(len(layers), len(bits))
-    interaction[inside] = 0.0
-    stderr[inside] = 0.0
-    np.fill_diagonal(stderr, loss_error)
+    delta_loss, interaction, stderr = entries(sums, len(layers), len(bits))
     dropped = _drop(delta_loss, interaction, stderr)
     result = Sensitivity(
-        tuple(layers), bits, delta_loss, interaction, stderr, count, quantizer, {}, fingerprint, digests.numpy()
+        tuple(layers), bits, delta_loss, interaction, stderr, sums.samples, quantizer, {}, fingerprint, digests.numpy()
     )
     names = [f"{layers[v // len(bits)].name} at {bits[v % len(bits)]} bits" for v in dropped]
     result.info["dropped"] = [[layers[v // len(bits)].name, bits[v % len(bits)]] for v in dropped]
     result.info["warnings"] = [f"dropped {name}: its loss is NaN or infinite" for name in names]
     return result
+
+
+def entries(sums: Sums, layers: int, widths: int) -> tuple[Any, Any, Any]:
+    """(ΔL ``[V]``, Ω ``[V, V]``, standard errors ``[V, V]`` as in :class:`Sensitivity`) of so many layers and widths."""
+    interaction, stderr = mean_and_error(_symmetric(sums.pair), _symmetric(sums.pair_squared), sums.samples)
+    if int(sums.residual_samples):
+        interaction, stderr = corrected_entries(sums, interaction, stderr, sums.samples)
+    delta_loss, loss_error = mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), sums.samples)
+    inside = same_layer(layers, widths)
+    interaction[inside] = 0.0
+    stderr[inside] = 0.0
+    np.fill_diagonal(stderr, loss_error)
+    return delta_loss, interaction, stderr
+
+
+def _symmetric(upper: Tensor) -> Any:
+    half = np.triu(upper.numpy(), 1)
+    return half + half.T
 
 
 def _drop(delta_loss: Any, interaction: Any, stderr: Any) -> list[int]:
@@ -58,17 +66,20 @@ def _drop(delta_loss: Any, interaction: Any, stderr: Any) -> list[int]:
     return sorted(dropped)
 
 
-def _corrected(sums: Sums, closed: Any, closed_error: Any) -> tuple[Any, Any]:
+def corrected_entries(sums: Sums, closed: Any, closed_error: Any, count: int) -> tuple[Any, Any]:
     """Mean of the closed form over all N samples plus mean residual over the n that have one, with its standard error.
 
     The n samples enter both means: Var = Var(a)/N + Var(r)/n + 2 Cov(a, r)/N. The covariance is taken over the n samples,
     and bounded by what the two variances allow.
+
+    Args:
+        sums: residuals over ``sums.residual_samples`` samples.
+        closed, closed_error: mean and standard error of the closed form over all N = ``count``.
     """
-    n, count = int(sums.residual_samples), sums.samples
-    full = [
-        np.triu(m.numpy(), 1) for m in (sums.residual, sums.residual_squared, sums.residual_pair, sums.residual_closed)
-    ]
-    residual, squared, product, part = (m + m.T for m in full)
+    n = int(sums.residual_samples)
+    residual, squared, product, part = (
+        _symmetric(m) for m in (sums.residual, sums.residual_squared, sums.residual_pair, sums.residual_closed)
+    )
     mean, error = mean_and_error(residual, squared, n)
     covariance = (product - part * mean) / max(n - 1, 1)
     bound = closed_error * error * np.sqrt(count * n)

@@ -282,12 +282,27 @@ def wishes(command: Any) -> Any:
 @click.option("--rerank", type=int, help="Measure the best plans of every objective on so many other images; keep one.")
 @click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
 @click.option("--refine", type=int, help="Measure again around the plan, at most so many times, while its loss falls.")
+@click.option(
+    "--correct",
+    type=int,
+    help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
+)
+@click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
 @wishes
-def solve(run: str, rerank: int | None, data: str | None, refine: int | None, **options: Any) -> None:
+def solve(
+    run: str,
+    rerank: int | None,
+    data: str | None,
+    refine: int | None,
+    correct: int | None,
+    device: str | None,
+    **options: Any,
+) -> None:
     """Choose bits per layer within one or more budgets, with a bound.
 
     \b
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
     """
@@ -300,16 +315,18 @@ def solve(run: str, rerank: int | None, data: str | None, refine: int | None, **
     from .terminal import show_plan
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
+    if correct is not None:
+        sens, plan = _correct(run, sens, correct, wishes, device)
     if rerank is None and refine is None:
-        plan = choose(sens, **wishes)
+        plan = choose(sens, **wishes) if correct is None else plan
     else:
         measured = "--rerank or --refine"
         require(rerank is None or rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
         require(wishes.pop("objective") == "original", "solve", "objective", f"be left out with {measured}", "another")
         plans = shortlist(sens, **wishes)
         if refine is not None and plans[0].bits:
-            plans = [_refine(run, sens, plans, refine, wishes), *plans]
-        plan = _rerank(run, plans, data, rerank) if rerank is not None and plans[0].bits else plans[0]
+            plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
+        plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     replace(plan, info={**plan.info, "command": _command()}).save(Path(run) / FILE_NAME)
     show_plan(plan)
@@ -520,21 +537,43 @@ def inspect(run: str) -> None:
     show_run(Path(run))
 
 
-def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str, Any]) -> Any:
-    """The best of the plans, improved on the images of the sensitivity set."""
+def _profiled(run: str, sens: Any) -> tuple[Any, Any, int]:
+    """Model, images of the sensitivity set, and the seed of their order."""
     from .data import build_data
-    from .refiner import refine
     from .rundir import load_model
 
     model, spec, note = load_model(run)
-    images = build_data(note["data"], model, spec, 32, note["seed"])
-    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": note["seed"]})
+    skipped = note["num_samples"] - sens.num_samples
+    return model, build_data(note["data"], model, spec, 32, note["seed"], skipped), note["seed"]
+
+
+def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
+    """The matrix with exact pairs where plans went, and the plan that stands."""
+    from .corrector import correct
+
+    model, images, seed = _profiled(run, sens)
+    options = {**wishes, "seed": seed, "device": device}
+    sens, plan = correct(model, images, sens, num_samples=count, output_dir=run, **options)
+    rows = plan.info["correct"]
+    stands = "the plan stands" if plan.info["stands"] else "the plan does not stand yet: run the same again to go on"
+    click.echo(
+        f"{sum(row['pairs'] for row in rows[:-1]):,} exact pairs on {count} images in {len(rows) - 1} rounds; {stands}"
+    )
+    return sens, plan
+
+
+def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str, Any], device: str | None) -> Any:
+    """The best of the plans, improved on the images of the sensitivity set."""
+    from .refiner import refine
+
+    model, images, seed = _profiled(run, sens)
+    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": seed, "device": device})
     losses = [row["loss_increase"] for row in best.info["refine"]]
     click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
     return best
 
 
-def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
+def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: str | None) -> Any:
     """The plan of least true loss on held-out images, and a table of all."""
     from dataclasses import replace
 
@@ -545,7 +584,7 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int) -> Any:
     from .terminal import console
 
     model, spec, note = load_model(run)
-    best = rerank(model, heldout(model, spec, note, data, count, 32), plans)
+    best = rerank(model, heldout(model, spec, note, data, count, 32), plans, device=device)
     best = replace(best, info={**best.info, "rerank_data": heldout_data(note, data)})
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):

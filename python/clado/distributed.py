@@ -24,7 +24,6 @@ from .errors import require
 from .estimators import Sums
 from .fingerprint import digest
 from .samples import Chunk
-from .sensitivity import FILE_NAME
 from .share import Share, peers
 
 T = TypeVar("T")
@@ -123,25 +122,25 @@ class Ranks:
             dist.gather(sent, parts, dst=0)
         return [part.cpu() for part in parts or ()]
 
-    def send(self, save: Callable[[Path], Any]) -> None:
-        """Give the file that ``save`` writes to every other rank."""
+    def send(self, save: Callable[[Path], Path]) -> None:
+        """Give the file that ``save`` writes into a folder to every other rank."""
         if self.world == 1:
             return
         with TemporaryDirectory() as folder:
-            save(Path(folder) / FILE_NAME)
-            data = (Path(folder) / FILE_NAME).read_bytes()
+            data = save(Path(folder)).read_bytes()
         self.agree([len(data)])
         with peers():
             dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), 0)
 
-    def receive(self, load: Callable[[Path], T]) -> T:
-        """What ``load`` makes of the file that rank 0 sends."""
+    def receive(self, load: Callable[[Path], T], name: str) -> T:
+        """What ``load`` makes of the file of this name that rank 0 sends."""
         data = torch.empty(self.agree([0])[0], dtype=torch.uint8, device=self.device)
         with peers():
             dist.broadcast(data, 0)
         with TemporaryDirectory() as folder:
-            (Path(folder) / FILE_NAME).write_bytes(data.cpu().numpy().tobytes())
-            return load(Path(folder) / FILE_NAME)
+            path = Path(folder) / name
+            path.write_bytes(data.cpu().numpy().tobytes())
+            return load(path)
 
 
 def is_writer() -> bool:

@@ -22,6 +22,7 @@ from .share import Share, longest
 
 Variants = Sequence[Sequence[Tensor]]
 Tick = Callable[[], None]
+Later = Sequence[Sequence[int]]
 ALONE = Share()
 
 
@@ -103,8 +104,19 @@ def exact(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Ti
     return sums
 
 
-def corrected(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
-    """The closed form, and beside it what the exact value adds to it; for the chunks that pay for both."""
+def corrected(
+    executor: Runner,
+    variants: Variants,
+    batch: Any,
+    loss: Loss,
+    tick: Tick,
+    share: Share = ALONE,
+    later: Later | None = None,
+) -> Sums:
+    """The closed form, and beside it what the exact value adds to it; for the chunks that pay for both.
+
+    ``later``: for every layer the layers behind it that it is paired with; None: all of them.
+    """
     increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
     sums = _single_sums(increase, share)
     if share.leads:
@@ -112,7 +124,7 @@ def corrected(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick
         sums.residual_samples += sums.samples
     sums.residual, sums.residual_squared, sums.residual_pair = torch.zeros(3, *sums.pair.shape, dtype=torch.float64)
     sums.residual_closed = sums.pair.clone()
-    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick, share):
+    for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick, share, later):
         sums.residual[block] = residual.sum(-1)
         sums.residual_squared[block] = residual.square().sum(-1)
         sums.residual_pair[block] = (residual * closed).sum(-1)
@@ -146,7 +158,7 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
         base = reached["losses"]
     increase = torch.zeros(count, samples, dtype=torch.float64)
     sums = Sums.zeros(count)
-    for i in share.own(executor.num_layers, lambda: _upstream_work("gradient", executor.suffix_share, width)):
+    for i in share.own(executor.num_layers, lambda: _gradient_work(executor.suffix_share, width)):
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i])
         own = slice(i * width, (i + 1) * width)
@@ -174,19 +186,29 @@ ESTIMATORS: dict[str, Estimator] = {
 CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence or the cross-entropy
 
 
-def expected_work(estimator: str, suffix: Sequence[float], width: int, members: int = 1) -> float:
+def expected_work(
+    estimator: str, suffix: Sequence[float], width: int, members: int = 1, later: Later | None = None
+) -> float:
     """Forward-equivalents per sample, from each layer's share of a forward that lies behind its cut.
 
-    ``members``: ranks that share a chunk; the work is that of the one that has most to do.
+    Args:
+        members: ranks that share a chunk; the work is that of the one that has most to do.
+        later: as for :func:`corrected`.
     """
     if estimator == "gradient":  # one clean forward and backward
-        return 2 + longest(_upstream_work(estimator, suffix, width), members)
+        return 2 + longest(_gradient_work(suffix, width), members)
     work = 1 + longest(_single_work(suffix, width), members)
     if estimator in ("diagonal", "logit"):
         return work
+    later = every_pair(len(suffix)) if later is None else later
     # The pairs walk the prefix once more, up to the cut of the last layer that has one behind it.
-    walk = 1 - suffix[-2] if len(suffix) > 1 else 0.0
-    return work + walk + longest(_upstream_work(estimator, suffix, width), members)
+    walk = max((1 - share for share, behind in zip(suffix, later, strict=True) if behind), default=0.0)
+    return work + walk + longest(_pair_work(suffix, width, later), members)
+
+
+def every_pair(layers: int) -> Later:
+    """For every layer all layers behind it."""
+    return [range(i + 1, layers) for i in range(layers)]
 
 
 def _single_work(suffix: Sequence[float], width: int) -> list[float]:
@@ -194,14 +216,16 @@ def _single_work(suffix: Sequence[float], width: int) -> list[float]:
     return [width * share for share in suffix]
 
 
-def _upstream_work(estimator: str, suffix: Sequence[float], width: int) -> list[float]:
-    """Forward-equivalents of all pairs whose first layer is i, for every i; each walks up to the last layer's cut."""
-    behind = [sum(suffix[i + 1 :]) for i in range(len(suffix))]
-    if estimator == "gradient":  # a backward by the inputs and one by the weights, from the next layer on
-        nexts = [*suffix[1:], 0.0]
-        return [width * (share + 2 * after) for share, after in zip(suffix, nexts, strict=True)]
-    walks = (share - suffix[-1] for share in suffix)
-    return [width * walk + width * width * rest for walk, rest in zip(walks, behind, strict=True)]
+def _pair_work(suffix: Sequence[float], width: int, later: Later) -> list[float]:
+    """Forward-equivalents of all pairs whose first layer is i, for every i; each walks up to its last layer's cut."""
+    walks = (suffix[i] - suffix[max(behind)] if behind else 0.0 for i, behind in enumerate(later))
+    pairs = (width * sum(suffix[j] for j in behind) for behind in later)
+    return [width * (walk + rest) for walk, rest in zip(walks, pairs, strict=True)]
+
+
+def _gradient_work(suffix: Sequence[float], width: int) -> list[float]:
+    """As for pairs, by one backward by the inputs and one by the weights, from the next layer on."""
+    return [width * (share + 2 * after) for share, after in zip(suffix, [*suffix[1:], 0.0], strict=True)]
 
 
 def singles(
@@ -248,6 +272,7 @@ def _pairs(
     delta: Tensor,
     tick: Tick,
     share: Share,
+    later: Later | None = None,
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
     """(block of the matrix, closed form, residual ``[bits of i, bits of j, N]``) of this share's pairs of layers i < j."""
     width = len(variants[0])
@@ -261,11 +286,14 @@ def _pairs(
         return executor.changes(executor.finish(both), logits)
 
     state = executor.start(batch)
-    for i in share.own(executor.num_layers - 1, lambda: _upstream_work("exact", executor.suffix_share, width)):
+    behind = every_pair(executor.num_layers) if later is None else later
+    for i in share.own(executor.num_layers, lambda: _pair_work(executor.suffix_share, width, behind)):
+        if not behind[i]:
+            continue
         own = blocks[i]
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i])
-        for j in range(i + 1, executor.num_layers):
+        for j in behind[i]:
             branch = executor.advance(branch, j)
             other = blocks[j]
             joint = torch.cat([measured(executor.fork(branch, j, part)) for part in _stacks(executor, variants[j])])

@@ -104,11 +104,16 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> Ru
     Raises:
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
-    known = {name: p.default for name, p in inspect.signature(profile).parameters.items()}
-    unknown = [name for name in options if name not in known]
-    require(not unknown, "plan_run", "options", "be arguments of profile", ", ".join(unknown))
-    arguments = {**known, **options}
-    for name in ("model", "data_loader", "verbose"):
-        del arguments[name]
     with full_precision(), torch.no_grad():
-        return Run(model, data_loader, Options.of(**arguments)).plan()
+        return Run(model, data_loader, with_defaults(**options)).plan()
+
+
+def with_defaults(**given: Any) -> Options:
+    """Some arguments of :func:`profile`, and its defaults for the others."""
+    known = {name: p.default for name, p in inspect.signature(profile).parameters.items()}
+    for name in ("model", "data_loader", "verbose"):
+        given.pop(name, None)
+        del known[name]
+    unknown = [name for name in given if name not in known]
+    require(not unknown, "plan_run", "options", "be arguments of profile", ", ".join(unknown))
+    return Options.of(**{**known, **given})

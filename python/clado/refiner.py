@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import clado_ext
 
 from .activations import quantize_activations
-from .assembly import mean_and_error
+from .assembly import entries
 from .capture import capture
 from .errors import require
 from .estimators import Sums
@@ -30,7 +30,7 @@ from .plan import Plan
 from .precision import converted, full_precision
 from .progress import progress_bar
 from .samples import SampleStream, check_targets, moved_to, split_batch, two_samples
-from .sensitivity import Sensitivity, same_layer
+from .sensitivity import Sensitivity
 from .solver import LinearConstraint, given_plan
 from .solver.session import Solver
 
@@ -204,12 +204,7 @@ class _Ground:
             sums.pair += total.cpu()
             sums.pair_squared += squares.cpu()
             sums.samples += len(logits)
-        pair, squared = (torch.triu(m, 1) + torch.triu(m, 1).T for m in (sums.pair, sums.pair_squared))
-        interaction, stderr = mean_and_error(pair.numpy(), squared.numpy(), sums.samples)
-        delta_loss, error = mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), sums.samples)
-        inside = same_layer(len(self.variants), len(self.sens.bits))
-        interaction[inside], stderr[inside] = 0.0, 0.0
-        np.fill_diagonal(stderr, error)
+        delta_loss, interaction, stderr = entries(sums, len(self.variants), len(self.sens.bits))
         around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
         return around, loss / sums.samples
 

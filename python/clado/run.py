@@ -63,13 +63,14 @@ class Run:
         if options.precision == "auto":
             options = self.options = replace(options, precision=auto_precision(self.device, options.estimator))
         self.dtype = PRECISIONS[options.precision]
+        self.title = f"profile ({options.estimator})"
         self.notes: list[str] = []
         self.activations = self._calibrate(seen)
         if self.activations:
             self.model = model = quantize_activations(model, self.activations)
         self.executor = self._executor(two_samples(moved_to(inputs, self.device, self.dtype)))
         known = recorded(options.output_dir)
-        default = _default_batch(self.executor, len(options.bits), options.estimator, self.device)
+        default = _default_batch(self.executor, self.width, options.estimator, self.device)
         self.size = options.batch_size or known.get("batch_size") or default
         self.example = two_samples(moved_to(inputs, self.device, self.dtype))
         few = options.exact_samples or known.get("exact_samples") or max(2, self.stream.expected // 8)
@@ -185,7 +186,7 @@ class Run:
 
     @property
     def _stack(self) -> int:
-        return getattr(self.executor, "stack", None) or len(self.options.bits)
+        return getattr(self.executor, "stack", None) or self.width
 
     def fixed_bytes(self) -> int:
         """Bytes of weights, variants and sums."""
@@ -220,9 +221,14 @@ class Run:
         return quantized_variants(self.model, layers, options.bits, quantizer, self.device, self.dtype)
 
     @property
+    def width(self) -> int:
+        """Candidates of a layer."""
+        return len(self.options.bits)
+
+    @property
     def candidates(self) -> int:
         """V."""
-        return len(self.executor.layers) * len(self.options.bits)
+        return len(self.executor.layers) * self.width
 
     def estimator(self, first: int) -> str:
         """What the chunk that starts at a sample is measured by."""
@@ -231,7 +237,11 @@ class Run:
 
     def work(self, first: int, samples: int) -> float:
         """Forward-equivalents of a chunk."""
-        return samples * expected_work(self.estimator(first), self.executor.suffix_share, len(self.options.bits))
+        return samples * self.cost(self.estimator(first))
+
+    def cost(self, estimator: str, members: int = 1) -> float:
+        """Forward-equivalents per sample; of the rank that has most to do where so many share them."""
+        return expected_work(estimator, self.executor.suffix_share, self.width, members)
 
     def total_work(self, samples: int) -> float:
         """Forward-equivalents of so many samples."""
@@ -248,10 +258,10 @@ class Run:
 
     def _path(self, groups: int, members: int, done: int) -> float:
         """Forward-equivalents of the rank that has most to do in every round, added up."""
-        suffix, width, count = self.executor.suffix_share, len(self.options.bits), self.stream.expected
-        share = {e: expected_work(e, suffix, width, members) for e in (self.options.estimator, "logit")}
+        count = self.stream.expected
+        cost = {name: self.cost(name, members) for name in (self.options.estimator, "logit")}
         left = [(a, min(self.size, count - a)) for a in range(0, count, self.size)]
-        work = [samples * share[self.estimator(a)] if a + samples > done else 0.0 for a, samples in left]
+        work = [samples * cost[self.estimator(a)] if a + samples > done else 0.0 for a, samples in left]
         return sum(max(work[a : a + groups]) for a in range(0, len(work), groups))
 
     def plan(self) -> RunPlan:
@@ -263,7 +273,7 @@ class Run:
         members = self.members(world, finished)
         work = self._path(world // members, members, finished)
         shared = f"{members} of {world} ranks measure each chunk together" if members > 1 else ""
-        width, layers = len(options.bits), len(self.executor.layers)
+        width, layers = self.width, len(self.executor.layers)
         pairs = width**2 * layers * (layers - 1) // 2 if options.estimator in ("exact", "corrected") else 0
         return RunPlan(
             estimator=options.estimator,
@@ -304,14 +314,14 @@ class Run:
         """Measure what is not finished yet; on every rank the same result."""
         ranks = Ranks(self.device)
         if not ranks.writes:
-            self._measure(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
-            return ranks.receive(Sensitivity.load)
+            self.gather(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
+            return ranks.receive(Sensitivity.load, FILE_NAME)
         folder = self.options.output_dir
         checkpoint = Checkpoint(folder, self.settings, self.size, self.candidates)
         known = earlier_result(folder, self.settings)
         if known is not None and known.num_samples > len(checkpoint.expected):
             checkpoint.expected = torch.from_numpy(known.sample_digests)
-        seen = self._measure(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
+        seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
         if known is None or seen != known.num_samples:
             checkpoint.check_end(seen)
             known = self._result(checkpoint, ranks)
@@ -323,7 +333,7 @@ class Run:
         ranks.send(known.save)
         return known
 
-    def _measure(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
+    def gather(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
         """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
 
         ``end``: samples of the finished result in the directory, 0 without one; its last, short chunk is not in the checkpoint.
@@ -339,7 +349,7 @@ class Run:
                 self.executor.stack = stack
         seen, settled = 0, 0.0
         total = self.total_work(self.stream.expected)
-        with progress_bar(f"profile ({self.options.estimator})", total, "forwards", verbose) as show:
+        with progress_bar(self.title, total, "forwards", verbose) as show:
 
             def tick() -> None:
                 ours = settled + (self.executor.work - settled) * members
@@ -388,8 +398,7 @@ class Run:
             try:
                 moved = moved_to(inputs, self.device, self.dtype)
                 loss = self._loss(moved, targets, count)
-                part = ESTIMATORS[name](self.executor, self.variants, moved, loss, tick, share)
-                parts.append(part.added(share))
+                parts.append(self._sums(name, moved, loss, tick, share).added(share))
                 work = torch.tensor(self.executor.work - before, dtype=torch.float64)
                 self.executor.work = before + share.added(work).item()
                 done += count
@@ -406,6 +415,10 @@ class Run:
         where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished work is kept"
         require(finite, "profile", "model", "return finite outputs", where)
         return total
+
+    def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
+        """This share's sums over samples that advance together."""
+        return ESTIMATORS[name](self.executor, self.variants, batch, loss, tick, share)
 
     def _halve(self, samples: int, error: BaseException) -> None:
         """After an allocation failed: half the samples, or half the perturbations, at a time."""

@@ -123,6 +123,11 @@ def _plan(path: Path) -> str:
     return f"{plan.status}, {plan.avg_bits:.3f} bits, {plan.size_bytes:,} bytes" if plan.bits else plan.status
 
 
+def _matrix(sens: Sensitivity) -> str:
+    exact = len(sens.info.get("corrected_pairs", []))
+    return f"{len(sens.layers)} layers" + (f", {exact:,} exact pairs" if exact else "")
+
+
 def _front(path: Path) -> str:
     plans = json.loads(path.read_text())
     proven = sum(plan["status"] == "optimal" for plan in plans)
@@ -144,7 +149,8 @@ def _progress(path: Path) -> str:
 _ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     RUN_FILE: ("model", lambda path: str(json.loads(path.read_text())["spec"]["model"])),
     PROGRESS: ("running sums", _progress),
-    MATRIX: ("matrix", lambda path: f"{len(Sensitivity.load(path).layers)} layers"),
+    MATRIX: ("matrix", lambda path: _matrix(Sensitivity.load(path))),
+    "pairs": ("running sums of a correction", lambda path: ""),
     PLAN: ("plan", _plan),
     "pareto.json": ("frontier", _front),
     "measured.json": ("plans that were run", _measured),

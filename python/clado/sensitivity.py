@@ -205,6 +205,8 @@ class Sensitivity:
             for name in ("weights", "settings"):
                 same = part.fingerprint.get(name) == first.fingerprint.get(name)
                 require(same, "merge", "parts", f"be of the same {name}", "others")
+            alone = not part.info.get("corrected_pairs")
+            require(alone, "merge", "parts", "be merged before clado.correct, not after", "corrected pairs")
         digests = np.concatenate([part.sample_digests for part in parts])
         shared = sum(len(np.unique(part.sample_digests)) for part in parts) - len(np.unique(digests))
         require(shared == 0, "merge", "parts", "be of disjoint samples", f"{shared} samples in common")

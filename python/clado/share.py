@@ -42,7 +42,7 @@ class Share:
 
     def own(self, count: int, costs: Callable[[], Sequence[float]]) -> list[int]:
         """Which of so many items are this member's, ascending; the same split on every member."""
-        return list(range(count)) if self.members == 1 else split(costs()[:count], self.members)[self.place]
+        return list(range(count)) if self.members == 1 else split(costs(), self.members)[self.place]
 
     def gathered(self, rows: Tensor, own: Sequence[int], count: int) -> Tensor:
         """``[count, …]`` with this member's rows at ``own``, and all others' at theirs.

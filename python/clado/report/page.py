@@ -230,6 +230,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
     scales = {-1: "one per output channel", 0: "one per tensor"}.get(group, f"one per {group} inputs")
     out = {
         "estimator": info.get("estimator", "from elsewhere"),
+        "exact pairs": f"{len(info['corrected_pairs']):,}" if "corrected_pairs" in info else "",
         "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(info.get("loss", ""), ""),
         "precision": info.get("precision", ""),
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
