@@ -46,12 +46,15 @@ native:  ## the native module in place, without an install (PYTHONPATH=.:python)
 	$(BIN)/cmake --build build/native
 	$(BIN)/cmake --install build/native --prefix .
 
-sanitize: $(VENV)/.installed-dev  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+UNDER_SANITIZERS := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+sanitize: $(VENV)/.installed-dev  ## CPU kernels, and CUDA kernels run on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCLADO_CUDA=OFF -DCLADO_WERROR=ON -DCLADO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python tests/sanitize.py build/sanitize/_native*.so
+	$(UNDER_SANITIZERS) $(BIN)/python tests/sanitize.py build/sanitize/_native*.so
+	kernels=$$($(BIN)/python tests/cuda_on_cpu/build.py --sanitize) && $(UNDER_SANITIZERS) $(BIN)/python tests/sanitize.py $$kernels
 
 gpu-check:  ## build, test, sanitize and time the CUDA kernels with the Python that is there; fails without a GPU
 	$(PYTHON) bench/gpu_check.py

@@ -1,42 +1,45 @@
-"""Every CPU kernel on awkward sizes at every SIMD level and thread count, by numpy alone: what the sanitizer build runs.
+"""Every kernel on awkward sizes, by numpy alone: what the sanitizer builds run.
 
-    python tests/sanitize.py <path of a _native module>
+    python tests/sanitize.py <path of a _native module>        CPU kernels at every SIMD level and thread count
+    python tests/sanitize.py <path of a cuda_on_cpu module>    CUDA kernels (tests/cuda_on_cpu) in every order of their threads
 
-`make sanitize` builds the module with AddressSanitizer and UndefinedBehaviorSanitizer and calls this. Results must have the same
-bits at every setting; out-of-bounds accesses and undefined behaviour abort.
+`make sanitize` builds both with AddressSanitizer and UndefinedBehaviorSanitizer and calls this. Results must have the same bits
+at every setting; out-of-bounds accesses and undefined behaviour abort.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.cuda_on_cpu.build import AsNative, load
+
+# A GPU's threads take turns on one here: shorter rows must do.
+ON_CPU = not Path(sys.argv[1]).name.startswith("cuda_on_cpu")
+LONG = 20_001 if ON_CPU else 2100
+STEPS = 20 if ON_CPU else 3
 BITS = [2, 3, 8]
 THREADS = (1, 3)
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ORDERS = (0, 1, 2)
 
 
 def at(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
-    for rows, columns in ((1, 1), (3, 31), (2, 33), (1, 1024), (2, 1029), (1, 20_001), (0, 4)):
+def quantization(
+    native: ModuleType | AsNative, draw: np.random.Generator
+) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for rows, columns in ((1, 1), (3, 31), (2, 33), (1, 1024), (2, 1029), (1, LONG), (0, 4)):
         for dtype in (0, 1, 2):
-            for group in (columns, 7, 32):
+            for group in (columns, 7, 32) if ON_CPU or columns < 100 else (columns, 300):
                 for ranged in (False, True):
                     raw = draw.standard_normal((rows, columns), dtype=np.float32)
                     weight = (
@@ -62,7 +65,7 @@ def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Call
                         values = np.zeros((3, rows, columns), weight.dtype)
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
                         sizes = (rows, columns, group, BITS)
-                        native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, 20, threads)
+                        native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, STEPS, threads)
                         native.fake_quant_cpu(
                             at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads
                         )
@@ -72,7 +75,7 @@ def quantization(native: ModuleType, draw: np.random.Generator) -> Iterator[Call
                     yield run
 
 
-def packing(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+def packing(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
     for bits in range(2, 9):
         for rows, columns in ((1, 1), (3, 31), (2, 32), (2, 33), (1, 16_385), (0, 5), (4, 0)):
             half = 2 ** (bits - 1)
@@ -89,13 +92,13 @@ def packing(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[
             yield run
 
 
-def losses(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+def losses(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
     for perturbations, samples, classes in (
         (1, 1, 1),
         (3, 2, 15),
         (17, 3, 33),
-        (33, 2, 1000),
-        (500, 1, 700),
+        (33, 2, LONG // 20),
+        (LONG // 40, 1, 700),
         (2, 0, 3),
     ):
         for double in (False, True):
@@ -125,20 +128,28 @@ def losses(native: ModuleType, draw: np.random.Generator) -> Iterator[Callable[[
                 yield run
 
 
+def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]], tuple[int, ...]]:
+    """The kernels, what sets each level or order of theirs, and the thread counts to try at each."""
+    module = load(path)
+    if ON_CPU:
+        return module, [partial(module.set_simd, level) for level in range(module.simd_level() + 1)], THREADS
+    return AsNative(module), [partial(module.set_order, order, 1) for order in ORDERS], (1,)
+
+
 def main() -> None:
-    native = load(str(Path(sys.argv[1]).resolve()))
-    draw, count, best = np.random.default_rng(0), 0, native.simd_level()
+    native, levels, threads = settings(Path(sys.argv[1]).resolve())
+    draw, count = np.random.default_rng(0), 0
     for family in (quantization, packing, losses):
         for run in family(native, draw):
             first = None
-            for level in range(best + 1):
-                native.set_simd(level)
-                for threads in THREADS:
-                    got = [x.tobytes() for x in run(threads)]
+            for level in levels:
+                level()
+                for thread_count in threads:
+                    got = [x.tobytes() for x in run(thread_count)]
                     first = first or got
-                    assert got == first, f"{family.__name__}: other bits at SIMD level {level}, {threads} threads"
+                    assert got == first, f"{family.__name__}: other bits by {level}, {thread_count} threads"
             count += 1
-    print(f"{count} cases at {best + 1} SIMD levels and {THREADS} threads: same bits, nothing out of bounds")
+    print(f"{count} cases at {len(levels)} levels and {threads} threads: same bits, nothing out of bounds")
 
 
 if __name__ == "__main__":

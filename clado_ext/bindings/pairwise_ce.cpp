@@ -2,20 +2,10 @@
 
 #include "bindings.h"
 
-namespace {
-
-void check(const char* op, std::initializer_list<Address> addresses, int64_t perturbations, int64_t samples, int64_t classes) {
-  expect_sizes(op, {perturbations, samples});
-  expect(classes >= 1, op, "classes must be positive");
-  expect_memory(op, perturbations * samples, addresses);
-}
-
-}  // namespace
-
 void bind_pairwise_ce(py::module_& m) {
   m.def("pairwise_ce_cpu", [](Address logits, Address delta, Address total, Address squares, int64_t perturbations,
                               int64_t samples, int64_t classes, bool is_double, int threads) {
-    check("pairwise_ce_cpu", {logits, delta, total, squares}, perturbations, samples, classes);
+    expect_losses("pairwise_ce_cpu", {logits, delta, total, squares}, perturbations, samples, classes);
     clado::pairwise_ce_cpu(as<const void>(logits), as<const void>(delta), as<double>(total), as<double>(squares),
                            perturbations, samples, classes, is_double, threads);
   }, NoGil());
@@ -24,7 +14,7 @@ void bind_pairwise_ce(py::module_& m) {
   m.def("pairwise_ce_cuda", [](Address logits, Address delta, Address total, Address squares, int64_t perturbations,
                                int64_t samples, int64_t classes, bool is_double, Address workspace, int device,
                                Address stream) {
-    check("pairwise_ce_cuda", {logits, delta, total, squares, workspace}, perturbations, samples, classes);
+    expect_losses("pairwise_ce_cuda", {logits, delta, total, squares, workspace}, perturbations, samples, classes);
     clado::pairwise_ce_cuda(as<const void>(logits), as<const void>(delta), as<double>(total), as<double>(squares),
                             perturbations, samples, classes, is_double, as<void>(workspace), device, as<void>(stream));
   }, NoGil());

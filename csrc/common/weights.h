@@ -22,6 +22,9 @@ inline int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock
 constexpr int lowest_code(int bits) { return -(1 << (bits - 1)); }
 constexpr int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
 
+// Nearest integer, ties to even, for |v| < 2^22; never -0.
+constexpr float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
+
 // Bit-widths by value, so that a launch needs no copy of them to the device.
 constexpr int kMaxBits = 7;
 struct BitList {

@@ -10,7 +10,7 @@ constexpr int kWarps = 8;
 // The nearest step of a weight, zero point aside: see fake_quant.h.
 __device__ float step_of(float w, float scale, float zero, int bits) {
   const float low = static_cast<float>(lowest_code(bits)) - zero, high = static_cast<float>(highest_code(bits)) - zero;
-  return rintf(clamp_code(w / scale, low, high));
+  return nearest(clamp_code(w / scale, low, high));
 }
 
 __device__ float zero_at(const int8_t* zeros, int64_t i) { return zeros ? static_cast<float>(zeros[i]) : 0.0f; }

@@ -76,12 +76,17 @@ __global__ void tiles_kernel(const T* rows, double* partial, int64_t count, int6
         right[c][v] = inside && b < perturbations ? sample[b * classes + start + c] : T(0);
       }
       __syncthreads();
+      T part[kPerThread][kPerThread] = {};  // one chain over thousands of classes would lose a digit
 #pragma unroll
       for (int c = 0; c < kDepth; ++c)
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i)
 #pragma unroll
-          for (int j = 0; j < kPerThread; ++j) sum[i][j] = multiply_add(left[c][y + 16 * i], right[c][x + 16 * j], sum[i][j]);
+          for (int j = 0; j < kPerThread; ++j) part[i][j] = multiply_add(left[c][y + 16 * i], right[c][x + 16 * j], part[i][j]);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+        for (int j = 0; j < kPerThread; ++j) sum[i][j] += part[i][j];
       __syncthreads();
     }
 #pragma unroll

@@ -25,9 +25,6 @@ namespace clado {
 
 constexpr int kMaxSteps = 99;
 
-// Nearest integer, ties to even, for |v| < 2^22.
-constexpr float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
-
 // The grid of one group at one width, from its extremes (bottom <= 0 <= top, finite, not both 0).
 struct Grid {
   float first;  // s_0, at least FLT_MIN

@@ -82,7 +82,7 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        const float x = w[j] * inverse, e = rintf(clamp_code(x, grid.low, grid.high)) - x;
+        const float x = w[j] * inverse, e = nearest(clamp_code(x, grid.low, grid.high)) - x;
         sum += e * e;
       }
       sum = sum_block_lanes(sum);
@@ -139,13 +139,13 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
   const auto type = static_cast<DType>(dtype);
   const BitList list(bits, num_bits);
   auto* extremes = static_cast<Extremes*>(workspace);
-  Extremes* group_extremes = extremes + items;
-  auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
+  Extremes* group_extremes = shape.blocks > 1 ? extremes + items : extremes;
+  auto* errors = reinterpret_cast<float*>(extremes + items + shape.all());
   const dim3 warps(kBlockLanes, kWarps);
   const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
   const auto groups = static_cast<unsigned>(shape.all());
   extremes_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, extremes);
-  group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
+  if (shape.blocks > 1) group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
   errors_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, zeros == nullptr, group_extremes, errors);
   choose_kernel<<<dim3(groups, num_bits), 128, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   check_launch("scale_search");

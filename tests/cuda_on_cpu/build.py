@@ -1,0 +1,172 @@
+"""Compiles csrc/*.cu with a C++ compiler against cuda_on_cpu.h, together with the bindings: every CUDA kernel without a GPU.
+
+    python tests/cuda_on_cpu/build.py [--sanitize]     prints the path of the module
+
+The result lies in build/cuda_on_cpu/<digest of all sources>/ and is made once. Needs a C++ compiler and pybind11, no CUDA.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STEMS = sorted(p.parent.name for p in ROOT.glob("csrc/*/*_cuda.cu"))
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+
+
+def translate(source: str) -> str:
+    """CUDA's two syntaxes as C++, line for line: launches and shared variables."""
+    source = re.sub(r"__shared__\s+([^;]+);", _share, source)
+    while (start := source.find("<<<")) >= 0:
+        name = re.search(r"[\w:]+(<[^<>]*>)?$", source[:start])
+        end = source.index(">>>", start)
+        opening = source.index("(", end)
+        if name is None or source[end + 3 : opening].strip():
+            raise ValueError(f"a launch is not understood: {source[start - 40 : end + 10]!r}")
+        call = (
+            f'cuda_on_cpu::configure({source[start + 3 : end]}).run("{name[0]}", [](auto... a) {{ {name[0]}(a...); }}, '
+        )
+        source = source[: name.start()] + call + source[opening + 1 :]
+    return source
+
+
+def _share(declaration: re.Match[str]) -> str:
+    names = re.findall(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:,|$)", re.sub(r"<[^<>]*>", "", declaration[1]))
+    return f"static {declaration[1]}; cuda_on_cpu::share({', '.join(names)});"
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def compiled(folder: Path, name: str, source: Path, flags: list[str]) -> str:
+    """The object file of a C++ or (translated) CUDA source."""
+    if source.suffix == ".cu":
+        text = f'#include "cuda_on_cpu.h"\n#line 1 "{source}"\n{translate(source.read_text())}'
+        source = folder / f"{name}.cpp"
+        source.write_text(text)
+    run([compiler(), *flags, "-c", str(source), "-o", str(folder / f"{name}.o")])
+    return str(folder / f"{name}.o")
+
+
+def build(sanitize: bool = False) -> Path:
+    """Path of the module ``cuda_on_cpu`` with ``<name>_cuda`` for every op, on addresses of host memory."""
+    import pybind11
+
+    kernels = {f"{s}_cuda": ROOT / "csrc" / s / f"{s}_cuda.cu" for s in STEMS}
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    link = ["-shared", "-Wl,-z,lazy"]
+    return linked(
+        f"cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}",
+        {"module": HERE / "module.cpp", **kernels},
+        includes,
+        link,
+        sanitize,
+    )
+
+
+def build_broken() -> Path:
+    """Path of the sanitized program of kernels with mistakes."""
+    return linked("broken", {"broken": HERE / "broken.cu"}, [], [], sanitize=True)
+
+
+def linked(name: str, sources: dict[str, Path], includes: list[str], link: list[str], sanitize: bool) -> Path:
+    """``name``, compiled and linked unless that was done before from the same sources."""
+    flags = [*FLAGS, *(SANITIZE if sanitize else []), "-DCLADO_WITH_CUDA"]
+    read = [*sorted(ROOT.glob("csrc/**/*.*")), *sorted(ROOT.glob("clado_ext/bindings/*")), *sorted(HERE.glob("*.*"))]
+    seen = [name, sys.version, compiler(), *flags, *(p.read_text() for p in read)]
+    folder = ROOT / "build" / "cuda_on_cpu" / hashlib.sha256("\0".join(seen).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait
+        if not (folder / name).exists():
+            for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+                (folder / header).write_text("")  # cuda_on_cpu.h is all of them
+            places = (HERE, folder, ROOT / "csrc", ROOT / "clado_ext" / "bindings", *includes)
+            flags += [f"-I{place}" for place in places]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda item: compiled(folder, *item, flags), sources.items()))
+            run([compiler(), *flags, *objects, *link, "-o", str(folder / "made")])
+            (folder / "made").rename(folder / name)
+    return folder / name
+
+
+def load(path: Path) -> ModuleType:
+    """A native module by its path, bound lazily: the CPU halves of the bindings have no kernels in ``cuda_on_cpu``."""
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.setdlopenflags(before)
+    return module
+
+
+class AsNative:
+    """The native module's CPU functions by the CUDA kernels: ``fake_quant_cpu(…, threads)`` runs ``fake_quant_cuda``."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        stem = name.removesuffix("_cpu")
+        kernel = getattr(self.module, f"{stem}_cuda")
+
+        def run(*args: Any) -> bool:
+            bytes_needed = self._workspace(stem, args)
+            room = None if bytes_needed is None else np.full(bytes_needed, 0xFF, np.uint8)  # NaN
+            kernel(*args[:-1], *([] if room is None else [room.ctypes.data]), 0, 0)
+            return True
+
+        return run
+
+    def _workspace(self, stem: str, args: tuple[Any, ...]) -> int | None:
+        """Bytes, as the torch op asks for them."""
+        if stem == "pairwise_ce":
+            return int(self.module.pairwise_ce_workspace(*args[4:8]))
+        if stem == "scale_search":
+            rows, columns, group, bits, steps = args[4:9]
+            return int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))
+        if stem == "fake_quant":
+            rows, columns, bits = args[6], args[7], args[9]
+            return 4 * len(bits) * rows * -(-columns // 1024)
+        return None
+
+
+if __name__ == "__main__":
+    print(build("--sanitize" in sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""Every CUDA kernel without a GPU: run by tests/cuda_on_cpu on host memory and held against the CPU kernels.
+
+It shows their logic (indices, barriers, shuffles, edges of every size), not their speed and not the memory model of a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clado_ext
+from clado_ext import _registry
+from tests.cuda_on_cpu.build import AsNative, build, build_broken, load
+from tests.ops import test_batched_ce, test_carried, test_pairwise_ce
+from tests.ops.devices import same_bits
+
+FORWARD, BACKWARD, SHUFFLED = ORDERS = range(3)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> AsNative:
+    return AsNative(load(build()))
+
+
+@contextmanager
+def on_cuda(kernels: AsNative, order: int = SHUFFLED) -> Iterator[None]:
+    """The ops on CPU tensors run the CUDA kernels."""
+    before = _registry._native
+    kernels.module.set_order(order, 1)
+    _registry._native = kernels  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _registry._native = before
+
+
+def in_every_order(kernels: AsNative, run: Callable[[], Any]) -> Any:
+    """The result, which may not depend on the order of threads and blocks."""
+    results = []
+    for order in ORDERS:
+        with on_cuda(kernels, order):
+            results.append(run())
+    assert same_bits(results[1], results[0])
+    assert same_bits(results[2], results[0])
+    return results[0]
+
+
+def offset(x: Tensor, by: int) -> Tensor:
+    """A contiguous copy whose address is ``by`` elements past an aligned one."""
+    room = x.new_empty(x.numel() + by)
+    return room[by:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "group_size", "bits"),
+    [
+        ((1, 1), -1, (2, 3, 4, 5, 6, 7, 8)),
+        ((0, 5), -1, (4,)),
+        ((5, 0), -1, (4,)),
+        ((6,), -1, (8,)),
+        ((3, 31), 7, (2, 4, 8)),
+        ((9, 33), 1, (2, 8)),
+        ((2, 1024), 32, (3, 5)),
+        ((3, 1025), -1, (2, 4, 8)),
+        ((2, 2056), 8, (4,)),
+        ((3, 4, 3, 3), 12, (2, 4, 8)),
+        ((2, 3000), 1100, (2, 8)),
+        ((1, 9000), -1, (2, 3, 4, 5, 6, 7, 8)),
+    ],
+)
+def test_quantization_is_that_of_the_cpu(
+    shape: tuple[int, ...],
+    group_size: int,
+    bits: tuple[int, ...],
+    symmetric: bool,
+    dtype: torch.dtype,
+    kernels: AsNative,
+) -> None:
+    for by in (0, 1):
+        weight = offset(torch.randn(shape).to(dtype), by)
+
+        def run(weight: Tensor = weight) -> tuple[Tensor, ...]:
+            values, sqerr, scale, zero = clado_ext.quantize_weight(weight, bits, group_size, 7, symmetric)
+            codes = clado_ext.quantize(weight, scale, bits, group_size, zero)
+            return (values, sqerr, scale, codes, *([] if zero is None else [zero]))
+
+        assert same_bits(in_every_order(kernels, run), run())
+
+
+def test_all_steps_of_the_search(kernels: AsNative) -> None:
+    weight = torch.randn(2, 1500)
+    for search, steps in product((clado_ext.scale_search, clado_ext.range_search), (1, 95, 99)):
+        wanted = search(weight, (2, 4, 8), -1, steps)
+        assert same_bits(in_every_order(kernels, lambda f=search, s=steps: f(weight, (2, 4, 8), -1, s)), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_not_finite_or_all_zero_or_tiny(dtype: torch.dtype, kernels: AsNative) -> None:
+    weight = torch.randn(7, 40).to(dtype)
+    weight[1] = 0
+    weight[2, 39], weight[3, 0], weight[4, 7] = torch.nan, torch.inf, -torch.inf
+    weight[5] *= 1e-38
+    weight[6] = torch.finfo(dtype).max
+    for group, search in product((-1, 16), (clado_ext.scale_search, clado_ext.range_search)):
+
+        def run(group: int = group, search: Callable[..., Any] = search) -> tuple[Tensor, ...]:
+            found = search(weight, (2, 8), group, 20)
+            scale, zero = found if isinstance(found, tuple) else (found, None)
+            values, sqerr = clado_ext.fake_quant(weight, scale, (2, 8), group, zero)
+            return tuple(x.nan_to_num(nan=3.0) for x in (scale, values, sqerr)) + (  # noqa: RUF005
+                clado_ext.quantize(weight, scale, (2, 8), group, zero),
+            )
+
+        assert same_bits(in_every_order(kernels, run), run())
+
+
+def test_every_half_is_read_and_written_as_on_the_cpu(kernels: AsNative) -> None:
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in DTYPES[1:]:
+        weight = patterns.view(dtype).view(64, -1)
+        scale = torch.logspace(-9, 4, 64, 2.0).view(1, 64, 1)
+        wanted = clado_ext.fake_quant(weight, scale, (8,))[0]
+        with on_cuda(kernels):
+            got = clado_ext.fake_quant(weight, scale, (8,))[0]
+        assert same_bits(got.nan_to_num(nan=3.0), wanted.nan_to_num(nan=3.0))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_is_that_of_the_cpu(bits: int, kernels: AsNative) -> None:
+    half = 2 ** (bits - 1)
+    for shape in [(1, 1), (5, 31), (3, 32), (4, 33), (7, 3), (2, 257), (0, 8), (4, 0), (1, 4096), (3, 2048), (2, 1100)]:
+        codes = torch.randint(-half, half, shape, dtype=torch.int8)
+        for by in (0, 1, 4):
+            source = offset(codes, by)
+            packed = in_every_order(kernels, lambda c=source: clado_ext.pack(c, bits))
+            assert same_bits(packed, clado_ext.pack(codes, bits))
+            words = offset(packed, by)
+            assert same_bits(in_every_order(kernels, lambda w=words, n=shape[1]: clado_ext.unpack(w, bits, n)), codes)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])
+@pytest.mark.parametrize("shape", [*test_batched_ce.SHAPES, (3, 3, 128), (2, 2, 1028)])
+def test_losses_by_their_own_tests(shape: tuple[int, int, int], size: float, kernels: AsNative) -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits, delta, target = test_batched_ce.case(shape, size, dtype, "cpu")
+        for y in (None, target):
+            in_every_order(kernels, lambda z=logits, d=delta, y=y: clado_ext.batched_ce(z, offset(d, 1), y))
+        with on_cuda(kernels):
+            test_batched_ce.test_matches_oracle(shape, size, dtype, "cpu")
+
+
+def test_losses_at_their_edges(kernels: AsNative) -> None:
+    with on_cuda(kernels):
+        for size in (1e-3, 1e-5, 1e-8):
+            test_batched_ce.test_tiny_changes_lose_nothing(size, "cpu")
+        test_batched_ce.test_classes_at_minus_infinity_and_nan("cpu")
+        inside = clado_ext.batched_ce(torch.zeros(3, 4), torch.zeros(1, 3, 4), torch.tensor([0, 4, -1])).isnan()
+    assert inside.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("shape", [*test_pairwise_ce.SHAPES, (131, 2, 40), (65, 7, 19)])
+def test_interactions_by_their_own_tests(shape: tuple[int, int, int], kernels: AsNative) -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits, delta = test_pairwise_ce.case(shape, 0.3, dtype)
+        in_every_order(kernels, lambda z=logits, d=delta: clado_ext.pairwise_ce(z, d))
+    with on_cuda(kernels):
+        for size in (1e-4, 1e-2, 1.0):
+            test_pairwise_ce.test_float32_matches_the_definition(shape, size, "cpu")
+            test_pairwise_ce.test_float64_matches_the_definition(shape, size, "cpu")
+
+
+def test_interactions_at_their_edges(kernels: AsNative) -> None:
+    with on_cuda(kernels):
+        test_pairwise_ce.test_nan_stays_in_its_rows_and_masked_classes_do_not_count("cpu")
+        test_pairwise_ce.test_large_changes_stay_finite_and_right()
+
+
+@pytest.mark.parametrize("op", test_carried.OPS)
+def test_carried_differences_by_their_own_tests(op: Callable[..., Any], kernels: AsNative) -> None:
+    for dtype, half in product((torch.float32, torch.bfloat16), (False, True)):
+        for shape in test_carried.SHAPES:
+            x, d = test_carried.case(shape, 0.1, dtype, "cpu")
+            in_every_order(kernels, lambda x=x, d=d, half=half: op(x, d, half)[0])
+        with on_cuda(kernels):
+            for size in (1e-5, 0.3, 5.0):
+                test_carried.test_matches_the_definition(op, size, dtype, half, "cpu")
+    with on_cuda(kernels):
+        test_carried.test_softmax_gives_itself_beside_the_change_and_may_go_far("cpu")
+        test_carried.test_nan_stays_in_its_row(op, "cpu")
+
+
+@pytest.fixture(scope="module")
+def broken() -> Callable[[str, int], subprocess.CompletedProcess]:
+    program = build_broken()
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+
+    def run(kernel: str, order: int) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [program, kernel, str(order)], env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def test_a_right_kernel_passes_and_a_missing_barrier_shows(broken: Callable[..., Any]) -> None:
+    right = {broken("reverse", order).stdout.split()[0] for order in ORDERS}
+    assert right == {"95"}
+    assert len({broken("missing_barrier", order).stdout for order in ORDERS}) > 1
+    assert "nan" in broken("missing_barrier", FORWARD).stdout
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("early_end", "thread (0, 0, 0) waits at __syncthreads in line 23 while thread (70, 0, 0) has ended"),
+        ("two_barriers", "waits at __syncthreads in line 28 while thread (64, 0, 0) waits at __syncthreads in line 30"),
+        ("part_of_a_warp", "waits at __shfl_xor_sync in line 35 while thread (31, 0, 0) has ended"),
+        ("beyond_the_end", "heap-buffer-overflow"),
+        ("beyond_shared", "index 96 out of bounds for type 'float [96]'"),
+        ("misaligned", "misaligned address"),
+    ],
+)
+def test_broken_kernels_are_caught(kernel: str, message: str, order: int, broken: Callable[..., Any]) -> None:
+    done = broken(kernel, order)
+    assert done.returncode != 0
+    assert message in done.stderr
