@@ -106,28 +106,25 @@ inline CleanRow<double>::CleanRow(const double* logits, int64_t count)
 }
 
 // *top = the largest logit, *norm = sum of the weights e^(z - top); NaN where z holds NaN or +inf or nothing but -inf.
+template <class F>
 CLADO_INLINE void softmax_weights_body(const float* z, int64_t classes, float* weight, float* top, double* norm) {
-  Float16x largest = splat(-INFINITY), spoiled{};
+  const F nothing = -INFINITY;
+  F largest = nothing, spoiled;
   for (int64_t c = 0; c < classes; c += kLanes) {
-    Float16x x = load_part(z + c, classes - c);
-    if (classes - c < kLanes)
-      for (int64_t l = classes - c; l < kLanes; ++l) x[l] = -INFINITY;
-    largest = x > largest ? x : largest;
-    spoiled = x == x ? spoiled : x;
+    const F x = first_lanes(F::load_part(z + c, classes - c), classes - c, nothing);
+    largest = select(x > largest, x, largest);
+    spoiled = select(x == x, spoiled, x);
   }
-  *top = -INFINITY;
-  for (int l = 0; l < kLanes; ++l) *top = largest[l] > *top ? largest[l] : *top;
+  *top = max_lanes(largest);
   if (!(std::fabs(*top) < INFINITY) || sum_halves(spoiled) != 0.0f) {
     *top = NAN, *norm = NAN;
     return;
   }
   DoubleLanes sum;
   for (int64_t start = 0; start < classes; start += kRun * kLanes) {
-    Float16x part{};
+    F part;
     for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
-      Float16x e = exp_lanes(load_part(z + c, classes - c) - *top);
-      if (classes - c < kLanes)
-        for (int64_t l = classes - c; l < kLanes; ++l) e[l] = 0.0f;
+      const F e = first_lanes(exp_lanes(F::load_part(z + c, classes - c) - *top), classes - c);
       store(weight + c, e);
       part += e;
     }
@@ -135,8 +132,8 @@ CLADO_INLINE void softmax_weights_body(const float* z, int64_t classes, float* w
   }
   *norm = sum.total();
 }
-CLADO_SIMD_KERNEL(softmax_weights, (const float* z, int64_t classes, float* weight, float* top, double* norm),
-                  (z, classes, weight, top, norm))
+CLADO_LANES_KERNEL(softmax_weights, (const float* z, int64_t classes, float* weight, float* top, double* norm),
+                   (z, classes, weight, top, norm))
 
 template <>
 inline CleanRow<float>::CleanRow(const float* logits, int64_t count) : z(logits), classes(count), log_norm(NAN) {
@@ -147,33 +144,33 @@ inline CleanRow<float>::CleanRow(const float* logits, int64_t count) : z(logits)
 }
 
 // *mean = sum of weight * d, *reach = the largest |d|, both over the classes that count.
+template <class F>
 CLADO_INLINE void row_mean_body(const float* weight, const float* d, int64_t classes, double* mean, float* reach) {
   DoubleLanes sum;
-  Float16x largest{};
+  F largest;
   for (int64_t start = 0; start < classes; start += kRun * kLanes) {
-    Float16x part{};
+    F part;
     for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
-      const Float16x w = load(weight + c), x = load_part(d + c, classes - c), counted = w > 0.0f ? x : Float16x{};
+      const F w = F::load(weight + c), counted = select(w > 0.0f, F::load_part(d + c, classes - c), F{}), size = abs(counted);
       part += w * counted;
-      largest = abs(counted) > largest ? abs(counted) : largest;
+      largest = select(size > largest, size, largest);
     }
     sum.add(part);
   }
   *mean = sum.total();
-  *reach = 0.0f;
-  for (int l = 0; l < kLanes; ++l) *reach = largest[l] > *reach ? largest[l] : *reach;
+  *reach = max_lanes(largest);
 }
 
 // *t = sum of weight * (e^x - 1 - x), *r = sum of weight * x, x = d - centre; Near: no |x| is above kNear. Rows lie far apart in
 // memory, so the row that comes `next` is fetched meanwhile.
-template <bool Near>
+template <class F, bool Near>
 CLADO_INLINE void row_moments_at(const float* weight, const float* d, const float* next, int64_t classes, float centre,
                                  double* t, double* r) {
   DoubleLanes sum_t, sum_r;
   for (int64_t start = 0; start < classes; start += kRun * kLanes) {
-    Float16x part_t{}, part_r{};
+    F part_t, part_r;
     for (int64_t c = start; c < classes && c < start + kRun * kLanes; c += kLanes) {
-      const Float16x w = load(weight + c), x = load_part(d + c, classes - c) - centre, y = w > 0.0f ? x : Float16x{};
+      const F w = F::load(weight + c), x = F::load_part(d + c, classes - c) - centre, y = select(w > 0.0f, x, F{});
       __builtin_prefetch(next + c);
       part_t += w * (Near ? near_expm1_minus(y) : expm1_minus_lanes(y));
       part_r += w * y;
@@ -184,18 +181,19 @@ CLADO_INLINE void row_moments_at(const float* weight, const float* d, const floa
   *t = sum_t.total();
   *r = sum_r.total();
 }
+template <class F>
 CLADO_INLINE void row_moments_body(const float* weight, const float* d, const float* next, int64_t classes, float centre,
                                    bool near, double* t, double* r) {
-  near ? row_moments_at<true>(weight, d, next, classes, centre, t, r)
-       : row_moments_at<false>(weight, d, next, classes, centre, t, r);
+  near ? row_moments_at<F, true>(weight, d, next, classes, centre, t, r)
+       : row_moments_at<F, false>(weight, d, next, classes, centre, t, r);
 }
 
-CLADO_SIMD_KERNEL(row_mean, (const float* weight, const float* d, int64_t classes, double* mean, float* reach),
-                  (weight, d, classes, mean, reach))
-CLADO_SIMD_KERNEL(row_moments,
-                  (const float* weight, const float* d, const float* next, int64_t classes, float centre, bool near, double* t,
-                   double* r),
-                  (weight, d, next, classes, centre, near, t, r))
+CLADO_LANES_KERNEL(row_mean, (const float* weight, const float* d, int64_t classes, double* mean, float* reach),
+                   (weight, d, classes, mean, reach))
+CLADO_LANES_KERNEL(row_moments,
+                   (const float* weight, const float* d, const float* next, int64_t classes, float centre, bool near, double* t,
+                    double* r),
+                   (weight, d, next, classes, centre, near, t, r))
 
 // The careful way, in float32 lanes; NaN unless the sample is sound. `next`: the row asked for next, or d.
 inline DeltaMoments moments(const CleanRow<float>& clean, const float* d, const float* next) {

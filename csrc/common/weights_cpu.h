@@ -1,5 +1,4 @@
-// Reading and writing weights on the CPU. float32 and bfloat16 are converted sixteen at a time inside the kernels; float16 goes
-// through a block of floats, since only F16C, which a kernel common to all levels cannot name, converts it fast.
+// Reading and writing weights on the CPU, sixteen at a time, computed on as float32.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -11,48 +10,105 @@
 
 namespace clado {
 
-using UInt16x = uint32_t __attribute__((vector_size(64)));
-using UShort16x = uint16_t __attribute__((vector_size(32)));
-
-CLADO_INLINE UInt16x to_unsigned(Float16x v) {
-  UInt16x b;
-  std::memcpy(&b, &v, sizeof b);
-  return b;
+// float16 <-> float32, round half to even; a NaN keeps what fits of its payload and becomes quiet. By the instructions of a level
+// (F16C) or, where it has none, by arithmetic: the same bits.
+template <int W>
+inline void halves_to_floats(const void* halves, Lanes<float, W>* f) {
+  using UInt = Lanes<uint32_t, W>;
+  uint16_t h[kLanes];
+  uint32_t wide[kLanes];
+  std::memcpy(h, halves, sizeof h);
+  for (int l = 0; l < kLanes; ++l) wide[l] = h[l];
+  const UInt x = UInt::load(wide), sign = (x & 0x8000u) << 16, rest = x & 0x7fffu, shifted = rest << 13;
+  const UInt subnormal = as<uint32_t>(convert<float>(as<int32_t>(rest)) * 5.9604645e-8f);  // rest * 2^-24
+  const UInt special = shifted | select(rest > 0x7c00u, UInt(0x7fc00000u), UInt(0x7f800000u));
+  const UInt bits = select(rest < 0x400u, subnormal, select(rest >= 0x7c00u, special, shifted + (112u << 23)));
+  *f = as<float>(sign | bits);
 }
-CLADO_INLINE Float16x to_float(UInt16x b) {
-  Float16x v;
-  std::memcpy(&v, &b, sizeof v);
-  return v;
-}
-CLADO_INLINE UInt16x all(uint32_t x) { return UInt16x{} + x; }
-
-CLADO_INLINE UInt16x float_to_bfloat(Float16x f) {  // round half to even
-  const UInt16x x = to_unsigned(f), rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-  return (x & 0x7fffffffu) > 0x7f800000u ? all(0x7fc0u) : rounded;
-}
-
-// Sixteen weights from element i on, as float32.
-template <DType D>
-CLADO_INLINE Float16x load_weights(const void* weight, int64_t i) {
-  static_assert(D != DType::float16);
-  if constexpr (D == DType::float32) return load(static_cast<const float*>(weight) + i);
-  UShort16x h;
-  std::memcpy(&h, static_cast<const uint16_t*>(weight) + i, sizeof h);
-  return to_float(__builtin_convertvector(h, UInt16x) << 16);
+template <int W>
+inline void floats_to_halves(const Lanes<float, W>& f, void* halves) {
+  using UInt = Lanes<uint32_t, W>;
+  const UInt x = as<uint32_t>(f), sign = (x >> 16) & 0x8000u, rest = x & 0x7fffffffu;
+  const UInt special = select(rest > 0x7f800000u, ((rest >> 13) & 0x3ffu) | 0x7e00u, UInt(0x7c00u));
+  const UInt normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  const UInt small = as<uint32_t>(as<float>(rest) + 0.5f) - 0x3f000000u;  // the sum's low bits are the rounded steps of 2^-24
+  const UInt bits = sign | select(rest < 0x38800000u, small, select(rest < 0x47800000u, normal, special));
+  uint32_t wide[kLanes];
+  uint16_t h[kLanes];
+  store(wide, bits);
+  for (int l = 0; l < kLanes; ++l) h[l] = static_cast<uint16_t>(wide[l]);
+  std::memcpy(halves, h, sizeof h);
 }
 
-// Writes sixteen values rounded to D from element i on; returns them as stored.
-template <DType D>
-CLADO_INLINE Float16x store_weights(void* weight, int64_t i, Float16x v) {
-  static_assert(D != DType::float16);
-  if constexpr (D == DType::float32) {
-    store(static_cast<float*>(weight) + i, v);
-    return v;
+// bfloat16 is the upper half of a float32.
+template <int W>
+inline void bfloats_to_floats(const void* bfloats, Lanes<float, W>* f) {
+  Lanes<uint32_t, W> x;
+  for (int i = 0; i < x.kParts; ++i) {
+    typename Lanes<uint32_t, W>::Shorts h;
+    std::memcpy(&h, static_cast<const char*>(bfloats) + static_cast<size_t>(i) * sizeof h, sizeof h);
+    x.part[i] = __builtin_convertvector(h, typename Lanes<uint32_t, W>::Part);
   }
-  const UInt16x x = float_to_bfloat(v);
-  const UShort16x h = __builtin_convertvector(x, UShort16x);
-  std::memcpy(static_cast<uint16_t*>(weight) + i, &h, sizeof h);
-  return to_float(x << 16);
+  *f = as<float>(x << 16);
+}
+template <int W>
+inline void upper_halves_to_bfloats(Lanes<uint32_t, W> x, void* bfloats) {
+  for (int i = 0; i < x.kParts; ++i) {
+    const auto h = __builtin_convertvector(x.part[i] >> 16, typename Lanes<uint32_t, W>::Shorts);
+    std::memcpy(static_cast<char*>(bfloats) + static_cast<size_t>(i) * sizeof h, &h, sizeof h);
+  }
+}
+template <int W>
+CLADO_INLINE void upper_halves_to_bfloats(Lanes<uint32_t, W> x, Lanes<uint32_t, W> y, void* bfloats) {
+  upper_halves_to_bfloats(x, bfloats);
+  upper_halves_to_bfloats(y, static_cast<uint16_t*>(bfloats) + kLanes);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+__attribute__((target("arch=x86-64-v4"))) inline void halves_to_floats(const void* halves, Lanes<float, 64>* f) {
+  f->part[0] = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(halves)));
+}
+__attribute__((target("arch=x86-64-v4"))) inline void floats_to_halves(const Lanes<float, 64>& f, void* halves) {
+  _mm256_storeu_si256(static_cast<__m256i*>(halves), _mm512_maskz_cvtps_ph(0xffff, f.part[0], kNearest));
+}
+__attribute__((target("arch=x86-64-v3"))) inline void halves_to_floats(const void* halves, Lanes<float, 32>* f) {
+  for (int i = 0; i < 2; ++i) f->part[i] = _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(halves) + i));
+}
+__attribute__((target("arch=x86-64-v3"))) inline void floats_to_halves(const Lanes<float, 32>& f, void* halves) {
+  for (int i = 0; i < 2; ++i)
+    _mm_storeu_si128(static_cast<__m128i*>(halves) + i, _mm256_cvtps_ph(f.part[i], kNearest));
+}
+// GCC makes four instructions and more of a conversion between 16 and 32 bits.
+__attribute__((target("arch=x86-64-v4"))) inline void bfloats_to_floats(const void* bfloats, Lanes<float, 64>* f) {
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(bfloats)));
+  Lanes<uint32_t, 64> x;
+  std::memcpy(x.part, &wide, sizeof wide);
+  *f = as<float>(x << 16);
+}
+__attribute__((target("arch=x86-64-v4"))) inline void upper_halves_to_bfloats(Lanes<uint32_t, 64> x, void* bfloats) {
+  _mm256_storeu_si256(static_cast<__m256i*>(bfloats), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(x >> 16).part[0]));
+}
+__attribute__((target("arch=x86-64-v4"))) inline void upper_halves_to_bfloats(Lanes<uint32_t, 64> x, Lanes<uint32_t, 64> y,
+                                                                              void* bfloats) {
+  static constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i mixed = _mm512_permutex2var_epi16((__m512i)x.part[0], _mm512_loadu_si512(kOdd), (__m512i)y.part[0]);
+  _mm512_storeu_si512(bfloats, mixed);
+}
+__attribute__((target("arch=x86-64-v3"))) inline void upper_halves_to_bfloats(Lanes<uint32_t, 32> x, void* bfloats) {
+  const auto low = (x >> 16).part[0], high = (x >> 16).part[1];
+  const __m256i mixed = _mm256_packus_epi32((__m256i)low, (__m256i)high);
+  _mm256_storeu_si256(static_cast<__m256i*>(bfloats), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+#endif
+
+// Rounded to bfloat16, half to even; NaN becomes the quiet one. NoNaN: there is none.
+template <bool NoNaN, class F>
+CLADO_INLINE F round_to_bfloat(F f) {
+  using UInt = typename F::UInt;
+  const UInt x = as<uint32_t>(f), rounded = x + 0x7fffu + ((x >> 16) & 1u);
+  return as<float>((NoNaN ? rounded : select(f == f, rounded, UInt(0x7fc00000u))) & 0xffff0000u);
 }
 
 template <DType D>
@@ -67,65 +123,47 @@ CLADO_INLINE void* weights_at(void* weight, int64_t i) {
   return static_cast<char*>(weight) + i * kWeightBytes<D>;
 }
 
-// float16 <-> float32 by arithmetic, round half to even; a NaN keeps what fits of its payload and becomes quiet, as F16C has it.
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-  float f = 0.0f;
-  uint32_t bits = rest >= 0x7c00u ? (rest << 13) | (rest > 0x7c00u ? 0x7fc00000u : 0x7f800000u) : (rest << 13) + (112u << 23);
-  if (rest < 0x400u) {  // subnormal: rest * 2^-24
-    f = static_cast<float>(rest) * 5.9604645e-8f;
-    std::memcpy(&bits, &f, sizeof bits);
-  }
-  bits |= sign;
-  std::memcpy(&f, &bits, sizeof f);
+// Sixteen weights from element i on, as float32.
+template <class F, DType D>
+CLADO_INLINE F load_weights(const void* weight, int64_t i) {
+  const void* from = weights_at<D>(weight, i);
+  if constexpr (D == DType::float32) return F::load(static_cast<const float*>(from));
+  F f;
+  if constexpr (D == DType::bfloat16) bfloats_to_floats(from, &f);
+  if constexpr (D == DType::float16) halves_to_floats(from, &f);
   return f;
 }
-inline uint16_t float_to_half(float f) {
-  uint32_t x = 0;
-  std::memcpy(&x, &f, sizeof x);
-  const uint32_t sign = (x >> 16) & 0x8000u, rest = x & 0x7fffffffu;
-  uint32_t out = rest > 0x7f800000u ? 0x7e00u | ((rest >> 13) & 0x3ffu) : 0x7c00u;
-  if (rest < 0x38800000u) {  // below the smallest normal: the sum leaves the rounded steps of 2^-24 in its low bits
-    float small = 0.0f;
-    std::memcpy(&small, &rest, sizeof small);
-    small += 0.5f;
-    std::memcpy(&out, &small, sizeof out);
-    out -= 0x3f000000u;
-  } else if (rest < 0x47800000u) {
-    out = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-  }
-  return static_cast<uint16_t>(sign | out);
+
+// Rounded to D. NoNaN: none of them is NaN.
+template <DType D, bool NoNaN = false, class F>
+CLADO_INLINE F round_to(F v) {
+  if constexpr (D == DType::float32) return v;
+  if constexpr (D == DType::bfloat16) return round_to_bfloat<NoNaN>(v);
+  uint16_t halves[kLanes];
+  floats_to_halves(v, halves);
+  halves_to_floats(halves, &v);
+  return v;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("arch=x86-64-v3"))) inline int halves_to_floats_f16c(const uint16_t* h, float* f, int count) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(f + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + i))));
-  return i;
+// Writes sixteen values of D from element i on; 32.
+template <DType D, class F>
+CLADO_INLINE void store_weights(void* weight, int64_t i, F v) {
+  void* to = weights_at<D>(weight, i);
+  if constexpr (D == DType::float32) store(static_cast<float*>(to), v);
+  if constexpr (D == DType::bfloat16) upper_halves_to_bfloats(as<uint32_t>(v), to);
+  if constexpr (D == DType::float16) floats_to_halves(v, to);
 }
-__attribute__((target("arch=x86-64-v3"))) inline int floats_to_halves_f16c(const float* f, uint16_t* h, int count) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i x = _mm256_cvtps_ph(_mm256_loadu_ps(f + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(h + i), x);
-  }
-  return i;
-}
-#else
-inline int halves_to_floats_f16c(const uint16_t*, float*, int) { return 0; }
-inline int floats_to_halves_f16c(const float*, uint16_t*, int) { return 0; }
-#endif
-
-inline void halves_to_floats(const void* halves, float* f, int count) {
-  const auto* h = static_cast<const uint16_t*>(halves);
-  for (int i = simd_level() == Simd::base ? 0 : halves_to_floats_f16c(h, f, count); i < count; ++i) f[i] = half_to_float(h[i]);
-}
-inline void floats_to_halves(const float* f, void* halves, int count) {
-  auto* h = static_cast<uint16_t*>(halves);
-  for (int i = simd_level() == Simd::base ? 0 : floats_to_halves_f16c(f, h, count); i < count; ++i) h[i] = float_to_half(f[i]);
+template <DType D, class F>
+CLADO_INLINE void store_pair(void* to, const F* v) {
+  if constexpr (D == DType::bfloat16) return upper_halves_to_bfloats(as<uint32_t>(v[0]), as<uint32_t>(v[1]), to);
+  store_weights<D>(to, 0, v[0]);
+  store_weights<D>(to, kLanes, v[1]);
 }
 
 // The lanes of a block are two vectors: lane l of 32 is lane l % 16 of vector l / 16.
-CLADO_INLINE float sum_block_lanes(Float16x low, Float16x high) { return sum_halves(low + high); }
+template <class F>
+CLADO_INLINE float sum_block_lanes(F low, F high) {
+  return sum_halves(low + high);
+}
 
 }  // namespace clado

@@ -1,6 +1,8 @@
 #include "fake_quant/fake_quant.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <vector>
 
 #include "common/parallel.h"
@@ -20,142 +22,252 @@ struct Block {
   int bits;
 };
 
-// Scale, zero and limits of the 32 lanes from element i of the block on.
-struct Lanes {
-  Float16x scale[2], zero[2], low[2], high[2];
+// What follows needs more of a level than plain vectors give. Whether a lane of a or b has none of the bits of `mask`:
+template <int W>
+inline bool any_without(Lanes<uint32_t, W> a, Lanes<uint32_t, W> b, uint32_t mask) {
+  uint32_t x[2 * kLanes];
+  store(x, a), store(x + kLanes, b);
+  bool any = false;
+  for (const uint32_t lane : x) any |= (lane & mask) == 0;
+  return any;
+}
+// The lanes of a and b, all of which fit, as bytes.
+template <int W>
+inline void store_bytes(int8_t* out, Lanes<int32_t, W> a, Lanes<int32_t, W> b) {
+  int32_t x[2 * kLanes];
+  store(x, a), store(x + kLanes, b);
+  for (int l = 0; l < 2 * kLanes; ++l) out[l] = static_cast<int8_t>(x[l]);
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("arch=x86-64-v4"))) inline bool any_without(Lanes<uint32_t, 64> a, Lanes<uint32_t, 64> b, uint32_t mask) {
+  const __m512i bits = _mm512_set1_epi32(static_cast<int>(mask)), x = (__m512i)a.part[0], y = (__m512i)b.part[0];
+  return !_kortestz_mask16_u8(_mm512_testn_epi32_mask(x, bits), _mm512_testn_epi32_mask(y, bits));
+}
+__attribute__((target("arch=x86-64-v4"))) inline void store_bytes(int8_t* out, Lanes<int32_t, 64> a, Lanes<int32_t, 64> b) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)a.part[0]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kLanes), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)b.part[0]));
+}
+__attribute__((target("arch=x86-64-v3"))) inline bool any_without(Lanes<uint32_t, 32> a, Lanes<uint32_t, 32> b, uint32_t mask) {
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(mask)), zero = _mm256_setzero_si256();
+  const auto without = [&](auto part) __attribute__((target("arch=x86-64-v3"))) {
+    return _mm256_cmpeq_epi32(_mm256_and_si256((__m256i)part, bits), zero);
+  };
+  const __m256i x = _mm256_or_si256(without(a.part[0]), without(a.part[1]));
+  return _mm256_movemask_epi8(_mm256_or_si256(x, _mm256_or_si256(without(b.part[0]), without(b.part[1])))) != 0;
+}
+__attribute__((target("arch=x86-64-v3"))) inline void store_bytes(int8_t* out, Lanes<int32_t, 32> a, Lanes<int32_t, 32> b) {
+  const __m256i x = _mm256_packs_epi32((__m256i)a.part[0], (__m256i)a.part[1]);
+  const __m256i y = _mm256_packs_epi32((__m256i)b.part[0], (__m256i)b.part[1]);  // half by half: put in order below
+  const __m256i mixed = _mm256_packs_epi16(x, y), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(mixed, order));
+}
+#endif
+
+// Scale, zero and limits of 32 lanes.
+template <class F>
+struct Steps {
+  F scale[2], inverse[2], zero[2], low[2], high[2];
+  F table;      // see table_of
+  bool normal;  // scale and inverse are, and the same in all lanes: multiply may be tried
 };
 
-CLADO_INLINE void fill_lanes(const Block& block, int i, Lanes& lanes) {
-  alignas(64) float scale[kBlockLanes], zero[kBlockLanes];
-  for (int l = 0; l < kBlockLanes; ++l) {
+// out = round_half_even(clamp(w / scale)), truly divided.
+template <class F>
+CLADO_INLINE void divide(const F* w, const Steps<F>& steps, F* out) {
+  for (int half = 0; half < 2; ++half)
+    out[half] = round_even(clamp(w[half] / steps.scale[half], steps.low[half], steps.high[half]));
+}
+
+// The same by a product with the reciprocal, which costs half as much; false where the outcome is not sure.
+//
+// With r = RN(1 / s) and |e| <= 2^-24 for each rounding, t = RN(w r) is w/s (1 + e1)(1 + e2) and RN(w / s) is w/s (1 + e3): within
+// 3.01 * 2^-24 |w/s| of each other (what underflows is far from any tie), so after the clamp, to limits of at most 255, within
+// 0.76 * 2^-14. They round alike unless a tie n + 1/2 is between them. The sum u = t + 1/2 + 2^-14 + 768 is a multiple of 2^-14
+// by rounding, so the last 14 bits of its float are those of t + 1/2 + 2^-14: 0, 1 or 2 where t is within 1.5 * 2^-14 of a tie,
+// which is not sure. Else the bits above are floor(t + 1/2), the nearest integer. One weight in 4,000 is not sure.
+constexpr int kFraction = 14;
+constexpr float kMiddle = 768.0f, kShift = kMiddle + 0.5f + 0x1p-14f;
+constexpr int32_t kMiddleBits = (0x44000000 >> kFraction) + 256;
+
+template <class F>
+CLADO_INLINE bool multiply(const F* w, const Steps<F>& steps, typename F::UInt* u) {
+  for (int half = 0; half < 2; ++half)
+    u[half] = as<uint32_t>(clamp(w[half] * steps.inverse[half], steps.low[half], steps.high[half]) + kShift);
+  return !any_without(u[0], u[1], (1u << kFraction) - 4);
+}
+// The integer in what multiply gave.
+template <class F>
+CLADO_INLINE F whole(typename F::UInt u) {
+  return as<float>(u & ~((1u << kFraction) - 1)) - kMiddle;
+}
+
+// A register of values serves a width whose codes it can hold, rounded once per group instead of once per weight.
+template <class F>
+constexpr int kTableBits = F::kWidth == 64 ? 4 : F::kWidth == 32 ? 3 : 0;  // 0: the level cannot look up
+template <class F>
+CLADO_INLINE F look_up(F table, typename F::UInt u) {
+  F out;
+  const auto index = as<int32_t>(u >> kFraction);
+  for (int i = 0; i < F::kParts; ++i) out.part[i] = __builtin_shuffle(table.part[0], index.part[i]);  // modulo the lanes
+  return out;
+}
+// Lane k of the table holds the value of the integer n of [low, low + lanes) that is k modulo the lanes.
+template <class F, DType D>
+CLADO_INLINE F table_of(float scale, float low) {
+  alignas(64) float value[kLanes];
+  const int first = static_cast<int>(low);
+  for (int k = 0; k < kLanes; ++k) value[k] = static_cast<float>(first + ((k - first) & (F::kPartLanes - 1)));
+  return round_to<D>(F::load(value) * scale);
+}
+
+// `scale` and `zero` as they stand for all lanes of a group.
+template <class F>
+CLADO_INLINE void fill_alike(float scale, float zero, Steps<F>& steps) {
+  const float inverse = 1.0f / scale;
+  for (int half = 0; half < 2; ++half) steps.scale[half] = scale, steps.inverse[half] = inverse, steps.zero[half] = zero;
+  steps.normal = std::fabs(scale) >= FLT_MIN && std::fabs(inverse) >= FLT_MIN && std::fabs(inverse) <= FLT_MAX;
+}
+
+// The lanes from element i of the block on, whose groups differ.
+template <class F>
+CLADO_INLINE void fill_lanes(const Block& block, int i, Steps<F>& steps) {
+  float scale[kBlockLanes], zero[kBlockLanes];
+  int64_t group = (block.column + i) / block.group_size, rest = (group + 1) * block.group_size - (block.column + i);
+  for (int l = 0; l < kBlockLanes; ++l, --rest) {
     const bool inside = i + l < block.count;
-    const int64_t group = inside ? (block.column + i + l) / block.group_size : 0;
+    if (rest == 0) ++group, rest = block.group_size;
     scale[l] = inside ? block.scales[group] : 1.0f;
     zero[l] = inside && block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f;
   }
   for (int half = 0; half < 2; ++half) {
-    lanes.scale[half] = load(scale + kLanes * half);
-    lanes.zero[half] = load(zero + kLanes * half);
+    steps.scale[half] = F::load(scale + kLanes * half);
+    steps.zero[half] = F::load(zero + kLanes * half);
   }
+  steps.normal = false;
 }
 
-// fn(element, lanes, elements) for every 32 elements of the block, fewer at its end.
-template <class Fn>
-CLADO_INLINE void for_each_lanes(const Block& block, Fn fn) {
-  Lanes lanes;
+// fill(steps, group) where the scales change, fn(element, steps, elements) for every 32 elements of the block, fewer at its end.
+template <class F, class Fill, class Fn>
+CLADO_INLINE void for_each_lanes(const Block& block, Fill fill, Fn fn) {
+  Steps<F> steps;
   const float lowest = static_cast<float>(lowest_code(block.bits)), highest = static_cast<float>(highest_code(block.bits));
   // A group that covers whole runs of 32 elements needs one scale for all lanes.
-  const bool aligned = block.group_size % kBlockLanes == 0 ||
-                       block.column / block.group_size == (block.column + block.count - 1) / block.group_size;
+  const bool alike = block.group_size % kBlockLanes == 0 ||
+                     block.column / block.group_size == (block.column + block.count - 1) / block.group_size;
   int64_t stop = 0;  // where the lanes no longer hold
   for (int i = 0; i < block.count; i += kBlockLanes) {
     if (i >= stop) {
-      if (aligned) {
-        const int64_t group = (block.column + i) / block.group_size;
+      const int64_t group = (block.column + i) / block.group_size;
+      if (alike) {
         stop = (group + 1) * block.group_size - block.column;
-        const float zero = block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f;
-        for (int half = 0; half < 2; ++half) {
-          lanes.scale[half] = splat(block.scales[group]);
-          lanes.zero[half] = splat(zero);
-        }
+        fill_alike(block.scales[group], block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f, steps);
       } else {
-        fill_lanes(block, i, lanes);
+        fill_lanes(block, i, steps);
       }
       for (int half = 0; half < 2; ++half) {
-        lanes.low[half] = lowest - lanes.zero[half];
-        lanes.high[half] = highest - lanes.zero[half];
+        steps.low[half] = lowest - steps.zero[half];
+        steps.high[half] = highest - steps.zero[half];
       }
+      fill(steps, group);
     }
-    fn(i, lanes, std::min(kBlockLanes, block.count - i));
+    fn(i, steps, std::min(kBlockLanes, block.count - i));
   }
 }
 
-CLADO_INLINE Float16x steps_of(Float16x w, const Lanes& lanes, int half) {
-  Float16x t = w / lanes.scale[half];
-  t = t < lanes.low[half] ? lanes.low[half] : t;  // NaN stays NaN
-  t = t > lanes.high[half] ? lanes.high[half] : t;
-  return round_even(t);
+// 32 weights from element i of the block on, zeros behind its end.
+template <class F, DType D>
+CLADO_INLINE void load_lanes(const Block& block, int i, int count, F* w) {
+  alignas(64) char part[kBlockLanes * 4];
+  const void* from = weights_at<D>(block.weight, i);
+  if (count < kBlockLanes) {
+    std::memset(part, 0, sizeof part);
+    std::memcpy(part, from, static_cast<size_t>(count * kWeightBytes<D>));
+    from = part;
+  }
+  for (int half = 0; half < 2; ++half) w[half] = load_weights<F, D>(from, kLanes * half);
 }
 
-template <DType D>
+// How values come about: by true division only; by products where they are sure; by a table of values too.
+enum class Way { divide, multiply, look_up };
+
+template <class F, DType D, Way W>
+CLADO_INLINE void fake_quant_way(const Block& block, void* values, float* error) {
+  F sum[2];
+  const auto fill = [&](Steps<F>& steps, int64_t group) __attribute__((always_inline)) {
+    if (W == Way::look_up && steps.normal) {
+      const float zero = block.zeros ? static_cast<float>(block.zeros[group]) : 0.0f;
+      steps.table = table_of<F, D>(block.scales[group], static_cast<float>(lowest_code(block.bits)) - zero);
+    }
+  };
+  for_each_lanes<F>(block, fill, [&](int i, const Steps<F>& steps, int count) __attribute__((always_inline)) {
+    const bool whole_lanes = count == kBlockLanes;
+    alignas(64) char part[kBlockLanes * 4];
+    void* to = whole_lanes ? weights_at<D>(values, i) : part;
+    F w[2], q[2];
+    typename F::UInt u[2];
+    load_lanes<F, D>(block, i, count, w);
+    if (W != Way::divide && steps.normal && multiply(w, steps, u)) {
+      for (int half = 0; half < 2; ++half)
+        q[half] = W == Way::look_up ? look_up(steps.table, u[half]) : round_to<D, true>(whole<F>(u[half]) * steps.scale[half]);
+    } else {
+      divide(w, steps, q);
+      for (int half = 0; half < 2; ++half) q[half] = round_to<D, false>(q[half] * steps.scale[half]);
+    }
+    store_pair<D>(to, q);
+    for (int half = 0; half < 2; ++half) sum[half] += (q[half] - w[half]) * (q[half] - w[half]);
+    if (!whole_lanes) std::memcpy(weights_at<D>(values, i), part, static_cast<size_t>(count * kWeightBytes<D>));
+  });
+  *error = sum_block_lanes(sum[0], sum[1]);
+}
+
+template <class F, DType D>
 CLADO_INLINE void fake_quant_typed(const Block& block, void* values, float* error) {
-  Float16x sum[2] = {};
-  for_each_lanes(block, [&](int i, const Lanes& lanes, int count) __attribute__((always_inline)) {
-    const bool whole = count == kBlockLanes;
-    alignas(64) char source[kBlockLanes * 4] = {}, target[kBlockLanes * 4];
-    const void* from = weights_at<D>(block.weight, i);
-    void* to = weights_at<D>(values, i);
-    if (!whole) std::memcpy(source, from, static_cast<size_t>(count * kWeightBytes<D>));
-    for (int half = 0; half < 2; ++half) {
-      const Float16x w = load_weights<D>(whole ? from : source, kLanes * half);
-      const Float16x q = store_weights<D>(whole ? to : target, kLanes * half, steps_of(w, lanes, half) * lanes.scale[half]);
-      sum[half] += (q - w) * (q - w);
-    }
-    if (!whole) std::memcpy(to, target, static_cast<size_t>(count * kWeightBytes<D>));
-  });
-  *error = sum_block_lanes(sum[0], sum[1]);
+  constexpr int64_t kLong = 128;  // a table for fewer weights costs more than it saves
+  if (block.bits <= kTableBits<F> && std::min<int64_t>(block.group_size, block.count) >= kLong)
+    fake_quant_way<F, D, Way::look_up>(block, values, error);
+  else
+    fake_quant_way<F, D, Way::multiply>(block, values, error);
+  // Products do not look for NaN: once more where there may be one.
+  if (*error != *error) fake_quant_way<F, D, Way::divide>(block, values, error);
 }
 
-template <DType D>
+template <class F, DType D>
 CLADO_INLINE void quantize_typed(const Block& block, int8_t* codes) {
-  using Char16x = int8_t __attribute__((vector_size(16)));
-  for_each_lanes(block, [&](int i, const Lanes& lanes, int count) __attribute__((always_inline)) {
-    alignas(64) char source[kBlockLanes * 4] = {};
-    const void* from = weights_at<D>(block.weight, i);
-    if (count < kBlockLanes) std::memcpy(source, from, static_cast<size_t>(count * kWeightBytes<D>)), from = source;
-    int8_t out[kBlockLanes];
+  using Int = typename F::Int;
+  const auto fill = [](Steps<F>&, int64_t) {};
+  for_each_lanes<F>(block, fill, [&](int i, const Steps<F>& steps, int count) __attribute__((always_inline)) {
+    F w[2], step[2];
+    typename F::UInt u[2];
+    Int code[2];
+    load_lanes<F, D>(block, i, count, w);
+    const bool sure = steps.normal && multiply(w, steps, u);
+    if (!sure) divide(w, steps, step);
     for (int half = 0; half < 2; ++half) {
-      Float16x t = steps_of(load_weights<D>(from, kLanes * half), lanes, half);
-      t = t == t ? t + lanes.zero[half] : Float16x{};
-      const Char16x code = __builtin_convertvector(__builtin_convertvector(t, Int16x), Char16x);
-      std::memcpy(out + kLanes * half, &code, sizeof code);
+      const Int zero = convert<int32_t>(steps.zero[half]);
+      code[half] = sure ? select(w[half] == w[half], as<int32_t>(u[half] >> kFraction) - kMiddleBits + zero, Int{})
+                        : convert<int32_t>(select(step[half] == step[half], step[half] + steps.zero[half], F{}));
     }
-    std::memcpy(codes + i, out, static_cast<size_t>(count));
+    if (count == kBlockLanes) return store_bytes(codes + i, code[0], code[1]);
+    int8_t part[kBlockLanes];
+    store_bytes(part, code[0], code[1]);
+    std::memcpy(codes + i, part, static_cast<size_t>(count));
   });
 }
 
+template <class F>
 CLADO_INLINE void fake_quant_block_body(const Block& block, DType dtype, void* values, float* error) {
-  if (dtype == DType::bfloat16) return fake_quant_typed<DType::bfloat16>(block, values, error);
-  return fake_quant_typed<DType::float32>(block, values, error);
+  if (dtype == DType::float32) return fake_quant_typed<F, DType::float32>(block, values, error);
+  if (dtype == DType::float16) return fake_quant_typed<F, DType::float16>(block, values, error);
+  return fake_quant_typed<F, DType::bfloat16>(block, values, error);
 }
+template <class F>
 CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* codes) {
-  if (dtype == DType::bfloat16) return quantize_typed<DType::bfloat16>(block, codes);
-  return quantize_typed<DType::float32>(block, codes);
+  if (dtype == DType::float32) return quantize_typed<F, DType::float32>(block, codes);
+  if (dtype == DType::float16) return quantize_typed<F, DType::float16>(block, codes);
+  return quantize_typed<F, DType::bfloat16>(block, codes);
 }
-
-// Sum of (q - w)^2 over a block padded with equal values.
-CLADO_INLINE void block_error_body(const float* q, const float* w, int padded, float* error) {
-  Float16x sum[2] = {};
-  for (int i = 0; i < padded; i += kBlockLanes)
-    for (int half = 0; half < 2; ++half) {
-      const Float16x e = load(q + i + kLanes * half) - load(w + i + kLanes * half);
-      sum[half] += e * e;
-    }
-  *error = sum_block_lanes(sum[0], sum[1]);
-}
-
-CLADO_SIMD_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
-CLADO_SIMD_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
-CLADO_SIMD_KERNEL(block_error, (const float* q, const float* w, int padded, float* error), (q, w, padded, error))
-
-// The block with its float16 weights as floats in `w`.
-Block widened(const Block& block, float* w) {
-  halves_to_floats(block.weight, w, block.count);
-  Block out = block;
-  out.weight = w;
-  return out;
-}
-
-void fake_quant_halves(const Block& block, void* values, float* error) {
-  alignas(64) float w[kBlock], q[kBlock];
-  const int padded = (block.count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
-  float unrounded = 0.0f;
-  fake_quant_block(widened(block, w), DType::float32, q, &unrounded);
-  floats_to_halves(q, values, block.count);
-  halves_to_floats(values, q, block.count);
-  for (int i = block.count; i < padded; ++i) q[i] = w[i] = 0.0f;
-  block_error(q, w, padded, error);
-}
+CLADO_LANES_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
+CLADO_LANES_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
 
 // fn(block, first element at this width, index of the block's error) for every block at every width: the widths of a block
 // follow each other, so the weight comes from memory once.
@@ -187,13 +299,12 @@ void fake_quant_cpu(const void* weight, int dtype, const float* scales, const in
   for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
                  [&](const Block& block, int64_t target, int64_t error) {
                    void* to = static_cast<char*>(values) + target * bytes;
-                   if (type == DType::float16) return fake_quant_halves(block, to, &block_errors[static_cast<size_t>(error)]);
                    fake_quant_block(block, type, to, &block_errors[static_cast<size_t>(error)]);
                  });
   for (int64_t i = 0; i < num_bits * rows; ++i) {
     double sum = 0.0;
     for (int64_t block = 0; block < blocks; ++block) sum += block_errors[static_cast<size_t>(i * blocks + block)];
-    sqerr[i] = sum;
+    sqerr[i] = sum == sum ? sum : NAN;  // one NaN of the many that sums of several give
   }
 }
 
@@ -201,11 +312,7 @@ void quantize_cpu(const void* weight, int dtype, const float* scales, const int8
                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
   const DType type = static_cast<DType>(dtype);
   for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
-                 [&](const Block& block, int64_t target, int64_t) {
-                   if (type != DType::float16) return quantize_block(block, type, codes + target);
-                   alignas(64) float w[kBlock];
-                   quantize_block(widened(block, w), DType::float32, codes + target);
-                 });
+                 [&](const Block& block, int64_t target, int64_t) { quantize_block(block, type, codes + target); });
 }
 
 }  // namespace clado

@@ -110,11 +110,12 @@ void product(const double* a, const double* b, int64_t classes, double* tile) {
 }
 
 // total += log1p(tile), squares += log1p(tile)^2.
+template <class F>
 CLADO_INLINE void add_logs_body(const float* tile, double* total, double* squares) {
   for (int r = 0; r < kTile; ++r) {
-    const Float16x x = load(tile + r * kTile);
+    const F x = F::load(tile + r * kTile);
     float a[kLanes];
-    store(a, log1p_lanes(x < kFloor ? splat(kFloor) : x));
+    store(a, log1p_lanes(select(x < kFloor, F(kFloor), x)));
     for (int l = 0; l < kTile; ++l) {
       const double value = static_cast<double>(a[l]);
       total[r * kTile + l] += value;
@@ -122,7 +123,7 @@ CLADO_INLINE void add_logs_body(const float* tile, double* total, double* square
     }
   }
 }
-CLADO_SIMD_KERNEL(add_logs, (const float* tile, double* total, double* squares), (tile, total, squares))
+CLADO_LANES_KERNEL(add_logs, (const float* tile, double* total, double* squares), (tile, total, squares))
 void add_logs(const double* tile, double* total, double* squares) {
   for (int i = 0; i < kTile * kTile; ++i) {
     const double a = std::log1p(tile[i] < static_cast<double>(kFloor) ? static_cast<double>(kFloor) : tile[i]);
@@ -168,19 +169,20 @@ CLADO_INLINE void transpose_corner(const float* in, float* out) {
   for (int c = 0; c < 8; ++c) std::memcpy(out + c * kTile, &x[c], sizeof x[c]);
 }
 
+template <class F>
 CLADO_INLINE void fill_near_body(const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out) {
   for (int64_t c = 0; c < classes; c += kTile) {
     const int64_t rest = classes - c;
-    const Float16x weight = load_part(root + c, rest);
+    const F weight = F::load_part(root + c, rest);
     alignas(64) float block[kTileSize], turned[kTileSize];
     for (int r = 0; r < kTile; ++r) {
       const Row<float>& row = rows[r];
-      Float16x u{};
+      F u;
       if (row.d && row.sound()) {
-        const Float16x x = (load_part(row.d + first + c, rest) - row.centre()) - row.shift(), y = weight > 0.0f ? x : u;
+        const F x = (F::load_part(row.d + first + c, rest) - row.centre()) - row.shift(), y = select(weight > 0.0f, x, u);
         u = weight * (row.near() ? near_expm1(y) : expm1_lanes(y));
       } else if (row.d) {
-        u = splat(NAN);
+        u = NAN;
       }
       store(block + r * kTile, u);
     }
@@ -191,8 +193,8 @@ CLADO_INLINE void fill_near_body(const float* root, const Row<float>* rows, int6
     std::memcpy(out + c * kTile, turned, sizeof(float) * static_cast<size_t>(std::min<int64_t>(rest, kTile) * kTile));
   }
 }
-CLADO_SIMD_KERNEL(fill_near, (const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out),
-                  (root, rows, first, classes, out))
+CLADO_LANES_KERNEL(fill_near, (const float* root, const Row<float>* rows, int64_t first, int64_t classes, float* out),
+                   (root, rows, first, classes, out))
 
 // Row `r` of a panel the plain way in double: sqrt(p) e^x in one exponential where e^x alone overflows.
 template <class T>

@@ -17,32 +17,34 @@ constexpr int kKept = 16;       // blocks of a group that are kept as float32 be
 constexpr int64_t kPanel = 64;  // blocks of a long group whose errors are kept at a time
 
 // A block of weights as float32, padded with zeros to whole lanes; returns the padded count.
-template <DType D>
+template <class F, DType D>
 CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
   const int whole = count / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<D>(weight, i));
+  for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<F, D>(weight, i));
   const int padded = (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
   if (padded > whole) {
     alignas(64) char tail[2 * kBlockLanes * 4] = {};
     std::memcpy(tail, weights_at<D>(weight, whole), static_cast<size_t>((count - whole) * kWeightBytes<D>));
-    for (int i = whole; i < padded; i += kLanes) store(out + i, load_weights<D>(tail, i - whole));
+    for (int i = whole; i < padded; i += kLanes) store(out + i, load_weights<F, D>(tail, i - whole));
   }
   return padded;
 }
 
+template <class F>
 CLADO_INLINE void read_block_body(const void* weight, DType dtype, int count, float* out, int* padded) {
-  *padded = dtype == DType::float32 ? read_typed<DType::float32>(weight, count, out)
-                                    : read_typed<DType::bfloat16>(weight, count, out);
+  *padded = dtype == DType::float32   ? read_typed<F, DType::float32>(weight, count, out)
+            : dtype == DType::float16 ? read_typed<F, DType::float16>(weight, count, out)
+                                      : read_typed<F, DType::bfloat16>(weight, count, out);
 }
 
 // bottom = min(w, 0), top = max(w, 0), both NaN when something is not finite.
+template <class F>
 CLADO_INLINE void extremes_body(const float* w, int padded, float* bottom, float* top) {
-  Float16x least{}, largest{};
-  Float16x spoiled{};  // becomes NaN with NaN or infinity
+  F least, largest, spoiled;  // the last becomes NaN with NaN or infinity
   for (int i = 0; i < padded; i += kLanes) {
-    const Float16x v = load(w + i);
-    least = v < least ? v : least;
-    largest = v > largest ? v : largest;
+    const F v = F::load(w + i);
+    least = select(v < least, v, least);
+    largest = select(v > largest, v, largest);
     spoiled += v * 0.0f;
   }
   float x[kLanes];
@@ -53,37 +55,40 @@ CLADO_INLINE void extremes_body(const float* w, int padded, float* bottom, float
 
 // errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale; *clipped = the part of the last
 // one that comes from elements beyond the limits.
+template <class F>
 CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
                                     float* errors, float* clipped) {
   for (int k = 0; k < steps; k += kTogether) {
-    Float16x sum[kTogether][2] = {};
+    F sum[kTogether][2];
     float inv[kTogether];
     for (int t = 0; t < kTogether; ++t) inv[t] = inverse[std::min(k + t, steps - 1)];
     for (int i = 0; i < padded; i += kBlockLanes)
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const Float16x v = load(w + i + kLanes * half);
+        const F v = F::load(w + i + kLanes * half);
+#pragma GCC unroll 2
         for (int t = 0; t < kTogether; ++t) {
-          const Float16x x = v * inv[t], e = round_even(clamp(x, low, high)) - x;
+          const F x = v * inv[t], e = round_even(clamp(x, low, high)) - x;
           sum[t][half] += e * e;
         }
       }
     for (int t = 0; t < kTogether && k + t < steps; ++t) errors[k + t] = sum_block_lanes(sum[t][0], sum[t][1]);
   }
-  Float16x beyond{};
+  F beyond;
   for (int i = 0; i < padded; i += kLanes) {
-    const Float16x x = load(w + i) * inverse[steps - 1], e = clamp(x, low, high) - x;
+    const F x = F::load(w + i) * inverse[steps - 1], e = clamp(x, low, high) - x;
     beyond += e * e;
   }
   *clipped = sum_halves(beyond);
 }
 
-CLADO_SIMD_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
-                  (weight, dtype, count, out, padded))
-CLADO_SIMD_KERNEL(extremes, (const float* w, int padded, float* bottom, float* top), (w, padded, bottom, top))
-CLADO_SIMD_KERNEL(block_errors,
-                  (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
-                   float* clipped),
-                  (w, padded, inverse, steps, low, high, errors, clipped))
+CLADO_LANES_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
+                   (weight, dtype, count, out, padded))
+CLADO_LANES_KERNEL(extremes, (const float* w, int padded, float* bottom, float* top), (w, padded, bottom, top))
+CLADO_LANES_KERNEL(block_errors,
+                   (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
+                    float* clipped),
+                   (w, padded, inverse, steps, low, high, errors, clipped))
 
 struct Group {
   const void* weight;  // its first element
@@ -94,13 +99,8 @@ struct Group {
   }
   int read(int64_t block, float* out) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock));
-    int padded = (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
-    if (dtype != DType::float16) {
-      read_block(at(block), dtype, count, out, &padded);
-    } else {
-      halves_to_floats(at(block), out, count);
-      std::fill(out + count, out + padded, 0.0f);
-    }
+    int padded = 0;
+    read_block(at(block), dtype, count, out, &padded);
     return padded;
   }
 };

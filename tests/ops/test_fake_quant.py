@@ -61,6 +61,38 @@ def test_ties_round_to_even() -> None:
     assert codes[0, 0].tolist() == [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7]
 
 
+def near_ties(scale: torch.Tensor, bits: int, zero: int, dtype: torch.dtype) -> torch.Tensor:
+    """For every scale a row of weights at and a few units in the last place around all ties, codes and limits."""
+    halves = torch.arange(-(2**bits) - 3, 2**bits + 4) / 2 - zero
+    weight = (scale.unsqueeze(1) * halves).to(dtype)
+    whole = weight.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    return torch.cat([(whole + ulps).view(dtype) for ulps in range(-4, 5)], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "zero"), [(2, 0), (3, 2), (4, 0), (4, -8), (5, 0), (8, 0), (8, 127), (8, -128)])
+def test_codes_beside_ties_are_those_of_the_true_quotient(bits: int, zero: int, dtype: torch.dtype) -> None:
+    """A product with the reciprocal would be off by a step here; scales whose reciprocal is no normal number among them."""
+    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    odd = torch.tensor([1.0, -0.5, tiny, tiny / 8, 1e-45, 2.0**126, 2.0**127, huge, 1 / 3, 0.0])
+    scale = torch.cat([odd, torch.rand(60) + 0.5, torch.rand(20) * 2.0**-20])
+    weight = near_ties(scale, bits, zero, dtype)
+    weight[11, 5], weight[12, 6], weight[13, 7] = torch.nan, torch.inf, -torch.inf
+    scale = scale.view(1, -1, 1)
+    zeros = torch.full_like(scale, zero, dtype=torch.int8)
+    wanted = oracle.fake_quant(weight, scale, (bits,), zero_point=zeros)[0]
+    codes = oracle.quantize(weight, scale, (bits,), zero_point=zeros)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        values = clado_ext.fake_quant(weight, scale, (bits,), zero_point=zeros)
+        return *values, clado_ext.quantize(weight, scale, (bits,), zero_point=zeros)
+
+    results = at_every_cpu_setting(run)
+    assert all(same_bits(r, results[0]) for r in results)
+    torch.testing.assert_close(results[0][0], wanted, rtol=0, atol=0, equal_nan=True)
+    assert same_bits(results[0][2], codes)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_at_every_simd_level_and_thread_count(dtype: torch.dtype) -> None:
     weight = weight_of((7, 3333), dtype)
