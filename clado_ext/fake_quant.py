@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from ._registry import call, define, refusal, require
 from ._weights import DTYPES, check_weight, matrix_shape
-from .scale_search import range_search, scale_search
+from .scale_search import MAX_STEPS
 
 _BLOCK = 1024  # csrc/common/weights.h
 
@@ -117,7 +118,9 @@ def dequantize(
 def quantize_weight(
     weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = True
 ) -> QuantizedWeight:
-    """Search the scales and quantize in one call: what a post-training quantizer does to a weight.
+    """Search the scales and quantize in one pass, row by row: what a post-training quantizer does to a weight.
+
+    Bit for bit :func:`scale_search` or :func:`range_search` and then :func:`fake_quant`.
 
     Args:
         weight, bits, group_size: as :func:`fake_quant`.
@@ -128,14 +131,10 @@ def quantize_weight(
         values ``[B, N, …]``, sqerr ``[B, N]``, scale ``[B, N, groups]`` and zero_point (None when symmetric).
 
     Raises:
-        ValueError: as :func:`scale_search`.
+        ValueError: wrong dtype, rank, widths, group size or steps.
     """
-    zero_point = None
-    if symmetric:
-        scale = scale_search(weight, bits, group_size, steps)
-    else:
-        scale, zero_point = range_search(weight, bits, group_size, steps)
-    return QuantizedWeight(*fake_quant(weight, scale, bits, group_size, zero_point), scale, zero_point)
+    values, sqerr, scale, zero_point = _quantize_weight(weight, bits, group_size, steps, symmetric)
+    return QuantizedWeight(values, sqerr, scale, None if symmetric else zero_point)
 
 
 def straight_through(
@@ -239,6 +238,47 @@ def _launch_fake_quant(
     call("fake_quant", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits), *extra)
 
 
+def _allocate_quantize_weight(
+    weight: Tensor, bits: Sequence[int], group_size: int, steps: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_weight("quantize_weight", weight, bits, group_size)
+    require(1 <= steps <= MAX_STEPS, "quantize_weight", "steps", "lie in 1..99", steps)
+    rows, _, _, groups = matrix_shape(weight, group_size)
+    scale = weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
+    return (
+        weight.new_empty((len(bits), *weight.shape)),
+        weight.new_empty((len(bits), rows), dtype=torch.float64),
+        scale,
+        scale.new_empty(0 if symmetric else scale.shape, dtype=torch.int8),
+    )
+
+
+def _launch_quantize_weight(
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int,
+    steps: int,
+    symmetric: bool,
+    values: Tensor,
+    sqerr: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+) -> None:
+    rows, columns, size, _ = matrix_shape(weight, group_size)
+    source = weight.contiguous()
+    zeros = 0 if symmetric else zero_point.data_ptr()
+    addresses = (scale.data_ptr(), zeros, values.data_ptr(), sqerr.data_ptr())
+    extra: tuple[int, ...] = ()
+    if weight.is_cuda:
+        bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
+        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
+        errors = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
+        extra = (workspace.data_ptr(), errors.data_ptr())
+    dtype = DTYPES[weight.dtype]
+    numbers = (rows, columns, size, list(bits), steps)
+    call("quantize_weight", weight.device, source.data_ptr(), dtype, *addresses, *numbers, *extra)
+
+
 def _allocate_quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> Tensor:
@@ -273,4 +313,10 @@ _quantize = define(
     "quantize(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> Tensor",
     _allocate_quantize,
     _launch_quantize,
+)
+_quantize_weight = define(
+    "quantize_weight(Tensor weight, int[] bits, int group_size, int steps, bool symmetric)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _allocate_quantize_weight,
+    _launch_quantize_weight,
 )

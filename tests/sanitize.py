@@ -70,7 +70,13 @@ def quantization(
                             at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads
                         )
                         native.quantize_cpu(at(weight), dtype, at(scale), at(zero), at(codes), *sizes, threads)
-                        return [scale, values, error, codes, *([] if zero is None else [zero])]
+                        outputs = [scale, values, error, *([] if zero is None else [zero])]
+                        again = [np.empty_like(x) for x in outputs]
+                        at_zero = at(again[3]) if ranged else 0
+                        addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
+                        native.quantize_weight_cpu(at(weight), dtype, *addresses, *sizes, STEPS, threads)
+                        assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
+                        return [*outputs, codes]
 
                     yield run
 

@@ -8,7 +8,7 @@ void check(const char* op, Address weight, int dtype, Address scales, int64_t ro
            const Bits& bits, int steps) {
   expect_matrix(op, dtype, rows, columns, group_size, bits);
   expect_memory(op, rows * columns, {weight, scales});
-  expect(steps >= 1 && steps <= clado::kMaxSteps, op, "steps must lie in 1..99");
+  expect_steps(op, steps);
 }
 
 }  // namespace

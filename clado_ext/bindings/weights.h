@@ -4,10 +4,15 @@
 #include <vector>
 
 #include "bindings.h"
+#include "scale_search/scale_search.h"
 
 using Bits = std::vector<int32_t>;
 
 inline int count_of(const Bits& bits) { return static_cast<int>(bits.size()); }
+
+inline void expect_steps(const char* op, int steps) {
+  expect(steps >= 1 && steps <= clado::kMaxSteps, op, "steps must lie in 1..99");
+}
 
 inline void expect_matrix(const char* op, int dtype, int64_t rows, int64_t columns, int64_t group_size, const Bits& bits) {
   expect_sizes(op, {rows, columns});

@@ -111,8 +111,9 @@ CLADO_INLINE F round_to_bfloat(F f) {
   return as<float>((NoNaN ? rounded : select(f == f, rounded, UInt(0x7fc00000u))) & 0xffff0000u);
 }
 
+constexpr int weight_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 template <DType D>
-constexpr int kWeightBytes = D == DType::float32 ? 4 : 2;
+constexpr int kWeightBytes = weight_bytes(D);
 
 template <DType D>
 CLADO_INLINE const void* weights_at(const void* weight, int64_t i) {

@@ -10,6 +10,7 @@
 // fake_quant writes values [num_bits, rows, columns] and sqerr [num_bits, rows] float64, the sum over the row of
 // (value - w)^2, added as common/weights.h says with blocks that start at column 0 of the row, whatever the groups.
 // quantize writes codes [num_bits, rows, columns] int8. NaN gives the value NaN and the code 0.
+// quantize_weight searches the scales, and zeros where that is not null, as scale_search.h says, and goes on as fake_quant does.
 #pragma once
 
 #include "common/weights.h"
@@ -18,6 +19,9 @@ namespace clado {
 
 void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
+void quantize_weight_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, void* values, double* sqerr,
+                         int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int steps,
+                         int threads);
 void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads);
 

@@ -7,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "common/weights_cpu.h"
+#include "scale_search/scale_search.h"
 
 namespace clado {
 namespace {
@@ -269,50 +270,90 @@ CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* c
 CLADO_LANES_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
 CLADO_LANES_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
 
-// fn(block, first element at this width, index of the block's error) for every block at every width: the widths of a block
-// follow each other, so the weight comes from memory once.
-template <class Fn>
-void for_each_block(const void* weight, DType dtype, const float* scales, const int8_t* zeros, int64_t rows, int64_t columns,
-                    int64_t group_size, const int32_t* bits, int num_bits, int threads, Fn fn) {
-  const int64_t blocks = blocks_of(columns), groups = (columns + group_size - 1) / group_size;
-  const int64_t bytes = dtype == DType::float32 ? 4 : 2;
-  parallel_for(rows * blocks, threads_for(rows * columns * num_bits, threads), [&](int64_t index) {
-    const int64_t row = index / blocks, part = index % blocks, column = part * kBlock, first = row * columns + column;
+// A weight with its widths, cut into blocks.
+struct Matrix {
+  const void* weight;
+  DType dtype;
+  const float* scales;
+  const int8_t* zeros;  // or null
+  int64_t rows, columns, group_size;
+  const int32_t* bits;
+  int num_bits;
+
+  int64_t blocks() const { return blocks_of(columns); }
+  int64_t groups() const { return (columns + group_size - 1) / group_size; }
+  Block block(int64_t row, int64_t part, int b) const {
+    const int64_t column = part * kBlock, at = (b * rows + row) * groups();
+    const void* first = static_cast<const char*>(weight) + (row * columns + column) * weight_bytes(dtype);
     const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - column));
-    for (int b = 0; b < num_bits; ++b) {
-      const int64_t line = b * rows + row;
-      const Block block{static_cast<const char*>(weight) + first * bytes, column, count, group_size, scales + line * groups,
-                        zeros ? zeros + line * groups : nullptr, bits[b]};
-      fn(block, b * rows * columns + first, line * blocks + part);
-    }
+    return {first, column, count, group_size, scales + at, zeros ? zeros + at : nullptr, bits[b]};
+  }
+  // Of the block's first output.
+  int64_t output(int64_t row, int64_t part, int b) const { return (b * rows + row) * columns + part * kBlock; }
+  // Writes the values of a block, returns its squared error.
+  float fake_quant(int64_t row, int64_t part, int b, void* values) const {
+    float error = 0.0f;
+    fake_quant_block(block(row, part, b), dtype, static_cast<char*>(values) + output(row, part, b) * weight_bytes(dtype), &error);
+    return error;
+  }
+};
+
+// fn(row, block of the row, width) for all blocks: the widths of a block follow each other, so that the weight comes from memory once.
+template <class Fn>
+void for_each_block(const Matrix& matrix, int threads, Fn fn) {
+  const int64_t blocks = matrix.blocks();
+  parallel_for(matrix.rows * blocks, threads_for(matrix.rows * matrix.columns * matrix.num_bits, threads), [&](int64_t i) {
+    for (int b = 0; b < matrix.num_bits; ++b) fn(i / blocks, i % blocks, b);
   });
 }
+
+// Sums of several NaN are one of them, by chance: always the same.
+double settled(double sum) { return sum == sum ? sum : NAN; }
 
 }  // namespace
 
 void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
-  const int64_t blocks = blocks_of(columns);
-  std::vector<float> block_errors(static_cast<size_t>(num_bits * rows * blocks));
-  const DType type = static_cast<DType>(dtype);
-  const int64_t bytes = type == DType::float32 ? 4 : 2;
-  for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
-                 [&](const Block& block, int64_t target, int64_t error) {
-                   void* to = static_cast<char*>(values) + target * bytes;
-                   fake_quant_block(block, type, to, &block_errors[static_cast<size_t>(error)]);
-                 });
+  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
+  const int64_t blocks = matrix.blocks();
+  std::vector<float> errors(static_cast<size_t>(num_bits * rows * blocks));
+  for_each_block(matrix, threads, [&](int64_t row, int64_t part, int b) {
+    errors[static_cast<size_t>((b * rows + row) * blocks + part)] = matrix.fake_quant(row, part, b, values);
+  });
   for (int64_t i = 0; i < num_bits * rows; ++i) {
     double sum = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) sum += block_errors[static_cast<size_t>(i * blocks + block)];
-    sqerr[i] = sum == sum ? sum : NAN;  // one NaN of the many that sums of several give
+    for (int64_t part = 0; part < blocks; ++part) sum += static_cast<double>(errors[static_cast<size_t>(i * blocks + part)]);
+    sqerr[i] = settled(sum);
   }
+}
+
+void quantize_weight_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, void* values, double* sqerr,
+                         int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int steps,
+                         int threads) {
+  const int workers = threads_for(rows * columns * num_bits * steps, threads);
+  if (rows < 4 * workers && workers > 1) {  // too few rows to share: the threads share their blocks
+    scale_search_cpu(weight, dtype, scales, zeros, rows, columns, group_size, bits, num_bits, steps, threads);
+    return fake_quant_cpu(weight, dtype, scales, zeros, values, sqerr, rows, columns, group_size, bits, num_bits, threads);
+  }
+  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
+  const int64_t groups = matrix.groups();
+  parallel_for(rows, workers, [&](int64_t row) {
+    const void* first = static_cast<const char*>(weight) + row * columns * weight_bytes(matrix.dtype);
+    scale_search_row_cpu(first, dtype, scales + row * groups, zeros ? zeros + row * groups : nullptr, rows * groups, columns,
+                         group_size, bits, num_bits, steps);
+    double sum[kMaxBits] = {};
+    for (int64_t part = 0; part < matrix.blocks(); ++part)
+      for (int b = 0; b < num_bits; ++b) sum[b] += static_cast<double>(matrix.fake_quant(row, part, b, values));
+    for (int b = 0; b < num_bits; ++b) sqerr[b * rows + row] = settled(sum[b]);
+  });
 }
 
 void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
-  const DType type = static_cast<DType>(dtype);
-  for_each_block(weight, type, scales, zeros, rows, columns, group_size, bits, num_bits, threads,
-                 [&](const Block& block, int64_t target, int64_t) { quantize_block(block, type, codes + target); });
+  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
+  for_each_block(matrix, threads, [&](int64_t row, int64_t part, int b) {
+    quantize_block(matrix.block(row, part, b), matrix.dtype, codes + matrix.output(row, part, b));
+  });
 }
 
 }  // namespace clado

@@ -49,6 +49,9 @@ struct Grid {
 
 void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
                       int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads);
+// One row, on the calling thread; the scales of a width lie `stride` behind those of the width before.
+void scale_search_row_cpu(const void* row, int dtype, float* scales, int8_t* zeros, int64_t stride, int64_t columns,
+                          int64_t group_size, const int32_t* bits, int num_bits, int steps);
 
 // `workspace`: scale_search_workspace(...) bytes on the device.
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps);

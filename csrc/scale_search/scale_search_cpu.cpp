@@ -95,7 +95,7 @@ struct Group {
   DType dtype;
   int64_t length;
   const void* at(int64_t block) const {
-    return static_cast<const char*>(weight) + block * kBlock * (dtype == DType::float32 ? 4 : 2);
+    return static_cast<const char*>(weight) + block * kBlock * weight_bytes(dtype);
   }
   int read(int64_t block, float* out) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock));
@@ -208,15 +208,24 @@ void search_group(const Group& group, const Result& result, const int32_t* bits,
 
 }  // namespace
 
+void scale_search_row_cpu(const void* row, int dtype, float* scales, int8_t* zeros, int64_t stride, int64_t columns,
+                          int64_t group_size, const int32_t* bits, int num_bits, int steps) {
+  const auto type = static_cast<DType>(dtype);
+  for (int64_t group = 0, start = 0; start < columns; ++group, start += group_size) {
+    const void* first = static_cast<const char*>(row) + start * weight_bytes(type);
+    const Result result{scales + group, zeros ? zeros + group : nullptr, stride};
+    search_group(Group{first, type, std::min(group_size, columns - start)}, result, bits, num_bits, steps, 1);
+  }
+}
+
 void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
                       int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads) {
   const int64_t groups = (columns + group_size - 1) / group_size, all = rows * groups;
   threads = threads_for(rows * columns * num_bits * steps, threads);
   const auto type = static_cast<DType>(dtype);
-  const int64_t bytes = type == DType::float32 ? 4 : 2;
   const auto one = [&](int64_t index, int workers) {
     const int64_t row = index / groups, start = index % groups * group_size;
-    const void* first = static_cast<const char*>(weight) + (row * columns + start) * bytes;
+    const void* first = static_cast<const char*>(weight) + (row * columns + start) * weight_bytes(type);
     const Result result{scales + index, zeros ? zeros + index : nullptr, all};
     search_group(Group{first, type, std::min(group_size, columns - start)}, result, bits, num_bits, steps, workers);
   };

@@ -148,24 +148,26 @@ class AsNative:
         kernel = getattr(self.module, f"{stem}_cuda")
 
         def run(*args: Any) -> bool:
-            bytes_needed = self._workspace(stem, args)
-            room = None if bytes_needed is None else np.full(bytes_needed, 0xFF, np.uint8)  # NaN
-            kernel(*args[:-1], *([] if room is None else [room.ctypes.data]), 0, 0)
+            rooms = [np.full(n, 0xFF, np.uint8) for n in self._workspaces(stem, args)]  # NaN
+            kernel(*args[:-1], *(room.ctypes.data for room in rooms), 0, 0)
             return True
 
         return run
 
-    def _workspace(self, stem: str, args: tuple[Any, ...]) -> int | None:
-        """Bytes, as the torch op asks for them."""
+    def _workspaces(self, stem: str, args: tuple[Any, ...]) -> list[int]:
+        """Bytes of each, as the torch op asks for them."""
         if stem == "pairwise_ce":
-            return int(self.module.pairwise_ce_workspace(*args[4:8]))
+            return [int(self.module.pairwise_ce_workspace(*args[4:8]))]
         if stem == "scale_search":
             rows, columns, group, bits, steps = args[4:9]
-            return int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))
-        if stem == "fake_quant":
-            rows, columns, bits = args[6], args[7], args[9]
-            return 4 * len(bits) * rows * -(-columns // 1024)
-        return None
+            return [int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))]
+        if stem in ("fake_quant", "quantize_weight"):
+            rows, columns, group, bits = args[6:10]
+            errors = 4 * len(bits) * rows * -(-columns // 1024)
+            if stem == "fake_quant":
+                return [errors]
+            return [int(self.module.scale_search_workspace(rows, columns, group, len(bits), args[10])), errors]
+        return []
 
 
 if __name__ == "__main__":

@@ -37,6 +37,32 @@ def test_matches_oracle(
     torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [-1, 7, 128])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2050), (64, 100), (1, 70_000), (9, 2, 3, 3), (0, 5), (5, 0)])
+def test_search_and_quantization_in_one_are_the_two_calls(
+    shape: tuple[int, ...], group_size: int, dtype: torch.dtype, device: str
+) -> None:
+    weight = weight_of(shape, dtype, device)
+    if weight.numel() > 100:
+        weight[0].view(-1)[3], weight[-1] = torch.nan, 0.0
+    for symmetric in (True, False):
+        scale, zero = clado_ext.scale_search(weight, (2, 4, 8), group_size, 20), None
+        if not symmetric:
+            scale, zero = clado_ext.range_search(weight, (2, 4, 8), group_size, 20)
+        values, sqerr = clado_ext.fake_quant(weight, scale, (2, 4, 8), group_size, zero)
+        wanted = (values, sqerr, scale, *(() if zero is None else (zero,)))
+
+        def run(symmetric: bool = symmetric) -> tuple[torch.Tensor, ...]:
+            got = clado_ext.quantize_weight(weight, (2, 4, 8), group_size, 20, symmetric)
+            assert (got.zero_point is None) == symmetric
+            return tuple(x for x in got if x is not None)
+
+        results = at_every_cpu_setting(run) if device == "cpu" else [run()]
+        assert all(same_bits(r, wanted) for r in results)
+
+
 @given(
     rows=st.integers(1, 4),
     columns=st.integers(1, 70),
@@ -187,14 +213,15 @@ def test_ops_are_well_formed_and_compile(device: str) -> None:
     for zero in (None, torch.ones_like(scale, dtype=torch.int8)):
         torch.library.opcheck(torch.ops.clado.fake_quant.default, (weight, scale, zero, [2, 8], 16))
         torch.library.opcheck(torch.ops.clado.quantize.default, (weight, scale, zero, [2, 8], 16))
+        torch.library.opcheck(torch.ops.clado.quantize_weight.default, (weight, [2, 8], 16, 5, zero is None))
 
-    def both(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return clado_ext.fake_quant(w, s, (2, 8), 16)[0] + 1, clado_ext.dequantize(
-            clado_ext.quantize(w, s, (2, 8), 16), s, 16
-        )
+    def all_of(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        codes = clado_ext.quantize(w, s, (2, 8), 16)
+        one = clado_ext.quantize_weight(w, (2, 8), 16, 5, symmetric=False)
+        return clado_ext.fake_quant(w, s, (2, 8), 16)[0] + 1, clado_ext.dequantize(codes, s, 16), *one
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    assert same_bits(compiled(weight, scale), both(weight, scale))
+    compiled = torch.compile(all_of, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(weight, scale), all_of(weight, scale))
 
 
 @pytest.mark.parametrize(
@@ -215,3 +242,8 @@ def test_bad_input(change: dict, message: str) -> None:
     arguments = {"weight": torch.zeros(2, 4), "scale": torch.ones(2, 2, 1), "bits": (2, 4), "group_size": -1} | change
     with pytest.raises(ValueError, match=message):
         clado_ext.fake_quant(**arguments)
+
+
+def test_bad_steps() -> None:
+    with pytest.raises(ValueError, match=r"quantize_weight: steps must lie in 1\.\.99, got 0"):
+        clado_ext.quantize_weight(torch.zeros(2, 2), (2,), steps=0)

@@ -138,6 +138,10 @@ def test_bindings_refuse_numbers_that_make_no_sense(
     sound &= not null or rows * columns == 0
     calls = {
         "scale_search_cpu": ((a, dtype, a, 0, rows, columns, group, bits, steps, 1), sound and 1 <= steps <= 99),
+        "quantize_weight_cpu": (
+            (a, dtype, a, 0, a, a, rows, columns, group, bits, steps, 1),
+            sound and 1 <= steps <= 99,
+        ),
         "quantize_cpu": ((a, dtype, a, 0, a, rows, columns, group, bits, 1), sound),
     }
     for name, (arguments, fine) in calls.items():
