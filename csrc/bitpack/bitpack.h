@@ -10,7 +10,7 @@
 
 namespace clado {
 
-inline int64_t packed_columns(int64_t columns, int bits) { return (columns * bits + 31) / 32; }
+constexpr int64_t packed_columns(int64_t columns, int bits) { return (columns * bits + 31) / 32; }
 
 // Returns false when a code lies outside its range (the words are then unspecified).
 bool pack_cpu(const int8_t* codes, int32_t* words, int64_t rows, int64_t columns, int bits, int threads);

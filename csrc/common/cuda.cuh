@@ -31,6 +31,8 @@ class DeviceGuard {
 // Call right after a launch.
 inline void check_launch(const char* kernel) { cuda_check(cudaGetLastError(), kernel); }
 
+inline bool is_aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace clado

@@ -4,9 +4,67 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/cuda.cuh"
 #include "common/weights.h"
 
 namespace clado {
+
+// N elements, together 1 to 16 bytes, that are read and written by one instruction; their address is a multiple of those bytes.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T at[N];
+};
+template <class T, int N>
+__device__ Pack<T, N> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <class T, int N>
+__device__ void store_pack(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof pack < 4) {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  } else {  // __stcs: written once, and not cut into words by the compiler
+    uint32_t word[sizeof pack / 4];
+    memcpy(word, pack.at, sizeof pack);
+    if constexpr (sizeof pack == 4) __stcs(reinterpret_cast<uint32_t*>(to), word[0]);
+    if constexpr (sizeof pack == 8) __stcs(reinterpret_cast<uint2*>(to), make_uint2(word[0], word[1]));
+    if constexpr (sizeof pack == 16) __stcs(reinterpret_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+  }
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void round_to(float x, float* to) { *to = x; }
+__device__ inline void round_to(float x, __half* to) { *to = __float2half_rn(x); }
+__device__ inline void round_to(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+// Two at once, which is one instruction.
+__device__ inline void round_to(float x, float y, float* to) { to[0] = x, to[1] = y; }
+__device__ inline void round_to(float x, float y, __half* to) {
+  const __half2 both = __floats2half2_rn(x, y);
+  to[0] = both.x, to[1] = both.y;
+}
+__device__ inline void round_to(float x, float y, __nv_bfloat16* to) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  to[0] = both.x, to[1] = both.y;
+}
+template <class T, int N>
+__device__ Pack<T, N> rounded(const float* x) {
+  Pack<T, N> pack;
+  if constexpr (N == 1)
+    round_to(x[0], pack.at);
+  else
+#pragma unroll
+    for (int k = 0; k < N; k += 2) round_to(x[k], x[k + 1], pack.at + k);
+  return pack;
+}
+
+// launch(T{}) with the type of `dtype`.
+template <class Launch>
+void with_type(DType dtype, Launch launch) {
+  if (dtype == DType::float32) return launch(float{});
+  if (dtype == DType::float16) return launch(__half{});
+  launch(__nv_bfloat16{});
+}
 
 __device__ inline float read_weight(const void* weight, DType dtype, int64_t i) {
   if (dtype == DType::float32) return static_cast<const float*>(weight)[i];

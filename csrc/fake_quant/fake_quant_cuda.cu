@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "common/cuda.cuh"
 #include "common/weights.cuh"
 #include "fake_quant/fake_quant.h"
@@ -5,64 +7,146 @@
 namespace clado {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kThreads = 128;
 
 // The nearest step of a weight, zero point aside: see fake_quant.h.
-__device__ float step_of(float w, float scale, float zero, int bits) {
-  const float low = static_cast<float>(lowest_code(bits)) - zero, high = static_cast<float>(highest_code(bits)) - zero;
-  return nearest(clamp_code(w / scale, low, high));
-}
+__device__ float step_of(float w, float scale, float low, float high) { return nearest(clamp_code(w / scale, low, high)); }
 
-__device__ float zero_at(const int8_t* zeros, int64_t i) { return zeros ? static_cast<float>(zeros[i]) : 0.0f; }
+// One width in one group of a row.
+struct Width {
+  float scale, inverse, low, high;
+  float zero;
+  bool plain;  // the inverse is a normal float
 
-// One warp per block of a row; the weight is read once and written at every width.
-__global__ void fake_quant_kernel(const void* weight, DType dtype, const float* scales, const int8_t* zeros, void* values,
-                                  float* block_errors, int64_t rows, int64_t columns, int64_t group_size, int64_t blocks,
-                                  BitList bits) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
-  if (index >= rows * blocks) return;
-  const int64_t row = index / blocks, start = index % blocks * kBlock, groups = (columns + group_size - 1) / group_size;
-  float sum[kMaxBits] = {};
-  for (int64_t c = start + threadIdx.x; c < columns && c < start + kBlock; c += kBlockLanes) {
-    const float w = read_weight(weight, dtype, row * columns + c);
-    const int64_t group = c / group_size;
+  __device__ void load(const float* scales, const int8_t* zeros, int64_t at, int bits) {
+    scale = scales[at], inverse = 1.0f / scale;
+    plain = scale >= 1.1754944e-38f && scale <= 8.5070592e37f;  // 2^-126 .. 2^126
+    zero = zeros ? static_cast<float>(zeros[at]) : 0.0f;
+    low = static_cast<float>(lowest_code(bits)) - zero, high = static_cast<float>(highest_code(bits)) - zero;
+  }
+
+  // Steps of V weights. The product with the inverse is off by less than 2^-22 of itself, so it rounds as the true quotient does
+  // unless it lies that close to the middle of two steps; those, and what is not finite, are divided.
+  template <int V>
+  __device__ void steps(const float* w, bool finite, int bits, float* out) const {
+    const float close = 0.5f - static_cast<float>(1 << bits) * 2.3841858e-7f;
+    bool sure = finite && plain;
 #pragma unroll
-    for (int b = 0; b < kMaxBits; ++b) {
+    for (int k = 0; k < V; ++k) {
+      const float t = fminf(fmaxf(w[k] * inverse, low), high);
+      out[k] = nearest(t);
+      sure &= fabsf(t - out[k]) < close;
+    }
+    if (sure) return;
+#pragma unroll
+    for (int k = 0; k < V; ++k) out[k] = step_of(w[k], scale, low, high);
+  }
+};
+
+// Values or codes of a weight at up to `Most` widths. Every block of 1024 elements of a row is read once, V elements at a time, by a
+// team of 32 / V threads: each adds the errors of V neighbouring lanes of the fixed order (common/weights.h).
+template <class T, class Out, int V, int Most>
+__global__ void quantize_kernel(const T* __restrict__ weight, const float* __restrict__ scales, const int8_t* __restrict__ zeros,
+                                Out* __restrict__ out, float* __restrict__ block_errors, int64_t rows, int64_t columns,
+                                int64_t group_size, int64_t blocks, BitList bits) {
+  constexpr int kTeam = kBlockLanes / V;
+  constexpr bool kCodes = std::is_same_v<Out, int8_t>;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
+  const int64_t row = index / blocks, start = (index - row * blocks) * kBlock, groups = (columns + group_size - 1) / group_size;
+  const int64_t end = row >= rows ? 0 : start + kBlock < columns ? start + kBlock : columns;
+  const bool small = columns <= 0x7fffffff;
+  Width width[Most];
+  float sum[Most][V] = {};
+  int64_t group_end = 0, c = start + threadIdx.x % kTeam * V;
+  Pack<T, V> next{};
+  if (c < end) next = load_pack<T, V>(weight + row * columns + c);
+  for (; c < end; c += kBlockLanes) {
+    const Pack<T, V> now = next;
+    if (c + kBlockLanes < end) next = load_pack<T, V>(weight + row * columns + c + kBlockLanes);
+    if (c >= group_end) {
+      const int64_t group = small ? static_cast<uint32_t>(c) / static_cast<uint32_t>(group_size) : c / group_size;
+      group_end = (group + 1) * group_size;
+#pragma unroll
+      for (int b = 0; b < Most; ++b)
+        if (b < bits.count) width[b].load(scales, zeros, (b * rows + row) * groups + group, bits.width[b]);
+    }
+    float w[V];
+    bool finite = true;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      w[k] = to_float(now.at[k]);
+      finite &= fabsf(w[k]) < INFINITY;
+    }
+#pragma unroll
+    for (int b = 0; b < Most; ++b) {
       if (b >= bits.count) break;
-      const int64_t line = b * rows + row, at = line * groups + group;
-      const float value = step_of(w, scales[at], zero_at(zeros, at), bits.width[b]) * scales[at];
-      const float e = write_weight(values, dtype, line * columns + c, value) - w;
-      sum[b] += e * e;
+      float step[V];
+      width[b].template steps<V>(w, finite, bits.width[b], step);
+      Pack<Out, V> stored;
+      if constexpr (kCodes) {
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+          stored.at[k] = step[k] == step[k] ? static_cast<int8_t>(static_cast<int>(step[k] + width[b].zero)) : int8_t{0};
+      } else {
+#pragma unroll
+        for (int k = 0; k < V; ++k) step[k] *= width[b].scale;
+        stored = rounded<Out, V>(step);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const float e = to_float(stored.at[k]) - w[k];
+          sum[b][k] += e * e;
+        }
+      }
+      store_pack(out + (b * rows + row) * columns + c, stored);
     }
   }
+  if constexpr (!kCodes) {
 #pragma unroll
-  for (int b = 0; b < kMaxBits; ++b) {
-    if (b >= bits.count) break;
-    const float total = sum_block_lanes(sum[b]);
-    if (threadIdx.x == 0) block_errors[(b * rows + row) * blocks + index % blocks] = total;
+    for (int b = 0; b < Most; ++b) {
+      if (b >= bits.count) break;
+#pragma unroll
+      for (int half = kBlockLanes / 2; half >= V; half /= 2)
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[b][k] += __shfl_down_sync(0xffffffffu, sum[b][k], half / V);
+#pragma unroll
+      for (int half = V / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; ++k) sum[b][k] += sum[b][k + half];
+      if (threadIdx.x % kTeam == 0 && row < rows) block_errors[(b * rows + row) * blocks + start / kBlock] = sum[b][0];
+    }
   }
 }
 
 // One thread per row and width adds its blocks in order.
 __global__ void sum_blocks_kernel(const float* block_errors, double* sqerr, int64_t count, int64_t blocks) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   double sum = 0.0;
   for (int64_t block = 0; block < blocks; ++block) sum += static_cast<double>(block_errors[i * blocks + block]);
   sqerr[i] = sum;
 }
 
-__global__ void quantize_kernel(const void* weight, DType dtype, const float* scales, const int8_t* zeros, int8_t* codes,
-                                int64_t rows, int64_t columns, int64_t group_size, BitList bits) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= rows * columns) return;
-  const int64_t row = i / columns, groups = (columns + group_size - 1) / group_size, group = i % columns / group_size;
-  const float w = read_weight(weight, dtype, i);
-  for (int b = 0; b < bits.count; ++b) {
-    const int64_t at = (b * rows + row) * groups + group;
-    const float zero = zero_at(zeros, at), step = step_of(w, scales[at], zero, bits.width[b]);
-    codes[b * rows * columns + i] = step == step ? static_cast<int8_t>(step + zero) : int8_t{0};
-  }
+template <class T, class Out>
+void launch(const void* weight, const float* scales, const int8_t* zeros, Out* out, float* block_errors, int64_t rows,
+            int64_t columns, int64_t group_size, BitList bits, cudaStream_t queue) {
+  const int64_t blocks = blocks_of(columns);
+  if (rows * blocks == 0) return;
+  const auto run = [&](auto size, auto most) {
+    constexpr int kVector = decltype(size)::value, kMost = decltype(most)::value;
+    const int64_t threads = rows * blocks * (kBlockLanes / kVector);
+    quantize_kernel<T, Out, kVector, kMost><<<static_cast<unsigned>(ceil_div(threads, kThreads)), kThreads, 0, queue>>>(
+        static_cast<const T*>(weight), scales, zeros, out, block_errors, rows, columns, group_size, blocks, bits);
+    check_launch("fake_quant");
+  };
+  const auto few = [&](auto size) {
+    bits.count <= 3 ? run(size, std::integral_constant<int, 3>()) : run(size, std::integral_constant<int, kMaxBits>());
+  };
+  constexpr int kVector = 16 / sizeof(T);
+  const bool whole = columns % kVector == 0 && (group_size >= columns || group_size % kVector == 0);
+  if (whole && is_aligned(weight, 16) && is_aligned(out, kVector * sizeof(Out)))
+    few(std::integral_constant<int, kVector>());
+  else
+    few(std::integral_constant<int, 1>());
 }
 
 }  // namespace
@@ -72,26 +156,24 @@ void fake_quant_cuda(const void* weight, int dtype, const float* scales, const i
                      int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const int64_t blocks = blocks_of(columns), items = rows * blocks, sums = rows * num_bits;
-  if (items > 0) {
-    fake_quant_kernel<<<static_cast<unsigned>(ceil_div(items, kWarps)), dim3(kBlockLanes, kWarps), 0, queue>>>(
-        weight, static_cast<DType>(dtype), scales, zeros, values, block_errors, rows, columns, group_size, blocks,
-        BitList(bits, num_bits));
-    check_launch("fake_quant");
-  }
-  if (sums > 0) {
-    sum_blocks_kernel<<<static_cast<unsigned>(ceil_div(sums, 128)), 128, 0, queue>>>(block_errors, sqerr, sums, blocks);
-    check_launch("fake_quant");
-  }
+  with_type(static_cast<DType>(dtype), [&](auto type) {
+    using T = decltype(type);
+    launch<T>(weight, scales, zeros, static_cast<T*>(values), block_errors, rows, columns, group_size, BitList(bits, num_bits), queue);
+  });
+  const int64_t sums = rows * num_bits;
+  if (sums == 0) return;
+  sum_blocks_kernel<<<static_cast<unsigned>(ceil_div(sums, kThreads)), kThreads, 0, queue>>>(block_errors, sqerr, sums,
+                                                                                           blocks_of(columns));
+  check_launch("fake_quant");
 }
 
 void quantize_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
                    int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream) {
-  if (rows * columns == 0) return;
   const DeviceGuard guard(device);
-  quantize_kernel<<<static_cast<unsigned>(ceil_div(rows * columns, 256)), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-      weight, static_cast<DType>(dtype), scales, zeros, codes, rows, columns, group_size, BitList(bits, num_bits));
-  check_launch("quantize");
+  with_type(static_cast<DType>(dtype), [&](auto type) {
+    launch<decltype(type)>(weight, scales, zeros, codes, nullptr, rows, columns, group_size, BitList(bits, num_bits),
+                           static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace clado

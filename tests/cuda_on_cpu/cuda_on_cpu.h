@@ -332,13 +332,19 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) double2 { double x, y; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+template <class T>
+void __stcs(T* to, T x) { *to = x; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
 // ---- half and bfloat16: rounded half to even, NaN to 0x7fff as the hardware has it ----
 
 struct __half { uint16_t bits; };
+struct __half2 { __half x, y; };
 struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 
 inline float __half2float(__half h) {
   const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
@@ -365,3 +371,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   std::memcpy(&bits, &f, sizeof bits);
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
