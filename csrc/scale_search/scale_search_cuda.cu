@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "common/cuda.cuh"
 #include "common/weights.cuh"
@@ -8,7 +9,6 @@ namespace clado {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kPerLane = kBlock / kBlockLanes;
 
 struct Shape {
   int64_t rows, columns, group_size, groups, blocks;  // blocks of 1024 in a whole group
@@ -63,15 +63,16 @@ __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Ext
   if (threadIdx.x == 0) out[group] = parts[0];
 }
 
-// One warp per block: its weights stay in registers while all steps of all widths are rated.
+// One warp per block of at most 32 * PerLane weights: they stay in registers while all steps of all widths are rated.
+template <int PerLane>
 __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitList bits, int steps,
                               bool symmetric, const Extremes* group_extremes, float* errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  float w[kPerLane];
+  float w[PerLane];
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
+  for (int j = 0; j < PerLane; ++j) {
     const int64_t i = start + j * kBlockLanes + threadIdx.x;
     w[j] = i < length ? read_weight(weight, dtype, shape.first(group) + i) : 0.0f;
   }
@@ -81,8 +82,8 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
       const float inverse = 1.0f / grid.scale(k);
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const float x = w[j] * inverse, e = nearest(clamp_code(x, grid.low, grid.high)) - x;
+      for (int j = 0; j < PerLane; ++j) {
+        const float x = w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
         sum += e * e;
       }
       sum = sum_block_lanes(sum);
@@ -91,26 +92,29 @@ __global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitL
   }
 }
 
-// One block of threads per group and width; thread k adds the errors of step k in order.
+// One warp per group and width: a lane adds the errors of its steps in order, the least of all wins, the first among equals.
 __global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extremes* group_extremes, const float* errors,
                               float* scales, int8_t* zeros) {
-  __shared__ double total[128];
-  const int64_t group = blockIdx.x;
-  const int b = blockIdx.y, k = threadIdx.x;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y, group = index / bits.count;
+  if (group >= shape.all()) return;
+  const int b = static_cast<int>(index - group * bits.count);
   const float bottom = group_extremes[group].bottom, top = group_extremes[group].top;
   const Grid grid(bottom, top, bits.width[b], zeros == nullptr);
-  if (k < steps) {
+  double least = INFINITY;
+  int best = 0;
+  for (int k = threadIdx.x; k < steps; k += kBlockLanes) {
     double sum = 0.0;
     for (int64_t i = 0; i < shape.blocks; ++i)
       sum += static_cast<double>(errors[((group * shape.blocks + i) * bits.count + b) * steps + k]);
-    const double scale = grid.scale(k);
-    total[k] = sum * (scale * scale);
+    const double scale = grid.scale(k), total = sum * (scale * scale);
+    if (total < least) least = total, best = k;
   }
-  __syncthreads();
-  if (k != 0) return;
-  int best = 0;
-  for (int j = 1; j < steps; ++j)
-    if (total[j] < total[best]) best = j;
+  for (int half = kBlockLanes / 2; half > 0; half /= 2) {
+    const double other = __shfl_down_sync(0xffffffffu, least, half);
+    const int k = __shfl_down_sync(0xffffffffu, best, half);
+    if (other < least || (other == least && k < best)) least = other, best = k;
+  }
+  if (threadIdx.x != 0) return;
   const bool finite = bottom == bottom, nothing = bottom == 0.0f && top == 0.0f;
   scales[b * shape.all() + group] = !finite ? bottom : nothing ? 1.0f : grid.scale(best);
   if (zeros) zeros[b * shape.all() + group] = !finite || nothing ? int8_t{0} : static_cast<int8_t>(grid.zero);
@@ -146,8 +150,21 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
   const auto groups = static_cast<unsigned>(shape.all());
   extremes_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, extremes);
   if (shape.blocks > 1) group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-  errors_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, zeros == nullptr, group_extremes, errors);
-  choose_kernel<<<dim3(groups, num_bits), 128, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
+  const auto rate = [&](auto per_lane) {
+    errors_kernel<decltype(per_lane)::value><<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, zeros == nullptr,
+                                                                        group_extremes, errors);
+  };
+  const int64_t longest = std::min(columns, group_size);
+  if (longest <= 4 * kBlockLanes)
+    rate(std::integral_constant<int, 4>());
+  else if (longest <= 12 * kBlockLanes)
+    rate(std::integral_constant<int, 12>());
+  else if (longest <= 24 * kBlockLanes)
+    rate(std::integral_constant<int, 24>());
+  else
+    rate(std::integral_constant<int, kBlock / kBlockLanes>());
+  const auto choices = static_cast<unsigned>(ceil_div(shape.all() * num_bits, kWarps));
+  choose_kernel<<<choices, warps, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   check_launch("scale_search");
 }
 
