@@ -1,9 +1,10 @@
-// What every launcher needs: checked calls and the device guard. Launchers throw std::runtime_error, never exit.
+// What every launcher needs: checked calls, the device guard, wide loads and stores. Launchers throw std::runtime_error, never exit.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -34,5 +35,27 @@ inline void check_launch(const char* kernel) { cuda_check(cudaGetLastError(), ke
 inline bool is_aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// N elements, together 1 to 16 bytes, that are read and written by one instruction; their address is a multiple of those bytes.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T at[N];
+};
+template <class T, int N>
+__device__ Pack<T, N> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <class T, int N>
+__device__ void store_pack(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof pack < 4) {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  } else {  // __stcs: written once, and not cut into words by the compiler
+    uint32_t word[sizeof pack / 4];
+    memcpy(word, pack.at, sizeof pack);
+    if constexpr (sizeof pack == 4) __stcs(reinterpret_cast<uint32_t*>(to), word[0]);
+    if constexpr (sizeof pack == 8) __stcs(reinterpret_cast<uint2*>(to), make_uint2(word[0], word[1]));
+    if constexpr (sizeof pack == 16) __stcs(reinterpret_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+  }
+}
 
 }  // namespace clado

@@ -9,28 +9,6 @@
 
 namespace clado {
 
-// N elements, together 1 to 16 bytes, that are read and written by one instruction; their address is a multiple of those bytes.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T at[N];
-};
-template <class T, int N>
-__device__ Pack<T, N> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T, N>*>(from);
-}
-template <class T, int N>
-__device__ void store_pack(T* to, const Pack<T, N>& pack) {
-  if constexpr (sizeof pack < 4) {
-    *reinterpret_cast<Pack<T, N>*>(to) = pack;
-  } else {  // __stcs: written once, and not cut into words by the compiler
-    uint32_t word[sizeof pack / 4];
-    memcpy(word, pack.at, sizeof pack);
-    if constexpr (sizeof pack == 4) __stcs(reinterpret_cast<uint32_t*>(to), word[0]);
-    if constexpr (sizeof pack == 8) __stcs(reinterpret_cast<uint2*>(to), make_uint2(word[0], word[1]));
-    if constexpr (sizeof pack == 16) __stcs(reinterpret_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
-  }
-}
-
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

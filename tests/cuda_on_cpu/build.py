@@ -70,12 +70,17 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
+def translated(source: Path, to: Path, before: str = "") -> Path:
+    """A CUDA source or header as C++; the compiler still names its own lines."""
+    to.parent.mkdir(exist_ok=True)
+    to.write_text(f'{before}#line 1 "{source}"\n{translate(source.read_text())}')
+    return to
+
+
 def compiled(folder: Path, name: str, source: Path, flags: list[str]) -> str:
-    """The object file of a C++ or (translated) CUDA source."""
+    """The object file of a C++ or CUDA source."""
     if source.suffix == ".cu":
-        text = f'#include "cuda_on_cpu.h"\n#line 1 "{source}"\n{translate(source.read_text())}'
-        source = folder / f"{name}.cpp"
-        source.write_text(text)
+        source = translated(source, folder / f"{name}.cpp", '#include "cuda_on_cpu.h"\n')
     run([compiler(), *flags, "-c", str(source), "-o", str(folder / f"{name}.o")])
     return str(folder / f"{name}.o")
 
@@ -111,8 +116,10 @@ def linked(name: str, sources: dict[str, Path], includes: list[str], link: list[
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait
         if not (folder / name).exists():
-            for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
-                (folder / header).write_text("")  # cuda_on_cpu.h is all of them
+            for name_of_cuda in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+                (folder / name_of_cuda).write_text("")  # cuda_on_cpu.h is all of them
+            for header in ROOT.glob("csrc/common/*.cuh"):
+                translated(header, folder / "common" / header.name, "#pragma once\n")
             places = (HERE, folder, ROOT / "csrc", ROOT / "clado_ext" / "bindings", *includes)
             flags += [f"-I{place}" for place in places]
             with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -150,7 +150,7 @@ def test_packing_is_that_of_the_cpu(bits: int, kernels: AsNative) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])
-@pytest.mark.parametrize("shape", [*test_batched_ce.SHAPES, (3, 3, 128), (2, 2, 1028)])
+@pytest.mark.parametrize("shape", [*test_batched_ce.SHAPES, (3, 3, 128), (2, 2, 1028), (1, 1, 4401), (2, 1, 4500)])
 def test_losses_by_their_own_tests(shape: tuple[int, int, int], size: float, kernels: AsNative) -> None:
     for dtype in (torch.float32, torch.float64):
         logits, delta, target = test_batched_ce.case(shape, size, dtype, "cpu")
@@ -178,6 +178,15 @@ def test_interactions_by_their_own_tests(shape: tuple[int, int, int], kernels: A
         for size in (1e-4, 1e-2, 1.0):
             test_pairwise_ce.test_float32_matches_the_definition(shape, size, "cpu")
             test_pairwise_ce.test_float64_matches_the_definition(shape, size, "cpu")
+
+
+def test_interactions_of_more_samples_than_slices(kernels: AsNative) -> None:
+    """A thread block goes through several samples: what one leaves in shared memory may not reach the next."""
+    logits, delta = test_pairwise_ce.case((1, 2200, 5), 0.3, torch.float32)
+    total, squares = in_every_order(kernels, lambda: clado_ext.pairwise_ce(logits, delta))
+    wanted, wanted_squares = clado_ext.pairwise_ce(logits, delta)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares, wanted_squares, rtol=1e-5, atol=1e-6)
 
 
 def test_interactions_at_their_edges(kernels: AsNative) -> None:
