@@ -2,9 +2,12 @@
 
 Needs no network: the Python that runs this must hold torch, pybind11, pytest, hypothesis, rich, cmake and ninja, and nvcc must be
 in reach. A missing GPU is a failure, not a skip. The outcome goes to ``bench/results/<device>/`` as ``gpu_check.json`` and
-``ops.json``; only from there come claims about a GPU.
+``ops.json``, both written anew after every step, so that a step that fails or a machine that goes away loses nothing; only from
+there come claims about a GPU.
 
-    python bench/gpu_check.py [--skip build tests large memcheck racecheck bench]
+    python bench/gpu_check.py                                             everything
+    python bench/gpu_check.py --only build tests --minutes 9 --out "$OUT"     a part, where a call may take ten minutes
+    python bench/gpu_check.py --only bench --ops fake_quant bitpack           results of the other parts are kept
 """
 
 from __future__ import annotations
@@ -15,24 +18,44 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pybind11", "pytest", "hypothesis", "rich")
-STEPS = ("build", "tests", "large", "memcheck", "racecheck", "bench")
+STEPS = ("build", "tests", "bench", "memcheck", "racecheck", "synccheck", "large")
+OPS = (*sorted(p.parent.name for p in ROOT.glob("csrc/*/*_cuda.cu")), "overhead")
+TAIL = 60  # lines of output that are kept of a step that did not pass
+
+
+@dataclass
+class Outcome:
+    """Of one step: passed, FAILED or TIMED OUT; the last lines of its output where it did not pass."""
+
+    step: str
+    result: str = "passed"
+    seconds: float = 0.0
+    output: list[str] = field(default_factory=list)
 
 
 def tool(name: str) -> str:
     """A program beside this Python, on the path or of the CUDA toolkit."""
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], str(cuda)]))
-    return found or fail(f"{name} was not found beside {sys.executable}, on the path or in {cuda}")
+    places = [str(Path(sys.executable).parent), os.environ["PATH"], str(cuda), str(cuda.parent / "compute-sanitizer")]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise FileNotFoundError(f"{name} was not found beside {sys.executable}, on the path or in {cuda}")
+    return found
 
 
-def fail(why: str) -> str:
+def fail(why: str) -> None:
     print(f"gpu-check: {why}", file=sys.stderr)
     raise SystemExit(1)
 
@@ -51,68 +74,140 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def commands(folder: Path) -> dict[str, list[list[str]]]:
-    """What every step runs."""
-    python = [sys.executable]
-    cmake, build = tool("cmake"), ROOT / "build" / "gpu-check"
-    pybind = subprocess.run(
-        [*python, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
-    ).stdout
+def build_lines() -> list[list[str]]:
+    import pybind11
+    import torch
+
+    cmake, build = tool("cmake"), str(ROOT / "build" / "gpu-check")
+    major, minor = torch.cuda.get_device_capability()
     settings = {
         "CMAKE_MAKE_PROGRAM": tool("ninja"),
         "CMAKE_CUDA_COMPILER": tool("nvcc"),
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind.strip(),
+        "pybind11_DIR": pybind11.get_cmake_dir(),
         "CLADO_CUDA": "ON",
-        "CLADO_CUDA_ARCHS": "native",
-        "CLADO_WERROR": "ON",
+        "CLADO_CUDA_ARCHS": f"{major}{minor}-real",
     }
     defines = [f"-D{name}={value}" for name, value in settings.items()]
-    small = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_gpu.py"]
-    sanitizer = [tool("compute-sanitizer"), "--error-exitcode", "9", "--target-processes", "all"]
-    return {
-        "build": [
-            [cmake, "-S", ".", "-B", str(build), "-G", "Ninja", *defines],
-            [cmake, "--build", str(build)],
-            [cmake, "--install", str(build), "--prefix", "."],
-        ],
-        "tests": [[*python, "-m", "pytest", "-q", "tests/ops", "tests/test_layout.py"]],
-        "large": [[*python, "-m", "pytest", "-q", "-m", "large", "tests/ops"]],
-        "memcheck": [[*sanitizer, "--tool", "memcheck", *small]],
-        "racecheck": [[*sanitizer, "--tool", "racecheck", *small]],
-        "bench": [[*python, "-m", "bench", "--device", "cuda", "--json", str(folder / "ops.json")]],
-    }
+    return [
+        [cmake, "-S", ".", "-B", build, "-G", "Ninja", *defines],
+        [cmake, "--build", build],
+        [cmake, "--install", build, "--prefix", "."],
+    ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip", nargs="+", choices=STEPS, default=[], help="steps that are left out, and said to be")
-    options = parser.parse_args()
-    folder = ROOT / "bench" / "results" / device()
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "CLADO_REQUIRE_GPU": "1", "PYTHONPATH": ".:python"}
-    outcome = []
-    for step, lines in commands(folder).items():
-        if step in options.skip:
-            outcome.append({"step": step, "result": "left out", "seconds": 0.0})
-            continue
-        start, passed = time.perf_counter(), True
-        # The caching allocator would hide an access beyond a tensor from memcheck.
-        own = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step == "memcheck" else environment
-        for line in lines:
-            print(f"gpu-check: {step}: {' '.join(line)}", flush=True)
-            passed = passed and subprocess.run(line, cwd=ROOT, env=own, check=False).returncode == 0
-        seconds = round(time.perf_counter() - start, 1)
-        outcome.append({"step": step, "result": "passed" if passed else "FAILED", "seconds": seconds})
-        if step == "build" and not passed:
-            break  # nothing else would test this tree
+def lines(step: str) -> list[list[str]]:
+    """The commands of a step; FileNotFoundError where a program is missing."""
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if step == "build":
+        return build_lines()
+    if step == "tests":
+        workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+        # What runs CUDA kernels on the CPU needs no GPU.
+        return [[*test, *workers, "tests/ops", "tests/test_layout.py", "--ignore", "tests/ops/test_cuda_on_cpu.py"]]
+    if step == "large":
+        return [[*test, "-m", "large", "tests/ops"]]
+    # A graph cannot be captured without the caching allocator, which would hide an access beyond a tensor from memcheck.
+    small = [*test, "tests/ops/test_gpu.py", *(["-k", "not graph"] if step == "memcheck" else [])]
+    sanitizer = [tool("compute-sanitizer"), "--error-exitcode", "9", "--target-processes", "all", "--tool", step]
+    return [[*sanitizer, "--kernel-name", "kns=clado", *small]]
+
+
+def run(step: str, commands: list[list[str]], seconds: float) -> Outcome:
+    """Runs commands until one fails or ``seconds`` have passed; their output is shown as it comes."""
+    environment = {**os.environ, "CLADO_REQUIRE_GPU": "1", "PYTHONPATH": ".:python", "PYTHONUNBUFFERED": "1"}
+    if step == "memcheck":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    start, outcome, tail = time.perf_counter(), Outcome(step), deque[str](maxlen=TAIL)
+    for command in commands:
+        print(f"gpu-check: {step}: {' '.join(command)}", flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        late = threading.Event()
+
+        def stop(process: subprocess.Popen[str] = process, late: threading.Event = late) -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(max(0.1, seconds - (time.perf_counter() - start)), stop)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            tail.append(line.rstrip())
+        code = process.wait()
+        timer.cancel()
+        if late.is_set() or code != 0:
+            outcome.result = "TIMED OUT" if late.is_set() else "FAILED"
+            break
+    outcome.seconds = round(time.perf_counter() - start, 1)
+    outcome.output = [] if outcome.result == "passed" else list(tail)
+    return outcome
+
+
+def attempt(step: str, seconds: float) -> Outcome:
+    """The outcome of a step that needs nothing but its commands."""
+    try:
+        return run(step, lines(step), seconds)
+    except (OSError, ImportError) as error:
+        return Outcome(step, "FAILED", output=[str(error)])
+
+
+def bench(op: str, folder: Path, seconds: float) -> Outcome:
+    """One op timed in a process of its own, its rows put among those of the others."""
+    part = ROOT / "build" / "gpu-check" / f"{op}.json"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.unlink(missing_ok=True)
+    outcome = run(
+        "bench " + op, [[sys.executable, "-m", "bench", op, "--device", "cuda", "--json", str(part)]], seconds
+    )
+    if part.exists():
+        new, path = json.loads(part.read_text()), folder / "ops.json"
+        old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        ours = {row["op"] for row in new["rows"]}
+        rows = [row for row in old["rows"] if row["op"] not in ours] + new["rows"]
+        path.write_text(json.dumps({**old, **new, "rows": rows}, indent=1) + "\n")
+    return outcome
+
+
+def machine() -> dict[str, Any]:
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     from bench.harness import machine
 
-    (folder / "gpu_check.json").write_text(json.dumps({"machine": machine("cuda"), "steps": outcome}, indent=1) + "\n")
-    for row in outcome:
-        print(f"{row['step']:10} {row['result']:9} {row['seconds']:8.1f} s")
-    return int(any(row["result"] == "FAILED" for row in outcome))
+    return machine("cuda")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="steps to run (default: all)")
+    parser.add_argument("--skip", nargs="+", choices=STEPS, default=[], help="steps to leave out")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="what the step bench times (default: all)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after as many in all; what is done is kept")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/<device>)")
+    options = parser.parse_args(arguments)
+    end = time.perf_counter() + 60 * options.minutes
+    name = device()
+    folder = options.out or ROOT / "bench" / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path, about = folder / "gpu_check.json", machine()
+    before = json.loads(path.read_text())["steps"] if path.exists() else []
+    done: dict[str, dict[str, Any]] = {row["step"]: row for row in before}
+    now = []
+    wanted = [step for step in STEPS if step in options.only and step not in options.skip]
+    for step in wanted:
+        for op in options.ops if step == "bench" else [""]:
+            left = end - time.perf_counter()
+            outcome = bench(op, folder, left) if op else attempt(step, left)
+            now.append(outcome)
+            done[outcome.step] = asdict(outcome)
+            path.write_text(json.dumps({"machine": about, "steps": list(done.values())}, indent=1) + "\n")
+        if step == "build" and now[-1].result != "passed":
+            break  # nothing else would test this tree
+    for outcome in now:
+        print(f"{outcome.step:18} {outcome.result:9} {outcome.seconds:8.1f} s")
+    return int(any(outcome.result != "passed" for outcome in now))
 
 
 if __name__ == "__main__":

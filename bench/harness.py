@@ -67,21 +67,37 @@ def name_of(dtype: torch.dtype) -> str:
 
 def times(work: Callable[[], Any], device: str, seconds: float, least: int) -> list[float]:
     """Seconds of single calls, after a warm-up; with one CPU thread its own time, so that other processes do not count."""
+    if device == "cuda":
+        return gpu_times(work, seconds, least)
     clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     work()
-    synchronize(device)
     out: list[float] = []
     while len(out) < least or sum(out) < seconds:
         start = clock()
         work()
-        synchronize(device)
         out.append(clock() - start)
     return out
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def gpu_times(work: Callable[[], Any], seconds: float, least: int) -> list[float]:
+    """Seconds of a call on the GPU's own clock: means over runs of calls queued one after the other, about 5 ms each, so that a
+    kernel shorter than its launch shows what a queue of them takes."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def run(calls: int) -> float:
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    run(1)
+    calls = max(1, min(1000, int(5e-3 / max(run(3), 1e-6))))
+    out: list[float] = []
+    while len(out) < least or sum(out) * calls < seconds:
+        out.append(run(calls))
+    return out
 
 
 def copy_of(size: int, device: str) -> Callable[[], Any]:
@@ -99,13 +115,14 @@ def product(device: str) -> tuple[Callable[[], Any], int]:
 
 
 def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[dict[str, Any]]:
-    """Check every case, then time it in rounds with its ceiling and its rivals."""
+    """Check every case, then time it in rounds with its ceiling and its rivals; a rival that raises is named and left out."""
     multiply, multiply_flops = product(device)
     rows = []
     for case in cases:
         case.check()
         copy = case.copy or copy_of(case.bytes, device)
-        works = {"ours": case.run, "copy": copy, "product": multiply, **case.rivals}
+        rivals, failed = running(case.rivals)
+        works = {"ours": case.run, "copy": copy, "product": multiply, **rivals}
         taken: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(ROUNDS):
             for name, work in works.items():
@@ -132,10 +149,24 @@ def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[di
                 "ceiling": ceiling,
                 "bound": "bytes" if by_bytes >= by_flops else "flops",
                 "share_of_ceiling": max(by_bytes, by_flops) / median["ours"],
-                "rivals_s": {name: median[name] for name in case.rivals},
+                "rivals_s": {name: median[name] for name in rivals},
+                **({"rivals_failed": failed} if failed else {}),
             }
         )
     return rows
+
+
+def running(rivals: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Those that run here, and why the others do not."""
+    fine, failed = {}, {}
+    for name, work in rivals.items():
+        try:
+            work()
+            fine[name] = work
+        except Exception as error:  # another package's code: anything may come
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"{name} is left out: {failed[name]}")
+    return fine, failed
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -168,9 +199,11 @@ def save(path: str | Path, rows: Sequence[dict[str, Any]], device: str, **more: 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Where figures come from: processor, threads, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "device": name,

@@ -15,7 +15,7 @@ SMALL = ["--shape", "16x96", "3x4x10", "--seconds", "0.001", "--threads", "1"]
 
 def test_runs_checks_writes_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
-    ops = ["batched_ce", "bitpack", "pairwise_ce", "scale_search"]
+    ops = ["batched_ce", "bitpack", "carried", "pairwise_ce", "scale_search"]
     assert main([*ops, *SMALL, "--json", str(path)]) == 0
     rows = compare.rows_of(path)
     assert {op for op, *_ in rows} == {"batched_ce", "pack", "unpack", "pairwise_ce", "scale_search", "quantize_weight"}
@@ -26,6 +26,16 @@ def test_runs_checks_writes_and_plots(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "fake_quant into given outputs" in out
     assert all(op in out for op in OPS if op != "bitpack")
+
+
+def test_a_rival_that_raises_is_named_and_left_out() -> None:
+    def broken() -> None:
+        raise RuntimeError("not on this machine\nmore")
+
+    case = Case("x", "1", "float32", lambda: None, lambda: None, 8, rivals={"theirs": broken, "other": lambda: None})
+    [row] = measure([case], "cpu", 0.001)
+    assert list(row["rivals_s"]) == ["other"]
+    assert row["rivals_failed"] == {"theirs": "RuntimeError: not on this machine"}
 
 
 def test_nothing_is_timed_before_it_is_right() -> None:

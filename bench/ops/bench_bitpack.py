@@ -12,7 +12,8 @@ from clado_ext.reference import bitpack as oracle
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    for rows, columns in grid.shapes_or((768, 3072), (4096, 4096)):
+    large = ((4096, 16384),) if grid.device == "cuda" else ()
+    for rows, columns in grid.shapes_or((768, 3072), (4096, 4096), *large):
         for bits in range(2, 9):
             half = 2 ** (bits - 1)
             codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=grid.device)

@@ -24,7 +24,21 @@ def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
     logits, delta = 3 * torch.randn(3, 70).to(device), torch.randn(67, 3, 70).to(device)
     target = torch.tensor([0, 69, 5]).to(device)
     halves = weight.half()
+    # Rows on whole 16 bytes: the wide paths.
+    even, even_codes = torch.randn(5, 2080).to(device), torch.randint(-8, 8, (3, 1024), dtype=torch.int8).to(device)
+    even_logits, even_delta = 3 * torch.randn(3, 72).to(device), 0.1 * torch.randn(67, 3, 72).to(device)
+    x, d = torch.randn(6, 40).to(device), 0.1 * torch.randn(18, 40).to(device)
     return {
+        "quantize_weight_even": (lambda: tuple(clado_ext.quantize_weight(even, BITS, 32, 9)[:3]), True),
+        "half_even": (lambda: tuple(clado_ext.quantize_weight(even.half(), (2, 3, 5, 8), -1, 9)[:3]), True),
+        "quantize_even": (lambda: clado_ext.quantize(even.bfloat16(), clado_ext.scale_search(even, BITS), BITS), True),
+        "bitpack_even": (lambda: clado_ext.unpack(clado_ext.pack(even_codes, 4), 4, 1024), True),
+        "batched_ce_even": (lambda: clado_ext.batched_ce(even_logits, even_delta), False),
+        "pairwise_ce_even": (lambda: clado_ext.pairwise_ce(even_logits, even_delta), False),
+        "pairwise_ce_double": (lambda: clado_ext.pairwise_ce(even_logits.double(), even_delta.double()), False),
+        "carried_gelu": (lambda: clado_ext.carried_gelu(x, d), False),
+        "carried_layer_norm": (lambda: clado_ext.carried_layer_norm(x, d.bfloat16()), False),
+        "carried_softmax": (lambda: clado_ext.carried_softmax(x, x.softmax(-1), d), False),
         "quantize_weight": (lambda: tuple(clado_ext.quantize_weight(weight, BITS, 33, 9)[:3]), True),
         "asymmetric": (lambda: tuple(clado_ext.quantize_weight(halves, BITS, -1, 9, symmetric=False)), True),
         "quantize": (lambda: clado_ext.quantize(weight, clado_ext.scale_search(weight, BITS), BITS), True),
@@ -49,7 +63,7 @@ def test_as_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(works("cpu")))
-def test_on_another_stream_and_in_a_graph(name: str) -> None:
+def test_on_another_stream(name: str) -> None:
     run, _ = works("cuda")[name]
     wanted = cpu(run())
     stream = torch.cuda.Stream()
@@ -58,6 +72,12 @@ def test_on_another_stream_and_in_a_graph(name: str) -> None:
         got = run()
     stream.synchronize()
     assert same_bits(cpu(got), wanted)
+
+
+@pytest.mark.parametrize("name", list(works("cpu")))
+def test_in_a_graph(name: str) -> None:
+    run, _ = works("cuda")[name]
+    wanted = cpu(run())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
