@@ -134,6 +134,39 @@ def losses(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator
                 yield run
 
 
+def carried(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for streams, rows, columns in ((1, 1, 1), (2, 3, 33), (3, 2, 196), (2, 1, LONG // 20), (2, 0, 5)):
+        for half_in in (False, True):
+            for half_out in (False, True):
+                clean = draw.standard_normal((rows, columns), np.float32)
+                raw = np.float32(0.1) * draw.standard_normal((streams, rows, columns), np.float32)
+                delta = (raw.view(np.uint32) >> 16).astype(np.uint16) if half_in else raw
+                weight = np.ones(columns, np.float32)
+
+                def run(
+                    threads: int,
+                    clean: np.ndarray = clean,
+                    delta: np.ndarray = delta,
+                    weight: np.ndarray = weight,
+                    halves: tuple[bool, bool] = (half_in, half_out),
+                ) -> list[np.ndarray]:
+                    kind, weights = np.uint16 if halves[1] else np.float32, np.exp(clean)
+                    gelu, norm = np.zeros(delta.shape, kind), np.zeros(delta.shape, kind)
+                    soft = np.zeros((*delta.shape[:-1], 2 * delta.shape[-1]), kind)
+                    native.carried_gelu_cpu(
+                        at(clean), at(delta), at(gelu), delta.shape[0], clean.size, *halves, threads
+                    )
+                    native.carried_layer_norm_cpu(
+                        at(clean), at(delta), at(weight), at(norm), *delta.shape, 1e-5, *halves, threads
+                    )
+                    native.carried_softmax_cpu(
+                        at(clean), at(weights), at(delta), at(soft), *delta.shape, 0.5, *halves, threads
+                    )
+                    return [gelu, norm, soft]
+
+                yield run
+
+
 def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]], tuple[int, ...]]:
     """The kernels, what sets each level or order of theirs, and the thread counts to try at each."""
     module = load(path)
@@ -145,7 +178,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses):
+    for family in (quantization, packing, losses, carried):
         for run in family(native, draw):
             first = None
             for level in levels:

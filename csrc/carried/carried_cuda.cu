@@ -5,7 +5,7 @@
 namespace clado {
 namespace {
 
-constexpr int kWarps = 8, kBlockSize = 256;
+constexpr int kWarps = 8, kThreads = 256;
 
 __device__ float sum_warp(float x) {
   for (int half = 16; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
@@ -16,7 +16,19 @@ __device__ float max_warp(float x) {
   return x;
 }
 
-DType dtype_of(bool half) { return half ? DType::bfloat16 : DType::float32; }
+// N neighbouring elements as float32.
+template <int N, class T>
+__device__ Pack<float, N> read(const T* from) {
+  const Pack<T, N> stored = load_pack<T, N>(from);
+  Pack<float, N> x;
+#pragma unroll
+  for (int k = 0; k < N; ++k) x.at[k] = to_float(stored.at[k]);
+  return x;
+}
+template <int N, class T>
+__device__ void write(T* to, const Pack<float, N>& x) {
+  store_pack(to, rounded<T, N>(x.at));
+}
 
 // Phi(x + d) - Phi(x); for small d by its series around x, where the plain difference would keep only the rounding of Phi.
 __device__ float normcdf_change(float x, float d, float after) {
@@ -25,74 +37,120 @@ __device__ float normcdf_change(float x, float d, float after) {
   return density * d * (1.0f - d * (x / 2.0f - d * ((xx - 1.0f) / 6.0f - d * x * (xx - 3.0f) / 24.0f)));
 }
 
-__global__ void gelu_kernel(const float* clean, const void* delta, void* out, int64_t count, int64_t size, DType from, DType to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlockSize + threadIdx.x;
+// One thread per N elements; `size` and `count` are those of a stream and of all, in N elements.
+template <int N, class D, class O>
+__global__ void gelu_kernel(const float* __restrict__ clean, const D* __restrict__ delta, O* __restrict__ out, int64_t count,
+                            int64_t size) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
-  const float x = clean[i % size], d = read_weight(delta, from, i);
-  const float after = normcdff(x + d);
-  write_weight(out, to, i, d * after + x * normcdf_change(x, d, after));
+  const Pack<float, N> x = read<N>(clean + i % size * N), d = read<N>(delta + i * N);
+  Pack<float, N> change;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const float after = normcdff(x.at[k] + d.at[k]);
+    change.at[k] = d.at[k] * after + x.at[k] * normcdf_change(x.at[k], d.at[k], after);
+  }
+  write<N>(out + i * N, change);
 }
 
 // One warp per stream and row.
-__global__ void layer_norm_kernel(const float* clean, const void* delta, const float* weight, void* out, int64_t count, int64_t rows,
-                                  int64_t columns, float eps, DType from, DType to) {
+template <int N, class D, class O>
+__global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __restrict__ delta, const float* __restrict__ weight,
+                                  O* __restrict__ out, int64_t count, int64_t rows, int64_t columns, float eps) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (row >= count) return;
   const float* x = clean + row % rows * columns;
-  const int64_t first = row * columns;
+  const D* d = delta + row * columns;
+  const int64_t start = threadIdx.x * N;
   float sum = 0.0f, shift = 0.0f;
-  for (int64_t c = threadIdx.x; c < columns; c += 32) {
-    sum += x[c];
-    shift += read_weight(delta, from, first + c);
+  for (int64_t c = start; c < columns; c += 32 * N) {
+    const Pack<float, N> y = read<N>(x + c), e = read<N>(d + c);
+#pragma unroll
+    for (int k = 0; k < N; ++k) sum += y.at[k], shift += e.at[k];
   }
   const float n = static_cast<float>(columns), mean = sum_warp(sum) / n;
   shift = sum_warp(shift) / n;
   float squares = 0.0f, change = 0.0f;
-  for (int64_t c = threadIdx.x; c < columns; c += 32) {
-    const float y = x[c] - mean, e = read_weight(delta, from, first + c) - shift;
-    squares += y * y;
-    change += e * (2.0f * y + e);
+  for (int64_t c = start; c < columns; c += 32 * N) {
+    const Pack<float, N> a = read<N>(x + c), b = read<N>(d + c);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float y = a.at[k] - mean, e = b.at[k] - shift;
+      squares += y * y;
+      change += e * (2.0f * y + e);
+    }
   }
   const float variance = sum_warp(squares) / n + eps, more = sum_warp(change) / n;
   const float deviation = sqrtf(variance), moved = sqrtf(variance + more < 0.0f ? 0.0f : variance + more);
   const float after = 1.0f / moved, gain = -more / (deviation * moved * (deviation + moved));
-  for (int64_t c = threadIdx.x; c < columns; c += 32) {
-    const float y = x[c] - mean, e = read_weight(delta, from, first + c) - shift;
-    write_weight(out, to, first + c, (e * after + y * gain) * (weight ? weight[c] : 1.0f));
+  for (int64_t c = start; c < columns; c += 32 * N) {
+    const Pack<float, N> a = read<N>(x + c), b = read<N>(d + c);
+    Pack<float, N> w;
+    if (weight) w = read<N>(weight + c);
+#pragma unroll
+    for (int k = 0; k < N; ++k) w.at[k] = ((b.at[k] - shift) * after + (a.at[k] - mean) * gain) * (weight ? w.at[k] : 1.0f);
+    write<N>(out + row * columns + c, w);
   }
 }
 
-__global__ void softmax_kernel(const float* scores, const float* clean, const void* delta, void* out, int64_t count, int64_t rows,
-                               int64_t columns, float scale, DType from, DType to) {
+template <int N, class D, class O>
+__global__ void softmax_kernel(const float* __restrict__ scores, const float* __restrict__ clean, const D* __restrict__ delta,
+                               O* __restrict__ out, int64_t count, int64_t rows, int64_t columns, float scale) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (row >= count) return;
-  const int64_t first = row * columns;
   const float *s = scores + row % rows * columns, *p = clean + row % rows * columns;
-  float sum = 0.0f, reach = 0.0f, top = -INFINITY;
-  for (int64_t c = threadIdx.x; c < columns; c += 32) {
-    const float d = scale * read_weight(delta, from, first + c);
-    sum += p[c] * expm1f(d);
-    reach = fmaxf(reach, fabsf(d));
-    top = fmaxf(top, s[c] + d);
+  const D* delta_row = delta + row * columns;
+  const int64_t start = threadIdx.x * N;
+  float sum = 0.0f, reach = 0.0f;
+  for (int64_t c = start; c < columns; c += 32 * N) {
+    const Pack<float, N> q = read<N>(p + c), e = read<N>(delta_row + c);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float d = scale * e.at[k];
+      sum += q.at[k] * expm1f(d);
+      reach = fmaxf(reach, fabsf(d));
+    }
   }
   sum = sum_warp(sum);
   const bool far = max_warp(reach) > 30.0f;  // nothing cancels: the plain softmax
-  top = max_warp(top);
-  float norm = 1.0f / (1.0f + sum);
+  float norm = 1.0f / (1.0f + sum), top = -INFINITY;
   if (far) {
     float total = 0.0f;
-    for (int64_t c = threadIdx.x; c < columns; c += 32) total += expf(s[c] + scale * read_weight(delta, from, first + c) - top);
+    for (int64_t c = threadIdx.x; c < columns; c += 32) top = fmaxf(top, s[c] + scale * to_float(delta_row[c]));
+    top = max_warp(top);
+    for (int64_t c = threadIdx.x; c < columns; c += 32) total += expf(s[c] + scale * to_float(delta_row[c]) - top);
     norm = 1.0f / sum_warp(total);
   }
-  for (int64_t c = threadIdx.x; c < columns; c += 32) {
-    const float d = scale * read_weight(delta, from, first + c), w = p[c] * expm1f(d);
-    const float after = (far ? expf(s[c] + d - top) : p[c] + w) * norm;
-    write_weight(out, to, 2 * first + c, far ? after - p[c] : (w - p[c] * sum) * norm);
-    write_weight(out, to, 2 * first + columns + c, after);
+  O* to = out + 2 * row * columns;
+  for (int64_t c = start; c < columns; c += 32 * N) {
+    const Pack<float, N> q = read<N>(p + c), e = read<N>(delta_row + c);
+    Pack<float, N> change, whole;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float d = scale * e.at[k], w = q.at[k] * expm1f(d);
+      whole.at[k] = (far ? expf(s[c + k] + d - top) : q.at[k] + w) * norm;
+      change.at[k] = far ? whole.at[k] - q.at[k] : (w - q.at[k] * sum) * norm;
+    }
+    write<N>(to + c, change);
+    write<N>(to + columns + c, whole);
   }
 }
 
-unsigned blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
+// launch(N, delta as its type, out as its type): four elements at a time where rows of `columns` and all addresses allow it.
+template <class Launch>
+void with_types(const void* delta, bool delta_half, void* out, bool out_half, int64_t columns, bool even, Launch launch) {
+  const auto at = [&](auto* d, auto* o) {
+    even && columns % 4 == 0 && is_aligned(d, 4 * sizeof *d) && is_aligned(o, 4 * sizeof *o)
+        ? launch(std::integral_constant<int, 4>(), d, o)
+        : launch(std::integral_constant<int, 1>(), d, o);
+  };
+  const auto with_out = [&](auto* d) {
+    out_half ? at(d, static_cast<__nv_bfloat16*>(out)) : at(d, static_cast<float*>(out));
+  };
+  delta_half ? with_out(static_cast<const __nv_bfloat16*>(delta)) : with_out(static_cast<const float*>(delta));
+}
+
+unsigned blocks_for(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
 
 }  // namespace
 
@@ -101,8 +159,12 @@ void carried_gelu_cuda(const float* clean, const void* delta, void* out, int64_t
   const int64_t count = streams * size;
   if (count == 0) return;
   const DeviceGuard guard(device);
-  gelu_kernel<<<static_cast<unsigned>(ceil_div(count, kBlockSize)), kBlockSize, 0, static_cast<cudaStream_t>(stream)>>>(
-      clean, delta, out, count, size, dtype_of(delta_half), dtype_of(out_half));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  with_types(delta, delta_half, out, out_half, size, is_aligned(clean, 16), [&](auto n, auto* d, auto* o) {
+    constexpr int kWidth = decltype(n)::value;
+    const auto blocks = static_cast<unsigned>(ceil_div(count / kWidth, kThreads));
+    gelu_kernel<kWidth><<<blocks, kThreads, 0, queue>>>(clean, d, o, count / kWidth, size / kWidth);
+  });
   check_launch("carried_gelu");
 }
 
@@ -111,8 +173,12 @@ void carried_layer_norm_cuda(const float* clean, const void* delta, const float*
   const int64_t count = streams * rows;
   if (count == 0 || columns == 0) return;
   const DeviceGuard guard(device);
-  layer_norm_kernel<<<blocks(count), dim3(32, kWarps), 0, static_cast<cudaStream_t>(stream)>>>(
-      clean, delta, weight, out, count, rows, columns, eps, dtype_of(delta_half), dtype_of(out_half));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool even = is_aligned(clean, 16) && is_aligned(weight, 16);
+  with_types(delta, delta_half, out, out_half, columns, even, [&](auto n, auto* d, auto* o) {
+    constexpr int kWidth = decltype(n)::value;
+    layer_norm_kernel<kWidth><<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(clean, d, weight, o, count, rows, columns, eps);
+  });
   check_launch("carried_layer_norm");
 }
 
@@ -121,8 +187,11 @@ void carried_softmax_cuda(const float* scores, const float* clean, const void* d
   const int64_t count = streams * rows;
   if (count == 0 || columns == 0) return;
   const DeviceGuard guard(device);
-  softmax_kernel<<<blocks(count), dim3(32, kWarps), 0, static_cast<cudaStream_t>(stream)>>>(
-      scores, clean, delta, out, count, rows, columns, scale, dtype_of(delta_half), dtype_of(out_half));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  with_types(delta, delta_half, out, out_half, columns, is_aligned(clean, 16), [&](auto n, auto* d, auto* o) {
+    constexpr int kWidth = decltype(n)::value;
+    softmax_kernel<kWidth><<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(scores, clean, d, o, count, rows, columns, scale);
+  });
   check_launch("carried_softmax");
 }
 

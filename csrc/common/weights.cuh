@@ -50,22 +50,6 @@ __device__ inline float read_weight(const void* weight, DType dtype, int64_t i) 
   return __bfloat162float(static_cast<const __nv_bfloat16*>(weight)[i]);
 }
 
-// Writes `value` rounded to dtype; returns it as stored.
-__device__ inline float write_weight(void* weight, DType dtype, int64_t i, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(weight)[i] = value;
-    return value;
-  }
-  if (dtype == DType::float16) {
-    const __half stored = __float2half_rn(value);
-    static_cast<__half*>(weight)[i] = stored;
-    return __half2float(stored);
-  }
-  const __nv_bfloat16 stored = __float2bfloat16_rn(value);
-  static_cast<__nv_bfloat16*>(weight)[i] = stored;
-  return __bfloat162float(stored);
-}
-
 // NaN stays NaN, which fminf and fmaxf would drop.
 __device__ inline float clamp_code(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
