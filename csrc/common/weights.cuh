@@ -44,12 +44,6 @@ void with_type(DType dtype, Launch launch) {
   launch(__nv_bfloat16{});
 }
 
-__device__ inline float read_weight(const void* weight, DType dtype, int64_t i) {
-  if (dtype == DType::float32) return static_cast<const float*>(weight)[i];
-  if (dtype == DType::float16) return __half2float(static_cast<const __half*>(weight)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(weight)[i]);
-}
-
 // NaN stays NaN, which fminf and fmaxf would drop.
 __device__ inline float clamp_code(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 

@@ -30,13 +30,16 @@ struct Extremes {
 };
 
 // One warp per block.
-__global__ void extremes_kernel(const void* weight, DType dtype, Shape shape, Extremes* extremes) {
+template <class T>
+__global__ void extremes_kernel(const T* __restrict__ weight, Shape shape, Extremes* __restrict__ extremes) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
+  const T* from = weight + shape.first(group);
   float bottom = 0.0f, top = 0.0f, spoiled = 0.0f;
+#pragma unroll 4
   for (int64_t i = start + threadIdx.x; i < length && i < start + kBlock; i += kBlockLanes) {
-    const float w = read_weight(weight, dtype, shape.first(group) + i);
+    const float w = to_float(from[i]);
     bottom = fminf(bottom, w), top = fmaxf(top, w);
     spoiled += w * 0.0f;
   }
@@ -64,17 +67,18 @@ __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Ext
 }
 
 // One warp per block of at most 32 * PerLane weights: they stay in registers while all steps of all widths are rated.
-template <int PerLane>
-__global__ void errors_kernel(const void* weight, DType dtype, Shape shape, BitList bits, int steps,
-                              bool symmetric, const Extremes* group_extremes, float* errors) {
+template <int PerLane, class T>
+__global__ void errors_kernel(const T* __restrict__ weight, Shape shape, BitList bits, int steps, bool symmetric,
+                              const Extremes* __restrict__ group_extremes, float* __restrict__ errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
+  const T* from = weight + shape.first(group);
   float w[PerLane];
 #pragma unroll
   for (int j = 0; j < PerLane; ++j) {
     const int64_t i = start + j * kBlockLanes + threadIdx.x;
-    w[j] = i < length ? read_weight(weight, dtype, shape.first(group) + i) : 0.0f;
+    w[j] = i < length ? to_float(from[i]) : 0.0f;
   }
   for (int b = 0; b < bits.count; ++b) {
     const Grid grid(group_extremes[group].bottom, group_extremes[group].top, bits.width[b], symmetric);
@@ -140,7 +144,6 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
   if (items == 0) return;
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const auto type = static_cast<DType>(dtype);
   const BitList list(bits, num_bits);
   auto* extremes = static_cast<Extremes*>(workspace);
   Extremes* group_extremes = shape.blocks > 1 ? extremes + items : extremes;
@@ -148,21 +151,24 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
   const dim3 warps(kBlockLanes, kWarps);
   const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
   const auto groups = static_cast<unsigned>(shape.all());
-  extremes_kernel<<<grid, warps, 0, queue>>>(weight, type, shape, extremes);
-  if (shape.blocks > 1) group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-  const auto rate = [&](auto per_lane) {
-    errors_kernel<decltype(per_lane)::value><<<grid, warps, 0, queue>>>(weight, type, shape, list, steps, zeros == nullptr,
-                                                                        group_extremes, errors);
-  };
-  const int64_t longest = std::min(columns, group_size);
-  if (longest <= 4 * kBlockLanes)
-    rate(std::integral_constant<int, 4>());
-  else if (longest <= 12 * kBlockLanes)
-    rate(std::integral_constant<int, 12>());
-  else if (longest <= 24 * kBlockLanes)
-    rate(std::integral_constant<int, 24>());
-  else
-    rate(std::integral_constant<int, kBlock / kBlockLanes>());
+  with_type(static_cast<DType>(dtype), [&](auto type) {
+    const auto* typed = static_cast<const decltype(type)*>(weight);
+    extremes_kernel<<<grid, warps, 0, queue>>>(typed, shape, extremes);
+    if (shape.blocks > 1) group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
+    const auto rate = [&](auto per_lane) {
+      errors_kernel<decltype(per_lane)::value><<<grid, warps, 0, queue>>>(typed, shape, list, steps, zeros == nullptr, group_extremes,
+                                                                          errors);
+    };
+    const int64_t longest = std::min(columns, group_size);
+    if (longest <= 4 * kBlockLanes)
+      rate(std::integral_constant<int, 4>());
+    else if (longest <= 12 * kBlockLanes)
+      rate(std::integral_constant<int, 12>());
+    else if (longest <= 24 * kBlockLanes)
+      rate(std::integral_constant<int, 24>());
+    else
+      rate(std::integral_constant<int, kBlock / kBlockLanes>());
+  });
   const auto choices = static_cast<unsigned>(ceil_div(shape.all() * num_bits, kWarps));
   choose_kernel<<<choices, warps, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   check_launch("scale_search");
