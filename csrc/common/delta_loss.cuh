@@ -12,7 +12,8 @@ namespace clado {
 
 struct WarpMoments {
   double mean, residue, log1p_tr;
-  bool far = false;  // the row reaches far
+  bool far = false;    // the row reaches far
+  float reach = 0.0f;  // of a float32 row that does not: no |d| is above it
   __device__ double kl() const { return log1p_tr - residue; }
   __device__ double log_mean_exp() const { return mean + log1p_tr; }
 };
@@ -88,7 +89,16 @@ __device__ WarpMoments warp_moments(const T* z, const T* d, int64_t classes, dou
 constexpr int kRowWarps = 8;
 constexpr int kKept = 4096;  // weights in shared memory; further ones are computed again wherever they are needed
 constexpr int kChain = 4;    // packs that meet in float32 before they are added to a double
-constexpr float kNear = 0.34f;
+constexpr float kNear = 0.34f, kMiddle = 1.0f;
+
+// How far a whole row lies from its centre, so that no element has to ask.
+enum class Range { near, middle, any };
+template <Range R>
+using RangeIs = std::integral_constant<Range, R>;
+template <class Run>
+__device__ auto by_range(float farthest, Run run) {
+  return farthest < kNear ? run(RangeIs<Range::near>()) : farthest < kMiddle ? run(RangeIs<Range::middle>()) : run(RangeIs<Range::any>());
+}
 
 __device__ inline float warp_max(float x) {
   for (int half = 16; half > 0; half /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, half));
@@ -142,9 +152,17 @@ struct CleanRow {
   }
 };
 
-// (e^x - 1) - x for |x| < kNear: Taylor series to x^8/8!, the next term is below 4e-9 of it.
-__device__ inline float near_expm1_minus(float x) {
+// (e^x - 1) - x by its Taylor series: to x^8/8! for |x| < kNear, to x^12/12! for |x| < kMiddle; the next term is below 4e-9 of it.
+template <Range R>
+__device__ float expm1_minus(float x) {
+  if (R == Range::any && fabsf(x) >= kNear) return expm1f(x) - x;
   float p = 1.0f / 40320;
+  if constexpr (R == Range::middle) {
+    float q = __fmaf_rn(1.0f / 479001600, x, 1.0f / 39916800);
+    q = __fmaf_rn(q, x, 1.0f / 3628800);
+    q = __fmaf_rn(q, x, 1.0f / 362880);
+    p = __fmaf_rn(q, x, p);
+  }
   p = __fmaf_rn(p, x, 1.0f / 5040);
   p = __fmaf_rn(p, x, 1.0f / 720);
   p = __fmaf_rn(p, x, 1.0f / 120);
@@ -153,7 +171,10 @@ __device__ inline float near_expm1_minus(float x) {
   p = __fmaf_rn(p, x, 0.5f);
   return p * x * x;
 }
-__device__ inline float expm1_minus(float x) { return fabsf(x) < kNear ? near_expm1_minus(x) : expm1f(x) - x; }
+template <Range R>
+__device__ float expm1_in(float x) {
+  return R == Range::any && fabsf(x) >= kNear ? expm1f(x) : expm1_minus<R>(x) + x;
+}
 
 // run(weights, changes) for the packs of a row, kChain at a time so that as many loads are under way; zeros beyond its end.
 template <int N, bool Kept, class Run>
@@ -191,23 +212,22 @@ __device__ WarpMoments warp_moments(const CleanRow& clean, const float* d) {
   if (reach > 30.0f) return warp_moments(clean.z, d, clean.classes, clean.log_norm);
   const float centre = static_cast<float>(mean / clean.norm);
   double t = 0.0, r = 0.0;
-  const auto add = [&](auto near) {
+  by_range(reach + fabsf(centre), [&](auto range) {
     for_packs<N, Kept>(clean, d, [&](const auto& w, const auto& x) {
       float part_t = 0.0f, part_r = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChain * N; ++i) {
         const float weight = w[i / N].at[i % N], y = weight > 0.0f ? x[i / N].at[i % N] - centre : 0.0f;
-        part_t = __fmaf_rn(weight, decltype(near)::value ? near_expm1_minus(y) : expm1_minus(y), part_t);
+        part_t = __fmaf_rn(weight, expm1_minus<decltype(range)::value>(y), part_t);
         part_r = __fmaf_rn(weight, y, part_r);
       }
       t += static_cast<double>(part_t);
       r += static_cast<double>(part_r);
     });
-  };
-  reach + fabsf(centre) < kNear ? add(std::true_type()) : add(std::false_type());
+  });
   t = warp_sum(t) / clean.norm;
   r = warp_sum(r) / clean.norm;
-  return {static_cast<double>(centre), r, log1p(t + r)};
+  return {static_cast<double>(centre), r, log1p(t + r), false, reach};
 }
 
 // launch(N, Kept) as types, for rows of logits and changes.

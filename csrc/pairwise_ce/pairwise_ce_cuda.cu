@@ -43,8 +43,6 @@ __device__ void write_row(const T* z, const T* d, T* row, int64_t classes, doubl
   }
 }
 
-__device__ inline float near_expm1(float x) { return fabsf(x) < kNear ? near_expm1_minus(x) + x : expm1f(x); }
-
 // float64: one warp per sample and perturbation.
 template <int, bool>
 __global__ void rows_kernel(const double* logits, const double* delta, double* rows, int64_t first, int64_t count,
@@ -81,19 +79,25 @@ __global__ void rows_kernel(const float* __restrict__ logits, const float* __res
       continue;
     }
     const float high = static_cast<float>(shift), low = static_cast<float>(shift - static_cast<double>(high));
-    for (int64_t c = threadIdx.x * N; c < classes; c += 32 * N) {
-      Pack<float, N> root, x = load_pack<float, N>(d + c);
-      if (Kept || c < kKept) {
-        root = load_pack<float, N>(roots + c);
-      } else {
-        root = load_pack<float, N>(z + c);
+    by_range(m.reach + fabsf(high) + fabsf(low), [&](auto range) {
+#pragma unroll 2
+      for (int64_t c = threadIdx.x * N; c < classes; c += 32 * N) {
+        Pack<float, N> root, x = load_pack<float, N>(d + c);
+        if (Kept || c < kKept) {
+          root = load_pack<float, N>(roots + c);
+        } else {
+          root = load_pack<float, N>(z + c);
 #pragma unroll
-        for (int k = 0; k < N; ++k) root.at[k] = root_of(root.at[k]);
+          for (int k = 0; k < N; ++k) root.at[k] = root_of(root.at[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const float u = expm1_in<decltype(range)::value>((x.at[k] - high) - low);
+          x.at[k] = root.at[k] > 0.0f ? root.at[k] * u : 0.0f;
+        }
+        *reinterpret_cast<Pack<float, N>*>(row + c) = x;
       }
-#pragma unroll
-      for (int k = 0; k < N; ++k) x.at[k] = root.at[k] > 0.0f ? root.at[k] * near_expm1((x.at[k] - high) - low) : 0.0f;
-      *reinterpret_cast<Pack<float, N>*>(row + c) = x;
-    }
+    });
   }
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import clado_ext
 from clado_ext import _registry
-from tests.cuda_on_cpu.build import AsNative, build, build_broken, load
+from tests.cuda_on_cpu.build import AsNative, build, build_broken, load, translate
 from tests.ops import test_batched_ce, test_carried, test_pairwise_ce
 from tests.ops.devices import same_bits
 
@@ -149,7 +149,7 @@ def test_packing_is_that_of_the_cpu(bits: int, kernels: AsNative) -> None:
             assert same_bits(in_every_order(kernels, lambda w=words, n=shape[1]: clado_ext.unpack(w, bits, n)), codes)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])
+@pytest.mark.parametrize("size", [1e-4, 0.2, 1.0, 50.0])
 @pytest.mark.parametrize("shape", [*test_batched_ce.SHAPES, (3, 3, 128), (2, 2, 1028), (1, 1, 4401), (2, 1, 4500)])
 def test_losses_by_their_own_tests(shape: tuple[int, int, int], size: float, kernels: AsNative) -> None:
     for dtype in (torch.float32, torch.float64):
@@ -207,6 +207,15 @@ def test_carried_differences_by_their_own_tests(op: Callable[..., Any], kernels:
     with on_cuda(kernels):
         test_carried.test_softmax_gives_itself_beside_the_change_and_may_go_far("cpu")
         test_carried.test_nan_stays_in_its_row(op, "cpu")
+
+
+def test_what_is_not_understood_is_refused() -> None:
+    assert translate("__shared__ T a[2][n + 1], b;") == "static T a[2][n + 1], b; cuda_on_cpu::share(a, b);"
+    launch = translate("f<T, 4><<<grid(n), dim3(32, 8), 0, queue>>>(\n    x, g(y));")
+    assert launch.startswith('cuda_on_cpu::configure(grid(n), dim3(32, 8), 0, queue).run("f<T, 4>", [](auto... a)')
+    assert launch.endswith("{ f<T, 4>(a...); }, \n    x, g(y));")
+    with pytest.raises(ValueError, match="a launch is not understood"):
+        translate("kernels[0]<<<1, 1>>>(x);")
 
 
 @pytest.fixture(scope="module")
