@@ -9,6 +9,9 @@ namespace clado {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kTeam = 16;  // warps that share a group: up to 16 blocks
+constexpr int kPerLane = kBlock / kBlockLanes;
+constexpr int kChunk = 8;  // steps rated before it is asked whether later ones can win
 
 struct Shape {
   int64_t rows, columns, group_size, groups, blocks;  // blocks of 1024 in a whole group
@@ -29,26 +32,126 @@ struct Extremes {
   }
 };
 
-// One warp per block.
-template <class T>
-__global__ void extremes_kernel(const T* __restrict__ weight, Shape shape, Extremes* __restrict__ extremes) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
-  if (index >= shape.all() * shape.blocks) return;
-  const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  const T* from = weight + shape.first(group);
+template <int PerLane, class T>
+__device__ void load_block(const T* group, int64_t start, int64_t length, float (&w)[PerLane]) {
+#pragma unroll
+  for (int j = 0; j < PerLane; ++j) {
+    const int64_t i = start + j * kBlockLanes + threadIdx.x;
+    w[j] = i < length ? to_float(group[i]) : 0.0f;
+  }
+}
+
+// Squared error of a block at one step, in units of the scale, in lane 0.
+template <int PerLane>
+__device__ float block_error(const float (&w)[PerLane], float inverse, const Grid& grid) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PerLane; ++j) {
+    const float x = w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
+    sum += e * e;
+  }
+  return sum_block_lanes(sum);
+}
+
+// The part of it that clipping makes.
+template <int PerLane>
+__device__ float clipped_error(const float (&w)[PerLane], float inverse, const Grid& grid) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PerLane; ++j) {
+    const float x = w[j] * inverse, e = fminf(fmaxf(x, grid.low), grid.high) - x;
+    sum += e * e;
+  }
+  return sum_block_lanes(sum);
+}
+
+// Bottom and top of a block by its warp, in lane 0.
+template <int PerLane>
+__device__ Extremes block_extremes(const float (&w)[PerLane]) {
   float bottom = 0.0f, top = 0.0f, spoiled = 0.0f;
-#pragma unroll 4
-  for (int64_t i = start + threadIdx.x; i < length && i < start + kBlock; i += kBlockLanes) {
-    const float w = to_float(from[i]);
-    bottom = fminf(bottom, w), top = fmaxf(top, w);
-    spoiled += w * 0.0f;
+#pragma unroll
+  for (int j = 0; j < PerLane; ++j) {
+    bottom = fminf(bottom, w[j]), top = fmaxf(top, w[j]);
+    spoiled += w[j] * 0.0f;
   }
   for (int half = 16; half > 0; half /= 2) {
     bottom = fminf(bottom, __shfl_down_sync(0xffffffffu, bottom, half));
     top = fmaxf(top, __shfl_down_sync(0xffffffffu, top, half));
     spoiled += __shfl_down_sync(0xffffffffu, spoiled, half);
   }
-  if (threadIdx.x == 0) extremes[index] = spoiled != 0.0f ? Extremes{nanf(""), nanf("")} : Extremes{bottom, top};
+  return spoiled != 0.0f ? Extremes{nanf(""), nanf("")} : Extremes{bottom, top};
+}
+
+// ---- groups of up to kTeam blocks: all in one kernel ----
+
+// One block of threads per group and width, one warp per block of it, whose weights stay in registers. All warps add the blocks'
+// errors in order and so decide alike.
+template <int PerLane, class T>
+__global__ void __launch_bounds__(32 * kTeam, 1)
+    search_kernel(const T* __restrict__ weight, Shape shape, BitList bits, int steps, float* __restrict__ scales,
+                  int8_t* __restrict__ zeros) {
+  __shared__ Extremes ends[kTeam];
+  __shared__ float sums[2][kTeam][kChunk + 1];  // of the steps of a chunk, then what is clipped at its last one
+  const int64_t group = blockIdx.x, length = shape.length(group), at = blockIdx.y * shape.all() + group;
+  const int warp = threadIdx.y, lane = threadIdx.x, warps = blockDim.y;
+  const bool first = warp == 0 && lane == 0;
+  float w[PerLane];
+  load_block(weight + shape.first(group), static_cast<int64_t>(warp) * kBlock, length, w);
+  const Extremes own = block_extremes(w);
+  if (lane == 0) ends[warp] = own;
+  __syncthreads();
+  Extremes all{0.0f, 0.0f};
+  for (int i = 0; i < warps; ++i) all.merge(ends[i]);
+  if (all.bottom != all.bottom || (all.bottom == 0.0f && all.top == 0.0f)) {
+    if (first) scales[at] = all.bottom != all.bottom ? all.bottom : 1.0f;
+    if (first && zeros) zeros[at] = 0;
+    return;
+  }
+  const Grid grid(all.bottom, all.top, bits.width[blockIdx.y], zeros == nullptr);
+  double least = INFINITY;
+  int best = 0;
+  for (int next = 0, turn = 0; next < steps; next += kChunk, turn ^= 1) {
+    const int count = steps - next < kChunk ? steps - next : kChunk;
+    for (int j = 0; j < count; ++j) {
+      const float sum = block_error(w, 1.0f / grid.scale(next + j), grid);
+      if (lane == 0) sums[turn][warp][j] = sum;
+    }
+    const float clipped = clipped_error(w, 1.0f / grid.scale(next + count - 1), grid);
+    if (lane == 0) sums[turn][warp][kChunk] = clipped;
+    __syncthreads();
+    double error = 0.0;
+    if (lane < count || lane == kChunk)
+      for (int i = 0; i < warps; ++i) error += static_cast<double>(sums[turn][i][lane]);
+    const double all_clipped = __shfl_sync(0xffffffffu, error, kChunk);
+    const double scale = grid.scale(lane < count ? next + lane : next + count - 1);
+    error *= scale * scale;
+    bool better = false;
+    for (int j = 0; j < count; ++j) {
+      const double total = __shfl_sync(0xffffffffu, error, j);
+      if (total < least) least = total, best = next + j, better = true;
+    }
+    // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds the
+    // best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
+    const double last = grid.scale(next + count - 1);
+    const double lost = (0.999 * sqrt(all_clipped) - 1e-4 * sqrt(static_cast<double>(length))) * last;
+    if (!better && lost > 0.0 && lost * lost > least) break;
+  }
+  if (first) scales[at] = grid.scale(best);
+  if (first && zeros) zeros[at] = static_cast<int8_t>(grid.zero);
+}
+
+// ---- longer groups: extremes, errors of every block and step, choice ----
+
+// One warp per block.
+template <class T>
+__global__ void extremes_kernel(const T* __restrict__ weight, Shape shape, Extremes* __restrict__ extremes) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  if (index >= shape.all() * shape.blocks) return;
+  const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
+  float w[kPerLane];
+  load_block(weight + shape.first(group), start, length, w);
+  const Extremes own = block_extremes(w);
+  if (threadIdx.x == 0) extremes[index] = own;
 }
 
 // One block of threads per group merges its blocks.
@@ -66,31 +169,19 @@ __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Ext
   if (threadIdx.x == 0) out[group] = parts[0];
 }
 
-// One warp per block of at most 32 * PerLane weights: they stay in registers while all steps of all widths are rated.
-template <int PerLane, class T>
+// One warp per block: its weights stay in registers while all steps of all widths are rated.
+template <class T>
 __global__ void errors_kernel(const T* __restrict__ weight, Shape shape, BitList bits, int steps, bool symmetric,
                               const Extremes* __restrict__ group_extremes, float* __restrict__ errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  const T* from = weight + shape.first(group);
-  float w[PerLane];
-#pragma unroll
-  for (int j = 0; j < PerLane; ++j) {
-    const int64_t i = start + j * kBlockLanes + threadIdx.x;
-    w[j] = i < length ? to_float(from[i]) : 0.0f;
-  }
+  float w[kPerLane];
+  load_block(weight + shape.first(group), start, length, w);
   for (int b = 0; b < bits.count; ++b) {
     const Grid grid(group_extremes[group].bottom, group_extremes[group].top, bits.width[b], symmetric);
     for (int k = 0; k < steps; ++k) {
-      const float inverse = 1.0f / grid.scale(k);
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < PerLane; ++j) {
-        const float x = w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
-        sum += e * e;
-      }
-      sum = sum_block_lanes(sum);
+      const float sum = block_error(w, 1.0f / grid.scale(k), grid);
       if (threadIdx.x == 0) errors[(index * bits.count + b) * steps + k] = sum;
     }
   }
@@ -132,7 +223,7 @@ Shape shape_of(int64_t rows, int64_t columns, int64_t group_size) {
 
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps) {
   const Shape shape = shape_of(rows, columns, group_size);
-  const int64_t items = shape.all() * shape.blocks;
+  const int64_t items = shape.blocks > kTeam ? shape.all() * shape.blocks : 0;
   return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_bits * steps;
 }
 
@@ -145,32 +236,36 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
   const BitList list(bits, num_bits);
-  auto* extremes = static_cast<Extremes*>(workspace);
-  Extremes* group_extremes = shape.blocks > 1 ? extremes + items : extremes;
-  auto* errors = reinterpret_cast<float*>(extremes + items + shape.all());
-  const dim3 warps(kBlockLanes, kWarps);
-  const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
   const auto groups = static_cast<unsigned>(shape.all());
   with_type(static_cast<DType>(dtype), [&](auto type) {
     const auto* typed = static_cast<const decltype(type)*>(weight);
+    if (shape.blocks <= kTeam) {
+      const auto search = [&](auto per_lane) {
+        const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
+        search_kernel<decltype(per_lane)::value><<<dim3(groups, num_bits), warps, 0, queue>>>(typed, shape, list, steps, scales, zeros);
+      };
+      const int64_t longest = std::min(columns, group_size);
+      if (longest <= 4 * kBlockLanes)
+        search(std::integral_constant<int, 4>());
+      else if (longest <= 12 * kBlockLanes)
+        search(std::integral_constant<int, 12>());
+      else if (longest <= 24 * kBlockLanes)
+        search(std::integral_constant<int, 24>());
+      else
+        search(std::integral_constant<int, kPerLane>());
+      return;
+    }
+    auto* extremes = static_cast<Extremes*>(workspace);
+    Extremes* group_extremes = extremes + items;
+    auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
+    const dim3 warps(kBlockLanes, kWarps);
+    const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
+    const auto choices = static_cast<unsigned>(ceil_div(shape.all() * num_bits, kWarps));
     extremes_kernel<<<grid, warps, 0, queue>>>(typed, shape, extremes);
-    if (shape.blocks > 1) group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-    const auto rate = [&](auto per_lane) {
-      errors_kernel<decltype(per_lane)::value><<<grid, warps, 0, queue>>>(typed, shape, list, steps, zeros == nullptr, group_extremes,
-                                                                          errors);
-    };
-    const int64_t longest = std::min(columns, group_size);
-    if (longest <= 4 * kBlockLanes)
-      rate(std::integral_constant<int, 4>());
-    else if (longest <= 12 * kBlockLanes)
-      rate(std::integral_constant<int, 12>());
-    else if (longest <= 24 * kBlockLanes)
-      rate(std::integral_constant<int, 24>());
-    else
-      rate(std::integral_constant<int, kBlock / kBlockLanes>());
+    group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
+    errors_kernel<<<grid, warps, 0, queue>>>(typed, shape, list, steps, zeros == nullptr, group_extremes, errors);
+    choose_kernel<<<choices, warps, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   });
-  const auto choices = static_cast<unsigned>(ceil_div(shape.all() * num_bits, kWarps));
-  choose_kernel<<<choices, warps, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
   check_launch("scale_search");
 }
 

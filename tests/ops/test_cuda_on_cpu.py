@@ -77,6 +77,8 @@ def offset(x: Tensor, by: int) -> Tensor:
         ((3, 4, 3, 3), 12, (2, 4, 8)),
         ((2, 3000), 1100, (2, 8)),
         ((1, 9000), -1, (2, 3, 4, 5, 6, 7, 8)),
+        ((2, 16_500), -1, (2, 8)),
+        ((1, 500), 400, (3,)),
     ],
 )
 def test_quantization_is_that_of_the_cpu(
@@ -99,10 +101,13 @@ def test_quantization_is_that_of_the_cpu(
 
 
 def test_all_steps_of_the_search(kernels: AsNative) -> None:
-    weight = torch.randn(2, 1500)
-    for search, steps in product((clado_ext.scale_search, clado_ext.range_search), (1, 95, 99)):
+    for shape, search, steps in product(
+        ((5, 700), (2, 1500), (1, 17_000)), (clado_ext.scale_search, clado_ext.range_search), (1, 95, 99)
+    ):
+        weight = torch.randn(shape) + torch.randint(0, 30, shape).eq(0) * 3  # a few far out
         wanted = search(weight, (2, 4, 8), -1, steps)
-        assert same_bits(in_every_order(kernels, lambda f=search, s=steps: f(weight, (2, 4, 8), -1, s)), wanted)
+        with on_cuda(kernels):
+            assert same_bits(search(weight, (2, 4, 8), -1, steps), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
