@@ -83,7 +83,7 @@ struct Thread {
 };
 
 inline std::vector<Thread> threads;  // those of the largest block so far; a block uses the first `count`
-inline int count = 0, current = 0;
+inline int count = 0, current = 0, favourite = 0;
 inline uint32_t ready[kMaxThreads / kWarp];
 inline std::function<void()> body;
 inline jmp_buf scheduler;
@@ -138,12 +138,14 @@ inline void set_ready(int i) {
   ready[i / kWarp] |= 1u << (i % kWarp);
 }
 
-// The thread to run next by the order in force, or -1. A warp that may go on runs ahead of all others as far as it can.
+// The thread to run next by the order in force, or -1. A warp that may go on runs ahead of all others as far as it can; shuffled,
+// now and then another one is drawn.
 inline int next_ready() {
   const int warps = (count + kWarp - 1) / kWarp;
   const unsigned turn = order == Order::shuffled ? draw() : 0;
+  if (turn % 64 == 0) favourite = static_cast<int>(turn / 64 % static_cast<unsigned>(warps));
   for (int k = 0; k < warps; ++k) {
-    const int warp = order == Order::forward ? k : order == Order::backward ? warps - 1 - k : static_cast<int>((turn + k) % warps);
+    const int warp = order == Order::forward ? k : order == Order::backward ? warps - 1 - k : (favourite + k) % warps;
     uint32_t lanes = ready[warp];
     if (!lanes) continue;
     int lane = order == Order::backward ? 31 - __builtin_clz(lanes) : __builtin_ctz(lanes);

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import clado_ext
@@ -106,8 +108,9 @@ def test_all_steps_of_the_search(kernels: AsNative) -> None:
     ):
         weight = torch.randn(shape) + torch.randint(0, 30, shape).eq(0) * 3  # a few far out
         wanted = search(weight, (2, 4, 8), -1, steps)
-        with on_cuda(kernels):
-            assert same_bits(search(weight, (2, 4, 8), -1, steps), wanted)
+        for order in ORDERS if shape[1] < 9999 else (FORWARD,):
+            with on_cuda(kernels, order):
+                assert same_bits(search(weight, (2, 4, 8), -1, steps), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,6 +142,59 @@ def test_every_half_is_read_and_written_as_on_the_cpu(kernels: AsNative) -> None
         with on_cuda(kernels):
             got = clado_ext.fake_quant(weight, scale, (8,))[0]
         assert same_bits(got.nan_to_num(nan=3.0), wanted.nan_to_num(nan=3.0))
+
+
+@settings(max_examples=300)
+@given(
+    columns=st.integers(1, 300),
+    exponent=st.integers(-149, 127),
+    half=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    ranged=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_at_the_middle_of_steps_and_at_any_scale(
+    columns: int, exponent: int, half: bool, dtype: torch.dtype, ranged: bool, seed: int, kernels: AsNative
+) -> None:
+    """Weights on and one rounding beside the middle of two steps, where a product with the inverse could go the other way."""
+    torch.manual_seed(seed)
+    scale = (1 + torch.rand(2, 3, 1)) * 2.0**exponent
+    zero = torch.randint(-8, 8, scale.shape, dtype=torch.int8) if ranged else None
+    steps = torch.randint(-300, 300, (3, columns)) + 0.5 * half
+    weight = (steps * scale[0] * (1 + torch.randint(-1, 2, steps.shape) * 2.0**-23)).to(dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        values, sqerr = clado_ext.fake_quant(weight, scale, (4, 8), zero_point=zero)
+        codes = clado_ext.quantize(weight, scale, (4, 8), zero_point=zero)
+        return values.nan_to_num(nan=3.0), sqerr.nan_to_num(nan=3.0), codes
+
+    with on_cuda(kernels):
+        got = run()
+    assert same_bits(got, run())
+
+
+@given(
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 2200),
+    group=st.integers(1, 1200),
+    steps=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(
+    rows: int, columns: int, group: int, steps: int, dtype: torch.dtype, symmetric: bool, seed: int, kernels: AsNative
+) -> None:
+    torch.manual_seed(seed)
+    weight = (torch.randn(rows, columns) * torch.randn(rows, 1).exp()).to(dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        found = clado_ext.quantize_weight(weight, (2, 5, 8), max(group, columns // 20), steps, symmetric)
+        return tuple(x for x in found if x is not None)
+
+    with on_cuda(kernels):
+        got = run()
+    assert same_bits(got, run())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
