@@ -163,8 +163,8 @@ void pack_cuda(const int8_t* codes, int32_t* words, int64_t rows, int64_t column
   if (runs == 0) return;
   const DeviceGuard guard(device);
   with_bits(bits, is_whole(codes, words, columns, bits), [&](auto width, auto whole) {
-    pack_kernel<decltype(width)::value, decltype(whole)::value><<<
-        static_cast<unsigned>(ceil_div(runs, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(codes, words, runs, columns);
+    pack_kernel<decltype(width)::value, decltype(whole)::value>
+        <<<static_cast<unsigned>(ceil_div(runs, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(codes, words, runs, columns);
   });
   check_launch("pack");
 }
@@ -174,8 +174,8 @@ void unpack_cuda(const int32_t* words, int8_t* codes, int64_t rows, int64_t colu
   if (runs == 0) return;
   const DeviceGuard guard(device);
   with_bits(bits, is_whole(codes, words, columns, bits), [&](auto width, auto whole) {
-    unpack_kernel<decltype(width)::value, decltype(whole)::value><<<
-        static_cast<unsigned>(ceil_div(runs, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(words, codes, runs, columns);
+    unpack_kernel<decltype(width)::value, decltype(whole)::value>
+        <<<static_cast<unsigned>(ceil_div(runs, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(words, codes, runs, columns);
   });
   check_launch("unpack");
 }

@@ -1,4 +1,5 @@
-// What every launcher needs: checked calls, the device guard, wide loads and stores. Launchers throw std::runtime_error, never exit.
+// What every launcher needs: checked calls, the device guard, wide loads and stores. Launchers throw std::runtime_error and
+// never exit.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// common/delta_loss.h on the GPU: the moments of one row by one warp. float32 rows in float32 with sums that meet in double, float64
-// rows and rows that reach far all in double.
+// common/delta_loss.h on the GPU: the moments of one row by one warp. float32 rows in float32 with sums that meet in double,
+// float64 rows and rows that reach far all in double.
 #pragma once
 
 #include <cmath>
@@ -97,7 +97,9 @@ template <Range R>
 using RangeIs = std::integral_constant<Range, R>;
 template <class Run>
 __device__ auto by_range(float farthest, Run run) {
-  return farthest < kNear ? run(RangeIs<Range::near>()) : farthest < kMiddle ? run(RangeIs<Range::middle>()) : run(RangeIs<Range::any>());
+  if (farthest < kNear) return run(RangeIs<Range::near>());
+  if (farthest < kMiddle) return run(RangeIs<Range::middle>());
+  return run(RangeIs<Range::any>());
 }
 
 __device__ inline float warp_max(float x) {
@@ -106,7 +108,9 @@ __device__ inline float warp_max(float x) {
 }
 
 // e^(z - top); a class at -inf counts nothing, any other at least a little, so that its NaN is seen.
-__device__ inline float softmax_weight(float z, float top) { return z == -INFINITY ? 0.0f : fmaxf(expf(z - top), 1.1754944e-38f); }
+__device__ inline float softmax_weight(float z, float top) {
+  return z == -INFINITY ? 0.0f : fmaxf(expf(z - top), 1.1754944e-38f);
+}
 
 struct CleanRow {
   const float *z, *kept;

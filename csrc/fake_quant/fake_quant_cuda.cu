@@ -158,7 +158,8 @@ void fake_quant_cuda(const void* weight, int dtype, const float* scales, const i
   const auto queue = static_cast<cudaStream_t>(stream);
   with_type(static_cast<DType>(dtype), [&](auto type) {
     using T = decltype(type);
-    launch<T>(weight, scales, zeros, static_cast<T*>(values), block_errors, rows, columns, group_size, BitList(bits, num_bits), queue);
+    launch<T>(weight, scales, zeros, static_cast<T*>(values), block_errors, rows, columns, group_size, BitList(bits, num_bits),
+              queue);
   });
   const int64_t sums = rows * num_bits;
   if (sums == 0) return;

@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(4096 / (4 * Rows))
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int y = warp / 2 * (4 * Rows) + lane / 8 * 4, x = warp % 2 * 32 + lane % 8 * 4;  // rows y + 16 i + (0..3)
   // Nothing to do below the diagonal and beyond the last perturbation.
-  const bool busy = top + warp / 2 * (4 * Rows) <= start_column + warp % 2 * 32 + 31 && top + warp / 2 * (4 * Rows) < perturbations &&
-                    start_column + warp % 2 * 32 < perturbations;
+  const int64_t first_row = top + warp / 2 * (4 * Rows), first_column = start_column + warp % 2 * 32;
+  const bool busy = first_row <= first_column + 31 && first_row < perturbations && first_column < perturbations;
   const T floor = static_cast<T>(5.9604645e-8f - 1.0f);
   double total[Rows][4] = {}, squares[Rows][4] = {};
   Part<T, kThreads, N> a, b;
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(4096 / (4 * Rows))
 }
 
 // Adds the slices in order to both triangles.
-__global__ void add_slices_kernel(const double* partial, double* total, double* squares, int64_t perturbations, int64_t slices, bool first) {
+__global__ void add_slices_kernel(const double* partial, double* total, double* squares, int64_t perturbations, int64_t slices,
+                                  bool first) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, size = perturbations * perturbations;
   if (index >= size) return;
   const int64_t v = index / perturbations, w = index % perturbations, upper = v <= w ? index : w * perturbations + v;

@@ -242,7 +242,8 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
     if (shape.blocks <= kTeam) {
       const auto search = [&](auto per_lane) {
         const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
-        search_kernel<decltype(per_lane)::value><<<dim3(groups, num_bits), warps, 0, queue>>>(typed, shape, list, steps, scales, zeros);
+        search_kernel<decltype(per_lane)::value>
+            <<<dim3(groups, num_bits), warps, 0, queue>>>(typed, shape, list, steps, scales, zeros);
       };
       const int64_t longest = std::min(columns, group_size);
       if (longest <= 4 * kBlockLanes)

@@ -43,14 +43,13 @@ def translate(source: str) -> str:
     """CUDA's two syntaxes as C++, line for line: launches and shared variables."""
     source = re.sub(r"__shared__\s+([^;]+);", _share, source)
     while (start := source.find("<<<")) >= 0:
-        name = re.search(r"[\w:]+(<[^<>]*>)?$", source[:start])
+        name = re.search(r"([\w:]+(?:<[^<>]*>)?)(\s*)$", source[:start])
         end = source.index(">>>", start)
         opening = source.index("(", end)
         if name is None or source[end + 3 : opening].strip():
             raise ValueError(f"a launch is not understood: {source[start - 40 : end + 10]!r}")
-        call = (
-            f'cuda_on_cpu::configure({source[start + 3 : end]}).run("{name[0]}", [](auto... a) {{ {name[0]}(a...); }}, '
-        )
+        call = f"{name[2]}cuda_on_cpu::configure({source[start + 3 : end]})"
+        call += f'.run("{name[1]}", [](auto... a) {{ {name[1]}(a...); }}, '
         source = source[: name.start()] + call + source[opening + 1 :]
     return source
 

@@ -160,10 +160,13 @@ inline int next_ready() {
   return -1;
 }
 
+inline std::string text_of(dim3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
 inline std::string describe(int i) {
   const Thread& t = threads[i];
-  const std::string who = "thread (" + std::to_string(t.index.x) + ", " + std::to_string(t.index.y) + ", " + std::to_string(t.index.z) + ")";
-  return who + (t.state == State::ended ? " has ended" : std::string(" waits at ") + t.place.what + " in line " + std::to_string(t.place.line));
+  if (t.state == State::ended) return "thread " + text_of(t.index) + " has ended";
+  return "thread " + text_of(t.index) + " waits at " + t.place.what + " in line " + std::to_string(t.place.line);
 }
 
 // Nobody is ready: opens the barrier when all threads wait at the same one; otherwise says who keeps whom waiting.
@@ -272,8 +275,10 @@ struct Launch {
 
   template <class Kernel, class... Args>
   void run(const char* name, Kernel kernel, Args... args) const {
-    const int64_t size = static_cast<int64_t>(block.x) * block.y * block.z, blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-    if (size < 1 || size > kMaxThreads || block.z > 64 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    const int64_t size = static_cast<int64_t>(block.x) * block.y * block.z;
+    const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+    const bool large = grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535;
+    if (size < 1 || size > kMaxThreads || block.z > 64 || blocks < 1 || large) {
       last_error = cudaErrorInvalidConfiguration;
       return;
     }
@@ -289,11 +294,11 @@ struct Launch {
     if (order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), draw);
     for (const int64_t turn : turns) {
       const int64_t row = turn / grid.x;
-      blockIdx = dim3(static_cast<unsigned>(turn % grid.x), static_cast<unsigned>(row % grid.y), static_cast<unsigned>(row / grid.y));
+      blockIdx.x = static_cast<unsigned>(turn % grid.x);
+      blockIdx.y = static_cast<unsigned>(row % grid.y), blockIdx.z = static_cast<unsigned>(row / grid.y);
       run_block();
       if (fault.empty()) continue;
-      const std::string text = std::string(name) + ", block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
-                               std::to_string(blockIdx.z) + "): " + fault;
+      const std::string text = name + (", block " + text_of(blockIdx)) + ": " + fault;
       fault.clear(), threads.clear();
       throw std::logic_error(text);
     }
@@ -307,19 +312,27 @@ inline Launch configure(dim3 grid, dim3 block, int dynamic_shared = 0, cudaStrea
 }  // namespace cuda_on_cpu
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
-inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid value"; }
+inline const char* cudaGetErrorString(cudaError_t e) {
+  return e == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid value";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) { return std::memset(data, value, bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return std::memset(data, value, bytes), cudaSuccess;
+}
 
 // ---- what a thread may call ----
 
 #define __syncthreads() (cuda_on_cpu::wait("__syncthreads", __LINE__, 0), cuda_on_cpu::to_scheduler())
 #define __syncwarp() cuda_on_cpu::meet_warp("__syncwarp", __LINE__, 0xffffffffu)
 #define __shfl_sync(mask, x, from) cuda_on_cpu::shuffle("__shfl_sync", __LINE__, mask, x, (from) % 32, 0)
-#define __shfl_xor_sync(mask, x, by) cuda_on_cpu::shuffle("__shfl_xor_sync", __LINE__, mask, x, cuda_on_cpu::lane() ^ (by), cuda_on_cpu::lane())
-#define __shfl_down_sync(mask, x, by) cuda_on_cpu::shuffle("__shfl_down_sync", __LINE__, mask, x, cuda_on_cpu::lane() + int(by), cuda_on_cpu::lane())
-#define __shfl_up_sync(mask, x, by) cuda_on_cpu::shuffle("__shfl_up_sync", __LINE__, mask, x, cuda_on_cpu::lane() - int(by), cuda_on_cpu::lane())
+#define CUDA_ON_CPU_LANE cuda_on_cpu::lane()
+#define __shfl_xor_sync(mask, x, by) \
+  cuda_on_cpu::shuffle("__shfl_xor_sync", __LINE__, mask, x, CUDA_ON_CPU_LANE ^ (by), CUDA_ON_CPU_LANE)
+#define __shfl_down_sync(mask, x, by) \
+  cuda_on_cpu::shuffle("__shfl_down_sync", __LINE__, mask, x, CUDA_ON_CPU_LANE + int(by), CUDA_ON_CPU_LANE)
+#define __shfl_up_sync(mask, x, by) \
+  cuda_on_cpu::shuffle("__shfl_up_sync", __LINE__, mask, x, CUDA_ON_CPU_LANE - int(by), CUDA_ON_CPU_LANE)
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
@@ -350,7 +363,8 @@ struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 
 inline float __half2float(__half h) {
   const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY) : ldexpf(static_cast<float>(exponent ? 1024 + fraction : fraction), std::max(exponent, 1) - 25);
+  float size = ldexpf(static_cast<float>(exponent ? 1024 + fraction : fraction), std::max(exponent, 1) - 25);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
   return h.bits >> 15 ? -size : size;
 }
 inline __half __float2half_rn(float f) {
