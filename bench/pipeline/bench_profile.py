@@ -216,7 +216,7 @@ def suffix_sum(model: nn.Module, x: Tensor, width: int, ignore: list[str]) -> fl
     from clado.executor import Executor
 
     executor = Executor(capture(model, x[:2], ignore))
-    executor.self_test(x[:2])
+    executor.self_test(x[:2], model)
     return width**2 * sum(j * share for j, share in enumerate(executor.suffix_share))
 
 

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from .errors import CladoError, require
+from .narrow import narrow
 from .sensitivity import Layer
 
 ForwardStep = Callable[[nn.Module, Any], Any]
@@ -108,9 +109,13 @@ def capture(
         f"changes of {sorted(signature.buffers_to_mutate.values())[:3]}",
     )
     outputs = tuple(next(node for node in program.graph.nodes if node.op == "output").args[0])
-    nodes = _live_nodes(program.graph, [placeholders[name] for name in signature.user_inputs], outputs)
+    entries = [placeholders[name] for name in signature.user_inputs]
+    nodes = _live_nodes(program.graph, entries, outputs)
+    positions = {node: _positions(node) for node in nodes if node.target in _KINDS}  # of the whole forward
+    narrow(program.graph, nodes, outputs)
+    nodes = _live_nodes(program.graph, entries, outputs)
     used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
-    inputs = tuple(placeholders[name] for name in signature.user_inputs)
+    inputs = tuple(entries)
     batch = next(node for node in inputs if node in used).meta["val"].shape[0]
     _needs(isinstance(batch, torch.SymInt), "model", "accept any batch size", f"the fixed batch size {batch}")
     live = {*nodes, *inputs}
@@ -127,7 +132,9 @@ def capture(
     constants = _constants(
         program.graph, nodes, inputs, outputs, {placeholders[key]: tensors[name] for key, name in names.items()}
     )
-    layers, sources, skipped = _find_layers(model, nodes, constants, {placeholders[k]: v for k, v in names.items()})
+    layers, sources, skipped = _find_layers(
+        model, positions, constants, {placeholders[k]: v for k, v in names.items()}
+    )
     keep = ignored(layers, ignore, quantize_ends)
     kept = [k for k, layer in enumerate(layers) if layer.name not in keep]
     require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
@@ -221,7 +228,7 @@ def evaluate(node: Node, value: Any) -> Any:
 
 
 def _find_layers(
-    model: nn.Module, nodes: Sequence[Node], constants: dict[Node, Any], names: dict[Node, str]
+    model: nn.Module, positions: dict[Node, int], constants: dict[Node, Any], names: dict[Node, str]
 ) -> tuple[list[Layer], list[tuple[Node, ...]], dict[str, str]]:
     aliases: dict[tuple[Any, ...], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -235,17 +242,15 @@ def _find_layers(
     macs: dict[tuple[Any, ...], int] = {}
     kinds: dict[tuple[Any, ...], str] = {}
     skipped: dict[str, str] = {}
-    for node in nodes:
-        kind = _KINDS.get(node.target)
-        if kind is None:
-            continue
+    for node, count in positions.items():
+        kind = _KINDS[node.target]
         weight = node.args[1]
         if not isinstance(weight, Node) or weight not in names or storage(constants[weight]) not in aliases:
             skipped[str(node)] = "its weight is computed, not a parameter"
             continue
         key = storage(constants[weight])
         kinds.setdefault(key, kind)
-        macs[key] = macs.get(key, 0) + _positions(node) * math.prod(constants[weight].shape)
+        macs[key] = macs.get(key, 0) + count * math.prod(constants[weight].shape)
     layers, sources = [], []
     for key, kind in kinds.items():
         parameters = aliases[key]

@@ -141,7 +141,7 @@ class CarriedExecutor(Executor):
     ) -> None:
         super().__init__(captured)
         if tested is not None:  # the cuts were tried, and the work of every segment counted
-            self._flops = tested._flops
+            self._flops, self._forward_flops = tested._flops, tested._forward_flops
         self.precision = Precision(precision, device)
         self._pieces = [captured.nodes[a:b] for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
         self._dynamic = {*captured.nodes, *captured.inputs}

@@ -122,6 +122,7 @@ class Executor:
         self._live = self._liveness(bounds)
         self._segments = [self._build(piece, self._live[k + 1]) for k, piece in enumerate(pieces)]
         self._flops = [0.0] * len(self._segments)
+        self._forward_flops = 0.0  # of the model's own forward, the unit of work
         self._starts = starts
         self._product_flops: dict[int, float] = {}
         last = self._last_uses()
@@ -142,8 +143,7 @@ class Executor:
     @property
     def suffix_share(self) -> list[float]:
         """For each layer, the share of a forward's multiply-adds from its node to the end; needs :meth:`self_test`."""
-        total = sum(self._flops)
-        return [sum(self._flops[2 * k + 1 :]) / total for k in range(self.num_layers)]
+        return [sum(self._flops[2 * k + 1 :]) / self._forward_flops for k in range(self.num_layers)]
 
     def start(self, batch: Any) -> State:
         """State before the first node for inputs ``[N, …]``, or a nest of them."""
@@ -231,7 +231,7 @@ class Executor:
                     out[tap.layer - first] += product.T.to("cpu", torch.float64)
         if isinstance(counter, FlopCounterMode):
             self._product_flops[first] = counter.get_total_flops() / rows
-        self.work += self._product_flops[first] / sum(self._flops) * rows
+        self.work += self._product_flops[first] / self._forward_flops * rows
         return out.view(*out.shape[:2], state.streams, state.samples)
 
     def _record(self, state: State, first: int) -> tuple[dict[Node, Any], list[_Tap]]:
@@ -303,15 +303,23 @@ class Executor:
             out.append(_rows(change * gradient, node.meta["val"], rows).flatten(1).sum(1))
         return torch.stack(out, 1)
 
-    def self_test(self, batch: Any, rtol: float = 1e-3) -> Any:
+    def self_test(self, batch: Any, whole: Callable[[Any], Any] | None = None, rtol: float = 1e-3) -> Any:
         """Check on real data that stacked streams do not mix, at every cut; also counts the work of every segment.
 
         At each cut the live values of two different batches are stacked and carried over one segment; both must give what
         they give alone, so by induction every suffix is right. Returns the model's clean output.
 
+        Args:
+            batch: inputs of two samples.
+            whole: the model's own forward, which the graph must agree with and whose multiply-adds are the unit of
+                :attr:`work`; None: the graph's own.
+
         Raises:
-            NotCapturable: a cut where stacking changes the values, named by the layer behind it.
+            NotCapturable: a cut where stacking changes the values, named by the layer behind it; other outputs than the model's.
         """
+        with FlopCounterMode(display=False) as counter:
+            expected = None if whole is None else whole(batch)
+        self._forward_flops = counter.get_total_flops() / len(pytree.tree_leaves(batch)[0])
         other = pytree.tree_map(lambda x: x * 0.5 if x.is_floating_point() else x[:1].expand_as(x), batch)
         states = [self.start(batch), self.start(other)]
         for position in range(-1, 2 * self.num_layers):
@@ -329,8 +337,12 @@ class Executor:
                         "that changes when batches are stacked (batch statistics, dropout or a mixed batch dimension?)"
                     )
         require(sum(self._flops) > 0, "capture", "model", "do matrix products", "none counted")
+        self._forward_flops = self._forward_flops or sum(self._flops)
+        output = self.outputs(states[0])[0]
+        if whole is not None and not all(map(_agree, *map(pytree.tree_leaves, (output, expected)))):
+            raise NotCapturable("capture: model must give what its graph gives, got other outputs (dropout, chance?)")
         self.work = 0.0
-        return self.outputs(states[0])[0]
+        return output
 
     def _step(self, state: State, position: int) -> State:
         """Run segment ``position + 1`` under the streams' own weights."""
@@ -340,9 +352,8 @@ class Executor:
         return State(position + 1, values, state.samples, state.overrides)
 
     def _count(self, index: int, rows: int) -> None:
-        total = sum(self._flops)
-        if total:
-            self.work += self._flops[index] / total * rows
+        if self._forward_flops:
+            self.work += self._flops[index] / self._forward_flops * rows
 
     def _check_at(self, state: State, layer: int) -> None:
         require(state.position == 2 * layer, "fork", "state", f"stand at layer {layer}", f"position {state.position}")
@@ -503,6 +514,10 @@ def _slice(value: Any, meta: Any, stream: int, streams: int) -> Any:
         return value
     size = value.shape[dim] // streams
     return value.narrow(dim, stream * size, size)
+
+
+def _agree(got: Any, wanted: Any) -> bool:
+    return not isinstance(wanted, Tensor) or _close(got, wanted, 1e-3)
 
 
 def _close(got: Any, wanted: Any, rtol: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Run:
         executor: Runner
         try:
             executor = Executor(capture(moved, example, options.ignore, options.quantize_ends, step))
-            output = executor.self_test(example)
+            output = executor.self_test(example, partial(step or _call, moved))
         except NotCapturable as error:
             executor = WholeExecutor(moved, example, options.ignore, options.quantize_ends, step)
             output = executor.self_test(example)
