@@ -285,8 +285,9 @@ class Executor:
         ):  # else the weight is used in other ways
             if node.target == torch.ops.aten.linear.default:
                 x, g = (_rows(t, entry.meta["val"], rows) for t in (tap.inputs[entry], gradient))
-                if _outer_pays(x.shape[1], len(variants)):
-                    return _outer_products(x, g, clean, variants)
+                if not _outer_pays(x.shape[1], len(variants)):
+                    return torch.stack([((g @ (v - clean)) * x).flatten(1).sum(1) for v in variants], 1)
+                return _outer_products(x, g, clean, variants)
             elif node.target in _CONVOLUTIONS and gradient.dim() == 4:
                 x, g = _patches(node, tap.inputs[entry], gradient, clean.shape)
                 if _outer_pays(x.shape[2], len(variants)):
