@@ -157,7 +157,7 @@ def test_fewer_chunks_than_ranks_are_shared() -> None:
 def test_shared_work_is_that_of_the_longest_share() -> None:
     suffix = [1.0, 0.7, 0.4, 0.1]
     for estimator in ESTIMATORS:
-        whole, half = (expected_work(estimator, suffix, 3, members) for members in (1, 2))
+        whole, half = (expected_work(estimator, 1.0, suffix, 3, members) for members in (1, 2))
         assert whole / 2 < half < whole
     assert Share().own(3, lambda: [1.0, 2.0, 3.0]) == [0, 1, 2]
 

@@ -88,9 +88,12 @@ def test_last_block_computes_what_is_read(attention: str, read: str) -> None:
     assert [rows(executor, f"blocks.1.{name}") for name in ("proj", "up", "down")] == [wanted] * 3
     assert rows(executor, "blocks.1.qkv") == rows(executor, "blocks.0.down") == TOKENS
     whole = WholeExecutor(model, x[:2])
-    assert [layer.macs for layer in executor.layers] == [layer.macs for layer in whole.layers]  # the model's, not the graph's
+    assert [layer.macs for layer in executor.layers] == [
+        layer.macs for layer in whole.layers
+    ]  # the model's, not the graph's
     share = executor.suffix_share
-    assert share[0] < 1 and sorted(share, reverse=True) == share
+    assert share[0] < 1
+    assert sorted(share, reverse=True) == share
 
 
 def test_what_is_read_twice_stays_whole() -> None:
@@ -124,7 +127,11 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1),
     "flip": lambda x: x.flip(1),
 }
-ENDS: dict[str, Read] = {"token": lambda x: x[:, 2], "span": lambda x: x[:, 1:4].sum(1), "columns": lambda x: x[:, :, 1:]}
+ENDS: dict[str, Read] = {
+    "token": lambda x: x[:, 2],
+    "span": lambda x: x[:, 1:4].sum(1),
+    "columns": lambda x: x[:, :, 1:],
+}
 
 
 class Chain(nn.Module):

@@ -132,9 +132,7 @@ def capture(
     constants = _constants(
         program.graph, nodes, inputs, outputs, {placeholders[key]: tensors[name] for key, name in names.items()}
     )
-    layers, sources, skipped = _find_layers(
-        model, positions, constants, {placeholders[k]: v for k, v in names.items()}
-    )
+    layers, sources, skipped = _find_layers(model, positions, constants, {placeholders[k]: v for k, v in names.items()})
     keep = ignored(layers, ignore, quantize_ends)
     kept = [k for k, layer in enumerate(layers) if layer.name not in keep]
     require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")

@@ -235,7 +235,8 @@ class PairRun(Run):
         self.executor.work, self.measured = 0.0, 0
 
     def cost(self, estimator: str, members: int = 1) -> float:
-        return expected_work(estimator, self.executor.suffix_share, 1, members, self.later)
+        executor = self.executor
+        return expected_work(estimator, executor.forward_share, executor.suffix_share, 1, members, self.later)
 
     def _calibrate(self, seen: Any) -> Activations:
         return self._ranges

@@ -187,22 +187,24 @@ CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence 
 
 
 def expected_work(
-    estimator: str, suffix: Sequence[float], width: int, members: int = 1, later: Later | None = None
+    estimator: str, whole: float, suffix: Sequence[float], width: int, members: int = 1, later: Later | None = None
 ) -> float:
-    """Forward-equivalents per sample, from each layer's share of a forward that lies behind its cut.
+    """Forward-equivalents per sample.
 
     Args:
+        whole, suffix: the share of the model's own forward that a clean pass takes, and what of it lies behind each layer's cut.
+        width: candidates of a layer.
         members: ranks that share a chunk; the work is that of the one that has most to do.
         later: as for :func:`corrected`.
     """
     if estimator == "gradient":  # one clean forward and backward
-        return 2 + longest(_gradient_work(suffix, width), members)
-    work = 1 + longest(_single_work(suffix, width), members)
+        return 2 * whole + longest(_gradient_work(suffix, width), members)
+    work = whole + longest(_single_work(suffix, width), members)
     if estimator in ("diagonal", "logit"):
         return work
     later = every_pair(len(suffix)) if later is None else later
     # The pairs walk the prefix once more, up to the cut of the last layer that has one behind it.
-    walk = max((1 - share for share, behind in zip(suffix, later, strict=True) if behind), default=0.0)
+    walk = max((whole - share for share, behind in zip(suffix, later, strict=True) if behind), default=0.0)
     return work + walk + longest(_pair_work(suffix, width, later), members)
 
 

@@ -88,6 +88,8 @@ class Runner(Protocol):
     def skipped(self) -> dict[str, str]: ...
     @property
     def suffix_share(self) -> list[float]: ...
+    @property
+    def forward_share(self) -> float: ...
     def start(self, batch: Any) -> Any: ...
     def advance(self, state: Any, layer: int) -> Any: ...
     def fork(self, state: Any, layer: int, variants: Sequence[Tensor]) -> Any: ...
@@ -139,6 +141,11 @@ class Executor:
     @property
     def skipped(self) -> dict[str, str]:
         return self.captured.skipped
+
+    @property
+    def forward_share(self) -> float:
+        """What a clean pass takes of the model's own forward: less than 1 where positions are read by nobody."""
+        return sum(self._flops) / self._forward_flops
 
     @property
     def suffix_share(self) -> list[float]:

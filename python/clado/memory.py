@@ -85,7 +85,7 @@ def chunk_bytes(
         carried = isinstance(executor, CarriedExecutor)
         runner = CarriedExecutor(few, executor.precision.name, device) if carried else Executor(few)  # type: ignore[attr-defined]
         runner.stack = stack
-        runner._flops = [1.0] * len(runner._flops)
+        runner._flops, runner._forward_flops = [1.0] * len(runner._flops), 1.0
         batch = pytree.tree_map(lambda t: t.new_empty((samples, *t.shape[1:])), example)
         try:
             with warnings.catch_warnings(), LiveBytes(device, (known, weights, batch)) as live:

@@ -46,14 +46,15 @@ def narrow(graph: Graph, nodes: Sequence[Node], outputs: Sequence[Any]) -> None:
     shapes = {node: node.meta["val"] for node in spans}
     for node in nodes:
         if node in spans:
-            for source, span in (_sources(node, spans[node]) or {}).items():
-                node.replace_input_with(source, _taken(graph, source, span, spans, slices))
+            for read, span in (_sources(node, spans[node]) or {}).items():
+                node.replace_input_with(read, _taken(graph, read, span, spans, slices))
             if node.target in _VIEWS:
                 size = list(node.args[1])  # type: ignore[arg-type]
                 size[spans[node].dim] = spans[node].stop - spans[node].start
                 node.args = (node.args[0], size)
         elif node.args and node.args[0] in spans and (part := _part(node)) is not None:
-            source, begin = node.args[0], spans[node.args[0]].start  # type: ignore[index]
+            source: Any = node.args[0]
+            begin = spans[source].start
             moved = (part.start - begin,) if node.target == aten.select.int else (part.start - begin, part.stop - begin)
             node.args = (source, part.dim, *moved)
     for node, value in shapes.items():
@@ -80,18 +81,19 @@ def _read(node: Node, live: set[Node], spans: dict[Node, Span]) -> Span | None:
 
 def _part(node: Node) -> Span | None:
     """What a selection or a slice reads of its input."""
+    given: tuple[Any, ...] = node.args
     if node.target == aten.select.int:
-        value, dim, index = node.args
-        start, stop, step = index, None, 1
+        value, dim, start = given
+        stop, step = None, 1
     elif node.target == aten.slice.Tensor:
-        value, dim, start, stop, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        value, dim, start, stop, step = (*given, *(None, 0, None, None, 1)[len(given) :])
     else:
         return None
-    shape = value.meta["val"].shape  # type: ignore[union-attr]
-    dim = dim % len(shape)  # type: ignore[operator]
+    shape = value.meta["val"].shape
+    dim = dim % len(shape)
     if not all(isinstance(x, (int, type(None))) for x in (shape[dim], start, stop, step)) or step != 1:
         return None
-    start, stop, _ = slice(start, stop).indices(shape[dim])  # type: ignore[misc]
+    start, stop, _ = slice(start, stop).indices(shape[dim])
     return Span(dim, start, start + 1 if node.target == aten.select.int else stop)
 
 

@@ -241,7 +241,8 @@ class Run:
 
     def cost(self, estimator: str, members: int = 1) -> float:
         """Forward-equivalents per sample; of the rank that has most to do where so many share them."""
-        return expected_work(estimator, self.executor.suffix_share, self.width, members)
+        executor = self.executor
+        return expected_work(estimator, executor.forward_share, executor.suffix_share, self.width, members)
 
     def total_work(self, samples: int) -> float:
         """Forward-equivalents of so many samples."""

@@ -73,6 +73,10 @@ class WholeExecutor:
         """Nothing is shared: every layer's suffix is the whole forward."""
         return [1.0] * self.num_layers
 
+    @property
+    def forward_share(self) -> float:
+        return 1.0
+
     def start(self, batch: Any) -> WholeState:
         return WholeState(-1, batch, len(pytree.tree_leaves(batch)[0]), ({},))
 
