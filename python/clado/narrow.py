@@ -86,7 +86,8 @@ def _part(node: Node) -> Span | None:
         value, dim, start = given
         stop, step = None, 1
     elif node.target == aten.slice.Tensor:
-        value, dim, start, stop, step = (*given, *(None, 0, None, None, 1)[len(given) :])
+        defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+        value, dim, start, stop, step = given + defaults[len(given) :]
     else:
         return None
     shape = value.meta["val"].shape
