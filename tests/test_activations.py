@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import clado
 from clado.activations import best_range, calibrate, quantize_activations, rounded
 from clado.profiler import profile
+from clado.samples import sample_digests
 from tests.models import tiny_vit
 
 
@@ -118,3 +121,37 @@ def test_calibration_is_a_moving_average_over_batches() -> None:
     np.testing.assert_allclose(found["ranges"]["0"], wanted, rtol=1e-12)
     assert list(found["ranges"]) == ["0", "1"]
     assert list(calibrate(model, batches, lambda m, x: m(x))["ranges"]) == ["0"]  # the classifier's input stays float
+
+
+class Ends(torch.utils.data.IterableDataset[Tensor]):
+    """A stream: it cannot be asked for a sample again."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.x)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_so_many_samples_calibrate_and_all_are_measured(streamed: bool, tmp_path: Path) -> None:
+    model, shape = tiny_vit()
+    x = torch.randn(24, *shape, generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(Ends(x) if streamed else x, batch_size=5)  # type: ignore[arg-type, var-annotated]
+    options: dict[str, Any] = {
+        "estimator": "diagonal",
+        "bits": (2, 8),
+        "act_bits": 4,
+        "batch_size": 4,
+        "verbose": False,
+    }
+    some, every = (profile(model, loader, num_samples=24, act_samples=n, **options) for n in (17, None))
+    for sens, count in ((some, 17), (every, 24)):
+        wanted = calibrate(model, x[:count].split(8), lambda m, part: m(part), 4)
+        assert sens.activations == wanted
+        assert torch.equal(torch.from_numpy(sens.sample_digests), sample_digests(x))
+    # A run that is prolonged keeps the ranges it began with.
+    short = profile(model, loader, num_samples=16, output_dir=tmp_path, **options)
+    long = profile(model, loader, num_samples=24, output_dir=tmp_path, **options)
+    assert long.num_samples == 24
+    assert long.activations == short.activations == calibrate(model, x[:16].split(8), lambda m, part: m(part), 4)

@@ -14,8 +14,7 @@ from clado.distributed import Ranks
 from clado.errors import CladoError
 from clado.estimators import ESTIMATORS, expected_work
 from clado.fingerprint import digest
-from clado.options import Options
-from clado.profiler import profile
+from clado.profiler import profile, with_defaults
 from clado.run import Run
 from clado.sensitivity import Sensitivity
 from clado.share import Share, split
@@ -141,11 +140,7 @@ def test_split_covers_every_item_once_and_evenly(parts: int) -> None:
 
 def test_fewer_chunks_than_ranks_are_shared() -> None:
     model, loader = data()
-    options = Options.of(
-        bits=(2, 4), estimator="exact", loss="kl", loss_func=None, forward_step=None, precision="float32", num_samples=20,
-        exact_samples=None, batch_size=4, max_memory=None, group_size=-1, scale_steps=1, symmetric=True, act_bits=None,
-        ignore=(), quantize_ends=False, output_dir=None, device=None, seed=0,
-    )  # fmt: skip
+    options = with_defaults(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
     with torch.no_grad():
         run = Run(model, loader, options)  # five chunks
     assert [run.members(world, 0) for world in (1, 5, 10)] == [1, 1, 2]

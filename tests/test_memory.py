@@ -14,8 +14,7 @@ from clado import run as run_module
 from clado.capture import Captured, capture
 from clado.losses import LogitLoss
 from clado.memory import LiveBytes
-from clado.options import Options
-from clado.profiler import plan_run, profile
+from clado.profiler import plan_run, profile, with_defaults
 from clado.run import Run
 from tests.models import tiny_vit
 
@@ -37,12 +36,7 @@ def captured_once(net: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(net: Any, **arguments: Any) -> Run:
-    known = {
-        name: parameter.default
-        for name, parameter in __import__("inspect").signature(profile).parameters.items()
-        if name not in ("model", "data_loader", "verbose")
-    }
-    return Run(net[0], [net[1]], Options.of(**{**known, "scale_steps": 1, **arguments}))
+    return Run(net[0], [net[1]], with_defaults(**{"scale_steps": 1, **arguments}))
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "corrected", "exact"])

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .capture import ignored
@@ -74,13 +75,9 @@ def best_range(x: Tensor, bits: int) -> tuple[float, float]:
     flat = x.reshape(-1).float()
     flat = flat[:: max(1, flat.numel() // ELEMENTS)]
     low, high = min(0.0, flat.min().item()), max(0.0, flat.max().item())
-    best, kept = float("inf"), (low, high)
-    for step in range(STEPS):
-        pair = (low * (1 - step / 100), high * (1 - step / 100))
-        error = (rounded(flat, *pair, bits) - flat).square().sum().item()
-        if error < best:
-            best, kept = error, pair
-    return kept
+    pairs = [(low * (1 - step / 100), high * (1 - step / 100)) for step in range(STEPS)]
+    errors = torch.stack([(rounded(flat, *pair, bits) - flat).square().sum() for pair in pairs]).tolist()  # one wait
+    return min(zip(errors, pairs, strict=True), key=lambda tried: tried[0])[1]
 
 
 def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:

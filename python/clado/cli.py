@@ -91,6 +91,9 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option(
     "--act-bits", type=int, help="Also round the layers' inputs, to so many bits; weights only when left out."
 )
+@click.option(
+    "--act-samples", type=int, help="Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out."
+)
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
@@ -147,6 +150,7 @@ def _profile(options: dict[str, Any]) -> None:
         "ignore",
         "quantize_ends",
         "act_bits",
+        "act_samples",
         "batch_size",
         "device",
         "seed",
@@ -161,7 +165,7 @@ def _profile(options: dict[str, Any]) -> None:
         **{name: options[name] for name in kept},
     }
     if options["dry_run"]:
-        plan = plan_run(model, data, **arguments)
+        plan = plan_run(model, data, **arguments, verbose=is_writer())
         if is_writer():
             click.echo(str(plan))
         return

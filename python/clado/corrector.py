@@ -238,7 +238,7 @@ class PairRun(Run):
         executor = self.executor
         return expected_work(estimator, executor.forward_share, executor.suffix_share, 1, members, self.later)
 
-    def _calibrate(self, seen: Any) -> Activations:
+    def _calibrate(self, verbose: bool) -> Activations:
         return self._ranges
 
     def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:

@@ -38,6 +38,7 @@ class Options:
     max_memory: int | None
     quantizer: Quantizer
     act_bits: int | None
+    act_samples: int | None
     ignore: tuple[str, ...]
     quantize_ends: bool
     output_dir: Path | None
@@ -57,7 +58,7 @@ class Options:
         must = "be float32 or float64 for the gradient estimator (a backward carries no differences)"
         carries = self.estimator != "gradient" or self.precision not in LOW_PRECISIONS
         require(carries, "profile", "precision", must, repr(self.precision))
-        for name in ("num_samples", "exact_samples", "batch_size", "max_memory"):
+        for name in ("num_samples", "exact_samples", "batch_size", "max_memory", "act_samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, "profile", name, "be at least 1", value)
 

@@ -38,6 +38,7 @@ def profile(
     scale_steps: int = 95,
     symmetric: bool = True,
     act_bits: int | None = None,
+    act_samples: int | None = None,
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
@@ -77,7 +78,9 @@ def profile(
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
         symmetric: codes are steps around zero; False adds a zero point to every scale.
         act_bits: also round the inputs of the layers to so many bits, on per-tensor asymmetric ranges calibrated on the first
-            64 samples; the loss is then measured from the float weights under rounded inputs. None: weights only.
+            ``act_samples``; the loss is then measured from the float weights under rounded inputs. None: weights only.
+        act_samples: samples that calibrate the ranges, read before the run; None: all, 1,024 at most (the paper's number), or
+            as many as an interrupted run in ``output_dir``.
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier.
         output_dir: run directory; the result is saved there, chunk by chunk: the same call after an interruption goes on to
@@ -95,7 +98,7 @@ def profile(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "data_loader", "verbose")}
     with full_precision(), torch.no_grad():
-        return Run(model, data_loader, Options.of(**arguments)).measure(verbose)
+        return Run(model, data_loader, Options.of(**arguments), verbose).measure(verbose)
 
 
 def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> RunPlan:
@@ -105,7 +108,7 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> Ru
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
     with full_precision(), torch.no_grad():
-        return Run(model, data_loader, with_defaults(**options)).plan()
+        return Run(model, data_loader, with_defaults(**options), options.get("verbose", False)).plan()
 
 
 def with_defaults(**given: Any) -> Options:

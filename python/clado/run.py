@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,8 +37,8 @@ from .sensitivity import FILE_NAME, Layer, Sensitivity
 from .share import MemberFailed, Share
 from .whole import WholeExecutor
 
-# Samples that calibrate activations, and how many of them make a step of the moving average.
-ACT_SAMPLES, ACT_BATCH = 64, 8
+# Samples that calibrate activations at most; steps of the moving average over them, and samples of a step at least.
+ACT_SAMPLES, ACT_STEPS, ACT_BATCH = 1024, 32, 8
 # How much longer a chunk is thought to take where ranks share it: they wait for each other.
 _SHARING = 1.05
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
@@ -48,14 +48,14 @@ _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 class Run:
     """A run that is ready to be measured: the captured model, the stream of samples, the settings that decide the result."""
 
-    def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options) -> None:
+    def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options, verbose: bool = False) -> None:
         self.started = time.perf_counter()
         self.model, self.options = model, options
         self.measured = 0  # samples of this rank, in this call or an earlier one
         check_finite(model)
         self.stream = SampleStream(data_loader, options.num_samples, options.seed)
-        seen = self.stream.peek(SAMPLES if options.act_bits is None else ACT_SAMPLES)
-        first = pytree.tree_map(lambda t: t[:SAMPLES], seen)
+        first = self.stream.peek(SAMPLES)
+        known = recorded(options.output_dir)
         inputs, targets = self._parts(first)
         labelled = options.loss != "cross_entropy" or targets is not None
         require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
@@ -65,11 +65,11 @@ class Run:
         self.dtype = PRECISIONS[options.precision]
         self.title = f"profile ({options.estimator})"
         self.notes: list[str] = []
-        self.activations = self._calibrate(seen)
+        self.act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, self.stream.expected)
+        self.activations = self._calibrate(verbose)
         if self.activations:
             self.model = model = quantize_activations(model, self.activations)
         self.executor = self._executor(two_samples(moved_to(inputs, self.device, self.dtype)))
-        known = recorded(options.output_dir)
         default = _default_batch(self.executor, self.width, options.estimator, self.device)
         self.size = options.batch_size or known.get("batch_size") or default
         self.example = two_samples(moved_to(inputs, self.device, self.dtype))
@@ -95,6 +95,7 @@ class Run:
             "batch_size": self.size,
             "quantizer": options.quantizer.to_json(),
             "act_bits": options.act_bits,
+            "act_samples": self.act_samples if self.activations else None,
             "act_ranges": digest(self.activations) if self.activations else None,
             "device": self.device.type,
         }
@@ -105,16 +106,22 @@ class Run:
         whole = self.options.whole_batches
         return first_of_batch if self.options.forward_step is None and whole else self.options.forward_step
 
-    def _calibrate(self, seen: Any) -> Activations:
+    def _calibrate(self, verbose: bool) -> Activations:
         """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
         options = self.options
         if options.act_bits is None:
             return {}
-        inputs = moved_to(self._parts(seen)[0], self.device, self.dtype)
-        rows = range(0, len(pytree.tree_leaves(inputs)[0]), ACT_BATCH)
-        batches = (pytree.tree_map(lambda t, a=a: t[a : a + ACT_BATCH], inputs) for a in rows)
-        moved, forward = converted(self.model, self.device, self.dtype), self._step or _call
-        return calibrate(moved, batches, forward, options.act_bits, options.ignore, options.quantize_ends)
+        with progress_bar("calibrate", self.act_samples, "samples", verbose) as show:
+
+            def batches() -> Iterator[Any]:
+                size, done = max(ACT_BATCH, -(-self.act_samples // ACT_STEPS)), 0
+                for part in self.stream.early(self.act_samples, size):
+                    yield moved_to(self._parts(part)[0], self.device, self.dtype)
+                    done += size
+                    show(done)
+
+            moved, forward = converted(self.model, self.device, self.dtype), self._step or _call
+            return calibrate(moved, batches(), forward, options.act_bits, options.ignore, options.quantize_ends)
 
     def _executor(self, example: Any) -> Runner:
         """The captured graph, or whole forwards where there is none; tested on the example."""

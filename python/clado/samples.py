@@ -62,21 +62,35 @@ class SampleStream:
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._loader = data_loader
         self._order = self._indices()
-        self._started: Iterator[Any] = iter(())
+        self._started: Iterator[Any] = iter(()) if self._order is not None else self._read(data_loader)
         self._like: Any = None
 
     def peek(self, count: int = 2) -> Any:
         """Up to ``count`` first samples in the loader's structure; nothing is lost."""
-        batches = self._read(self._loader if self._order is None else self._reloader([self._order[:count]]))
+        batches = self._started if self._order is None else self._read(self._reloader([self._order[:count]]))
         parts: list[Any] = []
         for batch in batches:
             parts.append(batch)
             if sum(map(_length, parts)) >= count:
                 break
         require(len(parts) > 0, "profile", "data_loader", "yield at least one sample", "none")
+        held = _join(parts)
         if self._order is None:
-            self._started = itertools.chain(parts, batches)
-        return _cut(_join(parts), 0, min(count, self.num_samples))
+            self._started = itertools.chain([held], batches)
+        return _cut(held, 0, min(count, self.num_samples))
+
+    def early(self, count: int, size: int) -> Iterator[Any]:
+        """The ``count`` first samples in batches of ``size``, before the run has them.
+
+        What can be asked for by its index is read twice; of anything else these samples are held until they are measured.
+        """
+        if self._order is None:
+            held = self.peek(count)
+            yield from (_cut(held, a, a + size) for a in range(0, _length(held), size))
+            return
+        before, order = self._random, self._order[:count]
+        yield from self._read(self._reloader([order[a : a + size] for a in range(0, len(order), size)]))
+        self._random = before
 
     @property
     def expected(self) -> int:
