@@ -215,8 +215,13 @@ CLADO_INLINE void fake_quant_way(const Block& block, void* values, float* error)
       for (int half = 0; half < 2; ++half) q[half] = round_to<D, false>(q[half] * steps.scale[half]);
     }
     store_pair<D>(to, q);
+    if (!whole_lanes) {
+      const auto bytes = static_cast<size_t>(count * kWeightBytes<D>);
+      std::memcpy(weights_at<D>(values, i), part, bytes);
+      std::memset(part + bytes, 0, sizeof part - bytes);  // behind the end nothing was wrong, whatever a zero becomes
+      for (int half = 0; half < 2; ++half) q[half] = load_weights<F, D>(part, kLanes * half);
+    }
     for (int half = 0; half < 2; ++half) sum[half] += (q[half] - w[half]) * (q[half] - w[half]);
-    if (!whole_lanes) std::memcpy(weights_at<D>(values, i), part, static_cast<size_t>(count * kWeightBytes<D>));
   });
   *error = sum_block_lanes(sum[0], sum[1]);
 }

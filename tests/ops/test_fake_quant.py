@@ -87,6 +87,19 @@ def test_ties_round_to_even() -> None:
     assert codes[0, 0].tolist() == [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 31, 33, 1030])
+def test_errors_end_with_the_row_where_zero_has_no_code(columns: int, dtype: torch.dtype, device: str) -> None:
+    weight = weight_of((2, columns), dtype, device)
+    scale = torch.full((1, 2, 1), 0.1, device=device)
+    zeros = torch.full_like(scale, 67, dtype=torch.int8)  # at 4 bits a zero becomes step -60
+    values, sqerr = clado_ext.fake_quant(weight, scale, (4,), zero_point=zeros)
+    wanted, errors = oracle.fake_quant(weight, scale, (4,), zero_point=zeros)
+    assert torch.equal(values, wanted)
+    torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
+
+
 def near_ties(scale: torch.Tensor, bits: int, zero: int, dtype: torch.dtype) -> torch.Tensor:
     """For every scale a row of weights at and a few units in the last place around all ties, codes and limits."""
     halves = torch.arange(-(2**bits) - 3, 2**bits + 4) / 2 - zero
