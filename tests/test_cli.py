@@ -28,6 +28,16 @@ def own_model() -> torch.nn.Module:
     return timm_model("mobilenetv3_small_100")[0]
 
 
+def margin(output: torch.Tensor, batch: object) -> torch.Tensor:
+    """A user's loss: the range of the logits, per sample."""
+    return output.amax(-1) - output.amin(-1)
+
+
+def doubled(model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    """A user's forward step."""
+    return 2 * model(batch[0])
+
+
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -188,6 +198,23 @@ def test_digits_and_a_model_of_ones_own(tmp_path: Path) -> None:
         tmp_path / "b",
     )
     assert result.exit_code == 0, result.output
+
+
+def test_a_users_loss_and_forward_step_are_taken_by_name(tmp_path: Path) -> None:
+    base = ["profile", "--model", "digits", "--data", "digits:sensitivity", "--nsamples", 6, "--estimator", "diagonal"]
+    found = {}
+    for name, step in (("one", ()), ("two", ("--forward-step", "tests.test_cli:doubled"))):
+        result = call(*base, "--loss-func", "tests.test_cli:margin", *step, "--output-dir", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        found[name] = Sensitivity.load(tmp_path / name / "sensitivity.safetensors").delta_loss
+    np.testing.assert_allclose(found["two"], 2 * found["one"], rtol=1e-3, atol=1e-5)  # float32 losses
+    where = ("--output-dir", tmp_path / "none")
+    refused(call(*base, *where, "--loss-func", "tests.test_cli:nothing"), "loss-func must be package.module:function")
+    refused(call(*base, *where, "--loss-func", "margin"), "loss-func must be package.module:function")
+    refused(
+        call(*base, *where, "--forward-step", "tests.test_cli:MODEL"), "forward-step must be package.module:function"
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_input_is_one_line_and_writes_nothing(folder: Path, tmp_path: Path) -> None:

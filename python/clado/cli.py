@@ -86,6 +86,14 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
 @click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
+@click.option(
+    "--loss-func",
+    metavar="MODULE:FUNCTION",
+    help="Instead of --loss: your function(output, batch), a loss per sample; for exact, gradient, diagonal.",
+)
+@click.option(
+    "--forward-step", metavar="MODULE:FUNCTION", help="Your function(model, batch) that runs the model on a batch."
+)
 @click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16, float64 or auto.")
 @click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
 @click.option(
@@ -114,6 +122,8 @@ def profile(**options: Any) -> None:
     \b
     clado profile --model resnet18 --pretrained --data imagenet/val --nsamples 1024 --output-dir run
     torchrun --nproc-per-node 8 -m clado profile --model vit_base_patch16_224 ... --output-dir run
+    clado profile --model mine:net --data mine:data --loss-func mine:loss --forward-step mine:step \\
+        --estimator exact --output-dir run
 
     \b
     --data  FOLDER                                        one subfolder per class
@@ -132,6 +142,7 @@ def _profile(options: dict[str, Any]) -> None:
     from .data import build_data
     from .distributed import is_writer
     from .models import ModelSpec, build_model
+    from .named import named
     from .profiler import plan_run
     from .profiler import profile as measure
     from .rundir import write_note
@@ -157,7 +168,12 @@ def _profile(options: dict[str, Any]) -> None:
         "bits",
     )
     limit = options["max_memory"]
+    own = {
+        name: options[name] and named("profile", name.replace("_", "-"), options[name])
+        for name in ("loss_func", "forward_step")
+    }
     arguments = {
+        **own,
         "num_samples": options["nsamples"],
         "symmetric": not options["asymmetric"],
         "max_memory": None if limit is None else int(limit * 2**30),

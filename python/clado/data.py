@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import CladoError, require
 from .models import ModelSpec
+from .named import named
 
 
 def build_data(
@@ -52,7 +52,9 @@ def build_data(
         options = dict(parse_qsl(query))
         dataset = (_timm if scheme == "timm" else _hugging_face)(name, options, _transform(model, spec))
     else:
-        dataset = _own(data)
+        dataset = named(
+            "data", "data", data, "be a folder, timm:NAME, hf:NAME, digits:SPLIT or package.module:function"
+        )()
         if not hasattr(dataset, "__getitem__"):
             require(
                 skip == 0, "data", data, "be a dataset with a length for images that were not profiled", "a data loader"
@@ -133,15 +135,6 @@ class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
         return self.transform(row[self.image].convert("RGB")), int(row[self.label])
-
-
-def _own(name: str) -> Any:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        must = "be a folder, timm:NAME, hf:NAME, digits:SPLIT or package.module:function that can be imported"
-        raise CladoError(f"data: data must {must}, got {name} ({error})") from None
 
 
 def _reason(error: Exception) -> str:

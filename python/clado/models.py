@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import CladoError, require
+from .named import named
 
 _HUB = "hf-hub:"
 
@@ -75,13 +75,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
 
 
 def _own(name: str) -> nn.Module:
-    module, _, function = name.partition(":")
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise CladoError(
-            f"model: name must be package.module:function that can be imported, got {name} ({error})"
-        ) from None
+    model = named("model", "name", name)()
     require(isinstance(model, nn.Module), "model", name, "return a torch module", type(model).__name__)
     return model
 
