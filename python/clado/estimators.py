@@ -187,7 +187,13 @@ CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence 
 
 
 def expected_work(
-    estimator: str, whole: float, suffix: Sequence[float], width: int, members: int = 1, later: Later | None = None
+    estimator: str,
+    whole: float,
+    suffix: Sequence[float],
+    width: int,
+    members: int = 1,
+    later: Later | None = None,
+    slopes: Sequence[float] = (),
 ) -> float:
     """Forward-equivalents per sample.
 
@@ -196,9 +202,12 @@ def expected_work(
         width: candidates of a layer.
         members: ranks that share a chunk; the work is that of the one that has most to do.
         later: as for :func:`corrected`.
+        slopes: :meth:`~clado.executor.Executor.slope_share`, for ``gradient``.
     """
     if estimator == "gradient":  # one clean forward and backward
-        return 2 * whole + longest(_gradient_work(suffix, width), members)
+        extra = [*slopes[1:], 0.0] if slopes else [0.0] * len(suffix)
+        each = [own + width * more for own, more in zip(_gradient_work(suffix, width), extra, strict=True)]
+        return 2 * whole + longest(each, members)
     work = whole + longest(_single_work(suffix, width), members)
     if estimator in ("diagonal", "logit"):
         return work

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -90,6 +91,7 @@ class Runner(Protocol):
     def suffix_share(self) -> list[float]: ...
     @property
     def forward_share(self) -> float: ...
+    def slope_share(self, width: int) -> list[float]: ...
     def start(self, batch: Any) -> Any: ...
     def advance(self, state: Any, layer: int) -> Any: ...
     def fork(self, state: Any, layer: int, variants: Sequence[Tensor]) -> Any: ...
@@ -151,6 +153,17 @@ class Executor:
     def suffix_share(self) -> list[float]:
         """For each layer, the share of a forward's multiply-adds from its node to the end; needs :meth:`self_test`."""
         return [sum(self._flops[2 * k + 1 :]) / self._forward_flops for k in range(self.num_layers)]
+
+    def slope_share(self, width: int) -> list[float]:
+        """For each layer, what derivatives by the weights of it and later ones take beyond a product each (:meth:`products`)."""
+        extra = []
+        for k, start in enumerate(self._starts):
+            shape = getattr(self.captured.nodes[start].meta["val"], "shape", ())
+            sizes = [size for size in shape if not isinstance(size, torch.SymInt)]
+            positions = math.prod(sizes) / self.captured.layers[k].shape[0]
+            factor = 1 + width / positions if _outer_pays(positions, width) else width
+            extra.append(self._flops[2 * k + 1] * (factor - 1) / self._forward_flops)
+        return [sum(extra[k:]) for k in range(len(extra))]
 
     def start(self, batch: Any) -> State:
         """State before the first node for inputs ``[N, …]``, or a nest of them."""
@@ -467,7 +480,7 @@ def _rows(tensor: Tensor, meta: Tensor, rows: int) -> Tensor:
     return tensor.movedim(dim, 0).reshape(rows, -1, tensor.shape[-1] if dim != tensor.dim() - 1 else 1)
 
 
-def _outer_pays(positions: int, variants: int) -> bool:
+def _outer_pays(positions: float, variants: int) -> bool:
     """Whether one product for the outer product and a small one per variant is less than a product per variant."""
     return positions * variants > positions + variants
 

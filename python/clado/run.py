@@ -249,7 +249,10 @@ class Run:
     def cost(self, estimator: str, members: int = 1) -> float:
         """Forward-equivalents per sample; of the rank that has most to do where so many share them."""
         executor = self.executor
-        return expected_work(estimator, executor.forward_share, executor.suffix_share, self.width, members)
+        slopes = executor.slope_share(self.width)
+        return expected_work(
+            estimator, executor.forward_share, executor.suffix_share, self.width, members, slopes=slopes
+        )
 
     def total_work(self, samples: int) -> float:
         """Forward-equivalents of so many samples."""

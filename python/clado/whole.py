@@ -77,6 +77,9 @@ class WholeExecutor:
     def forward_share(self) -> float:
         return 1.0
 
+    def slope_share(self, width: int) -> list[float]:
+        return [0.0] * self.num_layers
+
     def start(self, batch: Any) -> WholeState:
         return WholeState(-1, batch, len(pytree.tree_leaves(batch)[0]), ({},))
 
