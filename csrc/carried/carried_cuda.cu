@@ -7,15 +7,6 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 256;
 
-__device__ float sum_warp(float x) {
-  for (int half = 16; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
-  return x;
-}
-__device__ float max_warp(float x) {
-  for (int half = 16; half > 0; half /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, half));
-  return x;
-}
-
 // N neighbouring elements as float32.
 template <int N, class T>
 __device__ Pack<float, N> read(const T* from) {
@@ -68,8 +59,8 @@ __global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __re
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += y.at[k], shift += e.at[k];
   }
-  const float n = static_cast<float>(columns), mean = sum_warp(sum) / n;
-  shift = sum_warp(shift) / n;
+  const float n = static_cast<float>(columns), mean = warp_sum(sum) / n;
+  shift = warp_sum(shift) / n;
   float squares = 0.0f, change = 0.0f;
   for (int64_t c = start; c < columns; c += 32 * N) {
     const Pack<float, N> a = read<N>(x + c), b = read<N>(d + c);
@@ -80,7 +71,7 @@ __global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __re
       change += e * (2.0f * y + e);
     }
   }
-  const float variance = sum_warp(squares) / n + eps, more = sum_warp(change) / n;
+  const float variance = warp_sum(squares) / n + eps, more = warp_sum(change) / n;
   const float deviation = sqrtf(variance), moved = sqrtf(variance + more < 0.0f ? 0.0f : variance + more);
   const float after = 1.0f / moved, gain = -more / (deviation * moved * (deviation + moved));
   for (int64_t c = start; c < columns; c += 32 * N) {
@@ -111,15 +102,15 @@ __global__ void softmax_kernel(const float* __restrict__ scores, const float* __
       reach = fmaxf(reach, fabsf(d));
     }
   }
-  sum = sum_warp(sum);
-  const bool far = max_warp(reach) > 30.0f;  // nothing cancels: the plain softmax
+  sum = warp_sum(sum);
+  const bool far = warp_max(reach) > 30.0f;  // nothing cancels: the plain softmax
   float norm = 1.0f / (1.0f + sum), top = -INFINITY;
   if (far) {
     float total = 0.0f;
     for (int64_t c = threadIdx.x; c < columns; c += 32) top = fmaxf(top, s[c] + scale * to_float(delta_row[c]));
-    top = max_warp(top);
+    top = warp_max(top);
     for (int64_t c = threadIdx.x; c < columns; c += 32) total += expf(s[c] + scale * to_float(delta_row[c]) - top);
-    norm = 1.0f / sum_warp(total);
+    norm = 1.0f / warp_sum(total);
   }
   O* to = out + 2 * row * columns;
   for (int64_t c = start; c < columns; c += 32 * N) {

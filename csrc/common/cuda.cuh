@@ -1,9 +1,10 @@
-// What every launcher needs: checked calls, the device guard, wide loads and stores. Launchers throw std::runtime_error and
+// What kernels and launchers share: checked calls, the device guard, reductions, wide loads and stores. Launchers throw std::runtime_error and
 // never exit.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -36,6 +37,18 @@ inline void check_launch(const char* kernel) { cuda_check(cudaGetLastError(), ke
 inline bool is_aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sum and maximum of a value over the warp, on every lane.
+template <class T>
+__device__ T warp_sum(T x) {
+  for (int half = 16; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
+  return x;
+}
+template <class T>
+__device__ T warp_max(T x) {
+  for (int half = 16; half > 0; half /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, half));
+  return x;
+}
 
 // N elements, together 1 to 16 bytes, that are read and written by one instruction; their address is a multiple of those bytes.
 template <class T, int N>

@@ -18,15 +18,6 @@ struct WarpMoments {
   __device__ double log_mean_exp() const { return mean + log1p_tr; }
 };
 
-__device__ inline double warp_sum(double x) {
-  for (int half = 16; half > 0; half /= 2) x += __shfl_xor_sync(0xffffffffu, x, half);
-  return x;
-}
-__device__ inline double warp_max(double x) {
-  for (int half = 16; half > 0; half /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, half));
-  return x;
-}
-
 // ---- in double ----
 
 // log sum exp of a row; NaN when it holds NaN or +inf, or nothing but -inf.
@@ -100,11 +91,6 @@ __device__ auto by_range(float farthest, Run run) {
   if (farthest < kNear) return run(RangeIs<Range::near>());
   if (farthest < kMiddle) return run(RangeIs<Range::middle>());
   return run(RangeIs<Range::any>());
-}
-
-__device__ inline float warp_max(float x) {
-  for (int half = 16; half > 0; half /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, half));
-  return x;
 }
 
 // e^(z - top); a class at -inf counts nothing, any other at least a little, so that its NaN is seen.

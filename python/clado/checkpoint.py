@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CladoError, require
-from .estimators import Sums
+from .estimators import TENSORS, Sums
 from .files import atomic_file
 
 FILE_NAME = "progress.safetensors"
 SCHEMA = 1
-_TENSORS = tuple(f.name for f in fields(Sums) if f.name != "samples")
 
 
 class Checkpoint:
@@ -90,19 +90,24 @@ class Checkpoint:
             self._write(self.path)
 
     def _write(self, path: Path) -> None:
-        tensors = {
-            name: getattr(self.total, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS
-        } | {"digests": self.digests}
+        tensors = {name: getattr(self.total, name).clone(memory_format=torch.contiguous_format) for name in TENSORS} | {
+            "digests": self.digests
+        }
         header = {"schema": SCHEMA, "settings": self.settings}
-        try:
-            with atomic_file(path) as temporary:
-                save_file(tensors, temporary, metadata={"clado.progress": json.dumps(header)})
-        except (OSError, SafetensorError) as error:
-            raise disk_error(error, path.parent) from None
+        with writing(path.parent), atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"clado.progress": json.dumps(header)})
 
 
-def disk_error(error: Exception, place: Path) -> CladoError:
-    """What to say when a file of a run directory cannot be written."""
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """One line where a file of a run directory cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _disk_error(error, place) from None
+
+
+def _disk_error(error: Exception, place: Path) -> CladoError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     must, got = ("have space left", "a full disk") if full else ("be writable", str(error))
     return CladoError(
@@ -142,7 +147,7 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
             require(
                 header.get("schema") == SCHEMA, "profile", f"schema of {path}", f"be {SCHEMA}", header.get("schema")
             )
-            tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "digests")}
+            tensors = {name: file.get_tensor(name) for name in (*TENSORS, "digests")}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CladoError(f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error})") from None
     digests = tensors.pop("digests")

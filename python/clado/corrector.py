@@ -23,10 +23,10 @@ from torch import nn
 from .activations import Activations
 from .assembly import corrected_entries
 from .capture import ForwardStep
-from .checkpoint import Checkpoint, disk_error, recorded
+from .checkpoint import Checkpoint, recorded, writing
 from .distributed import Ranks
 from .errors import require
-from .estimators import Later, Sums, corrected, expected_work
+from .estimators import Later, Sums, corrected
 from .exporter import check_fit
 from .losses import Loss
 from .options import Options
@@ -189,10 +189,8 @@ def _put(sens: Sensitivity, sums: Sums, rows: list[int], later: Later) -> Sensit
 def _keep(sens: Sensitivity, folder: Path | None) -> None:
     if folder is None:
         return
-    try:
+    with writing(folder):
         sens.save(folder / FILE_NAME)
-    except OSError as error:
-        raise disk_error(error, folder) from None
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
@@ -205,13 +203,7 @@ def _best(sens: Sensitivity, plans: list[Plan]) -> Plan:
 
 
 class PairRun(Run):
-    """A run over one width per layer and some of the pairs, again and again.
-
-    Attributes:
-        later: for every layer the layers behind it that it is paired with; None: all of them.
-    """
-
-    later: Later | None = None
+    """A run over one width per layer and some of the pairs, again and again."""
 
     def __init__(self, model: nn.Module, held: Any, sens: Sensitivity, options: Options) -> None:
         self._held, self._ranges = held, sens.activations
@@ -233,10 +225,6 @@ class PairRun(Run):
         self.stream = SampleStream([self._held], self.options.num_samples)
         self.stream.peek()
         self.executor.work, self.measured = 0.0, 0
-
-    def cost(self, estimator: str, members: int = 1) -> float:
-        executor = self.executor
-        return expected_work(estimator, executor.forward_share, executor.suffix_share, 1, members, self.later)
 
     def _calibrate(self, verbose: bool) -> Activations:
         return self._ranges

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import require
-from .estimators import Sums
+from .estimators import TENSORS, Sums
 from .fingerprint import digest
 from .samples import Chunk
 from .share import Share, peers
@@ -30,7 +29,6 @@ T = TypeVar("T")
 # How long a rank waits for the slowest one: a chunk of a large model under "exact" can take hours, and torchrun ends all
 # ranks at once where one of them dies.
 _PATIENCE = timedelta(days=2)
-_TENSORS = tuple(f.name for f in fields(Sums) if f.name != "samples")
 
 
 class Ranks:
@@ -95,12 +93,12 @@ class Ranks:
         if not self.share.leads:
             chunk = part = None
         flat = torch.zeros(0) if part is None else _flat(part)
-        head = torch.zeros(2 + 2 * len(_TENSORS) + size, dtype=torch.int64)
+        head = torch.zeros(2 + 2 * len(TENSORS) + size, dtype=torch.int64)
         if chunk is not None:
             head[0], head[1] = chunk.samples, len(flat)
             head[-size:][: chunk.samples] = chunk.digests
         if part is not None:
-            head[2:-size] = torch.tensor([_sides(getattr(part, name)) for name in _TENSORS]).view(-1)
+            head[2:-size] = torch.tensor([_sides(getattr(part, name)) for name in TENSORS]).view(-1)
         longest = torch.tensor([len(flat)], device=self.device)
         with peers():
             dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -173,7 +171,7 @@ def torchrun_group(device: str | None = None) -> Iterator[str | torch.device | N
 
 
 def _flat(sums: Sums) -> Tensor:
-    return torch.cat([getattr(sums, name).reshape(-1).double() for name in _TENSORS])
+    return torch.cat([getattr(sums, name).reshape(-1).double() for name in TENSORS])
 
 
 def _sides(tensor: Tensor) -> tuple[int, int]:
@@ -184,7 +182,7 @@ def _sides(tensor: Tensor) -> tuple[int, int]:
 def _unflat(flat: Tensor, like: Sums, sides: list[list[int]], samples: int) -> Sums:
     """Inverse of :func:`_flat`; dtypes and numbers of dimensions are those of ``like``."""
     values, start = {}, 0
-    for name, (rows, columns) in zip(_TENSORS, sides, strict=True):
+    for name, (rows, columns) in zip(TENSORS, sides, strict=True):
         known = getattr(like, name)
         part = flat[start : start + rows * columns]
         values[name] = part.view((rows, columns)[: known.dim()]).to(known.dtype)

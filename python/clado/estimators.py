@@ -8,7 +8,8 @@ chunk, every entry is measured on one of them and is zero on the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,6 +78,9 @@ class Sums:
             name: share.added(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
+
+
+TENSORS = tuple(f.name for f in fields(Sums) if f.name != "samples")  # in the order in which they are kept and sent
 
 
 def diagonal(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE) -> Sums:
@@ -158,7 +162,8 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
         base = reached["losses"]
     increase = torch.zeros(count, samples, dtype=torch.float64)
     sums = Sums.zeros(count)
-    for i in share.own(executor.num_layers, lambda: _gradient_work(executor.suffix_share, width)):
+    costs = partial(_gradient_work, executor.suffix_share, executor.slope_share(width), width)
+    for i in share.own(executor.num_layers, costs):
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i])
         own = slice(i * width, (i + 1) * width)
@@ -205,9 +210,7 @@ def expected_work(
         slopes: :meth:`~clado.executor.Executor.slope_share`, for ``gradient``.
     """
     if estimator == "gradient":  # one clean forward and backward
-        extra = [*slopes[1:], 0.0] if slopes else [0.0] * len(suffix)
-        each = [own + width * more for own, more in zip(_gradient_work(suffix, width), extra, strict=True)]
-        return 2 * whole + longest(each, members)
+        return 2 * whole + longest(_gradient_work(suffix, slopes or [0.0] * len(suffix), width), members)
     work = whole + longest(_single_work(suffix, width), members)
     if estimator in ("diagonal", "logit"):
         return work
@@ -234,9 +237,10 @@ def _pair_work(suffix: Sequence[float], width: int, later: Later) -> list[float]
     return [width * (walk + rest) for walk, rest in zip(walks, pairs, strict=True)]
 
 
-def _gradient_work(suffix: Sequence[float], width: int) -> list[float]:
+def _gradient_work(suffix: Sequence[float], slopes: Sequence[float], width: int) -> list[float]:
     """As for pairs, by one backward by the inputs and one by the weights, from the next layer on."""
-    return [width * (share + 2 * after) for share, after in zip(suffix, [*suffix[1:], 0.0], strict=True)]
+    behind = [2 * after + more for after, more in zip(suffix[1:], slopes[1:], strict=True)]
+    return [width * (share + rest) for share, rest in zip(suffix, [*behind, 0.0], strict=True)]
 
 
 def singles(

@@ -360,7 +360,8 @@ class Executor:
         require(sum(self._flops) > 0, "capture", "model", "do matrix products", "none counted")
         self._forward_flops = self._forward_flops or sum(self._flops)
         output = self.outputs(states[0])[0]
-        if whole is not None and not all(map(_agree, *map(pytree.tree_leaves, (output, expected)))):
+        agree = (_close(a, b, rtol) for a, b in zip(_tensors(output), _tensors(expected), strict=True))
+        if whole is not None and not all(agree):
             raise NotCapturable("capture: model must give what its graph gives, got other outputs (dropout, chance?)")
         self.work = 0.0
         return output
@@ -537,8 +538,8 @@ def _slice(value: Any, meta: Any, stream: int, streams: int) -> Any:
     return value.narrow(dim, stream * size, size)
 
 
-def _agree(got: Any, wanted: Any) -> bool:
-    return not isinstance(wanted, Tensor) or _close(got, wanted, 1e-3)
+def _tensors(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)]
 
 
 def _close(got: Any, wanted: Any, rtol: float) -> bool:

@@ -18,10 +18,10 @@ from .activations import Activations, calibrate, quantize_activations
 from .assembly import assemble
 from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor, auto_precision
-from .checkpoint import Checkpoint, disk_error, recorded
+from .checkpoint import Checkpoint, recorded, writing
 from .distributed import Ranks
 from .errors import CladoError, require
-from .estimators import ESTIMATORS, Sums, expected_work
+from .estimators import ESTIMATORS, Later, Sums, expected_work
 from .executor import Executor, Runner
 from .fingerprint import code_digest, data_digest, digest, weights_digest
 from .losses import LogitLoss, Loss, UserLoss
@@ -46,7 +46,13 @@ _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
 
 class Run:
-    """A run that is ready to be measured: the captured model, the stream of samples, the settings that decide the result."""
+    """A run that is ready to be measured: the captured model, the stream of samples, the settings that decide the result.
+
+    Attributes:
+        later: for every layer the layers behind it that it is paired with; None: all of them.
+    """
+
+    later: Later | None = None
 
     def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options, verbose: bool = False) -> None:
         self.started = time.perf_counter()
@@ -249,15 +255,18 @@ class Run:
     def cost(self, estimator: str, members: int = 1) -> float:
         """Forward-equivalents per sample; of the rank that has most to do where so many share them."""
         executor = self.executor
-        slopes = executor.slope_share(self.width)
-        return expected_work(
-            estimator, executor.forward_share, executor.suffix_share, self.width, members, slopes=slopes
-        )
+        slopes = executor.slope_share(self.width) if estimator == "gradient" else ()
+        shares = executor.forward_share, executor.suffix_share
+        return expected_work(estimator, *shares, self.width, members, self.later, slopes)
+
+    def costs(self, members: int = 1) -> dict[str, float]:
+        """:meth:`cost` of every estimator that the run's chunks are measured by."""
+        return {name: self.cost(name, members) for name in (self.options.estimator, "logit")}
 
     def total_work(self, samples: int) -> float:
         """Forward-equivalents of so many samples."""
-        starts = range(0, samples, self.size)
-        return sum(self.work(first, min(self.size, samples - first)) for first in starts)
+        costs, starts = self.costs(), range(0, samples, self.size)
+        return sum(min(self.size, samples - first) * costs[self.estimator(first)] for first in starts)
 
     def members(self, world: int, done: int) -> int:
         """How many of the ranks measure a chunk together, so that the run ends soonest; the fewest where it is the same.
@@ -270,9 +279,9 @@ class Run:
     def _path(self, groups: int, members: int, done: int) -> float:
         """Forward-equivalents of the rank that has most to do in every round, added up."""
         count = self.stream.expected
-        cost = {name: self.cost(name, members) for name in (self.options.estimator, "logit")}
+        costs = self.costs(members)
         left = [(a, min(self.size, count - a)) for a in range(0, count, self.size)]
-        work = [samples * cost[self.estimator(a)] if a + samples > done else 0.0 for a, samples in left]
+        work = [samples * costs[self.estimator(a)] if a + samples > done else 0.0 for a, samples in left]
         return sum(max(work[a : a + groups]) for a in range(0, len(work), groups))
 
     def plan(self) -> RunPlan:
@@ -337,10 +346,8 @@ class Run:
             checkpoint.check_end(seen)
             known = self._result(checkpoint, ranks)
             if folder is not None:
-                try:
+                with writing(folder):
                     known.save(folder / FILE_NAME)
-                except OSError as error:
-                    raise disk_error(error, folder) from None
         ranks.send(known.save)
         return known
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import ForwardStep, Step, check_eval, ignored, layer_name, storage
 from .errors import require
-from .executor import Objective, _close
+from .executor import Objective, _close, _tensors
 from .sensitivity import Layer
 
 
@@ -223,7 +223,3 @@ def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return module._conv_forward(x, weight, None)
     return torch.nn.functional.linear(x, weight)
-
-
-def _tensors(nest: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)]
