@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate
 
+from clado.digits.train import fit
 from clado.files import atomic_file
-from clado.progress import progress_bar
 
 SIDE, CLASSES, NOISE, BATCH = 16, 10, 0.4, 64
 # split: (its digits after one fixed shuffle, how often each is drawn)
@@ -113,23 +113,14 @@ def train(name: str, seed: int) -> nn.Module:
     build, epochs, rate = NETS[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    model = build().train()
+    model = build()
     images, labels = clean_digits("train")
-    steps = epochs * -(-len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
-    with progress_bar(f"train {name} {seed}", epochs, "epochs") as show:
-        for epoch in range(epochs):
-            hard = distort(images, generator)
-            for batch in torch.randperm(len(images), generator=generator).split(BATCH):
-                loss = cross_entropy(model(hard[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-            show(epoch + 1)
-    return model.eval()
+
+    def draw() -> tuple[Tensor, Tensor]:
+        hard = distort(images, generator)
+        return torch.randperm(len(images), generator=generator), hard
+
+    return fit(model, labels, draw, epochs, BATCH, rate, f"train {name} {seed}")
 
 
 def trained(name: str, seed: int, folder: Path) -> nn.Module:

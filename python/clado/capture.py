@@ -153,7 +153,9 @@ def capture(
 def check_eval(model: nn.Module) -> None:
     """Raise when the model, or a part of it, is in train mode."""
     training = [name or "the model" for name, module in model.named_modules() if module.training]
-    require(not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {training[:1]}")
+    require(
+        not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {', '.join(training[:1])}"
+    )
 
 
 def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:

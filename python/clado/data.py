@@ -84,13 +84,13 @@ def _image_folder(data: str, transform: Any) -> Any:
     require(Path(data).is_dir(), "data", "folder", "be an image folder with one subfolder per class", data)
     dataset: Any = []
     with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
-        dataset = ImageDataset(data, transform=transform)
+        dataset = ImageDataset(data)
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
-    return dataset
+    return FileImages(dataset.reader, transform)
 
 
 def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
-    from timm.data import create_dataset
+    from timm.data import ImageDataset, create_dataset
 
     arguments: dict[str, Any] = {"split": "validation", **options}
     try:
@@ -98,7 +98,7 @@ def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
     except Exception as error:  # each reader of timm has its own
         raise CladoError(f"data: timm must be able to open {name}, got {_reason(error)}") from None
     require(hasattr(dataset, "__getitem__"), "data", name, "be a dataset with a length and an order", "a stream")
-    return dataset
+    return FileImages(dataset.reader, transform) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
@@ -121,6 +121,23 @@ def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
     missing = [column for column in (image, label) if column not in columns]
     require(not missing, "data", name, f"have the columns {image} and {label} (?image=…&label=…)", ", ".join(columns))
     return HuggingFaceImages(found, image, label, transform)
+
+
+class FileImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Files of a timm reader as (image tensor, label). What cannot be read raises: timm's own dataset takes the next image."""
+
+    def __init__(self, reader: Any, transform: Any) -> None:
+        self.reader, self.transform = reader, transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        file, label = self.reader[index]
+        with Image.open(file) as image:
+            return self.transform(image.convert("RGB")), -1 if label is None else int(label)
 
 
 class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -178,7 +178,7 @@ def _outputs(
     logits, labels = [], []
     with torch.inference_mode(), full_precision():
         for item in data_loader:
-            inputs, targets = split_batch(item)
+            inputs, targets = split_batch(item, "evaluate")
             moved = inputs.to(place, first.dtype) if inputs.is_floating_point() else inputs.to(place)
             logits.append(model(moved).double().cpu())
             check_targets(targets, logits[-1].shape[1])
@@ -204,7 +204,7 @@ def _plan_outputs(
     dtype = next(model.parameters()).dtype
     with torch.inference_mode(), full_precision():
         moved = converted(model, place, dtype)
-        first = split_batch(batches[0])[0]
+        first = split_batch(batches[0], "evaluate")[0]
         try:
             executor = Executor(capture(moved, moved_to(two_samples(first), place, dtype), (), quantize_ends=True))
         except CladoError:  # not exportable: whole forwards
@@ -233,7 +233,7 @@ def _plan_outputs(
 
         with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
             for k, item in enumerate(batches):
-                inputs = split_batch(item)[0]
+                inputs = split_batch(item, "evaluate")[0]
                 walk(executor.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
                 show(k + 1)
     return [torch.cat(part) for part in parts]

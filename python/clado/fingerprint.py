@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -44,4 +45,17 @@ def code_digest(function: Callable[..., Any] | None) -> str | None:
         return None
     code = getattr(function, "__code__", None)
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return name if code is None else f"{name} {digest([code.co_code.hex(), [str(c) for c in code.co_names]])[:16]}"
+    return name if code is None else f"{name} {digest(_spelled(code))[:16]}"
+
+
+def _spelled(code: CodeType) -> list[Any]:
+    """Instructions, names and constants; of functions inside, theirs."""
+    return [code.co_code.hex(), list(code.co_names), [_constant(value) for value in code.co_consts]]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _spelled(value)
+    return (
+        sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+    )  # a set's order changes from run to run

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import clado_ext
 
-from .errors import require
+from .errors import CladoError, is_out_of_memory, require, said
 
 LossFunc = Callable[[Any, Any], Tensor]
 
@@ -91,10 +91,10 @@ class UserLoss:
 
     def losses(self, output: Any) -> Tensor:
         """Loss ``[N]`` of every sample."""
-        value = self.function(output, self.batch)
+        value = self._call(output, self.batch)
         if isinstance(value, Tensor) and value.dim() == 0:
             value = torch.stack(
-                [self.function(self._one(output, n), self._one(self.batch, n)) for n in range(self.samples)]
+                [self._call(self._one(output, n), self._one(self.batch, n)) for n in range(self.samples)]
             )
         require(
             isinstance(value, Tensor) and value.shape == (self.samples,),
@@ -108,6 +108,14 @@ class UserLoss:
     def values(self, outputs: Sequence[Any]) -> Tensor:
         """Losses ``[S, N]`` float64 on the CPU of every stream's output."""
         return torch.stack([self.losses(output).double() for output in outputs]).cpu()
+
+    def _call(self, output: Any, batch: Any) -> Any:
+        try:
+            return self.function(output, batch)
+        except Exception as error:  # whatever the user's code raises
+            if is_out_of_memory(error):
+                raise
+            raise CladoError(f"profile: loss_func must take (output, batch), got {said(error)}") from error
 
     def _one(self, nest: Any, n: int) -> Any:
         def row(leaf: Any) -> Any:

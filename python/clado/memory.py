@@ -115,14 +115,6 @@ def disk_bytes(candidates: int, samples: int, estimator: str) -> int:
     return 2 * (_sums_bytes(candidates, estimator) + 8 * samples) + matrix
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in said or "out of memory" in said)
-    )
-
-
 def _telling(executor: Executor) -> list[int]:
     """Layers whose pairs show the largest live sets: the first and the last of every shape."""
     shapes = [layer.shape for layer in executor.layers]

@@ -92,7 +92,7 @@ def refine(
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
     count = num_samples or sens.num_samples
-    inputs, targets = split_batch(SampleStream(data_loader, count, seed).peek(count))
+    inputs, targets = split_batch(SampleStream(data_loader, count, seed).peek(count), "refine")
     require(loss == "kl" or targets is not None, "refine", "data_loader", "yield targets for cross_entropy", "none")
     place = torch.device(device) if device is not None else next(model.parameters()).device
     with torch.no_grad(), full_precision():

@@ -20,12 +20,12 @@ from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor, auto_precision
 from .checkpoint import Checkpoint, recorded, writing
 from .distributed import Ranks
-from .errors import CladoError, require
+from .errors import CladoError, is_out_of_memory, require
 from .estimators import ESTIMATORS, Later, Sums, expected_work
 from .executor import Executor, Runner
 from .fingerprint import code_digest, data_digest, digest, weights_digest
 from .losses import LogitLoss, Loss, UserLoss
-from .memory import chunk_bytes, disk_bytes, is_out_of_memory, run_bytes
+from .memory import chunk_bytes, disk_bytes, run_bytes
 from .options import Options
 from .precision import PRECISIONS, converted
 from .probe import SAMPLES, probe
@@ -35,6 +35,7 @@ from .run_plan import RunPlan
 from .samples import Chunk, SampleStream, check_targets, moved_to, split_batch, two_samples
 from .sensitivity import FILE_NAME, Layer, Sensitivity
 from .share import MemberFailed, Share
+from .trial import check_forward
 from .whole import WholeExecutor
 
 # Samples that calibrate activations at most; steps of the moving average over them, and samples of a step at least.
@@ -61,6 +62,9 @@ class Run:
         check_finite(model)
         self.stream = SampleStream(data_loader, options.num_samples, options.seed)
         first = self.stream.peek(SAMPLES)
+        plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
+        must = "be given for batches that are neither inputs nor (inputs, …)"
+        require(plain or not options.whole_batches, "profile", "forward_step", must, type(first).__name__)
         known = recorded(options.output_dir)
         inputs, targets = self._parts(first)
         labelled = options.loss != "cross_entropy" or targets is not None
@@ -135,6 +139,7 @@ class Run:
         step = self._step
         moved = converted(self.model, self.device, self.dtype)
         executor: Runner
+        check_forward(moved, example, step or _call)
         try:
             executor = Executor(capture(moved, example, options.ignore, options.quantize_ends, step))
             output = executor.self_test(example, partial(step or _call, moved))

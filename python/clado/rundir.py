@@ -80,7 +80,10 @@ def heldout(
     profiled = note["num_samples"] if source == note["data"] else 0
     batches: list[Any] = []
     left = sys.maxsize if count is None else count
-    for images, labels in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
+    for item in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        require(pair, "data", source, "yield (inputs, targets) for this", type(item).__name__)
+        images, labels = item
         batches.append((images[:left], labels[:left]))
         left -= len(images)
         if left <= 0:

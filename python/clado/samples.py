@@ -227,13 +227,13 @@ class SampleStream:
             torch.set_rng_state(outside)
 
 
-def split_batch(item: Any) -> tuple[Tensor, Tensor | None]:
+def split_batch(item: Any, op: str = "profile") -> tuple[Tensor, Tensor | None]:
     """(inputs, targets or None) of one batch of a data loader."""
     if isinstance(item, Tensor) and item.dim() >= 1:
         return item, None
     if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(isinstance(part, Tensor) for part in item):
         return item[0], item[1] if len(item) == 2 else None
-    raise CladoError(f"profile: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
+    raise CladoError(f"{op}: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
 
 
 def check_targets(targets: Tensor | None, classes: int) -> None:

@@ -15,6 +15,7 @@ from .capture import ForwardStep, Step, check_eval, ignored, layer_name, storage
 from .errors import require
 from .executor import Objective, _close, _tensors
 from .sensitivity import Layer
+from .trial import generator_states
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class WholeExecutor:
     ) -> None:
         check_eval(model)
         self.work = 0.0
+        self._device = next(model.parameters()).device
         self._step = Step(model, forward_step or _call).eval()
         self._modules: list[list[nn.Module]] = []
         found, modules = self._find_layers(model, example)
@@ -160,10 +162,12 @@ class WholeExecutor:
 
     def _forward(self, batch: Any, own: dict[int, Tensor], samples: int) -> Any:
         self.work += samples
-        if not own:
-            return self._step(batch)
         weights = {f"model.{name}": weight for k, weight in own.items() for name in self.layers[k].names}
-        return torch.func.functional_call(self._step, weights, (batch,))
+        before = generator_states(self._device)
+        output = torch.func.functional_call(self._step, weights, (batch,)) if own else self._step(batch)
+        drawn = generator_states(self._device) != before  # on these data, where a first forward drew nothing
+        require(not drawn, "capture", "model", "draw nothing at random in eval mode (dropout, noise)", "a draw")
+        return output
 
     @contextmanager
     def _watch(self, layers: Sequence[int], record: Any) -> Iterator[None]:

@@ -7,6 +7,7 @@ bit for bit; elsewhere floating-point sums may differ and the net with them, wit
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,40 @@ def train(epochs: int, verbose: bool = True) -> nn.Module:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the order of sums must not depend on the machine's cores
     generator = np.random.default_rng(1000)
-    model = build_model().train()
     images, labels = clean_digits("train")
-    steps = epochs * -(-len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
-    with progress_bar("train", epochs, "epochs", verbose) as show:
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(generator.permutation(len(images))), spoil(images, generator)
+
+    return fit(build_model(), labels, draw, epochs, BATCH, 1e-3, "train", verbose)
+
+
+def fit(
+    model: nn.Module,
+    labels: Tensor,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    epochs: int,
+    batch_size: int,
+    rate: float,
+    title: str,
+    verbose: bool = True,
+) -> nn.Module:
+    """Train by AdamW over one cycle of the learning rate; the model, in eval mode.
+
+    Args:
+        labels: of all samples.
+        draw: an epoch's order of the samples, and their images.
+        rate: the largest learning rate.
+    """
+    model.train()
+    steps = epochs * -(-len(labels) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
+    with progress_bar(title, epochs, "epochs", verbose) as show:
         for epoch in range(epochs):
-            order = torch.from_numpy(generator.permutation(len(images)))
-            hard = spoil(images, generator)
-            for batch in order.split(BATCH):
-                loss = cross_entropy(model(hard[batch]), labels[batch])
+            order, images = draw()
+            for batch in order.split(batch_size):
+                loss = cross_entropy(model(images[batch]), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)

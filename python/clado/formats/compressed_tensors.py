@@ -84,7 +84,8 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     require(choice in (None, *_VERSIONS), "export", "odd_widths", f"be one of {', '.join(_VERSIONS)}", repr(choice))
     odd = sorted({request.plan.bits[layer.name] for layer in quantized} - set(_PLAIN_WIDTHS))
     must = (
-        "keep to 2, 4 and 8 bits, or come with odd_widths 'dense' (compressed-tensors ≥ 0.18.0) or 'padded' (≤ 0.17.1)"
+        "keep to 2, 4 and 8 bits, or come with odd_widths (--odd-widths) "
+        "'dense' (compressed-tensors ≥ 0.18.0) or 'padded' (≤ 0.17.1)"
     )
     require(not odd or choice is not None, "export", "plan", must, f"{', '.join(map(str, odd))} bits")
     return quantized, stays

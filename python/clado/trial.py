@@ -1,0 +1,82 @@
+"""One forward before anything is measured: what would make every figure wrong is named, with the line that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .capture import check_eval
+from .errors import CladoError, here, is_out_of_memory, require, said
+
+
+def check_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], op: str = "profile") -> None:
+    """Run ``model`` once on ``batch``, in eval mode; its buffers stay as they are.
+
+    Raises:
+        CladoError: train mode; whatever the forward raises; something drawn at random; statistics taken over the batch;
+            buffers that change.
+    """
+    check_eval(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    watch = _Watch(len(pytree.tree_leaves(batch)[0]))
+    changed: list[str] = []
+    try:
+        with torch.no_grad(), watch:
+            forward(model, batch)
+    except Exception as error:  # whatever the user's code raises
+        if isinstance(error, CladoError) or is_out_of_memory(error):
+            raise
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
+        raise CladoError(
+            f"{op}: model must run on batches of data_loader, of shapes {shapes}, got {said(error)}"
+        ) from error
+    finally:
+        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+        for name in changed:
+            model.get_buffer(name).copy_(buffers[name])
+    require(watch.random is None, op, "model", "draw nothing at random in eval mode (dropout, noise)", watch.random)
+    require(watch.statistics is None, op, "model", "take no statistics over the batch in eval mode", watch.statistics)
+    require(
+        not changed, op, "model", "leave its buffers unchanged in eval mode", f"changes of {', '.join(changed[:3])}"
+    )
+
+
+def generator_states(device: torch.device | None) -> bytes:
+    """State of torch's generators on the CPU and on ``device``: it differs when something was drawn."""
+    state = torch.get_rng_state().numpy().tobytes()
+    if device is not None and device.type == "cuda":
+        state += torch.cuda.get_rng_state(device).numpy().tobytes()
+    return state
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the first operator that draws at random, and the first that normalizes over a batch of ``samples``."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.random: str | None = None
+        self.statistics: str | None = None
+        self._samples = samples
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        # Attention without dropout has the tag too, and draws nothing.
+        seeded = torch.Tag.nondeterministic_seeded in func.tags and self.random is None
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), kwargs.get("device"))
+        before = generator_states(device) if seeded else b""
+        out = func(*args, **kwargs)
+        if seeded and generator_states(device) != before:
+            self.random = f"{name} at {here()}"
+        # An instance norm is a batch norm of one sample with all channels of all samples.
+        if "batch_norm" in name and self.statistics is None and args[0].shape[0] == self._samples > 1:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            if given.get("training", given.get("running_mean") is None):
+                self.statistics = f"{name} at {here()}"
+        return out
