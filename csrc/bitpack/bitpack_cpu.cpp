@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -9,183 +11,226 @@
 namespace clado {
 namespace {
 
-// 32 codes fill exactly `Bits` words: four 64-bit lanes of eight codes. A lane's codes are brought together by halves (pairs,
-// fours, eights), then its bytes are closed up by a shuffle of two lanes.
-constexpr int kCodes = 32;
-constexpr int kHalf = 16;
-using Bytes = uint8_t __attribute__((vector_size(kCodes)));
-using Lanes = uint64_t __attribute__((vector_size(kCodes)));
-using Pair = uint8_t __attribute__((vector_size(kHalf)));  // two lanes
+// A register of codes, one to a byte. Neighbours that fill whole bytes are a group: its codes are joined two by two (pairs,
+// fours, eights); then the filled bytes of all groups are closed up as far as the level's shuffles reach. That is a part; it
+// is read and written whole, so that a block touches more than its packed bytes.
+template <int kBits, int kWidth>
+struct Block {
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+  typedef uint64_t Lanes __attribute__((vector_size(kWidth)));
+  static constexpr int bits = kBits, width = kWidth;
+  static constexpr int part = bits == 8 ? width : width == 16 ? 8 : width == 32 ? 16 : 64;  // bytes of a register
+  static constexpr int group = bits == 8 ? 1 : bits % 2 || part == 8 ? 8 : bits == 4 ? 2 : 4, filled = group * bits / 8;
+  static constexpr int step = part / 8 * bits, packed = width / 8 * bits, touched = packed - step + part;  // bytes in memory
+  static constexpr int last = (touched - packed) / packed + 2;  // at most so many blocks are left where `touched` bytes are not
+  // Of 16 bytes, all and the filled ones, in units that shuffles take across them.
+  using Unit = std::conditional_t<bits % 2, uint16_t, uint32_t>;
+  static constexpr int units = 16 / sizeof(Unit), full = 2 * bits / sizeof(Unit);
+  static constexpr uint8_t offset = 1u << (bits - 1);
+};
 
-// A mask of every other field of `width` bits, fields `space` bits apart, from field `first` on.
-constexpr uint64_t every_other(int space, int width, int first) {
+// A mask of the low `width` bits of every field of `space` bits.
+constexpr uint64_t low_bits(int width, int space) {
   uint64_t mask = 0;
-  for (int at = first * space; at < 64; at += 2 * space) mask |= ((uint64_t{1} << width) - 1) << at;
+  for (int at = 0; at < 64; at += space) mask |= ((uint64_t{1} << width) - 1) << at;
   return mask;
 }
 
-// Two fields of Width bits, Space apart, become one of 2 * Width; and back.
-template <int Width, int Space>
+// Fields of Space bits, the low Filled of them filled: two become one; and back. Fields filled to no more than the half are
+// zero above, before and after; of others nothing is said there.
+template <int Filled, int Space, class Lanes>
 CLADO_INLINE Lanes join(Lanes x) {
-  return (x & every_other(Space, Width, 0)) | ((x & every_other(Space, Width, 1)) >> (Space - Width));
+  const Lanes moved = x >> (Space - Filled);
+  if constexpr (2 * Filled <= Space) return (x | moved) & low_bits(2 * Filled, 2 * Space);
+  return x ^ ((x ^ moved) & ~low_bits(Filled, 2 * Space));
 }
-template <int Width, int Space>
-CLADO_INLINE Lanes part(Lanes x) {
-  return (x & every_other(Space, Width, 0)) | ((x << (Space - Width)) & every_other(Space, Width, 1));
-}
-
-// The first `Bits` bytes of both lanes, one after the other; and back (the bytes above are then of no account).
-template <int Bits>
-CLADO_INLINE Pair close_up(Pair x) {
-  Pair from{};
-  for (int j = 0; j < 2 * Bits; ++j) from[j] = static_cast<uint8_t>(j / Bits * 8 + j % Bits);
-  return __builtin_shuffle(x, from);
-}
-template <int Bits>
-CLADO_INLINE Pair spread_out(Pair x) {
-  Pair from{};
-  for (int j = 0; j < kHalf; ++j) from[j] = static_cast<uint8_t>(j % 8 < Bits ? j / 8 * Bits + j % 8 : 0);
-  return __builtin_shuffle(x, from);
+template <int Filled, int Space, class Lanes>
+CLADO_INLINE Lanes split(Lanes x) {
+  const Lanes moved = x << (Space - Filled);
+  if constexpr (2 * Filled <= Space) return (x | moved) & low_bits(Filled, Space);
+  return x ^ ((x ^ moved) & ~low_bits(Space, 2 * Space));
 }
 
-CLADO_INLINE Bytes both(Pair low, Pair high) {
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
-                                 24, 25, 26, 27, 28, 29, 30, 31);
+CLADO_INLINE Block<8, 16>::Lanes both(Block<8, 8>::Lanes a, Block<8, 8>::Lanes b) { return Block<8, 16>::Lanes{a[0], b[0]}; }
+CLADO_INLINE Block<8, 32>::Lanes both(Block<8, 16>::Lanes a, Block<8, 16>::Lanes b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3);
 }
 
-// Bytes of a block of 32 packed codes, and those that a block touches: the halves are read and written 16 bytes at a time.
-template <int Bits>
-constexpr int kPacked = 4 * Bits;
-template <int Bits>
-constexpr int kTouched = 2 * Bits + kHalf;
+// x[from(0)], x[from(1)], ... in units of type T.
+template <class T, class Bytes, class From, int... J>
+CLADO_INLINE Bytes shuffle(Bytes x, From from, std::integer_sequence<int, J...>) {
+  typedef T Units __attribute__((vector_size(sizeof(Bytes))));
+  return (Bytes)__builtin_shufflevector((Units)x, (Units)x, from(J)...);
+}
+template <class T, class Bytes, class From>
+CLADO_INLINE Bytes shuffle(Bytes x, From from) {
+  return shuffle<T>(x, from, std::make_integer_sequence<int, sizeof(Bytes) / sizeof(T)>{});
+}
 
-// Adds to `outside` what lies out of range. Bytes from kPacked to kTouched are overwritten.
-template <int Bits>
-CLADO_INLINE void pack_block(const int8_t* codes, char* packed, Bytes* outside) {
-  constexpr uint8_t offset = 1u << (Bits - 1), mask = static_cast<uint8_t>((1u << Bits) - 1u);
-  Bytes stored;
+// The filled bytes of every part, one after the other; and back.
+template <class B>
+CLADO_INLINE typename B::Bytes close_up(typename B::Bytes x) {
+  if constexpr (B::part >= 16)
+    x = shuffle<uint8_t>(x, [](int j) {
+      const int k = j % 16;
+      return j - k + (k < 2 * B::bits ? k / B::filled * B::group + k % B::filled : 0);
+    });
+  if constexpr (B::part == 64)
+    x = shuffle<typename B::Unit>(x, [](int j) { return j < 4 * B::full ? j / B::full * B::units + j % B::full : 0; });
+  return x;
+}
+template <class B>
+CLADO_INLINE typename B::Bytes spread_out(typename B::Bytes x) {
+  if constexpr (B::part == 64)
+    x = shuffle<typename B::Unit>(x, [](int j) { return j % B::units < B::full ? j / B::units * B::full + j % B::units : 0; });
+  if constexpr (B::part >= 16)
+    x = shuffle<uint8_t>(x, [](int j) {
+      const int k = j % 16;
+      return j - k + (k % B::group < B::filled ? k / B::group * B::filled + k % B::group : 0);
+    });
+  return x;
+}
+
+// Two parts are put together in registers: a wide load would wait for narrow stores.
+template <class B>
+CLADO_INLINE typename B::Lanes load_parts(const char* packed) {
+  if constexpr (B::part < B::width) {
+    typename Block<8, B::width / 2>::Lanes low{}, high{};
+    std::memcpy(&low, packed, B::part);
+    std::memcpy(&high, packed + B::step, B::part);
+    return both(low, high);
+  } else {
+    typename B::Lanes x;
+    std::memcpy(&x, packed, sizeof x);
+    return x;
+  }
+}
+
+// Adds to `seen` the bits of all stored codes, those out of range among them.
+template <class B>
+CLADO_INLINE void pack_block(const int8_t* codes, char* packed, typename B::Bytes* seen) {
+  typename B::Bytes stored;
   std::memcpy(&stored, codes, sizeof stored);
-  stored += offset;
-  *outside |= stored & static_cast<uint8_t>(~mask);
-  if constexpr (Bits < 8) {
-    Lanes x;
-    std::memcpy(&x, &stored, sizeof x);
-    x = join<4 * Bits, 32>(join<2 * Bits, 16>(join<Bits, 8>(x)));
-    std::memcpy(&stored, &x, sizeof stored);
-  }
-  for (int half = 0; half < 2; ++half) {
-    Pair pair;
-    std::memcpy(&pair, reinterpret_cast<const char*>(&stored) + half * kHalf, sizeof pair);
-    pair = close_up<Bits>(pair);
-    std::memcpy(packed + half * 2 * Bits, &pair, sizeof pair);
-  }
+  stored += B::offset;
+  *seen |= stored;
+  auto x = (typename B::Lanes)stored;
+  if constexpr (B::group > 1) x = join<B::bits, 8>(x);
+  if constexpr (B::group > 2) x = join<2 * B::bits, 16>(x);
+  if constexpr (B::group > 4) x = join<4 * B::bits, 32>(x);
+  const auto closed = close_up<B>((typename B::Bytes)x);
+  for (int k = 0; k < B::width / B::part; ++k)
+    std::memcpy(packed + k * B::step, reinterpret_cast<const char*>(&closed) + k * B::part, B::part);
 }
 
-template <int Bits>
+template <class B>
 CLADO_INLINE void unpack_block(const char* packed, int8_t* codes) {
-  constexpr uint8_t offset = 1u << (Bits - 1);
-  Pair low, high;
-  std::memcpy(&low, packed, sizeof low);
-  std::memcpy(&high, packed + 2 * Bits, sizeof high);
-  Bytes stored = both(spread_out<Bits>(low), spread_out<Bits>(high));
-  if constexpr (Bits < 8) {
-    Lanes x;
-    std::memcpy(&x, &stored, sizeof x);
-    x = part<Bits, 8>(part<2 * Bits, 16>(part<4 * Bits, 32>(x)));
-    std::memcpy(&stored, &x, sizeof stored);
-  }
-  stored -= offset;
+  auto x = (typename B::Lanes)spread_out<B>((typename B::Bytes)load_parts<B>(packed));
+  if constexpr (B::bits <= 4) x &= low_bits(8 * B::filled, 8 * B::group);
+  if constexpr (B::group > 4) x = split<4 * B::bits, 32>(x);
+  if constexpr (B::group > 2) x = split<2 * B::bits, 16>(x);
+  if constexpr (B::group > 1) x = split<B::bits, 8>(x);
+  if constexpr (B::bits > 4) x &= low_bits(B::bits, 8);
+  const auto stored = (typename B::Bytes)x - B::offset;
   std::memcpy(codes, &stored, sizeof stored);
 }
 
-// fn(block, whole) for all blocks of `columns` codes; not whole: it must not touch more than its own codes and bytes.
-template <int Bits, class Fn>
-CLADO_INLINE void for_each_block(int64_t columns, Fn fn) {
-  const int64_t blocks = (columns + kCodes - 1) / kCodes, bytes = 4 * packed_columns(columns, Bits);
-  const int64_t whole = bytes < kTouched<Bits> ? 0 : (bytes - kTouched<Bits>) / kPacked<Bits> + 1;
-  int64_t b = 0;
-  for (; b < whole && b < columns / kCodes; ++b) fn(b, true);
-  for (; b < blocks; ++b) fn(b, false);
+// Blocks of a row of `columns` codes, `bytes` packed, that touch nothing behind it.
+template <class B>
+CLADO_INLINE int64_t whole_blocks(int64_t columns, int64_t bytes) {
+  const int64_t fit = bytes < B::touched ? 0 : (bytes - B::touched) / B::packed + 1, full = columns / B::width;
+  return fit < full ? fit : full;
 }
 
-template <int Bits>
+template <class B>
 CLADO_INLINE void pack_row(const int8_t* codes, char* packed, int64_t columns, bool* inside) {
-  Bytes outside{};
-  for_each_block<Bits>(columns, [&](int64_t b, bool whole) __attribute__((always_inline)) {
-    const int8_t* from = codes + b * kCodes;
-    char* to = packed + b * kPacked<Bits>;
-    if (whole) return pack_block<Bits>(from, to, &outside);
-    const int64_t count = columns - b * kCodes < kCodes ? columns - b * kCodes : kCodes;
-    int8_t last[kCodes];
-    char bytes[kTouched<Bits>];
-    std::memset(last, -(1 << (Bits - 1)), sizeof last);  // stored as zero bits
-    std::memcpy(last, from, static_cast<size_t>(count));
-    pack_block<Bits>(last, bytes, &outside);
-    std::memcpy(to, bytes, static_cast<size_t>(4 * packed_columns(count, Bits)));
-  });
-  Lanes any;
-  std::memcpy(&any, &outside, sizeof any);
-  for (int i = 0; i < 4; ++i) *inside &= any[i] == 0;
+  const int64_t bytes = 4 * packed_columns(columns, B::bits), whole = whole_blocks<B>(columns, bytes);
+  typename B::Bytes seen{};
+#pragma GCC unroll 4
+  for (int64_t b = 0; b < whole; ++b) pack_block<B>(codes + b * B::width, packed + b * B::packed, &seen);
+  if (whole * B::packed < bytes) {
+    int8_t rest[B::last * B::width];
+    char out[B::last * B::packed + B::touched];
+    std::memset(rest, -B::offset, sizeof rest);  // stored as zero bits
+    std::memcpy(rest, codes + whole * B::width, static_cast<size_t>(columns - whole * B::width));
+    for (int b = 0; b < B::last; ++b) pack_block<B>(rest + b * B::width, out + b * B::packed, &seen);
+    std::memcpy(packed + whole * B::packed, out, static_cast<size_t>(bytes - whole * B::packed));
+  }
+  const auto outside = (typename B::Lanes)(seen & static_cast<uint8_t>(-2 * B::offset));
+  for (int k = 0; k < B::width / 8; ++k) *inside &= outside[k] == 0;
 }
 
-template <int Bits>
+template <class B>
 CLADO_INLINE void unpack_row(const char* packed, int8_t* codes, int64_t columns) {
-  for_each_block<Bits>(columns, [&](int64_t b, bool whole) __attribute__((always_inline)) {
-    const char* from = packed + b * kPacked<Bits>;
-    if (whole) return unpack_block<Bits>(from, codes + b * kCodes);
-    const int64_t count = columns - b * kCodes < kCodes ? columns - b * kCodes : kCodes;
-    char bytes[kTouched<Bits>] = {};
-    int8_t last[kCodes];
-    std::memcpy(bytes, from, static_cast<size_t>(4 * packed_columns(count, Bits)));
-    unpack_block<Bits>(bytes, last);
-    std::memcpy(codes + b * kCodes, last, static_cast<size_t>(count));
-  });
+  const int64_t bytes = 4 * packed_columns(columns, B::bits), whole = whole_blocks<B>(columns, bytes);
+#pragma GCC unroll 4
+  for (int64_t b = 0; b < whole; ++b) unpack_block<B>(packed + b * B::packed, codes + b * B::width);
+  if (whole * B::width < columns) {
+    char in[B::last * B::packed + B::touched] = {};
+    int8_t rest[B::last * B::width];
+    std::memcpy(in, packed + whole * B::packed, static_cast<size_t>(bytes - whole * B::packed));
+    for (int b = 0; b < B::last; ++b) unpack_block<B>(in + b * B::packed, rest + b * B::width);
+    std::memcpy(codes + whole * B::width, rest, static_cast<size_t>(columns - whole * B::width));
+  }
 }
 
+template <int Width>
 CLADO_INLINE void pack_any_body(const int8_t* codes, char* packed, int64_t columns, int bits, bool* inside) {
   switch (bits) {
-    case 2: return pack_row<2>(codes, packed, columns, inside);
-    case 3: return pack_row<3>(codes, packed, columns, inside);
-    case 4: return pack_row<4>(codes, packed, columns, inside);
-    case 5: return pack_row<5>(codes, packed, columns, inside);
-    case 6: return pack_row<6>(codes, packed, columns, inside);
-    case 7: return pack_row<7>(codes, packed, columns, inside);
-    default: return pack_row<8>(codes, packed, columns, inside);
+    case 2: return pack_row<Block<2, Width>>(codes, packed, columns, inside);
+    case 3: return pack_row<Block<3, Width>>(codes, packed, columns, inside);
+    case 4: return pack_row<Block<4, Width>>(codes, packed, columns, inside);
+    case 5: return pack_row<Block<5, Width>>(codes, packed, columns, inside);
+    case 6: return pack_row<Block<6, Width>>(codes, packed, columns, inside);
+    case 7: return pack_row<Block<7, Width>>(codes, packed, columns, inside);
+    default: return pack_row<Block<8, Width>>(codes, packed, columns, inside);
   }
 }
 
+template <int Width>
 CLADO_INLINE void unpack_any_body(const char* packed, int8_t* codes, int64_t columns, int bits) {
   switch (bits) {
-    case 2: return unpack_row<2>(packed, codes, columns);
-    case 3: return unpack_row<3>(packed, codes, columns);
-    case 4: return unpack_row<4>(packed, codes, columns);
-    case 5: return unpack_row<5>(packed, codes, columns);
-    case 6: return unpack_row<6>(packed, codes, columns);
-    case 7: return unpack_row<7>(packed, codes, columns);
-    default: return unpack_row<8>(packed, codes, columns);
+    case 2: return unpack_row<Block<2, Width>>(packed, codes, columns);
+    case 3: return unpack_row<Block<3, Width>>(packed, codes, columns);
+    case 4: return unpack_row<Block<4, Width>>(packed, codes, columns);
+    case 5: return unpack_row<Block<5, Width>>(packed, codes, columns);
+    case 6: return unpack_row<Block<6, Width>>(packed, codes, columns);
+    case 7: return unpack_row<Block<7, Width>>(packed, codes, columns);
+    default: return unpack_row<Block<8, Width>>(packed, codes, columns);
   }
 }
 
-CLADO_SIMD_KERNEL(pack_any, (const int8_t* codes, char* packed, int64_t columns, int bits, bool* inside),
-                  (codes, packed, columns, bits, inside))
-CLADO_SIMD_KERNEL(unpack_any, (const char* packed, int8_t* codes, int64_t columns, int bits), (packed, codes, columns, bits))
+CLADO_STAMP(pack_any, (const int8_t* codes, char* packed, int64_t columns, int bits, bool* inside),
+            (codes, packed, columns, bits, inside), <64>, <32>, <16>)
+CLADO_STAMP(unpack_any, (const char* packed, int8_t* codes, int64_t columns, int bits), (packed, codes, columns, bits), <64>,
+            <32>, <16>)
 
-// A long row is cut at whole words so that the threads share it: fn(row, first column, columns).
-constexpr int64_t kPiece = 1 << 14;
+// fn(row, first column, columns) for whole rows, or for pieces where rows are fewer than threads: a piece for every thread,
+// but of whole kGrain codes, so that pieces begin at whole words and share no cache line.
+constexpr int64_t kGrain = 1 << 12;
 
 template <class Fn>
 void for_each_piece(int64_t rows, int64_t columns, int threads, Fn fn) {
-  const int64_t pieces = (columns + kPiece - 1) / kPiece;
+  if (rows == 0 || columns == 0) return;
   threads = threads_for(rows * columns, threads);
+  const int64_t wanted = (threads + rows - 1) / rows, grains = (columns + kGrain - 1) / kGrain;
+  const int64_t length = (grains + wanted - 1) / wanted * kGrain, pieces = (columns + length - 1) / length;
   parallel_for(rows * pieces, threads, [&](int64_t i) {
-    const int64_t first = i % pieces * kPiece, rest = columns - first;
-    fn(i / pieces, first, rest < kPiece ? rest : kPiece);
+    const int64_t first = i % pieces * length, rest = columns - first;
+    fn(i / pieces, first, rest < length ? rest : length);
   });
+}
+
+// Rows without bits left over at their ends are packed like one long row, which has one end only.
+void join_rows(int64_t* rows, int64_t* columns, int bits) {
+  if (*columns * bits % 32) return;
+  *columns *= *rows;
+  *rows = 1;
 }
 
 }  // namespace
 
 bool pack_cpu(const int8_t* codes, int32_t* words, int64_t rows, int64_t columns, int bits, int threads) {
+  join_rows(&rows, &columns, bits);
   const int64_t packed = packed_columns(columns, bits);
   std::atomic<bool> all_inside{true};
   for_each_piece(rows, columns, threads, [&](int64_t row, int64_t first, int64_t count) {
@@ -198,6 +243,7 @@ bool pack_cpu(const int8_t* codes, int32_t* words, int64_t rows, int64_t columns
 }
 
 void unpack_cpu(const int32_t* words, int8_t* codes, int64_t rows, int64_t columns, int bits, int threads) {
+  join_rows(&rows, &columns, bits);
   const int64_t packed = packed_columns(columns, bits);
   for_each_piece(rows, columns, threads, [&](int64_t row, int64_t first, int64_t count) {
     const char* source = reinterpret_cast<const char*>(words + row * packed + first / 32 * bits);

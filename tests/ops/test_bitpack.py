@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clado_ext
+from clado_ext import _native
 from clado_ext.reference import bitpack as oracle
 from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
 
@@ -41,6 +42,42 @@ def test_same_words_at_every_simd_level_and_thread_count(bits: int) -> None:
     results = at_every_cpu_setting(lambda: clado_ext.pack(codes, bits))
     assert all(same_bits(r, results[0]) for r in results)
     assert all(same_bits(r, codes) for r in at_every_cpu_setting(lambda: clado_ext.unpack(results[0], bits, 1000)))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 33), (2, 64), (3, 127), (100, 1056), (3, 65536), (1, 70000)])
+def test_every_level_stays_inside_its_rows(shape: tuple[int, int], bits: int) -> None:
+    codes = random_codes(shape, bits, "cpu")
+    words = oracle.pack(codes, bits)
+
+    def run() -> bool:
+        packed, back = (
+            torch.full((words.numel() + 20,), -77, dtype=torch.int32),
+            torch.full((codes.numel() + 80,), 77).char(),
+        )
+        threads = torch.get_num_threads()
+        assert _native.pack_cpu(codes.data_ptr(), packed.data_ptr(), *shape, bits, threads)
+        _native.unpack_cpu(packed.data_ptr(), back.data_ptr(), *shape, bits, threads)
+        right = torch.equal(packed[:-20], words.reshape(-1)) and torch.equal(back[:-80], codes.reshape(-1))
+        return right and bool((packed[-20:] == -77).all() and (back[-80:] == 77).all())
+
+    assert all(at_every_cpu_setting(run))
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_every_level_sees_a_code_outside(bits: int) -> None:
+    half = 2 ** (bits - 1)
+    for place in (0, 63, 700, 4999):
+        for code in (half, -half - 1):
+            codes = random_codes((5000,), bits, "cpu")
+            codes[place] = code
+
+            def refused(codes: torch.Tensor = codes) -> bool:
+                with pytest.raises(ValueError, match="a code outside"):
+                    clado_ext.pack(codes, bits)
+                return True
+
+            assert all(at_every_cpu_setting(refused))
 
 
 @pytest.mark.parametrize("device", DEVICES)
