@@ -4,7 +4,7 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 
 from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
-from .bitpack import pack, packed_columns, unpack
+from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
 from .carried import carried_gelu, carried_layer_norm, carried_softmax
 from .fake_quant import (
     QuantizedWeight,
@@ -33,6 +33,7 @@ __all__ = [
     "iqp_prove",
     "iqp_search",
     "pack",
+    "pack_into",
     "packed_columns",
     "pairwise_ce",
     "quantize",
@@ -43,4 +44,5 @@ __all__ = [
     "simd_level",
     "straight_through",
     "unpack",
+    "unpack_into",
 ]

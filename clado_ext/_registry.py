@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _native
 
@@ -55,3 +56,14 @@ def require(condition: bool, op: str, argument: str, must: str, got: object) -> 
 def refusal(op: str, argument: str, must: str, got: object) -> ValueError:
     """The error of an argument that does not fit."""
     return ValueError(f"{op}: {argument} must {must}, got {got}")
+
+
+def check_output(op: str, name: str, got: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise unless an output that the caller owns is a contiguous tensor of that shape and dtype on the device of ``like``."""
+    if not (got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == like.device):
+        raise refusal(
+            op,
+            name,
+            f"be contiguous {dtype} {shape} on {like.device}",
+            f"{got.dtype} {tuple(got.shape)} on {got.device}",
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._registry import call, define, refusal, require
+from ._registry import call, check_output, define, refusal, require
 
 
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
@@ -49,6 +49,27 @@ def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     return _along(packed, dim, "unpack", "packed", lambda p: _unpack(p, bits, columns))
 
 
+def pack_into(codes: Tensor, bits: int, packed: Tensor) -> None:
+    """:func:`pack` along the last dimension into words the caller owns, of the shape given there and contiguous.
+
+    Raises:
+        ValueError: as :func:`pack` (``packed`` is then unspecified), or an output of another shape, dtype, device or layout.
+    """
+    check_output("pack_into", "packed", packed, codes, _packed_shape("pack_into", codes, bits), torch.int32)
+    _launch_pack(codes, bits, packed)
+
+
+def unpack_into(packed: Tensor, bits: int, codes: Tensor) -> None:
+    """:func:`unpack` along the last dimension into codes the caller owns: contiguous int8 ``[..., columns]``.
+
+    Raises:
+        ValueError: as :func:`unpack`, or an output of another shape, dtype, device or layout.
+    """
+    columns = codes.shape[-1] if codes.dim() else 0
+    check_output("unpack_into", "codes", codes, packed, _codes_shape("unpack_into", packed, bits, columns), torch.int8)
+    _launch_unpack(packed, bits, columns, codes)
+
+
 def packed_columns(columns: int, bits: int) -> int:
     """Number of int32 words that hold ``columns`` codes of ``bits`` bits."""
     return (columns * bits + 31) // 32
@@ -63,11 +84,15 @@ def _along(x: Tensor, dim: int, op: str, name: str, run: Callable[[Tensor], Tens
     return run(x.movedim(dim, -1)).movedim(-1, dim).contiguous()
 
 
+def _packed_shape(op: str, codes: Tensor, bits: int) -> tuple[int, ...]:
+    require(codes.dtype == torch.int8, op, "codes", "be int8", codes.dtype)
+    require(codes.dim() >= 1, op, "codes", "have at least one dimension", "0")
+    require(2 <= bits <= 8, op, "bits", "lie in 2..8", bits)
+    return (*codes.shape[:-1], packed_columns(codes.shape[-1], bits))
+
+
 def _allocate_pack(codes: Tensor, bits: int) -> Tensor:
-    require(codes.dtype == torch.int8, "pack", "codes", "be int8", codes.dtype)
-    require(codes.dim() >= 1, "pack", "codes", "have at least one dimension", "0")
-    require(2 <= bits <= 8, "pack", "bits", "lie in 2..8", bits)
-    return codes.new_empty((*codes.shape[:-1], packed_columns(codes.shape[-1], bits)), dtype=torch.int32)
+    return codes.new_empty(_packed_shape("pack", codes, bits), dtype=torch.int32)
 
 
 def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
@@ -80,15 +105,19 @@ def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
         raise refusal("pack", "codes", f"lie in [{low}, {high}]", "a code outside")
 
 
-def _allocate_unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    require(packed.dtype == torch.int32, "unpack", "packed", "be int32", packed.dtype)
-    require(packed.dim() >= 1, "unpack", "packed", "have at least one dimension", "0")
-    require(2 <= bits <= 8, "unpack", "bits", "lie in 2..8", bits)
-    require(columns >= 0, "unpack", "columns", "not be negative", columns)
+def _codes_shape(op: str, packed: Tensor, bits: int, columns: int) -> tuple[int, ...]:
+    require(packed.dtype == torch.int32, op, "packed", "be int32", packed.dtype)
+    require(packed.dim() >= 1, op, "packed", "have at least one dimension", "0")
+    require(2 <= bits <= 8, op, "bits", "lie in 2..8", bits)
+    require(columns >= 0, op, "columns", "not be negative", columns)
     words = packed_columns(columns, bits)
     if packed.shape[-1] != words:
-        raise refusal("unpack", "packed", f"have {words} words per row", packed.shape[-1])
-    return packed.new_empty((*packed.shape[:-1], columns), dtype=torch.int8)
+        raise refusal(op, "packed", f"have {words} words per row", packed.shape[-1])
+    return (*packed.shape[:-1], columns)
+
+
+def _allocate_unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    return packed.new_empty(_codes_shape("unpack", packed, bits, columns), dtype=torch.int8)
 
 
 def _launch_unpack(packed: Tensor, bits: int, columns: int, out: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, define, refusal, require
+from ._registry import call, check_output, define, refusal, require
 from ._weights import DTYPES, check_weight, matrix_shape
 from .scale_search import MAX_STEPS
 
@@ -64,8 +64,8 @@ def fake_quant_into(
         ValueError: as :func:`fake_quant`, or outputs of another shape, dtype, device or layout.
     """
     _check("fake_quant_into", weight, scale, zero_point, bits, group_size)
-    _check_output("values", values, weight, (len(bits), *weight.shape), weight.dtype)
-    _check_output("sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
+    check_output("fake_quant_into", "values", values, weight, (len(bits), *weight.shape), weight.dtype)
+    check_output("fake_quant_into", "sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
     _launch_fake_quant(weight, scale, zero_point, bits, group_size, values, sqerr)
 
 
@@ -200,12 +200,6 @@ def _check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: t
         raise refusal(op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
     if tensor.device != weight.device:
         raise refusal(op, name, f"be on {weight.device}", tensor.device)
-
-
-def _check_output(name: str, got: Tensor, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not (got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == weight.device):
-        must = f"be contiguous {dtype} {shape} on {weight.device}"
-        raise refusal("fake_quant_into", name, must, f"{got.dtype} {tuple(got.shape)} on {got.device}")
 
 
 def _allocate_fake_quant(

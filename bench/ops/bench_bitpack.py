@@ -1,4 +1,8 @@
-"""pack and unpack: bytes are the codes and the words, once each."""
+"""pack and unpack into given outputs, as the copy beside them writes: bytes are the codes and the words, once each.
+
+"new output" is the same work as `pack` and `unpack` do it, into memory newly allocated, which other calls' outputs have pushed
+out of the cache; "copy, new output" is the copy of as many bytes into such memory.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,18 +23,34 @@ def cases(grid: Grid) -> Iterator[Case]:
             codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=grid.device)
             packed = clado_ext.pack(codes, bits)
 
-            def check(c: torch.Tensor = codes, p: torch.Tensor = packed, bits: int = bits, k: int = columns) -> None:
+            words, back = torch.empty_like(packed), torch.empty_like(codes)
+
+            def check(
+                c: torch.Tensor = codes,
+                p: torch.Tensor = packed,
+                bits: int = bits,
+                w: torch.Tensor = words,
+                k: torch.Tensor = back,
+            ) -> None:
+                clado_ext.pack_into(c, bits, w)
+                clado_ext.unpack_into(w, bits, k)
+                torch.testing.assert_close(w, p, rtol=0, atol=0)
                 torch.testing.assert_close(p[:8], oracle.pack(c[:8], bits), rtol=0, atol=0)
-                torch.testing.assert_close(clado_ext.unpack(p, bits, k), c, rtol=0, atol=0)
+                torch.testing.assert_close(k, c, rtol=0, atol=0)
 
             size, shape = codes.nbytes + packed.nbytes, f"{rows}x{columns} {bits} bit"
+            half_of_them = torch.ones(size // 2, dtype=torch.uint8, device=grid.device)
             others: dict[str, dict[str, Callable[[], Any]]] = {
-                "pack": rivals.pack(codes, bits),
-                "unpack": rivals.unpack(codes, bits),
+                "pack": {"new output": lambda c=codes, b=bits: clado_ext.pack(c, b), **rivals.pack(codes, bits)},
+                "unpack": {
+                    "new output": lambda p=packed, b=bits, k=columns: clado_ext.unpack(p, b, k),
+                    **rivals.unpack(codes, bits),
+                },
             }
             ours: dict[str, Callable[[], Any]] = {
-                "pack": lambda c=codes, b=bits: clado_ext.pack(c, b),
-                "unpack": lambda p=packed, b=bits, k=columns: clado_ext.unpack(p, b, k),
+                "pack": lambda c=codes, b=bits, w=words: clado_ext.pack_into(c, b, w),
+                "unpack": lambda p=packed, b=bits, k=back: clado_ext.unpack_into(p, b, k),
             }
             for op, run in ours.items():
-                yield Case(op, shape, "int8", run, check, size, 0, others[op])
+                theirs = {"copy, new output": lambda x=half_of_them: x.clone(), **others[op]}
+                yield Case(op, shape, "int8", run, check, size, 0, theirs)
