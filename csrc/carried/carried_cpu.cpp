@@ -13,21 +13,55 @@ namespace {
 
 constexpr int64_t kSpan = 1024;  // elements of one work item of the elementwise op; of a row whose exponentials are kept
 
+// A part of sixteen elements, by masks where the level has them.
+template <DType D, int W>
+CLADO_INLINE void load_first(const void* x, int64_t rest, Lanes<float, W>* v) {
+  alignas(64) char part[kLanes * 4] = {};
+  std::memcpy(part, x, static_cast<size_t>(rest) * kWeightBytes<D>);
+  *v = load_weights<Lanes<float, W>, D>(part, 0);
+}
+template <DType D, int W>
+CLADO_INLINE void store_first(void* x, int64_t rest, Lanes<float, W> v) {
+  alignas(64) char part[kLanes * 4];
+  store_weights<D>(part, 0, v);
+  std::memcpy(x, part, static_cast<size_t>(rest) * kWeightBytes<D>);
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+template <DType D>
+__attribute__((target("arch=x86-64-v4"))) inline void load_first(const void* x, int64_t rest, Lanes<float, 64>* v) {
+  const auto mask = static_cast<__mmask16>((1u << rest) - 1);
+  if constexpr (D == DType::float32) {
+    v->part[0] = _mm512_maskz_loadu_ps(mask, x);
+  } else {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(mask, _mm256_maskz_loadu_epi16(mask, x));
+    v->part[0] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(mask, wide, 16));
+  }
+}
+template <DType D>
+__attribute__((target("arch=x86-64-v4"))) inline void store_first(void* x, int64_t rest, Lanes<float, 64> v) {
+  const auto mask = static_cast<__mmask16>((1u << rest) - 1);
+  if constexpr (D == DType::float32) {
+    _mm512_mask_storeu_ps(x, mask, v.part[0]);
+  } else {
+    _mm512_mask_cvtepi32_storeu_epi16(x, mask, _mm512_maskz_srli_epi32(mask, _mm512_castps_si512(v.part[0]), 16));
+  }
+}
+#endif
+
+// The first `rest` of sixteen elements from i on, zeros behind them.
 template <class F, DType D>
 CLADO_INLINE F load_some(const void* x, int64_t i, int64_t rest) {
   if (rest >= kLanes) return load_weights<F, D>(x, i);
-  alignas(64) char part[kLanes * 4] = {};
-  std::memcpy(part, static_cast<const char*>(x) + i * kWeightBytes<D>, static_cast<size_t>(rest) * kWeightBytes<D>);
-  return load_weights<F, D>(part, 0);
+  F v;
+  load_first<D>(weights_at<D>(x, i), rest, &v);
+  return v;
 }
 
 template <DType D, class F>
 CLADO_INLINE void store_some(void* x, int64_t i, int64_t rest, F v) {
   v = round_to<D>(v);
   if (rest >= kLanes) return store_weights<D>(x, i, v);
-  alignas(64) char part[kLanes * 4];
-  store_weights<D>(part, 0, v);
-  std::memcpy(static_cast<char*>(x) + i * kWeightBytes<D>, part, static_cast<size_t>(rest) * kWeightBytes<D>);
+  store_first<D>(weights_at<D>(x, i), rest, v);
 }
 
 template <DType D>
@@ -39,30 +73,24 @@ CLADO_INLINE float value_at(const void* x, int64_t i) {
   return v;
 }
 
-// e^x for -80 <= x <= 0 to 2e-7: six terms of the series are enough here.
-template <class F>
-CLADO_INLINE F short_exp(F x) {
-  const F k = log2_multiple(x), r = log2_rest(x, k);
-  F p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  return power_of_two(k) * (p * r + 1.0f);
-}
-
-// Phi, the normal distribution function.
+// Phi, the normal distribution function: 1/2 + x times a polynomial of x^2, interpolated at Chebyshev's points for |x| <= 4.75 and
+// constant beyond. Its error is smooth, so that it does not grow where two values are subtracted.
 template <class F>
 CLADO_INLINE F normal_lanes(F x) {
-  const F a = abs(x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * a);
-  F p = 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const F tail = (0.5f * t) * p * short_exp(clamp(-a * a, -80.0f, 0.0f));
-  return select(x < 0.0f, tail, 1.0f - tail);
+  constexpr float kReach = 4.75f;
+  constexpr float kTerms[] = {0.14874804f,      -0.0736657754f, 0.0532513224f,  -0.0406203382f, 0.0302551929f,
+                              -0.0212529153f,   0.0138123697f,  -0.00831964333f, 0.00476514455f, -0.00243269815f,
+                              0.000938150333f,  -0.000423324585f, 0.00033238958f, -0.000124969418f};
+  const F y = clamp(x, -kReach, kReach);
+  return multiply_add(y, polynomial(kTerms, multiply_add(y * (2.0f / (kReach * kReach)), y, F(-1.0f))), F(0.5f));
+}
+
+// e^x - 1 for |x| < 88 to 4e-7: six terms of the series are enough here.
+template <class F>
+CLADO_INLINE F short_expm1(F x) {
+  constexpr float kTerms[] = {1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720};
+  const F k = log2_multiple(x), r = multiply_add(k, F(-0.693147181f), x), scale = power_of_two(k);
+  return multiply_add(scale, r * polynomial(kTerms, r), scale - 1.0f);
 }
 
 template <class F, DType D, DType O>
@@ -75,7 +103,7 @@ CLADO_INLINE void gelu_span(const float* clean, const void* delta, void* out, in
     for (int64_t i = 0; i < size; i += kLanes) {
       const F x = load_some<F, DType::float32>(clean, i, size - i), e = load_some<F, D>(d, i, size - i);
       const F after = normal_lanes(x + e);
-      store_some<O>(o, i, size - i, e * after + x * (after - F::load(before + i)));
+      store_some<O>(o, i, size - i, multiply_add(e, after, x * (after - F::load(before + i))));
     }
   }
 }
@@ -129,7 +157,7 @@ CLADO_INLINE void softmax_row(const float* scores, const float* p, const void* d
     for (int64_t c = 0; c < columns; c += kLanes) {
       const F x = load_some<F, D>(d, c, columns - c) * scale, size = abs(x);
       reach = select(size > reach, size, reach);
-      const F w = load_some<F, DType::float32>(p, c, columns - c) * expm1_lanes(clamp(x, -80.0f, 80.0f));
+      const F w = load_some<F, DType::float32>(p, c, columns - c) * short_expm1(x);
       if (keep) store(kept + c, w);
       sum += w;
     }
@@ -137,9 +165,8 @@ CLADO_INLINE void softmax_row(const float* scores, const float* p, const void* d
       const float total = sum_halves(sum), norm = 1.0f / (1.0f + total);
       for (int64_t c = 0; c < columns; c += kLanes) {
         const F q = load_some<F, DType::float32>(p, c, columns - c);
-        const F w =
-            keep ? F::load(kept + c) : q * expm1_lanes(clamp(load_some<F, D>(d, c, columns - c) * scale, -80.0f, 80.0f));
-        store_some<O>(change, c, columns - c, (w - q * total) * norm);
+        const F w = keep ? F::load(kept + c) : q * short_expm1(load_some<F, D>(d, c, columns - c) * scale);
+        store_some<O>(change, c, columns - c, multiply_add(q, F(-total), w) * norm);
         store_some<O>(whole, c, columns - c, (q + w) * norm);
       }
       continue;

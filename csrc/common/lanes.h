@@ -3,6 +3,11 @@
 // Elementary functions are written with adds, multiplies and divides only, so their bits do not depend on a libm.
 #pragma once
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -159,6 +164,34 @@ CLADO_INLINE F first_lanes(F v, int64_t count, F other = F{}) {
   if (count >= kLanes) return v;
   constexpr int32_t kIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return select(F::Int::load(kIndex) < static_cast<int32_t>(count), v, other);
+}
+
+// a * b + c, rounded once. Fused at every level (base asks the C library), so the bits agree; written with intrinsics since
+// contraction is off.
+template <int W>
+inline Lanes<float, W> multiply_add(const Lanes<float, W>& a, const Lanes<float, W>& b, Lanes<float, W> c) {
+  for (int i = 0; i < c.kParts; ++i)
+    for (int l = 0; l < c.kPartLanes; ++l) c.part[i][l] = std::fma(a.part[i][l], b.part[i][l], c.part[i][l]);
+  return c;
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("arch=x86-64-v4"))) inline Lanes<float, 64> multiply_add(const Lanes<float, 64>& a, const Lanes<float, 64>& b,
+                                                                               Lanes<float, 64> c) {
+  c.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
+  return c;
+}
+__attribute__((target("arch=x86-64-v3"))) inline Lanes<float, 32> multiply_add(const Lanes<float, 32>& a, const Lanes<float, 32>& b,
+                                                                               Lanes<float, 32> c) {
+  for (int i = 0; i < 2; ++i) c.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+  return c;
+}
+#endif
+// c_0 + x (c_1 + x (c_2 + …)) by fused multiply-adds.
+template <class F, int N>
+CLADO_INLINE F polynomial(const float (&c)[N], F x) {
+  F p = c[N - 1];
+  for (int i = N - 2; i >= 0; --i) p = multiply_add(p, x, F(c[i]));
+  return p;
 }
 
 // Sums of float lanes with double accumulators: kRun vectors meet in float32 before they are added to the doubles. Lane l takes

@@ -195,16 +195,18 @@ class CarriedExecutor(Executor):
         return finished
 
     def _step(self, state: State, position: int) -> State:
-        values = dict(state.values)
+        values, live = dict(state.values), self._live[position + 2]
         moved = False
-        for node in self._pieces[position + 1]:
+        for index in range(self._bounds[position + 1], self._bounds[position + 2]):
+            node = self.captured.nodes[index]
             found = self._difference(node, values, state)
             if found is not None:
                 values[node] = found
                 moved = True
+            for dead in self._dying[index]:  # what is freed at once is used again: fresh memory costs page faults
+                values.pop(dead, None)
         if moved:
             self._count(position + 1, state.samples * state.streams)
-        live = self._live[position + 2]
         return State(position + 1, {n: v for n, v in values.items() if n in live}, state.samples, state.overrides)
 
     def _difference(self, node: Any, values: Values, state: State) -> Any:
