@@ -3,9 +3,10 @@
     python -m bench.pipeline.bench_precision [--model vit_small_patch16_224] [--samples 4] [--layers 12] [--json file]
 
 Errors are of δ, the logit change, per candidate: relative norm over samples and classes, the worst and the median candidate at
-each bit-width. Speed is CPU time (of one thread by default: a shared machine does not count) per forward-equivalent of the
-perturbed forwards of `--layers` layers, without the clean forward that a batch shares; `plain` is the model itself on as large a
-batch in the same precision. Rounds alternate, medians count.
+each bit-width. Speed is CPU time (of one thread by default: a shared machine does not count) per forward-equivalent, the
+multiply-adds of the model's own forward, in the perturbed forwards of `--layers` layers; the clean forward that a batch shares is
+left out, or shared over the candidates of all layers where a ratio says so. `plain` is the model itself in the same precision at
+the best of several batch sizes. Rounds alternate, medians count.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from clado.capture import Captured, capture
 from clado.carried import CarriedExecutor
 from clado.estimators import singles
 from clado.executor import Executor, Runner
+from clado.heap import kept_memory
 from clado.losses import LogitLoss
 from clado.precision import full_precision
 from clado.quantizer import Quantizer
@@ -47,7 +48,8 @@ def errors(delta: Tensor, wanted: Tensor) -> dict[str, list[float]]:
 
 
 def some(captured: Captured, count: int) -> Captured:
-    step = max(1, len(captured.layers) // count)
+    """Every n-th layer, n odd: the blocks of a transformer have four, and each kind should be met."""
+    step = max(1, len(captured.layers) // count) | 1
     return replace(captured, layers=captured.layers[::step], sources=captured.sources[::step])
 
 
@@ -69,16 +71,41 @@ class Timed:
             spent, done = spent + time.process_time() - start, done + executor.work - before
         self.seconds.append(spent / done)
 
+    def forget(self) -> None:
+        self.seconds.clear()
 
-def plain_seconds(model: nn.Module, x: Tensor, streams: int) -> Callable[[], float]:
-    stacked = x.repeat(streams, 1, 1, 1)
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
-    def once() -> float:
+
+class Plain:
+    """Seconds per forward and sample of a model at the best of several batch sizes."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.batches = model, [x.repeat(n, 1, 1, 1) for n in (1, len(BITS), 2 * len(BITS))]
+        self.seconds: list[list[float]] = [[] for _ in self.batches]
+
+    def round(self) -> None:
+        for batch, seconds in zip(self.batches, self.seconds, strict=True):
+            start = time.process_time()
+            self.model(batch)
+            seconds.append((time.process_time() - start) / len(batch))
+
+    def forget(self) -> None:
+        for seconds in self.seconds:
+            seconds.clear()
+
+    def median(self) -> float:
+        return min(map(statistics.median, self.seconds))
+
+
+class Clean(Timed):
+    """Seconds per sample of the clean forward that a batch shares."""
+
+    def round(self) -> None:
         start = time.process_time()
-        model(stacked)
-        return (time.process_time() - start) / len(stacked)
-
-    return once
+        self.executor.start(self.x.clone())
+        self.seconds.append((time.process_time() - start) / len(self.x))
 
 
 @torch.no_grad()
@@ -86,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--timed-samples", type=int, default=2, help="samples per batch while timing")
+    parser.add_argument("--timed-samples", type=int, default=4, help="samples per batch while timing")
     parser.add_argument("--layers", type=int, default=12, help="about how many layers are perturbed, evenly spaced")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -94,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, x = build(options.model, options.samples)
-    with full_precision():
+    with kept_memory(), full_precision():
         result = measure(model, x, options)
     print(json.dumps(result, indent=1))
     if options.json:
@@ -103,7 +130,8 @@ def main() -> None:
 
 
 def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    captured = some(capture(model, x[:2]), options.layers)
+    every = capture(model, x[:2])
+    captured = some(every, options.layers)
     variants = quantized_variants(model, captured.layers, BITS, Quantizer(-1, 95), x.device, torch.float32)
     double = Executor(some(capture(copy.deepcopy(model).double(), x[:2].double()), options.layers))
     wanted = deltas(double, [[w.double() for w in v] for v in variants], x.double())
@@ -116,26 +144,27 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
             raise SystemExit(f"bench_precision: {precision} must stay below its limit, got {got}")
 
     x = x[: options.timed_samples]
-    plain.self_test(x[:2])
+    plain.self_test(x[:2], model)
     low = CarriedExecutor(captured, "bfloat16", x.device, plain)
+    whole = Executor(every)
+    whole.self_test(x[:2], model)
+    evaluated = sum(whole.suffix_share) * len(BITS)
     half = copy.deepcopy(model).bfloat16()
-    timed = {"float32": Timed(plain, variants, x), "bfloat16, carried": Timed(low, variants, x)}
-    bare = {
-        "float32, plain forward": plain_seconds(model, x, len(BITS)),
-        "bfloat16, plain forward": plain_seconds(half, x.bfloat16(), len(BITS)),
+    timed: dict[str, Timed | Plain] = {
+        "float32": Timed(plain, variants, x),
+        "bfloat16, carried": Timed(low, variants, x),
+        "carried, clean forward": Clean(CarriedExecutor(captured, "bfloat16", x.device), variants, x),
+        "float32, plain forward": Plain(model, x),
+        "bfloat16, plain forward": Plain(half, x.bfloat16()),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in bare}
     for turn in range(options.rounds + 1):
-        for name in timed:
-            timed[name].round()
-        for name, once in bare.items():
-            seconds[name].append(once())
-        if turn == 0:  # warm-up
-            for values in (*seconds.values(), *(t.seconds for t in timed.values())):
-                values.clear()
-    medians = {name: statistics.median(t.seconds) for name, t in timed.items()}
-    medians |= {name: statistics.median(values) for name, values in seconds.items()}
-    carried = medians["bfloat16, carried"]
+        for one in timed.values():
+            one.round()
+            if turn == 0:  # warm-up
+                one.forget()
+    medians = {name: one.median() for name, one in timed.items()}
+    carried, half_forward = medians["bfloat16, carried"], medians["bfloat16, plain forward"]
+    shared = (medians["carried, clean forward"] + evaluated * carried) / (1 + evaluated)
     return {
         "benchmark": "precision",
         "model": options.model,
@@ -147,7 +176,8 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
         "cpu_milliseconds_per_forward": {name: 1e3 * value for name, value in medians.items()},
         "ratios": {
             "carried bfloat16 over float32": medians["float32"] / carried,
-            "carried bfloat16, time over plain bfloat16 forward": carried / medians["bfloat16, plain forward"],
+            "carried bfloat16, time over plain bfloat16 forward": carried / half_forward,
+            "carried bfloat16 with its clean forward, time over plain bfloat16 forward": shared / half_forward,
             "float32, time over plain float32 forward": medians["float32"] / medians["float32, plain forward"],
         },
         "machine": machine(),

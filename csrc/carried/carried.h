@@ -3,8 +3,8 @@
 // Clean values are float32, [size] or [rows, columns]; differences [streams, the same] and results are float32 or bfloat16
 // (`_half`); all contiguous. A row's clean part is read once for all streams.
 //
-//   gelu        d Phi(x + d) + x (Phi(x + d) - Phi(x)), on the CPU Phi by Abramowitz and Stegun 7.1.26 (error of its slope below
-//               1e-6), on the GPU normcdff and, for small d, the series of the difference
+//   gelu        d Phi(x + d) + x (Phi(x + d) - Phi(x)), on the CPU Phi by a polynomial (error of gelu's slope below 3e-5, 1e-6 in the
+//               mean), on the GPU normcdff and, for small d, the series of the difference
 //   layer_norm  weight ((d - mean d) r' + (x - mean x) (r' - r)), r = 1 / sqrt(var + eps), r' - r from the change of the variance;
 //               the bias drops out; weight may be null
 //   softmax     from scores s, p = softmax(s) and d, scaled: w = p (e^d - 1), W = sum w; each result row holds 2 * columns values:

@@ -143,7 +143,6 @@ class CarriedExecutor(Executor):
         if tested is not None:  # the cuts were tried, and the work of every segment counted
             self._flops, self._forward_flops = tested._flops, tested._forward_flops
         self.precision = Precision(precision, device)
-        self._pieces = [captured.nodes[a:b] for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
         self._dynamic = {*captured.nodes, *captured.inputs}
         self._operands: dict[Node, Tensor] = {}
         self._changes: dict[tuple[Node, int], Tensor] = {}
@@ -165,7 +164,7 @@ class CarriedExecutor(Executor):
 
     def fork(self, state: State, layer: int, variants: Sequence[Tensor]) -> State:
         self._check_at(state, layer)
-        node, after = self._pieces[2 * layer + 1][0], self._live[2 * layer + 2]
+        node, after = self.captured.nodes[self._starts[layer]], self._live[2 * layer + 2]
         changed = [dict.fromkeys(self.captured.sources[layer], weight) for weight in variants]
         self._count(2 * layer + 1, state.samples * state.streams * len(variants))
         results = self._perturbed(node, state.values, state, changed)
@@ -441,7 +440,7 @@ def _add(executor: CarriedExecutor, node: Any, values: Values, state: State) -> 
     alpha = node.kwargs.get("alpha", 1)
     sign = -alpha if node.target == aten.sub.Tensor else alpha
     if da is not None and db is not None:
-        return torch.add(da.float() if da.dtype == db.dtype == torch.bfloat16 else da, db, alpha=sign)
+        return torch.add(da.float(), db.float(), alpha=sign)
     out = da if db is None else db if sign == 1 else db * sign
     assert out is not None
     dim = _batch_dim(node.meta["val"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from .capture import ForwardStep
 from .errors import require
+from .heap import kept_memory
 from .losses import LossFunc
 from .options import Options
 from .precision import full_precision
@@ -97,7 +98,7 @@ def profile(
         CladoError: any bad input, in one line; nothing is written then.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "data_loader", "verbose")}
-    with full_precision(), torch.no_grad():
+    with kept_memory(), full_precision(), torch.no_grad():
         return Run(model, data_loader, Options.of(**arguments), verbose).measure(verbose)
 
 
@@ -107,7 +108,7 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> Ru
     Raises:
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
-    with full_precision(), torch.no_grad():
+    with kept_memory(), full_precision(), torch.no_grad():
         return Run(model, data_loader, with_defaults(**options), options.get("verbose", False)).plan()
 
 
