@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python -m bench                                              every op at its own shapes
   python -m bench list                                         the ops
   python -m bench fake_quant --shape 768x3072 --dtype bfloat16 --threads 1 2 --json new.json
+  python -m bench pairwise_ce --shape 2000x4x21843             V perturbations, N samples, C classes
   python -m bench overhead                                     what a call costs beside its kernel
   python -m bench compare old.json new.json                    faster, slower or within the noise; exit code 1 if slower
   python -m bench plot new.json --out share.svg                share of the ceiling by size"""

@@ -1,4 +1,8 @@
-"""pairwise_ce: flops are those of one triangle of the product, two per class and pair."""
+"""pairwise_ce: flops are those of one triangle of the product, two per class and pair.
+
+Shapes are V x N x C. The last of the default ones, a sample of ImageNet-21k's classes, takes about half a minute; all four samples of
+`--shape 2000x4x21843` take two or three.
+"""
 
 from collections.abc import Iterator
 
@@ -26,16 +30,18 @@ def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple
 
 def cases(grid: Grid) -> Iterator[Case]:
     large = ((300, 1024, 1000),) if grid.device == "cuda" else ()
-    for v, n, c in grid.shapes_or((50, 64, 1000), (150, 256, 1000), *large):
+    for v, n, c in grid.shapes_or((50, 64, 1000), (150, 256, 1000), *large, (2000, 1, 21843)):
         logits, delta = 3 * torch.randn(n, c, device=grid.device), 0.1 * torch.randn(v, n, c, device=grid.device)
 
         def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
-            z, d = logits[:4], delta[:20, :4]
-            torch.testing.assert_close(
-                clado_ext.pairwise_ce(z, d)[0], oracle.pairwise_ce(z, d)[0], rtol=1e-4, atol=1e-7
-            )
+            some = torch.linspace(0, len(delta) - 1, 8, device=delta.device).long()  # of all that the case computes
+            got = [x[some][:, some] for x in clado_ext.pairwise_ce(logits, delta)]
+            for x, wanted in zip(got, oracle.pairwise_ce(logits, delta[some]), strict=True):
+                # float32 products: 1e-6 of the norms of their rows, which stand on the diagonal
+                torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 
-        rivals = {f"torch bmm by {k}": lambda z=logits, d=delta, k=k: torch_chunks(z, d, k) for k in (8, 16, 32)}
+        chunks = [k for k in (8, 16, 32) if k <= max(n, 8)]
+        rivals = {f"torch bmm by {k}": lambda z=logits, d=delta, k=k: torch_chunks(z, d, k) for k in chunks}
         yield Case(
             "pairwise_ce",
             f"V={v} N={n} C={c}",
