@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import clado
 from clado import run as run_module
 from clado.capture import Captured, capture
+from clado.heap import heap
 from clado.losses import LogitLoss
 from clado.memory import LiveBytes
 from clado.profiler import plan_run, profile, with_defaults
@@ -46,6 +50,54 @@ def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> No
     with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
         run_module.ESTIMATORS[estimator](ready.executor, ready.variants, net[1], LogitLoss(None), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+
+
+@LINUX
+def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with heap(keep=True):
+        assert min(faults() for _ in range(5)) < 1000  # 128 MiB are 32768 pages; holes may take a while to meet
+    with heap(keep=False):
+        assert faults() > 30000
+    assert faults() > 10000
+
+
+GROWTH = """
+import resource, torch
+from pathlib import Path
+from clado.heap import heap
+from clado.profiler import with_defaults
+from clado.run import Run
+from torch.nn import GELU, Linear, Sequential
+
+torch.set_num_threads(1)
+parts = [Sequential(Linear(64, 64 * k), GELU(), Linear(64 * k, 64)) for k in range(2, 12)]  # blocks of every size
+net = Sequential(*parts, Linear(64, 4))
+settings = dict(batch_size=8192, num_samples=8192, quantize_ends=True, scale_steps=1)
+with heap(keep=False), torch.no_grad():
+    run = Run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
+    planned = run.fixed_bytes() + run.chunk_bytes()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize() - run.fixed_bytes()
+    run.measure(verbose=False)
+print(planned, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@LINUX
+def test_under_a_cap_the_process_grows_by_what_is_planned() -> None:
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    planned, grown = map(int, done.stdout.split())
+    assert planned > 100 << 20
+    assert grown == pytest.approx(planned, rel=0.05)
 
 
 def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(net: Any) -> None:

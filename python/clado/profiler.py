@@ -12,7 +12,7 @@ from torch import nn
 
 from .capture import ForwardStep
 from .errors import require
-from .heap import kept_memory
+from .heap import heap
 from .losses import LossFunc
 from .options import Options
 from .precision import full_precision
@@ -74,7 +74,8 @@ def profile(
             activations, or what an interrupted run in ``output_dir`` chose.
         max_memory: bytes of weights, variants and live values on the device that must not be exceeded: fewer samples, and
             then fewer perturbations, advance together. None: what is free on a GPU. A chunk that runs out of memory all the
-            same is measured again in halves.
+            same is measured again in halves. On a CPU freed memory is then returned to the system at once, so that the
+            process keeps to it; without a cap it may grow by a few times its live values.
         group_size: -1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.
         scale_steps: shrink factors tried per scale (95: the paper's code; 1: absmax).
         symmetric: codes are steps around zero; False adds a zero point to every scale.
@@ -98,7 +99,7 @@ def profile(
         CladoError: any bad input, in one line; nothing is written then.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "data_loader", "verbose")}
-    with kept_memory(), full_precision(), torch.no_grad():
+    with heap(keep=max_memory is None), full_precision(), torch.no_grad():
         return Run(model, data_loader, Options.of(**arguments), verbose).measure(verbose)
 
 
@@ -108,7 +109,7 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> Ru
     Raises:
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
-    with kept_memory(), full_precision(), torch.no_grad():
+    with heap(keep=options.get("max_memory") is None), full_precision(), torch.no_grad():
         return Run(model, data_loader, with_defaults(**options), options.get("verbose", False)).plan()
 
 
