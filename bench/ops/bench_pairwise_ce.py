@@ -1,7 +1,7 @@
 """pairwise_ce: flops are those of one triangle of the product, two per class and pair.
 
-Shapes are V x N x C. The last of the default ones, a sample of ImageNet-21k's classes, takes about half a minute; all four samples of
-`--shape 2000x4x21843` take two or three.
+Shapes are V x N x C. The last of the default ones, one sample of ImageNet-21k's classes, takes about half a minute; four samples,
+`--shape 2000x4x21843`, take two or three.
 """
 
 from collections.abc import Iterator
