@@ -5,7 +5,7 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
-from .carried import carried_gelu, carried_layer_norm, carried_softmax
+from .carried import carried_add_layer_norm, carried_gelu, carried_layer_norm, carried_softmax
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
@@ -23,6 +23,7 @@ from .scale_search import range_search, scale_search
 __all__ = [
     "QuantizedWeight",
     "batched_ce",
+    "carried_add_layer_norm",
     "carried_gelu",
     "carried_layer_norm",
     "carried_softmax",

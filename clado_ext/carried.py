@@ -52,6 +52,36 @@ def carried_layer_norm(
     return torch.ops.clado.carried_layer_norm(clean, delta, weight, eps, bfloat16)
 
 
+def carried_add_layer_norm(
+    clean: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    bfloat16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The sum of two differences, and :func:`carried_layer_norm` of it, in one pass: a residual connection and its norm.
+
+    Args:
+        clean: x, float32 ``[N, …, C]``, the clean sum.
+        residual: float32 ``[S·N, …, C]``.
+        branch: as ``residual``, or bfloat16.
+        weight: float32 ``[C]`` or None.
+        eps: added to the variance.
+        bfloat16: give the second result in bfloat16 instead of float32.
+
+    Returns:
+        d = residual + branch, float32, and layer_norm(x + d) − layer_norm(x), both ``[S·N, …, C]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    found: tuple[Tensor, Tensor] = torch.ops.clado.carried_add_layer_norm(
+        clean, residual, branch, weight, eps, bfloat16
+    )
+    return found
+
+
 def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float = 1.0, bfloat16: bool = False) -> Tensor:
     """Softmax over the last dimension of s + scale·d: its change against p = softmax(s), and itself.
 
@@ -72,17 +102,22 @@ def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float =
     return torch.ops.clado.carried_softmax(scores, clean, delta, scale, bfloat16)
 
 
-def _check(op: str, clean: Tensor, delta: Tensor) -> None:
+def _check(op: str, clean: Tensor, delta: Tensor, name: str = "delta") -> None:
     if clean.dtype != torch.float32 or clean.dim() < 1:
         raise refusal(op, "clean", "be float32 [N, …]", f"{clean.dtype} {tuple(clean.shape)}")
     if delta.dtype not in _HALF:
-        raise refusal(op, "delta", "be float32 or bfloat16", delta.dtype)
+        raise refusal(op, name, "be float32 or bfloat16", delta.dtype)
     rows = clean.shape[0]
     if delta.shape[1:] != clean.shape[1:] or (delta.shape[0] % rows if rows else delta.shape[0]) != 0:
         must = f"have shape [S·{rows}, {', '.join(map(str, clean.shape[1:]))}]"
-        raise refusal(op, "delta", must, tuple(delta.shape))
+        raise refusal(op, name, must, tuple(delta.shape))
     if delta.device != clean.device:
-        raise refusal(op, "delta", f"be on {clean.device}", delta.device)
+        raise refusal(op, name, f"be on {clean.device}", delta.device)
+
+
+def _check_weight(op: str, clean: Tensor, weight: Tensor | None) -> None:
+    if weight is not None and (weight.dtype != torch.float32 or weight.shape != clean.shape[-1:]):
+        raise refusal(op, "weight", f"be float32 [{clean.shape[-1]}]", f"{weight.dtype} {tuple(weight.shape)}")
 
 
 def _dtype(bfloat16: bool) -> torch.dtype:
@@ -113,9 +148,7 @@ def _launch_gelu(clean: Tensor, delta: Tensor, bfloat16: bool, out: Tensor) -> N
 
 def _allocate_layer_norm(clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool) -> Tensor:
     _check("carried_layer_norm", clean, delta)
-    if weight is not None and (weight.dtype != torch.float32 or weight.shape != clean.shape[-1:]):
-        must = f"be float32 [{clean.shape[-1]}]"
-        raise refusal("carried_layer_norm", "weight", must, f"{weight.dtype} {tuple(weight.shape)}")
+    _check_weight("carried_layer_norm", clean, weight)
     return delta.new_empty(delta.shape, dtype=_dtype(bfloat16))
 
 
@@ -125,6 +158,33 @@ def _launch_layer_norm(
     x, d, w = clean.contiguous(), delta.contiguous(), None if weight is None else weight.contiguous()
     addresses = (x.data_ptr(), d.data_ptr(), 0 if w is None else w.data_ptr(), out.data_ptr())
     call("carried_layer_norm", x.device, *addresses, *_sizes(clean, delta), eps, *_flags(delta, bfloat16))
+
+
+def _allocate_add_layer_norm(
+    clean: Tensor, residual: Tensor, branch: Tensor, weight: Tensor | None, eps: float, bfloat16: bool
+) -> tuple[Tensor, Tensor]:
+    op = "carried_add_layer_norm"
+    _check(op, clean, branch, "branch")
+    _check_weight(op, clean, weight)
+    if residual.dtype != torch.float32 or residual.shape != branch.shape or residual.device != branch.device:
+        raise refusal(op, "residual", f"be float32 {tuple(branch.shape)}", f"{residual.dtype} {tuple(residual.shape)}")
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=_dtype(bfloat16))
+
+
+def _launch_add_layer_norm(
+    clean: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bfloat16: bool,
+    total: Tensor,
+    out: Tensor,
+) -> None:
+    x, r, b = clean.contiguous(), residual.contiguous(), branch.contiguous()
+    w = None if weight is None else weight.contiguous()
+    addresses = [0 if t is None else t.data_ptr() for t in (x, r, b, w, total, out)]
+    call("carried_add_layer_norm", x.device, *addresses, *_sizes(clean, branch), eps, *_flags(branch, bfloat16))
 
 
 def _allocate_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool) -> Tensor:
@@ -145,6 +205,12 @@ define(
     "carried_layer_norm(Tensor clean, Tensor delta, Tensor? weight, float eps, bool bfloat16) -> Tensor",
     _allocate_layer_norm,
     _launch_layer_norm,
+)
+define(
+    "carried_add_layer_norm(Tensor clean, Tensor residual, Tensor branch, Tensor? weight, float eps, bool bfloat16)"
+    " -> (Tensor, Tensor)",
+    _allocate_add_layer_norm,
+    _launch_add_layer_norm,
 )
 define(
     "carried_softmax(Tensor scores, Tensor clean, Tensor delta, float scale, bool bfloat16) -> Tensor",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import clado
+from clado import carried
 from clado.capture import Captured, capture
 from clado.carried import CarriedExecutor, auto_precision
 from clado.estimators import ESTIMATORS, singles
@@ -117,6 +118,23 @@ def test_what_nobody_reads_any_more_is_freed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(CarriedExecutor, "_difference", watched)
     deltas(executor, variants, x)
     assert len(seen) > 40  # one segment holds most of the net
+
+
+@torch.no_grad()
+def test_a_residual_sum_with_its_norm_gives_the_bits_of_both_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, variants, x, _ = setting("vit")
+    calls, fuse = [], carried._add_and_norm
+
+    def watched(*given: Any) -> Any:
+        calls.append(fuse(*given))
+        return calls[-1]
+
+    monkeypatch.setattr(carried, "_add_and_norm", watched)
+    together = deltas(CarriedExecutor(captured, "bfloat16", x.device), variants, x)
+    assert sum(found is not None for found in calls) > len(captured.layers)
+    monkeypatch.setattr(carried, "_add_and_norm", lambda *a: None)
+    apart = deltas(CarriedExecutor(captured, "bfloat16", x.device), variants, x)
+    assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("name", ["vit", "mixture"])

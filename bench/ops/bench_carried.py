@@ -21,6 +21,7 @@ def cases(grid: Grid) -> Iterator[Case]:
     y = x[..., :384].contiguous()
     e = 1e-2 * torch.randn(streams * n, tokens, 384, device=device)
     weight = torch.rand(384, device=device)
+    r, b = 1e-2 * torch.randn_like(e), e.bfloat16()
     s = torch.randn(n, 6, tokens, tokens, device=device)
     p = s.softmax(-1)
     g = (1e-2 * torch.randn(streams * n, 6, tokens, tokens, device=device)).bfloat16()
@@ -51,6 +52,13 @@ def cases(grid: Grid) -> Iterator[Case]:
             lambda: oracle.carried_layer_norm(y, e, weight),
             lambda: minus(F.layer_norm(whole(y, e), (384,), weight), norm_y),
             (y, e, e.bfloat16()),
+        ),
+        (
+            "carried_add_layer_norm",
+            lambda: clado_ext.carried_add_layer_norm(y, r, b, weight, 1e-5, True)[1],
+            lambda: oracle.carried_add_layer_norm(y, r, b, weight)[1],
+            lambda: minus(F.layer_norm(whole(y, r + b), (384,), weight), norm_y),
+            (y, r, r, b, b),
         ),
         (
             "carried_softmax",

@@ -27,7 +27,7 @@ from clado.capture import Captured, capture
 from clado.carried import CarriedExecutor
 from clado.estimators import singles
 from clado.executor import Executor, Runner
-from clado.heap import kept_memory
+from clado.heap import heap
 from clado.losses import LogitLoss
 from clado.precision import full_precision
 from clado.quantizer import Quantizer
@@ -121,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, x = build(options.model, options.samples)
-    with kept_memory(), full_precision():
+    with heap(keep=True), full_precision():
         result = measure(model, x, options)
     print(json.dumps(result, indent=1))
     if options.json:

@@ -25,6 +25,14 @@ def carried_layer_norm(clean: Tensor, delta: Tensor, weight: Tensor | None = Non
     return norm(after, shape, scale, None, eps) - norm(before, shape, scale, None, eps)
 
 
+def carried_add_layer_norm(
+    clean: Tensor, residual: Tensor, branch: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Twice float64 ``[S·N, …, C]``; see :func:`clado_ext.carried_add_layer_norm`."""
+    total = residual.double() + branch.double()
+    return total, carried_layer_norm(clean, total, weight, eps)
+
+
 def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
     """float64 ``[S·N, …, 2K]``; see :func:`clado_ext.carried_softmax`."""
     before, after = _both(scores, scale * delta.double())

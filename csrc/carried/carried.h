@@ -7,6 +7,7 @@
 //               mean), on the GPU normcdff and, for small d, the series of the difference
 //   layer_norm  weight ((d - mean d) r' + (x - mean x) (r' - r)), r = 1 / sqrt(var + eps), r' - r from the change of the variance;
 //               the bias drops out; weight may be null
+//   add_layer_norm  d = residual + branch (residual and d float32, the branch float32 or bfloat16), then layer_norm of it
 //   softmax     from scores s, p = softmax(s) and d, scaled: w = p (e^d - 1), W = sum w; each result row holds 2 * columns values:
 //               the change (w - p W) / (1 + W), then the whole softmax(s + d) = (p + w) / (1 + W)
 #pragma once
@@ -19,6 +20,8 @@ void carried_gelu_cpu(const float* clean, const void* delta, void* out, int64_t 
                       int threads);
 void carried_layer_norm_cpu(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
                             int64_t columns, float eps, bool delta_half, bool out_half, int threads);
+void carried_add_layer_norm_cpu(const float* clean, const float* residual, const void* branch, const float* weight, float* sum, void* out,
+                                int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half, int threads);
 void carried_softmax_cpu(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
                          int64_t columns, float scale, bool delta_half, bool out_half, int threads);
 
@@ -26,6 +29,9 @@ void carried_gelu_cuda(const float* clean, const void* delta, void* out, int64_t
                        int device, void* stream);
 void carried_layer_norm_cuda(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
                              int64_t columns, float eps, bool delta_half, bool out_half, int device, void* stream);
+void carried_add_layer_norm_cuda(const float* clean, const float* residual, const void* branch, const float* weight, float* sum,
+                                 void* out, int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half,
+                                 int device, void* stream);
 void carried_softmax_cuda(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
                           int64_t columns, float scale, bool delta_half, bool out_half, int device, void* stream);
 

@@ -145,6 +145,20 @@ CLADO_INLINE void layer_norm_row(const float* x, const void* delta, const float*
 }
 
 template <class F, DType D, DType O>
+CLADO_INLINE void add_layer_norm_row(const float* x, const float* residual, const void* branch, const float* weight, float* sum,
+                                     void* out, int64_t streams, int64_t stride, int64_t columns, float eps) {
+  for (int64_t s = 0; s < streams; ++s) {
+    const float* r = residual + s * stride;
+    const void* b = weights_at<D>(branch, s * stride);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const F d = load_some<F, DType::float32>(r, c, columns - c) + load_some<F, D>(b, c, columns - c);
+      store_some<DType::float32>(sum + s * stride, c, columns - c, d);
+    }
+  }
+  layer_norm_row<F, DType::float32, O>(x, sum, weight, out, streams, stride, columns, eps);
+}
+
+template <class F, DType D, DType O>
 CLADO_INLINE void softmax_row(const float* scores, const float* p, const void* delta, void* out, int64_t streams, int64_t stride,
                               int64_t columns, float scale) {
   float kept[kSpan];
@@ -226,6 +240,17 @@ CLADO_LANES_KERNEL(layer_norm,
                    (x, delta, weight, out, streams, stride, columns, eps, delta_half, out_half))
 
 template <class F>
+CLADO_INLINE void add_layer_norm_body(const float* x, const float* residual, const void* branch, const float* weight, float* sum,
+                                      void* out, int64_t streams, int64_t stride, int64_t columns, float eps, bool delta_half,
+                                      bool out_half) {
+  CLADO_BY_DTYPE(add_layer_norm_row, x, residual, branch, weight, sum, out, streams, stride, columns, eps);
+}
+CLADO_LANES_KERNEL(add_layer_norm,
+                   (const float* x, const float* residual, const void* branch, const float* weight, float* sum, void* out,
+                    int64_t streams, int64_t stride, int64_t columns, float eps, bool branch_half, bool out_half),
+                   (x, residual, branch, weight, sum, out, streams, stride, columns, eps, branch_half, out_half))
+
+template <class F>
 CLADO_INLINE void softmax_body(const float* scores, const float* p, const void* delta, void* out, int64_t streams, int64_t stride,
                                int64_t columns, float scale, bool delta_half, bool out_half) {
   CLADO_BY_DTYPE(softmax_row, scores, p, delta, out, streams, stride, columns, scale);
@@ -261,6 +286,15 @@ void carried_layer_norm_cpu(const float* clean, const void* delta, const float* 
     const int64_t first = row * columns;
     layer_norm(clean + first, at(delta, first, delta_half), weight, at(out, first, out_half), streams, rows * columns, columns, eps,
                delta_half, out_half);
+  });
+}
+
+void carried_add_layer_norm_cpu(const float* clean, const float* residual, const void* branch, const float* weight, float* sum, void* out,
+                                int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half, int threads) {
+  parallel_for(rows, threads, [&](int64_t row) {
+    const int64_t first = row * columns;
+    add_layer_norm(clean + first, residual + first, at(branch, first, branch_half), weight, sum + first, at(out, first, out_half), streams,
+                   rows * columns, columns, eps, branch_half, out_half);
   });
 }
 

@@ -44,14 +44,9 @@ __global__ void gelu_kernel(const float* __restrict__ clean, const D* __restrict
   write<N>(out + i * N, change);
 }
 
-// One warp per stream and row.
+// A warp's row.
 template <int N, class D, class O>
-__global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __restrict__ delta, const float* __restrict__ weight,
-                                  O* __restrict__ out, int64_t count, int64_t rows, int64_t columns, float eps) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
-  if (row >= count) return;
-  const float* x = clean + row % rows * columns;
-  const D* d = delta + row * columns;
+__device__ void layer_norm_row(const float* x, const D* d, const float* weight, O* out, int64_t columns, float eps) {
   const int64_t start = threadIdx.x * N;
   float sum = 0.0f, shift = 0.0f;
   for (int64_t c = start; c < columns; c += 32 * N) {
@@ -80,8 +75,35 @@ __global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __re
     if (weight) w = read<N>(weight + c);
 #pragma unroll
     for (int k = 0; k < N; ++k) w.at[k] = ((b.at[k] - shift) * after + (a.at[k] - mean) * gain) * (weight ? w.at[k] : 1.0f);
-    write<N>(out + row * columns + c, w);
+    write<N>(out + c, w);
   }
+}
+
+// One warp per stream and row.
+template <int N, class D, class O>
+__global__ void layer_norm_kernel(const float* __restrict__ clean, const D* __restrict__ delta, const float* __restrict__ weight,
+                                  O* __restrict__ out, int64_t count, int64_t rows, int64_t columns, float eps) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  if (row >= count) return;
+  layer_norm_row<N>(clean + row % rows * columns, delta + row * columns, weight, out + row * columns, columns, eps);
+}
+
+// The same of residual + branch, which is written to `sum` and read again by the threads that wrote it.
+template <int N, class D, class O>
+__global__ void add_layer_norm_kernel(const float* __restrict__ clean, const float* __restrict__ residual, const D* __restrict__ branch,
+                                      const float* __restrict__ weight, float* sum, O* __restrict__ out, int64_t count, int64_t rows,
+                                      int64_t columns, float eps) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  if (row >= count) return;
+  const int64_t first = row * columns;
+  for (int64_t c = threadIdx.x * N; c < columns; c += 32 * N) {
+    const Pack<float, N> r = read<N>(residual + first + c), b = read<N>(branch + first + c);
+    Pack<float, N> d;
+#pragma unroll
+    for (int k = 0; k < N; ++k) d.at[k] = r.at[k] + b.at[k];
+    write<N>(sum + first + c, d);
+  }
+  layer_norm_row<N, float>(clean + row % rows * columns, sum + first, weight, out + first, columns, eps);
 }
 
 template <int N, class D, class O>
@@ -171,6 +193,22 @@ void carried_layer_norm_cuda(const float* clean, const void* delta, const float*
     layer_norm_kernel<kWidth><<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(clean, d, weight, o, count, rows, columns, eps);
   });
   check_launch("carried_layer_norm");
+}
+
+void carried_add_layer_norm_cuda(const float* clean, const float* residual, const void* branch, const float* weight, float* sum,
+                                 void* out, int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half,
+                                 int device, void* stream) {
+  const int64_t count = streams * rows;
+  if (count == 0 || columns == 0) return;
+  const DeviceGuard guard(device);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool even = is_aligned(clean, 16) && is_aligned(weight, 16) && is_aligned(residual, 16) && is_aligned(sum, 16);
+  with_types(branch, branch_half, out, out_half, columns, even, [&](auto n, auto* b, auto* o) {
+    constexpr int kWidth = decltype(n)::value;
+    add_layer_norm_kernel<kWidth>
+        <<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(clean, residual, b, weight, sum, o, count, rows, columns, eps);
+  });
+  check_launch("carried_add_layer_norm");
 }
 
 void carried_softmax_cuda(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,

@@ -198,10 +198,11 @@ class CarriedExecutor(Executor):
         moved = False
         for index in range(self._bounds[position + 1], self._bounds[position + 2]):
             node = self.captured.nodes[index]
-            found = self._difference(node, values, state)
-            if found is not None:
-                values[node] = found
-                moved = True
+            if node not in values:
+                found = self._difference(node, values, state)
+                if found is not None:
+                    values[node] = found
+                    moved = True
             for dead in self._dying[index]:  # what is freed at once is used again: fresh memory costs page faults
                 values.pop(dead, None)
         if moved:
@@ -440,12 +441,28 @@ def _add(executor: CarriedExecutor, node: Any, values: Values, state: State) -> 
     alpha = node.kwargs.get("alpha", 1)
     sign = -alpha if node.target == aten.sub.Tensor else alpha
     if da is not None and db is not None:
-        return torch.add(da.float(), db.float(), alpha=sign)
+        fused = _add_and_norm(executor, node, da.float(), db, values) if sign == 1 else None
+        return torch.add(da.float(), db.float(), alpha=sign) if fused is None else fused
     out = da if db is None else db if sign == 1 else db * sign
     assert out is not None
     dim = _batch_dim(node.meta["val"])
     shape = [size * state.streams if d == dim else size for d, size in enumerate(executor._clean[node].shape)]
     return out if list(out.shape) == shape else out.expand(shape).contiguous()
+
+
+def _add_and_norm(
+    executor: CarriedExecutor, node: Any, residual: Tensor, branch: Tensor, values: Values
+) -> Tensor | None:
+    """Sum of two differences together with the layer norm that reads it; the norm's value waits in ``values``."""
+    norms = [user for user in node.users if user.target == aten.layer_norm.default and user.args[0] is node]
+    norms = [norm for norm in norms if not any(executor._depends.get(a) for a in norm.all_input_nodes)]
+    given = _norm_arguments(executor, norms[0]) if norms and residual.shape == branch.shape else None
+    if given is None:
+        return None
+    total, values[norms[0]] = clado_ext.carried_add_layer_norm(
+        executor._clean[node], residual, branch, *given, executor.precision.half
+    )
+    return total
 
 
 def _linear_op(executor: CarriedExecutor, node: Any, values: Values, state: State) -> Any:
@@ -530,12 +547,19 @@ def _gelu(executor: CarriedExecutor, node: Any, values: Values, state: State) ->
 
 
 def _layer_norm(executor: CarriedExecutor, node: Any, values: Values, state: State) -> Any:
+    x, given = node.args[0], _norm_arguments(executor, node)
+    if given is None:
+        return None
+    return clado_ext.carried_layer_norm(executor._clean[x], values[x], *given, executor.precision.half)
+
+
+def _norm_arguments(executor: CarriedExecutor, node: Any) -> tuple[Tensor | None, float] | None:
+    """(weight, eps) of a layer norm over the last dimension; None: any other."""
     x, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
     dynamic = any(isinstance(a, Node) and a in executor._dynamic for a in (weight, bias))
     if len(shape) != 1 or dynamic or node.kwargs or _batch_dim(x.meta["val"]) != 0:
         return None
-    scale = None if weight is None else executor.captured.constants[weight]
-    return clado_ext.carried_layer_norm(executor._clean[x], values[x], scale, eps, executor.precision.half)
+    return None if weight is None else executor.captured.constants[weight], eps
 
 
 Rule = Callable[[CarriedExecutor, Any, Values, State], Any]

@@ -1,4 +1,4 @@
-"""carried_gelu, carried_layer_norm and carried_softmax against f(x + d) − f(x) in float64."""
+"""carried_gelu, carried_layer_norm, carried_add_layer_norm and carried_softmax against f(x + d) − f(x) in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +41,19 @@ def layer_norm(x: Tensor, d: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     return clado_ext.carried_layer_norm(x, d, weight, 1e-6, half), oracle.carried_layer_norm(x, d, weight, 1e-6)
 
 
+def add_layer_norm(x: Tensor, d: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    residual, weight = d.float() / 4, torch.linspace(0.5, 2, x.shape[-1], device=x.device)
+    got = clado_ext.carried_add_layer_norm(x, residual, d, weight, 1e-6, half)[1]
+    return got, oracle.carried_add_layer_norm(x, residual, d, weight, 1e-6)[1]
+
+
 def softmax(x: Tensor, d: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     got = clado_ext.carried_softmax(x, x.softmax(-1), d, 0.5, half)
     wanted = oracle.carried_softmax(x, x.softmax(-1), d, 0.5)
     return got[..., : x.shape[-1]], wanted[..., : x.shape[-1]]
 
 
-OPS = [gelu, layer_norm, softmax]
+OPS = [gelu, layer_norm, add_layer_norm, softmax]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -68,6 +74,16 @@ def test_matches_the_definition(
         if wanted.shape[-1] == 1 and op is not gelu:  # a row of one: the change is zero
             limit = 1.0
         assert (got.double() - wanted).norm() <= limit * wanted.norm() + 1e-6 * size, (shape, size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_and_its_norm_are_those_of_two_steps(dtype: torch.dtype, device: str) -> None:
+    for shape in SHAPES:
+        x, d = case(shape, 0.3, dtype, device)
+        total, normed = clado_ext.carried_add_layer_norm(x, d.float().flip(0), d, None, 1e-5, True)
+        assert same_bits(total, d.float().flip(0) + d)
+        assert same_bits(normed, clado_ext.carried_layer_norm(x, total, None, 1e-5, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -120,6 +136,7 @@ def test_strides_opcheck_and_compile() -> None:
     for op, arguments in (
         ("carried_gelu", (x, d, True)),
         ("carried_layer_norm", (x, d, weight, 1e-5, True)),
+        ("carried_add_layer_norm", (x, d, d.bfloat16(), weight, 1e-5, True)),
         ("carried_softmax", (x, x.softmax(-1), d, 0.5, False)),
     ):
         overload = getattr(torch.ops.clado, op).default
@@ -136,6 +153,15 @@ def test_strides_opcheck_and_compile() -> None:
         (lambda x, d: clado_ext.carried_gelu(x, d[:3]), r"delta must have shape \[S·2, 4\], got \(3, 4\)"),
         (lambda x, d: clado_ext.carried_layer_norm(x, d[:, :3]), "delta must have shape"),
         (lambda x, d: clado_ext.carried_layer_norm(x, d, torch.ones(3)), r"weight must be float32 \[4\]"),
+        (
+            lambda x, d: clado_ext.carried_add_layer_norm(x, d, d[:3]),
+            r"branch must have shape \[S·2, 4\], got \(3, 4\)",
+        ),
+        (
+            lambda x, d: clado_ext.carried_add_layer_norm(x, d.bfloat16(), d),
+            r"residual must be float32 \(4, 4\), got torch.bf",
+        ),
+        (lambda x, d: clado_ext.carried_add_layer_norm(x, d, d, torch.ones(3)), r"weight must be float32 \[4\]"),
         (lambda x, d: clado_ext.carried_softmax(x[:1], x, d), "scores must be as clean"),
     ],
 )

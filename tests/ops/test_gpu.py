@@ -38,6 +38,7 @@ def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
         "pairwise_ce_double": (lambda: clado_ext.pairwise_ce(even_logits.double(), even_delta.double()), False),
         "carried_gelu": (lambda: clado_ext.carried_gelu(x, d), False),
         "carried_layer_norm": (lambda: clado_ext.carried_layer_norm(x, d.bfloat16()), False),
+        "carried_add_layer_norm": (lambda: clado_ext.carried_add_layer_norm(x, d, d.bfloat16()), False),
         "carried_softmax": (lambda: clado_ext.carried_softmax(x, x.softmax(-1), d), False),
         "quantize_weight": (lambda: tuple(clado_ext.quantize_weight(weight, BITS, 33, 9)[:3]), True),
         "asymmetric": (lambda: tuple(clado_ext.quantize_weight(halves, BITS, -1, 9, symmetric=False)), True),
