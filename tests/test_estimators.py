@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clado
 from clado.capture import capture
+from clado.carried import CarriedExecutor
 from clado.estimators import ESTIMATORS
 from clado.executor import Executor
-from clado.losses import LogitLoss
+from clado.losses import LogitLoss, UserLoss
 from clado.profiler import profile
+from clado.quantizer import Quantizer
 from clado.run import quantized_variants
 from clado.sensitivity import Sensitivity, same_layer
-from tests.models import lively
+from tests.models import lively, tiny_vit
 from tests.test_profile import net_and_data, plain_loop, relative
 
 BITS = (2, 4)
@@ -299,3 +305,48 @@ def test_bad_losses_and_batches_are_named(change: dict[str, Any], message: str) 
     }
     with pytest.raises(clado.CladoError, match=message):
         profile(model, verbose=False, **arguments)
+
+
+class HostCopies(TorchDispatchMode):
+    """Notes the operators that give the host what lies on a CUDA device: for each of them it would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if "cuda" in devices and isinstance(out, Tensor) and out.device.type == "cpu":
+            self.found.append(str(func))
+        return out
+
+
+# Without "gradient": autograd on a CUDA tensor asks for the device itself.
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("estimator", ["diagonal", "logit", "corrected", "exact", "user loss"])
+def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precision: str) -> None:
+    """On tensors without data, which need no GPU; reading a value of one of them raises."""
+    model, shape = tiny_vit()
+    x = torch.randn(2, *shape)
+    captured = capture(model, x)
+    variants = quantized_variants(model, captured.layers, BITS, Quantizer(), x.device, x.dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), HostCopies() as copies:
+
+        def on_gpu(leaf: Any) -> Any:
+            return fake.from_tensor(leaf).to("cuda") if isinstance(leaf, Tensor) else leaf
+
+        moved = replace(captured, constants={node: on_gpu(value) for node, value in captured.constants.items()})
+        carried = precision == "bfloat16"
+        executor = CarriedExecutor(moved, precision, torch.device("cuda")) if carried else Executor(moved)
+        executor._flops, executor._forward_flops = [1.0] * len(executor._flops), 1.0
+        weights, batch = pytree.tree_map(on_gpu, (variants, x))
+        loss: Any = LogitLoss(None)
+        if estimator == "user loss":
+            estimator, loss = "exact", UserLoss(lambda output, batch: output.square().sum(-1), batch, 2)
+        copies.found.clear()
+        sums = ESTIMATORS[estimator](executor, weights, batch, loss, lambda: None)
+        assert copies.found == []
+        assert sums.pair.device.type == sums.loss.device.type == "cuda"
+        assert sums.cpu().pair.device.type == "cpu"
+        assert len(copies.found) > 0

@@ -20,10 +20,11 @@ from .sensitivity import Layer
 
 ForwardStep = Callable[[nn.Module, Any], Any]
 
+aten = torch.ops.aten
 _KINDS: dict[Any, str] = {
-    torch.ops.aten.linear.default: "linear",
-    torch.ops.aten.conv2d.default: "conv2d",
-    torch.ops.aten.conv2d.padding: "conv2d",
+    aten.linear.default: "linear",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
 }
 
 
@@ -164,12 +165,18 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
         with torch.no_grad():
             shapes = (pytree.tree_map(lambda leaf: {0: batch}, example),)
             program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-            return program.run_decompositions({})  # decomposes nothing, but removes mutation
+            program = program.run_decompositions({})  # decomposes nothing, but removes mutation
     except Exception as error:  # torch.export raises whatever the model's code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NotCapturable(
             f"capture: model must be exportable by torch.export with a dynamic batch, got {type(error).__name__}: {reason}"
         ) from error
+    for (
+        node
+    ) in program.graph.nodes:  # another batch, dtype or device may lay values out so that none but a copy has the shape
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    return program
 
 
 def is_size(node: Node) -> bool:

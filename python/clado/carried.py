@@ -34,7 +34,6 @@ _LINEAR = {
         getattr(getattr(aten, name), overload)
         for name, overloads in {
             "_reshape_alias": ("default",),
-            "_unsafe_view": ("default",),
             "adaptive_avg_pool2d": ("default",),
             "_adaptive_avg_pool2d": ("default",),
             "alias": ("default",),
@@ -69,7 +68,6 @@ _LINEAR = {
             "unflatten": ("int",),
             "unfold": ("default",),
             "unsqueeze": ("default",),
-            "view": ("default",),
         }.items()
         for overload in overloads
     ),
@@ -318,9 +316,6 @@ class CarriedExecutor(Executor):
                 return self._size(argument, state.samples * state.streams)
             return self.captured.constants[argument]
 
-        if node.target in (aten.view.default, aten._unsafe_view.default):  # a difference may lie otherwise in memory
-            source, shape = torch.fx.node.map_arg(node.args, value)
-            return source.reshape(shape)
         return evaluate(node, value)
 
     def _operand(self, weight: Node) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every function returns :class:`Sums` over the chunk's samples, so chunks add up in a fixed order and carry their own error
 bars. Candidates are layer-major, bits ascending; a candidate's logit change is δ_v = logits(w + Δ_v) − z. Where ranks share a
-chunk, every entry is measured on one of them and is zero on the others.
+chunk, every entry is measured on one of them and is zero on the others. The sums stay on the device: a host that asked for
+them in between would wait for it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ALONE = Share()
 
 @dataclass
 class Sums:
-    """Sums over samples, float64 on the CPU.
+    """Sums over samples, float64.
 
     Attributes:
         loss, loss_squared: of ΔL and its square, ``[V]``.
@@ -52,10 +53,11 @@ class Sums:
     samples: int = 0
 
     @staticmethod
-    def zeros(candidates: int) -> Sums:
-        vector = torch.zeros(candidates, dtype=torch.float64)
-        matrix = torch.zeros(candidates, candidates, dtype=torch.float64)
-        none, zero = torch.zeros(0, 0, dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    def zeros(candidates: int, device: torch.device | str = "cpu") -> Sums:
+        vector = torch.zeros(candidates, dtype=torch.float64, device=device)
+        matrix = torch.zeros(candidates, candidates, dtype=torch.float64, device=device)
+        none = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
         return Sums(vector, vector.clone(), matrix, matrix.clone(), none, none, none, none, zero)
 
     def __iadd__(self, other: Sums) -> Sums:
@@ -74,9 +76,14 @@ class Sums:
 
     def added(self, share: Share) -> Sums:
         """The sums of all members of a share over the same samples, on each of them."""
-        tensors: dict[str, Any] = {
-            name: share.added(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        return self._with(share.added)
+
+    def cpu(self) -> Sums:
+        """The sums on the CPU."""
+        return self._with(Tensor.cpu)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Sums:
+        tensors: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
         return replace(self, **tensors)
 
 
@@ -93,7 +100,7 @@ def logit(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Ti
     increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
     sums = _single_sums(increase, share)
     if share.leads:
-        sums.pair, sums.pair_squared = _closed_sums(logits, delta)
+        sums.pair, sums.pair_squared = clado_ext.pairwise_ce(logits, delta)
     return sums
 
 
@@ -124,9 +131,9 @@ def corrected(
     increase, logits, delta = singles(executor, variants, batch, loss, tick, share)
     sums = _single_sums(increase, share)
     if share.leads:
-        sums.pair, sums.pair_squared = _closed_sums(logits, delta)
+        sums.pair, sums.pair_squared = clado_ext.pairwise_ce(logits, delta)
         sums.residual_samples += sums.samples
-    sums.residual, sums.residual_squared, sums.residual_pair = torch.zeros(3, *sums.pair.shape, dtype=torch.float64)
+    sums.residual, sums.residual_squared, sums.residual_pair = sums.pair.new_zeros(3, *sums.pair.shape)
     sums.residual_closed = sums.pair.clone()
     for block, closed, residual in _pairs(executor, variants, batch, loss, increase, logits, delta, tick, share, later):
         sums.residual[block] = residual.sum(-1)
@@ -144,7 +151,7 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
     def objective(end: Any) -> Tensor:
         if isinstance(loss, UserLoss):
             losses = [loss.losses(output) for output in executor.outputs(end)]
-            reached["losses"] = torch.stack([value.detach().double() for value in losses]).cpu()
+            reached["losses"] = torch.stack([value.detach().double() for value in losses])
             return torch.stack(losses).sum()
         outputs = executor.finish(end)
         with torch.no_grad():
@@ -156,12 +163,12 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
     samples = state.samples
     if isinstance(loss, LogitLoss) and loss.target is None:  # the KL divergence to the clean logits has no slope there
         reached["logits"] = executor.clean(executor.start(batch))
-        base, slope = torch.zeros(1, samples), torch.zeros(1, 1, 1, samples)
+        base, slope = reached["logits"].new_zeros(1, samples), torch.zeros(1, 1, 1, samples)
     else:
         slope = executor.products(state, variants, objective)
         base = reached["losses"]
-    increase = torch.zeros(count, samples, dtype=torch.float64)
-    sums = Sums.zeros(count)
+    increase = torch.zeros(count, samples, dtype=torch.float64, device=base.device)
+    sums = Sums.zeros(count, base.device)
     costs = partial(_gradient_work, executor.suffix_share, executor.slope_share(width), width)
     for i in share.own(executor.num_layers, costs):
         state = executor.advance(state, i)
@@ -271,12 +278,6 @@ def singles(
     return loss.increase(logits, delta), logits, delta
 
 
-def _closed_sums(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over samples of the closed-form Ω and its square, ``[V, V]``."""
-    total, squares = clado_ext.pairwise_ce(logits, delta)
-    return total.cpu(), squares.cpu()
-
-
 def _pairs(
     executor: Runner,
     variants: Variants,
@@ -329,7 +330,7 @@ def _stacks(executor: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[T
 
 
 def _single_sums(increase: Tensor, share: Share = ALONE) -> Sums:
-    sums = Sums.zeros(increase.shape[0])
+    sums = Sums.zeros(increase.shape[0], increase.device)
     sums.samples = increase.shape[1]
     if share.leads:
         sums.loss, sums.loss_squared = increase.sum(-1), increase.square().sum(-1)

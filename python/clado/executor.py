@@ -238,7 +238,9 @@ class Executor:
             state.position == 2 * first, "products", "state", "stand at a layer's cut", f"position {state.position}"
         )
         rows = state.streams * state.samples
-        out = torch.zeros(self.num_layers - first, len(variants[0]), rows, dtype=torch.float64)
+        out = torch.zeros(
+            self.num_layers - first, len(variants[0]), rows, dtype=torch.float64, device=variants[0][0].device
+        )
         counter = FlopCounterMode(display=False) if first not in self._product_flops else contextlib.nullcontext()
         with counter:
             values, taps = self._record(state, first)
@@ -248,7 +250,7 @@ class Executor:
             for tap, gradient in zip(taps, found, strict=True):
                 if gradient is not None:
                     product = self._product(tap, gradient, variants[tap.layer], rows)
-                    out[tap.layer - first] += product.T.to("cpu", torch.float64)
+                    out[tap.layer - first] += product.T.double()
         if isinstance(counter, FlopCounterMode):
             self._product_flops[first] = counter.get_total_flops() / rows
         self.work += self._product_flops[first] / self._forward_flops * rows

@@ -28,8 +28,8 @@ class LogitLoss:
     target: Tensor | None
 
     def increase(self, logits: Tensor, delta: Tensor) -> Tensor:
-        """Loss increase ``[S, N]`` float64 on the CPU, for clean logits ``[N, C]`` and changes ``[S, N, C]``."""
-        return clado_ext.batched_ce(logits, delta, self.target).cpu()
+        """Loss increase ``[S, N]`` float64, for clean logits ``[N, C]`` and changes ``[S, N, C]``."""
+        return clado_ext.batched_ce(logits, delta, self.target)
 
     def gradient(self, logits: Tensor, delta: Tensor) -> Tensor:
         """Derivative ``[S, N, C]`` of the losses by the logits, at the changed logits."""
@@ -47,8 +47,8 @@ class LogitLoss:
             joint: ``[A, B, N, C]`` of both together.
 
         Returns:
-            (closed form as if logit changes added, residual of the true joint change), float64 ``[A, B, N]`` on the CPU;
-            their sum is Ω of every sample.
+            (closed form as if logit changes added, residual of the true joint change), float64 ``[A, B, N]``; their sum
+            is Ω of every sample.
         """
         z, v, w = logits.double(), first.double(), second.double()
         clean = z.log_softmax(-1)
@@ -65,7 +65,7 @@ class LogitLoss:
         else:
             labels = self.target.expand(shape).reshape(-1)
             residual = clado_ext.batched_ce(base, rest[None], labels).view(shape)
-        return closed.cpu(), residual.cpu()
+        return closed, residual
 
 
 def _excess(p: Tensor, delta: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class UserLoss:
         return value
 
     def values(self, outputs: Sequence[Any]) -> Tensor:
-        """Losses ``[S, N]`` float64 on the CPU of every stream's output."""
-        return torch.stack([self.losses(output).double() for output in outputs]).cpu()
+        """Losses ``[S, N]`` float64 of every stream's output."""
+        return torch.stack([self.losses(output).double() for output in outputs])
 
     def _call(self, output: Any, batch: Any) -> Any:
         try:

@@ -98,7 +98,7 @@ def chunk_bytes(
     every, some = (_sums_bytes(v, estimator) for v in (count * len(variants[0]), len(chosen) * len(variants[0])))
     classes = captured.outputs[0].meta["val"].shape[-1] if pairs else 0
     logits = missing * samples * int(classes) * 2 * variants[0][0].element_size()
-    return live.peak + inputs + (every - some if device.type == "cpu" else 0) + logits
+    return live.peak + inputs + (every - some) + logits
 
 
 def run_bytes(model_tensors: Any, variants: list[list[Tensor]], estimator: str) -> int:

@@ -48,7 +48,7 @@ def narrow(graph: Graph, nodes: Sequence[Node], outputs: Sequence[Any]) -> None:
         if node in spans:
             for read, span in (_sources(node, spans[node]) or {}).items():
                 node.replace_input_with(read, _taken(graph, read, span, spans, slices))
-            if node.target in _VIEWS:
+            if node.target == aten.reshape.default:
                 size = list(node.args[1])  # type: ignore[arg-type]
                 size[spans[node].dim] = spans[node].stop - spans[node].start
                 node.args = (node.args[0], size)
@@ -198,7 +198,6 @@ def _product(node: Node, span: Span) -> Sources | None:
     return _first(node, span) if fits else None
 
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _POINTWISE = {
     "abs": "default",
     "add": "Tensor Scalar",
@@ -235,7 +234,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.linear.default, aten.layer_norm.default), _rows),
     **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.slice.Tensor), _along),
     **dict.fromkeys((aten.transpose.int, aten.permute.default), _transposed),
-    **dict.fromkeys(_VIEWS, _viewed),
+    aten.reshape.default: _viewed,
     **dict.fromkeys((aten.matmul.default, aten.bmm.default), _product),
     aten.scaled_dot_product_attention.default: _attention,
 }

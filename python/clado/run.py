@@ -421,7 +421,7 @@ class Run:
             try:
                 moved = moved_to(inputs, self.device, self.dtype)
                 loss = self._loss(moved, targets, count)
-                parts.append(self._sums(name, moved, loss, tick, share).added(share))
+                parts.append(self._sums(name, moved, loss, tick, share).cpu().added(share))
                 work = torch.tensor(self.executor.work - before, dtype=torch.float64)
                 self.executor.work = before + share.added(work).item()
                 done += count

@@ -114,7 +114,8 @@ class WholeExecutor:
     def products(self, state: WholeState, variants: Sequence[Sequence[Tensor]], objective: Objective) -> Tensor:
         """As :meth:`Executor.products`; what each layer's change does to its output is computed per variant."""
         first = state.position // 2
-        out = torch.zeros(self.num_layers - first, len(variants[0]), state.streams, state.samples, dtype=torch.float64)
+        shape = self.num_layers - first, len(variants[0]), state.streams, state.samples
+        out = torch.zeros(shape, dtype=torch.float64, device=self._device)
         taps: list[tuple[int, int, nn.Module, Tensor, Tensor]] = []
         results = []
         for stream, own in enumerate(state.weights):
