@@ -71,12 +71,15 @@ def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() 
 
 
 GROWTH = """
-import resource, torch
+import torch
 from pathlib import Path
 from clado.heap import heap
 from clado.profiler import with_defaults
 from clado.run import Run
 from torch.nn import GELU, Linear, Sequential
+
+def resident(line):
+    return 1024 * int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0])
 
 torch.set_num_threads(1)
 parts = [Sequential(Linear(64, 64 * k), GELU(), Linear(64 * k, 64)) for k in range(2, 12)]  # blocks of every size
@@ -85,10 +88,9 @@ settings = dict(batch_size=8192, num_samples=8192, quantize_ends=True, scale_ste
 with heap(keep=False), torch.no_grad():
     run = Run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
     planned = run.fixed_bytes() + run.chunk_bytes()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize() - run.fixed_bytes()
+    before = resident("VmRSS") - run.fixed_bytes()
     run.measure(verbose=False)
-print(planned, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(planned, resident("VmHWM") - before)
 """
 
 
