@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 import clado
 from clado import checkpoint, run
 from clado.capture import Captured, capture
-from clado.profiler import profile
+from clado.profiler import profile, with_defaults
 from clado.sensitivity import Sensitivity
 from tests.models import tiny_vit
 
-# Forks a profile again and again from one warm process and kills each at a random moment of its measuring, until so many
-# kills are done; the run starts over in a new directory whenever it got through. Prints how many runs and how many resumes
-# had other bits.
+# Forks a profile again and again from one warm process and kills each at a random moment of its measuring, a few chunks on
+# (a machine under load would let none of them get far in a given time), until so many kills are done; the run starts over in
+# a new directory whenever it got through. Prints how many kills and runs that were, and how many resumes had other bits.
 KILLS = """
 import os, random, shutil, signal, sys, time, torch
 import numpy as np
@@ -40,23 +40,25 @@ settings = dict(estimator="exact", batch_size=2, verbose=False)
 whole = profile(model, [x], **settings)
 random.seed(0)
 kills = runs = other = 0
-while kills < wanted or os.path.exists(folder):
-    started, tell = os.pipe()
+while kills < wanted or runs == 0 or os.path.exists(folder):
+    steps, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        start = Checkpoint.__init__
-        def telling(self, *arguments):
-            os.write(tell, b".")
-            start(self, *arguments)
-        Checkpoint.__init__ = telling
+        for name in ("__init__", "add"):
+            def telling(self, *arguments, step=getattr(Checkpoint, name)):
+                os.write(tell, b".")
+                step(self, *arguments)
+            setattr(Checkpoint, name, telling)
         profile(model, [x], output_dir=folder, **settings)
         os._exit(0)
     os.close(tell)
-    os.read(started, 1)
+    for _ in range(random.randint(1, 8)):
+        os.read(steps, 1)  # nothing where the run is through
     if kills < wanted:
-        time.sleep(random.uniform(0.0, 0.25))
+        time.sleep(random.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
+    os.close(steps)
     if os.WIFSIGNALED(status):
         kills += 1
     else:
@@ -139,6 +141,37 @@ def test_interrupted_run_goes_on_and_does_not_repeat(
     assert finished == [8, 8, 8, 8, 8, 4]
     assert same(profile(model, [x], output_dir=tmp_path, verbose=False), whole)
     assert len(finished) == 6
+
+
+@torch.no_grad()
+def half_the_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """A cap under which eight samples can't advance together."""
+    ready = run.Run(model, [x], with_defaults(batch_size=8))
+    return ready.fixed_bytes() + (ready.chunk_bytes() or 0) // 2
+
+
+def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
+    model, x = data()
+    many = {"batch_size": 8, "verbose": False}
+    little = half_the_memory(model, x)
+    profile(model, [x], num_samples=16, max_memory=little, output_dir=tmp_path, **many)
+    pieces = checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"]
+    assert pieces[0] < 8
+    resumed = profile(model, [x], output_dir=tmp_path, **many)  # with memory for all eight at once
+    assert same(resumed, profile(model, [x], max_memory=little, **many))
+    assert not any("memory" in line for line in resumed.info["warnings"])
+    assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"] == pieces
+
+
+def test_a_run_that_goes_on_with_less_memory_says_so(tmp_path: Path) -> None:
+    model, x = data()
+    many = {"batch_size": 8, "verbose": False}
+    profile(model, [x], num_samples=16, output_dir=tmp_path, **many)
+    little = half_the_memory(model, x)
+    resumed = profile(model, [x], max_memory=little, output_dir=tmp_path, **many)
+    assert any("less memory than before" in line and "instead of 8" in line for line in resumed.info["warnings"])
+    whole = profile(model, [x], **many)
+    assert np.allclose(resumed.interaction, whole.interaction, rtol=1e-4, atol=1e-6)
 
 
 def test_more_samples_later_equal_the_longer_run(tmp_path: Path, finished: list[int]) -> None:

@@ -42,6 +42,7 @@ class Checkpoint:
     Attributes:
         total: sums so far.
         digests: int64 ``[total.samples]``.
+        pieces: samples and perturbations that advance together, as the last kept chunk was measured; None before the first.
         expected: int64, digests of all samples the directory is known to hold, finished result included.
     """
 
@@ -51,9 +52,11 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings))
         self.total = Sums.zeros(candidates)
         self.digests = torch.zeros(0, dtype=torch.int64)
+        self.pieces: list[int] | None = None
         if self.path is not None and self.path.exists():
-            known, self.total, self.digests = read_progress(self.path)
-            refuse_other_run(known, self.settings, self.path.parent)
+            header, self.total, self.digests = read_progress(self.path)
+            self.pieces = header.get("pieces")
+            refuse_other_run(header["settings"], self.settings, self.path.parent)
         self.expected = self.digests
         if output_dir is not None:
             for left in output_dir.glob(".*.safetensors.*"):  # of a run that was killed while it wrote
@@ -93,7 +96,7 @@ class Checkpoint:
         tensors = {name: getattr(self.total, name).clone(memory_format=torch.contiguous_format) for name in TENSORS} | {
             "digests": self.digests
         }
-        header = {"schema": SCHEMA, "settings": self.settings}
+        header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
         with writing(path.parent), atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={"clado.progress": json.dumps(header)})
 
@@ -127,7 +130,7 @@ def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path)
 def recorded(output_dir: Path | None) -> dict[str, Any]:
     """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
     there = output_dir is not None and (output_dir / FILE_NAME).exists()
-    return read_progress(output_dir / FILE_NAME)[0] if output_dir is not None and there else {}
+    return read_progress(output_dir / FILE_NAME)[0]["settings"] if output_dir is not None and there else {}
 
 
 def _short(value: Any) -> str:
@@ -136,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
-    """(settings, sums, sample digests) of a checkpoint file.
+    """(header with the settings, sums, sample digests) of a checkpoint file.
 
     Raises:
         CladoError: a damaged or foreign file.
@@ -151,4 +154,4 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CladoError(f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error})") from None
     digests = tensors.pop("digests")
-    return header["settings"], Sums(**tensors, samples=len(digests)), digests
+    return header, Sums(**tensors, samples=len(digests)), digests

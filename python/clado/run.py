@@ -206,6 +206,23 @@ class Run:
     def _stack(self) -> int:
         return getattr(self.executor, "stack", None) or self.width
 
+    def _set_pieces(self, together: int, stack: int) -> None:
+        self.together = together
+        if isinstance(self.executor, Executor):
+            self.executor.stack = stack
+
+    def _go_on(self, pieces: Sequence[int] | None) -> None:
+        """Take the pieces of the run's earlier calls, so that the bits stay, or smaller ones where memory is less now."""
+        if pieces is None:
+            return
+        before, now = tuple(pieces), (self.together, self._stack)
+        self._set_pieces(*map(min, before, now))
+        if (self.together, self._stack) != before:
+            self.notes.append(
+                f"less memory than before: {self.together} samples, {self._stack} perturbations at a time instead of "
+                f"{before[0]} and {before[1]}; last digits may differ"
+            )
+
     def fixed_bytes(self) -> int:
         """Bytes of weights, variants and sums."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -293,6 +310,7 @@ class Run:
         """What :meth:`measure` would cost; a few layers are run for the time."""
         options, count = self.options, self.stream.expected
         checkpoint = Checkpoint(options.output_dir, self.settings, self.size, self.candidates)
+        self._go_on(checkpoint.pieces)
         finished = min(count, checkpoint.total.samples)
         world = Ranks(self.device).world
         members = self.members(world, finished)
@@ -363,13 +381,13 @@ class Run:
         """
         ranks.check_same(self.settings)
         done = checkpoint.total.samples
+        self._go_on(checkpoint.pieces)
         wanted = [done, end, self.members(ranks.world, done), self.together, self._stack]
-        done, end, members, together, stack = ranks.agree(wanted)
+        done, end, members, *pieces = ranks.agree(wanted)
         ranks.join(members)
-        if members > 1:  # who share a chunk take it in the same pieces
-            self.together = together
-            if isinstance(self.executor, Executor):
-                self.executor.stack = stack
+        if members == 1:  # who share a chunk take it in the same pieces, others in their own where memory is less
+            pieces = [min(own, first) for own, first in zip((self.together, self._stack), pieces, strict=True)]
+        self._set_pieces(*pieces)
         seen, settled = 0, 0.0
         total = self.total_work(self.stream.expected)
         with progress_bar(self.title, total, "forwards", verbose) as show:
@@ -378,7 +396,7 @@ class Run:
                 ours = settled + (self.executor.work - settled) * members
                 show(min(ours * ranks.groups, total))
 
-            for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups):
+            for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups, self.device.type == "cuda"):
                 part = None
                 if chunk is not None:
                     checkpoint.check(chunk.first, chunk.digests)
@@ -392,6 +410,7 @@ class Run:
                     checkpoint.check(seen, digests)
                     seen += len(digests)
                     if sums is not None:
+                        checkpoint.pieces = [self.together, self._stack]
                         checkpoint.add(sums, digests)
                 tick()
         return seen

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from .errors import CladoError, require
+
+_Part = tuple[int, Any]  # index of the first sample, batch
 
 
 @dataclass(frozen=True)
@@ -100,18 +103,26 @@ class SampleStream:
         listed = isinstance(self._loader, (list, tuple)) and self._like is not None
         return min(self.num_samples, sum(map(_length, self._loader))) if listed else self.num_samples
 
-    def chunks(self, size: int, rank: int = 0, world: int = 1) -> Iterator[Chunk | None]:
+    def chunks(self, size: int, rank: int = 0, world: int = 1, ahead: bool = False) -> Iterator[Chunk | None]:
         """One chunk a round: of the chunks in order, ``world`` to a round, the one at place ``rank``; None where it is missing.
+
+        Args:
+            ahead: get the next chunk ready while this one is measured, in memory that a GPU copies from on its own. For a
+                CPU, which has no time to spare, it would only be one more chunk in memory.
 
         Raises:
             CladoError: the loader raises, or a batch has another structure, shape or dtype than the first.
         """
+        parts = self._parts(size, rank, world)
+        return _ready_ahead(parts) if ahead else map(_chunk, parts)
+
+    def _parts(self, size: int, rank: int, world: int) -> Iterator[_Part | None]:
         if self._order is not None:
             starts = range(0, len(self._order), size)
             mine = starts[rank::world]
             batches = self._read(self._reloader([self._order[a : a + size] for a in mine]))
             for first, batch in zip(mine, batches, strict=True):
-                yield _chunk(first, batch)
+                yield first, batch
             if len(mine) < -(-len(starts) // world):
                 yield None
             return
@@ -119,14 +130,14 @@ class SampleStream:
         for index, (first, batch) in enumerate(self._rebatched(size)):
             place = index % world
             if place == rank:
-                own = _chunk(first, batch)
+                own = first, batch
             if place == world - 1:
                 yield own
                 own = None
         if place != world - 1:
             yield own
 
-    def _rebatched(self, size: int) -> Iterator[tuple[int, Any]]:
+    def _rebatched(self, size: int) -> Iterator[_Part]:
         """(first index, batch) of chunks of exactly ``size`` samples, the last one perhaps smaller."""
         first, held, parts = 0, 0, []
         for batch in self._started:
@@ -253,7 +264,9 @@ def two_samples(inputs: Any) -> Any:
 
 
 def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device), inputs)
+    """``inputs`` on the device, converted there, floating-point ones to ``dtype``; pinned ones without waiting."""
+    there = tree_map(lambda x: x.to(device, non_blocking=True), inputs)
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, there)
 
 
 def sample_digests(batch: Any) -> Tensor:
@@ -270,8 +283,41 @@ def sample_digests(batch: Any) -> Tensor:
     return torch.tensor(digests, dtype=torch.int64)
 
 
-def _chunk(first: int, batch: Any) -> Chunk:
-    return Chunk(first, batch, sample_digests(batch))
+def _chunk(part: _Part | None) -> Chunk | None:
+    return None if part is None else Chunk(*part, sample_digests(part[1]))
+
+
+def _ready_ahead(parts: Iterator[_Part | None]) -> Iterator[Chunk | None]:
+    """Chunks of ``parts``: a thread hashes and pins the next one while the caller measures this one.
+
+    The parts are drawn here, by the thread whose random numbers a loader draws from; what they raise is raised when the chunk
+    before is measured.
+    """
+
+    def ready(part: _Part | None) -> Chunk | None:
+        if part is not None and torch.cuda.is_available():
+            part = part[0], tree_map(Tensor.pin_memory, part[1])
+        return _chunk(part)
+
+    failed: Exception | None = None
+
+    def begun() -> Iterator[Future[Chunk | None]]:
+        nonlocal failed
+        try:
+            for part in parts:
+                yield pool.submit(ready, part)
+        except Exception as error:
+            failed = error
+
+    with ThreadPoolExecutor(1, "clado-samples") as pool:
+        line = begun()
+        now = next(line, None)
+        while now is not None:
+            following = next(line, None)
+            yield now.result()
+            now = following
+    if failed is not None:
+        raise failed
 
 
 def _length(batch: Any) -> int:
