@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.pipeline.bench_profile import build, machine
+from bench.harness import machine
+from bench.pipeline.bench_profile import build
 from clado.capture import Captured, capture
 from clado.carried import CarriedExecutor
 from clado.estimators import singles

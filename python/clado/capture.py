@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import io
+import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +165,7 @@ def check_eval(model: nn.Module) -> None:
 def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             shapes = (pytree.tree_map(lambda leaf: {0: batch}, example),)
             program = torch.export.export(model, (example,), dynamic_shapes=shapes)
             program = program.run_decompositions({})  # decomposes nothing, but removes mutation
@@ -171,12 +174,24 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
         raise NotCapturable(
             f"capture: model must be exportable by torch.export with a dynamic batch, got {type(error).__name__}: {reason}"
         ) from error
-    for (
-        node
-    ) in program.graph.nodes:  # another batch, dtype or device may lay values out so that none but a copy has the shape
+    # Another batch, dtype or device may lay values out so that none but a copy has the shape.
+    for node in program.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graph that torch prints, and the warning it logs, where there is an error that says it all."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_size(node: Node) -> bool:
