@@ -1,9 +1,9 @@
 """One command on a machine with a GPU (``make gpu-check``): build, test, sanitize and time the CUDA kernels.
 
 Needs no network: the Python that runs this must hold torch, pybind11, pytest, hypothesis, rich, cmake and ninja, and nvcc must be
-in reach. A missing GPU is a failure, not a skip. The outcome goes to ``bench/results/<device>/`` as ``gpu_check.json`` and
-``ops.json``, both written anew after every step, so that a step that fails or a machine that goes away loses nothing; only from
-there come claims about a GPU.
+in reach; the step ``profile`` needs timm too. A missing GPU is a failure, not a skip. The outcome goes to
+``bench/results/<device>/`` as ``gpu_check.json``, ``ops.json`` and ``profile_*.json``, written anew after every step, so that a
+step that fails or a machine that goes away loses nothing; only from there come claims about a GPU.
 
     python bench/gpu_check.py                                              everything
     python bench/gpu_check.py --only build tests --minutes 9 --out results     a part, on a machine lent by the minute
@@ -30,8 +30,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pybind11", "pytest", "hypothesis", "rich")
-STEPS = ("build", "tests", "bench", "memcheck", "racecheck", "synccheck", "large")
+STEPS = ("build", "tests", "bench", "profile", "memcheck", "racecheck", "synccheck", "large")
 OPS = (*sorted(p.parent.name for p in ROOT.glob("csrc/*/*_cuda.cu")), "overhead")
+# Model, estimator and precision of what the step profile times, on 1,024 samples.
+PROFILES = {
+    f"{model}_{estimator}_{precision}": [
+        "--model",
+        f"{model}_patch16_224",
+        "--estimators",
+        estimator,
+        "--precision",
+        precision,
+    ]
+    for model, estimator, precision in (
+        ("vit_base", "logit", "float32"),
+        ("vit_base", "logit", "bfloat16"),
+        ("vit_large", "logit", "bfloat16"),
+        ("vit_base", "exact", "tf32"),
+    )
+}
 TAIL = 60  # lines of output that are kept of a step that did not pass
 
 
@@ -104,7 +121,8 @@ def lines(step: str) -> list[list[str]]:
     if step == "tests":
         workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
         # What runs CUDA kernels on the CPU needs no GPU.
-        return [[*test, *workers, "tests/ops", "tests/test_layout.py", "--ignore", "tests/ops/test_cuda_on_cpu.py"]]
+        whole = ["tests/test_layout.py", "tests/test_devices.py", "tests/test_samples.py"]
+        return [[*test, *workers, "tests/ops", *whole, "--ignore", "tests/ops/test_cuda_on_cpu.py"]]
     if step == "large":
         return [[*test, "-m", "large", "-k", "cuda", "tests/ops/test_dispatch.py"]]
     # A graph cannot be captured without the caching allocator, which would hide an access beyond a tensor from memcheck.
@@ -172,6 +190,13 @@ def bench(op: str, folder: Path, seconds: float) -> Outcome:
     return outcome
 
 
+def profile(name: str, folder: Path, seconds: float) -> Outcome:
+    """A whole profile timed beside the loops it replaces."""
+    command = [sys.executable, "-m", "bench.pipeline.bench_profile", "--device", "cuda", "--samples", "1024"]
+    command += [*PROFILES[name], "--pairs", "24", "--rounds", "1", "--json", str(folder / f"profile_{name}.json")]
+    return run("profile " + name, [command], seconds)
+
+
 def machine() -> dict[str, Any]:
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     from bench.harness import machine
@@ -184,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="steps to run (default: all)")
     parser.add_argument("--skip", nargs="+", choices=STEPS, default=[], help="steps to leave out")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="what the step bench times (default: all)")
+    every = tuple(PROFILES)
+    parser.add_argument("--profiles", nargs="+", choices=every, default=every, help="what the step profile times")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after as many in all; what is done is kept")
     parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/<device>)")
     options = parser.parse_args(arguments)
@@ -197,16 +224,17 @@ def main(arguments: list[str] | None = None) -> int:
     now = []
     wanted = [step for step in STEPS if step in options.only and step not in options.skip]
     for step in wanted:
-        for op in options.ops if step == "bench" else [""]:
+        for part in {"bench": options.ops, "profile": options.profiles}.get(step, [""]):
             left = end - time.perf_counter()
-            outcome = bench(op, folder, left) if op else attempt(step, left)
+            timed = {"bench": bench, "profile": profile}.get(step)
+            outcome = timed(part, folder, left) if timed else attempt(step, left)
             now.append(outcome)
             done[outcome.step] = asdict(outcome)
             path.write_text(json.dumps({"machine": about, "steps": list(done.values())}, indent=1) + "\n")
         if step == "build" and now[-1].result != "passed":
             break  # nothing else would test this tree
     for outcome in now:
-        print(f"{outcome.step:18} {outcome.result:9} {outcome.seconds:8.1f} s")
+        print(f"{outcome.step:30} {outcome.result:9} {outcome.seconds:8.1f} s")
     return int(any(outcome.result != "passed" for outcome in now))
 
 

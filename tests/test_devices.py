@@ -92,7 +92,9 @@ def test_every_estimator_agrees_with_float64(estimator: str, loss: str, device: 
 def test_carried_differences_agree_with_float64(estimator: str, precision: str, limit: float, device: str) -> None:
     sens = run(device, estimator=estimator, precision=precision)
     assert sens.info["precision"] == precision  # the probe found no reason for float32
-    assert error(sens, wanted(estimator)) < limit  # losses are quadratic in δ, whose errors are to be below half of this
+    assert (
+        error(sens, wanted(estimator)) < limit
+    )  # losses are quadratic in δ, whose errors are to be below half of this
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -110,7 +112,9 @@ def test_quantized_activations_agree_with_float64(device: str) -> None:
     known = wanted("logit", act_bits=8)
     sens = run(device, act_bits=8)
     assert sens.activations.keys() == known.activations.keys()
-    assert error(sens, known) < 2e-2  # an activation beside the border of two codes falls on the other side now and then
+    assert (
+        error(sens, known) < 2e-2
+    )  # an activation beside the border of two codes falls on the other side now and then
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_check
+from bench.pipeline import bench_profile
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -78,3 +79,22 @@ def test_rows_of_other_ops_are_kept(
     monkeypatch.setattr(gpu_check, "run", run)
     assert gpu_check.main(["--only", "bench", "--ops", "fake_quant", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "ops.json").read_text())["rows"] == [{"op": "pack"}, {"op": "fake_quant"}]
+
+
+def test_profiles_are_timed_one_by_one(
+    stubbed: dict[str, list[list[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(step: str, commands: list[list[str]], seconds: float) -> gpu_check.Outcome:
+        asked.extend(commands)
+        return gpu_check.Outcome(step)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    assert gpu_check.main(["--only", "profile", "--out", str(tmp_path)]) == 0
+    assert len(asked) == len(gpu_check.PROFILES)
+    for command in asked:
+        options = bench_profile.parse(command[command.index(bench_profile.__name__) + 1 :])
+        assert (options.device, options.samples) == ("cuda", 1024)
+    steps = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
+    assert [row["step"] for row in steps] == ["profile " + name for name in gpu_check.PROFILES]

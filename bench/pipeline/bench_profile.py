@@ -164,7 +164,7 @@ def spread_out(model: nn.Module, x: Tensor, count: int | None) -> list[str]:
     return [name for name in names if name not in kept]
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits")
     parser.add_argument("--samples", type=int, default=128)
@@ -178,7 +178,11 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall time; with --threads 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="write the result to this file")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(options.threads)
     if options.cpu_time:
         global clock

@@ -265,7 +265,8 @@ def two_samples(inputs: Any) -> Any:
 
 def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """``inputs`` on the device, converted there, floating-point ones to ``dtype``; pinned ones without waiting."""
-    there = tree_map(lambda x: x.to(device, non_blocking=True), inputs)
+    ahead = device.type == "cuda"  # towards a CPU nothing would wait for what is still on its way
+    there = tree_map(lambda x: x.to(device, non_blocking=ahead), inputs)
     return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, there)
 
 
