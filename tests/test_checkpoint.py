@@ -169,6 +169,8 @@ def test_a_run_that_goes_on_with_less_memory_says_so(tmp_path: Path) -> None:
     profile(model, [x], num_samples=16, output_dir=tmp_path, **many)
     little = half_the_memory(model, x)
     resumed = profile(model, [x], max_memory=little, output_dir=tmp_path, **many)
+    (tmp_path / "file").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # as readable as any file
     assert any("less memory than before" in line and "instead of 8" in line for line in resumed.info["warnings"])
     whole = profile(model, [x], **many)
     assert np.allclose(resumed.interaction, whole.interaction, rtol=1e-4, atol=1e-6)

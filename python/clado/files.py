@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _AT_CWD, _EXCHANGE = -100, 2  # of renameat2
@@ -19,9 +19,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = _beside(target)
     temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
-        _flush(temporary)
+        _settle(temporary, mode)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,8 +41,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
-            _flush(file)
+            if file.is_file():
+                _settle(file, mode)
         if not target.exists():
             temporary.replace(target)
         elif not _exchange(temporary, target):
@@ -62,10 +65,12 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
 
 
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _settle(path: Path, mode: int) -> None:
+    """Permissions as the system gives new files (safetensors writes its own for the owner alone), and all bytes on disk."""
+    with suppress(OSError):  # a file system without permissions
+        path.chmod(mode)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _exchange(one: Path, other: Path) -> bool:
