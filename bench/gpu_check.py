@@ -192,8 +192,10 @@ def bench(op: str, folder: Path, seconds: float) -> Outcome:
 
 def profile(name: str, folder: Path, seconds: float) -> Outcome:
     """A whole profile timed beside the loops it replaces."""
+    target = folder / f"profile_{name}.json"
+    target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.pipeline.bench_profile", "--device", "cuda", "--samples", "1024"]
-    command += [*PROFILES[name], "--pairs", "24", "--rounds", "1", "--json", str(folder / f"profile_{name}.json")]
+    command += [*PROFILES[name], "--pairs", "24", "--rounds", "1", "--json", str(target)]
     return run("profile " + name, [command], seconds)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 import clado
 from clado import checkpoint, run
 from clado.capture import Captured, capture
-from clado.profiler import profile, with_defaults
+from clado.profiler import plan_run, profile, with_defaults
 from clado.sensitivity import Sensitivity
 from tests.models import tiny_vit
 
@@ -112,8 +113,9 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kills", [10])
 def test_resumes_to_the_same_bits_after_kills(kills: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    done, runs, other = map(int, output.split())
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    done, runs, other = map(int, finished.stdout.split())
     assert done == kills
     assert runs >= 1
     assert other == 0
@@ -156,10 +158,16 @@ def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
     little = half_the_memory(model, x)
     profile(model, [x], num_samples=16, max_memory=little, output_dir=tmp_path, **many)
     pieces = checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"]
-    assert pieces[0] < 8
+    assert len(pieces) == 1
+    assert pieces[0][0] < 8
+    plan = plan_run(model, [x], output_dir=tmp_path, **many)
+    assert (plan.together, plan.stack) == tuple(pieces[0])
+    assert plan_run(model, [x], num_samples=16, output_dir=tmp_path, **many).notes == ()  # nothing is left
     resumed = profile(model, [x], output_dir=tmp_path, **many)  # with memory for all eight at once
     assert same(resumed, profile(model, [x], max_memory=little, **many))
-    assert not any("memory" in line for line in resumed.info["warnings"])
+    assert [line for line in resumed.info["warnings"] if "memory" in line] == [
+        f"goes on as it began, {pieces[0][0]} samples and 3 perturbations at a time (memory would allow 8 and 3)"
+    ]
     assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"] == pieces
 
 
@@ -171,9 +179,41 @@ def test_a_run_that_goes_on_with_less_memory_says_so(tmp_path: Path) -> None:
     resumed = profile(model, [x], max_memory=little, output_dir=tmp_path, **many)
     (tmp_path / "file").touch()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # as readable as any file
-    assert any("less memory than before" in line and "instead of 8" in line for line in resumed.info["warnings"])
+    assert any("samples and perturbations at a time were 8 and 3, then" in line for line in resumed.info["warnings"])
+    again = profile(model, [x[:40]], num_samples=40, max_memory=little, output_dir=tmp_path / "again", **many)
+    assert not any("at a time were" in line for line in again.info["warnings"])
     whole = profile(model, [x], **many)
     assert np.allclose(resumed.interaction, whole.interaction, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [16, 32])
+def test_pieces_that_an_allocation_made_smaller_stay_so(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory once, in the third chunk; interrupted before and after it."""
+    model, x = data()
+    many = {"batch_size": 8, "verbose": False}
+    whole = run.Run._sums
+
+    def run_with_shortage(first: int, **arguments: Any) -> Sensitivity:
+        chunk = first - 1
+
+        def sums(self: run.Run, name: str, batch: torch.Tensor, *rest: Any) -> Any:
+            nonlocal chunk
+            chunk += len(batch) == 8
+            if chunk == 2 and len(batch) == 8:
+                raise torch.OutOfMemoryError("out of memory")
+            return whole(self, name, batch, *rest)
+
+        monkeypatch.setattr(run.Run, "_sums", sums)
+        return profile(model, [x], **many, **arguments)
+
+    wanted = run_with_shortage(0)
+    run_with_shortage(0, num_samples=stop, output_dir=tmp_path)
+    resumed = run_with_shortage(stop // 8, output_dir=tmp_path)
+    assert same(resumed, wanted)
+    assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"] == [[8, 3], [4, 3]]
+    assert any("were 8 and 3, then 4 and 3" in line for line in resumed.info["warnings"])
 
 
 def test_more_samples_later_equal_the_longer_run(tmp_path: Path, finished: list[int]) -> None:
@@ -218,16 +258,16 @@ def test_merged_parts_equal_the_whole(estimator: str, tmp_path: Path) -> None:
 
 def test_full_disk_is_one_line_and_keeps_finished_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = data()
-    write, calls = checkpoint.save_file, []
+    write, calls = Path.write_bytes, []
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
+    def full(path: Path, content: bytes) -> int:
         calls.append(path)
         if len(calls) > 2:
-            path.write_bytes(b"half")
+            write(path, content[: len(content) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(tensors, path, metadata)  # type: ignore[arg-type]
+        return write(path, content)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(clado.CladoError, match="output_dir must have space left"):
         profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False)
     assert os.listdir(tmp_path) == ["progress.safetensors"]

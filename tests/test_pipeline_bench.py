@@ -24,6 +24,10 @@ def test_profile_beside_the_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = run(bench_profile, tmp_path / "out.json", monkeypatch, "--pairs", "6")
     assert result["relative_error"] < 1e-4  # type: ignore[operator]
     assert set(result["ratios"]) == {f"{e} over {r}" for e in ("logit", "exact") for r in ("pre-quantized", "plain")}  # type: ignore[call-overload]
+    for name, share in result["share_of_matrix_rate"].items():  # type: ignore[attr-defined]
+        forwards, took = result["forward_equivalents"][name], result["median_seconds"][name]  # type: ignore[index]
+        rate = 8 * forwards * result["gigaflops_of_one_forward"] / took
+        assert share == pytest.approx(rate / result["matrix_gigaflops_per_second"])
     assert all(0 < part < 1 for parts in result["outside_the_model"].values() for part in parts.values())  # type: ignore[attr-defined]
 
 

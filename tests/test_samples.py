@@ -70,6 +70,32 @@ def test_an_error_ahead_waits_until_the_chunk_before_is_measured() -> None:
         next(chunks)
 
 
+def test_a_loader_that_refills_its_batch_is_copied_in_time() -> None:
+    def refilling() -> Iterator[torch.Tensor]:
+        batch = torch.empty(4, 3)
+        for k in range(4):
+            yield batch.fill_(k)
+
+    chunks = list(SampleStream(refilling(), 16).chunks(4, ahead=True))
+    assert [chunk and set(chunk.batch.flatten().tolist()) for chunk in chunks] == [{0.0}, {1.0}, {2.0}, {3.0}]
+
+
+def test_what_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory to pin")))
+    (chunk,) = SampleStream([X[:, :1].expand(-1, 3)], 21).chunks(21, ahead=True)
+    assert chunk is not None
+    assert torch.equal(chunk.batch, X[:, :1].expand(-1, 3))
+
+
+def test_an_error_of_the_thread_comes_with_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "sample_digests", lambda batch: 1 // len(batch[7:]))
+    chunks = SampleStream([X], 21).chunks(14, ahead=True)  # the second has seven samples
+    assert next(chunks) is not None
+    with pytest.raises(ZeroDivisionError):
+        next(chunks)
+
+
 def test_moving_converts_floating_point_alone() -> None:
     moved = moved_to({"x": X, "y": Y}, torch.device("cpu"), torch.float64)
     assert moved["x"].dtype == torch.float64

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -183,15 +184,19 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the graph that torch prints, and the warning it logs, where there is an error that says it all."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the graph that torch prints, and the warning it logs, before an error that says it all."""
+    logger, said = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    logger.addFilter(_not_about_user_code)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(said):
             yield
+        sys.stderr.write(said.getvalue())  # of a model that was exported
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_not_about_user_code)
+
+
+def _not_about_user_code(record: logging.LogRecord) -> bool:
+    return "find user code" not in record.getMessage()
 
 
 def is_size(node: Node) -> bool:

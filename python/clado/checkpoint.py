@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CladoError, require
@@ -42,7 +42,7 @@ class Checkpoint:
     Attributes:
         total: sums so far.
         digests: int64 ``[total.samples]``.
-        pieces: samples and perturbations that advance together, as the last kept chunk was measured; None before the first.
+        pieces: (samples, perturbations) that advanced together on the writing rank: one pair, and another wherever that changed.
         expected: int64, digests of all samples the directory is known to hold, finished result included.
     """
 
@@ -52,10 +52,10 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings))
         self.total = Sums.zeros(candidates)
         self.digests = torch.zeros(0, dtype=torch.int64)
-        self.pieces: list[int] | None = None
+        self.pieces: list[list[int]] = []
         if self.path is not None and self.path.exists():
             header, self.total, self.digests = read_progress(self.path)
-            self.pieces = header.get("pieces")
+            self.pieces = header.get("pieces", [])
             refuse_other_run(header["settings"], self.settings, self.path.parent)
         self.expected = self.digests
         if output_dir is not None:
@@ -98,7 +98,7 @@ class Checkpoint:
         }
         header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
         with writing(path.parent), atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"clado.progress": json.dumps(header)})
+            temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
 
 
 @contextmanager

@@ -211,16 +211,16 @@ class Run:
         if isinstance(self.executor, Executor):
             self.executor.stack = stack
 
-    def _go_on(self, pieces: Sequence[int] | None) -> None:
+    def _go_on(self, pieces: Sequence[Sequence[int]]) -> None:
         """Take the pieces of the run's earlier calls, so that the bits stay, or smaller ones where memory is less now."""
-        if pieces is None:
+        if not pieces:
             return
-        before, now = tuple(pieces), (self.together, self._stack)
+        now, before = (self.together, self._stack), tuple(pieces[-1])
         self._set_pieces(*map(min, before, now))
-        if (self.together, self._stack) != before:
+        if (self.together, self._stack) != now:
             self.notes.append(
-                f"less memory than before: {self.together} samples, {self._stack} perturbations at a time instead of "
-                f"{before[0]} and {before[1]}; last digits may differ"
+                f"goes on as it began, {self.together} samples and {self._stack} perturbations at a time "
+                f"(memory would allow {now[0]} and {now[1]})"
             )
 
     def fixed_bytes(self) -> int:
@@ -310,8 +310,9 @@ class Run:
         """What :meth:`measure` would cost; a few layers are run for the time."""
         options, count = self.options, self.stream.expected
         checkpoint = Checkpoint(options.output_dir, self.settings, self.size, self.candidates)
-        self._go_on(checkpoint.pieces)
         finished = min(count, checkpoint.total.samples)
+        if finished < count:
+            self._go_on(checkpoint.pieces)
         world = Ranks(self.device).world
         members = self.members(world, finished)
         work = self._path(world // members, members, finished)
@@ -396,7 +397,8 @@ class Run:
                 ours = settled + (self.executor.work - settled) * members
                 show(min(ours * ranks.groups, total))
 
-            for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups, self.device.type == "cuda"):
+            ahead = self.device.type == "cuda"
+            for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups, ahead=ahead):
                 part = None
                 if chunk is not None:
                     checkpoint.check(chunk.first, chunk.digests)
@@ -410,7 +412,8 @@ class Run:
                     checkpoint.check(seen, digests)
                     seen += len(digests)
                     if sums is not None:
-                        checkpoint.pieces = [self.together, self._stack]
+                        if checkpoint.pieces[-1:] != [[self.together, self._stack]]:
+                            checkpoint.pieces.append([self.together, self._stack])
                         checkpoint.add(sums, digests)
                 tick()
         return seen
@@ -487,6 +490,11 @@ class Run:
         result = assemble(sums, self.executor.layers, options.bits, options.quantizer, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples:
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
+        if len(checkpoint.pieces) > 1:
+            shown = ", then ".join(f"{together} and {stack}" for together, stack in checkpoint.pieces)
+            self.notes.append(
+                f"memory changed: samples and perturbations at a time were {shown}; last digits depend on it"
+            )
         result = replace(result, activations=self.activations)
         result.info["warnings"] = self.notes + result.info["warnings"]
         result.info.update(

@@ -108,7 +108,7 @@ class SampleStream:
 
         Args:
             ahead: get the next chunk ready while this one is measured, in memory that a GPU copies from on its own. For a
-                CPU, which has no time to spare, it would only be one more chunk in memory.
+                CPU, which has no time to spare, it would only be two more chunks in memory.
 
         Raises:
             CladoError: the loader raises, or a batch has another structure, shape or dtype than the first.
@@ -289,36 +289,40 @@ def _chunk(part: _Part | None) -> Chunk | None:
 
 
 def _ready_ahead(parts: Iterator[_Part | None]) -> Iterator[Chunk | None]:
-    """Chunks of ``parts``: a thread hashes and pins the next one while the caller measures this one.
+    """Chunks of ``parts``: the next one is drawn and copied before the caller has this one, and hashed while it is measured.
 
-    The parts are drawn here, by the thread whose random numbers a loader draws from; what they raise is raised when the chunk
-    before is measured.
+    It is drawn here, since drawing swaps the process's random state, and copied before the loader goes on, which may fill the
+    same memory again. What drawing raises is raised when the chunk before is measured; only an interruption comes at once.
     """
-
-    def ready(part: _Part | None) -> Chunk | None:
-        if part is not None and torch.cuda.is_available():
-            part = part[0], tree_map(Tensor.pin_memory, part[1])
-        return _chunk(part)
-
     failed: Exception | None = None
-
-    def begun() -> Iterator[Future[Chunk | None]]:
-        nonlocal failed
-        try:
-            for part in parts:
-                yield pool.submit(ready, part)
-        except Exception as error:
-            failed = error
-
+    pending: Future[Chunk | None] | None = None
     with ThreadPoolExecutor(1, "clado-samples") as pool:
-        line = begun()
-        now = next(line, None)
-        while now is not None:
-            following = next(line, None)
-            yield now.result()
-            now = following
+        while True:
+            try:
+                part = next(parts)
+                following = pool.submit(_chunk, None if part is None else (part[0], tree_map(_own_copy, part[1])))
+            except StopIteration:
+                break
+            except Exception as error:
+                failed = error
+                break
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
     if failed is not None:
         raise failed
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """In pinned memory, where the system has some."""
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        except RuntimeError:
+            pass
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _length(batch: Any) -> int:

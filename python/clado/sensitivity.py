@@ -261,7 +261,7 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path`` (a file, or a run directory) whole or not at all; returns the file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         target = _file(path)
         header = {
@@ -276,7 +276,7 @@ class Sensitivity:
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(target) as temporary:
-            save_file(tensors, temporary, metadata={"clado.sensitivity": json.dumps(header)})
+            temporary.write_bytes(save(tensors, {"clado.sensitivity": json.dumps(header)}))
         return target
 
     @staticmethod
