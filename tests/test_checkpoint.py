@@ -284,6 +284,8 @@ def test_progress_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> 
     path = tmp_path / "progress.safetensors"
     with pytest.raises(clado.CladoError, match="whose data differ from sample 16 on"):
         profile(model, [torch.cat([x[:16], x[17:]])], output_dir=tmp_path, verbose=False)
+    with pytest.raises(clado.CladoError, match=r"quantizer\.group_size differ \(-1 there, 0 here\)"):
+        profile(model, [x], group_size=0, output_dir=tmp_path, verbose=False)
     with pytest.raises(clado.CladoError, match=r"batch_size differ \(8 there, 16 here\)"):
         profile(model, [x], batch_size=16, output_dir=tmp_path, verbose=False)
     path.write_bytes(path.read_bytes()[:-20])
@@ -315,7 +317,7 @@ def wider(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (unreadable, "must yield its batches, got ValueError at batch 3: cannot identify image file; finished work"),
+        (unreadable, "must yield its batches, got ValueError at batch 3: cannot identify image file; finished chunks"),
         (wider, "must yield inputs of one shape"),
     ],
 )

@@ -219,6 +219,13 @@ def test_wrong_model_plan_format_and_path(tmp_path: Path) -> None:
     (tmp_path / "mine/thesis.txt").write_text("dear")
     with pytest.raises(clado.CladoError, match="path must be new, empty or an earlier export"):
         clado.export(model, plan, tmp_path / "mine")
+    plan.save(tmp_path / "mine")  # a run directory, say
+    with pytest.raises(clado.CladoError, match=r"without other files, got .*mine, which holds thesis\.txt"):
+        clado.export(model, plan, tmp_path / "mine")
+    (tmp_path / "mine/thesis.txt").unlink()
+    with pytest.raises(clado.CladoError, match=r"which holds plan\.json"):
+        clado.export(model, plan, tmp_path / "mine")
+    assert (tmp_path / "mine/plan.json").exists()
     clado.export(model, plan, tmp_path / "out")
     with pytest.raises(clado.CladoError, match="load: model must have the tensors of the export"):
         clado.load(tmp_path / "out", small_cnn()[0])

@@ -16,6 +16,7 @@ from clado.capture import capture
 from clado.executor import Executor
 from clado.profiler import profile
 from clado.quantizer import Quantizer
+from clado.run import Run
 from clado.sensitivity import Sensitivity, same_layer
 from tests.models import small_cnn, timm_model, tiny_vit
 
@@ -285,6 +286,15 @@ class BatchMean(nn.Module):
         ({"estimator": "hessian"}, "estimator must be one of"),
         ({"model": BatchMean().eval(), "data_loader": [torch.randn(3, 4)]}, "model must treat samples independently"),
         ({"model": BatchMean(), "data_loader": [torch.randn(3, 4)]}, r"be in eval mode"),
+        ({"model": lambda x: x}, r"model must be a torch\.nn\.Module, got function"),
+        ({"model": nn.Flatten().eval()}, "model must have weights to quantize"),
+        ({"model": nn.Linear(4, 4, device="meta").eval()}, "model must have weights with values"),
+        ({"device": "tpu"}, "device must be cpu or a GPU that torch sees, got tpu"),
+        ({"device": "meta"}, "device must be cpu or a GPU that torch sees, got meta"),
+        ({"bits": 4}, "bits must be a sequence of widths, got 4"),
+        ({"batch_size": 2.5}, r"batch_size must be a whole number from 1 up, got 2\.5"),
+        ({"num_samples": 0}, "num_samples must be a whole number from 1 up, got 0"),
+        ({"seed": 2**64}, "seed must be a whole number of 64 bits"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -294,6 +304,39 @@ def test_bad_input_is_one_line_and_writes_nothing(change: dict[str, object], mes
         profile(**arguments, output_dir=tmp_path / "run", verbose=False)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", [3, ""])
+def test_a_run_directory_is_a_folder(place: object) -> None:
+    model, x, _ = net_and_data("vit")
+    with pytest.raises(clado.CladoError, match="output_dir must be a folder"):
+        profile(model, [x], output_dir=place, verbose=False)  # type: ignore[arg-type]
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, _ = net_and_data("vit")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(Run, "gather", None)
+    with pytest.raises(clado.CladoError, match=r"output_dir must be a folder that can be written, .* is a file"):
+        profile(model, [x], output_dir=tmp_path / "file" / "run", verbose=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model, x, _ = net_and_data("vit")
+    broken = torch.cat([x[:8], x[8:] * float("nan")])
+    with pytest.raises(clado.CladoError, match=r"data_loader must yield finite numbers, .* among samples 8\.\.15"):
+        profile(model, [broken], batch_size=8, verbose=False)
+    with pytest.raises(clado.CladoError, match="loss_func must return finite losses"):
+        profile(
+            model,
+            [x],
+            estimator="exact",
+            loss_func=lambda output, _: output.sum(1).sqrt() * float("nan"),
+            verbose=False,
+        )
 
 
 def test_nan_weights_and_logits_are_named() -> None:

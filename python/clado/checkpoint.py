@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,14 @@ class Checkpoint:
             temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
 
 
+def check_writable(folder: Path) -> None:
+    """Raise where a run directory cannot be made, before anything is measured; nothing is made yet."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    why = "may not be written to" if place.is_dir() else "is a file"
+    require(usable, "profile", "output_dir", "be a folder that can be written", f"{folder} ({place} {why})")
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """One line where a file of a run directory cannot be written."""
@@ -114,12 +123,13 @@ def _disk_error(error: Exception, place: Path) -> CladoError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     must, got = ("have space left", "a full disk") if full else ("be writable", str(error))
     return CladoError(
-        f"profile: output_dir must {must}, got {got} at {place}; finished work is kept, run the same call again to go on"
+        f"profile: output_dir must {must}, got {got} at {place}; finished chunks are kept, run the same call again to go on"
     )
 
 
 def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path) -> None:
     """Raise when settings differ, naming those that do with both values."""
+    known, wanted = _flat(known), _flat(wanted)
     different = [item for item in {**known, **wanted} if known.get(item) != wanted.get(item)]
     shown = [f"{item} differ ({_short(known.get(item))} there, {_short(wanted.get(item))} here)" for item in different]
     require(
@@ -131,6 +141,15 @@ def recorded(output_dir: Path | None) -> dict[str, Any]:
     """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
     there = output_dir is not None and (output_dir / FILE_NAME).exists()
     return read_progress(output_dir / FILE_NAME)[0]["settings"] if output_dir is not None and there else {}
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by one name each: ``quantizer.group_size`` beside ``bits``."""
+    parts = [
+        {f"{name}.{key}": v for key, v in value.items()} for name, value in settings.items() if isinstance(value, dict)
+    ]
+    flat = {name: value for name, value in settings.items() if not isinstance(value, dict)}
+    return {name: value for part in (flat, *parts) for name, value in part.items()}
 
 
 def _short(value: Any) -> str:
@@ -152,6 +171,8 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
             )
             tensors = {name: file.get_tensor(name) for name in (*TENSORS, "digests")}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CladoError(f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error})") from None
+        raise CladoError(
+            f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error}); without it the run starts anew"
+        ) from None
     digests = tensors.pop("digests")
     return header, Sums(**tensors, samples=len(digests)), digests

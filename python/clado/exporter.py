@@ -15,9 +15,12 @@ from .activations import quantize_activations
 from .errors import require
 from .files import atomic_folder
 from .fingerprint import weights_digest
-from .formats import FORMATS, Request, safetensors
+from .formats import FORMATS, Request, compressed_tensors, onnx, safetensors
 from .plan import FILE_NAME as PLAN_FILE
 from .plan import Plan
+
+_WEIGHTS = {safetensors.MODEL_FILE, onnx.MODEL_FILE}
+_FILES = {PLAN_FILE, compressed_tensors.CONFIG_FILE, onnx.MODEL_FILE + ".data", *_WEIGHTS}  # all that an export writes
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def export(
     Args:
         model: the model the plan was made for.
         plan: bits per layer.
-        path: folder to write; an earlier export there is replaced once the new one is complete.
+        path: folder to write; an earlier export there, and nothing else, is replaced once the new one is complete.
         format: "safetensors" (every width, read by :func:`load`), "compressed-tensors" (Linear layers alone, read by vLLM and
             transformers) or "onnx" (the whole graph, run by onnxruntime).
         example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
@@ -86,8 +89,7 @@ def export(
     require(activations is None or format == "onnx", "export", "activations", "be left out unless for onnx", format)
     request = replace(_request(model, plan, format, example, odd_widths), activations=activations)
     target = Path(path)
-    foreign = target.exists() and not (target.is_dir() and ((target / PLAN_FILE).exists() or not any(target.iterdir())))
-    require(not foreign, "export", "path", "be new, empty or an earlier export", target)
+    _check_replaceable(target)
     with atomic_folder(target) as folder:
         quantized, leftovers = FORMATS[format].write(request, folder)
         files = sum(file.stat().st_size for file in folder.iterdir())
@@ -143,6 +145,18 @@ def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -
         CladoError: a missing, truncated, damaged or foreign file, or one that does not fit the model.
     """
     return safetensors.load(Path(path), model, packed)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise unless nothing but an earlier export would be lost."""
+    must = "be new, empty or an earlier export without other files"
+    require(target.is_dir() or not target.exists(), "export", "path", must, f"a file {target}")
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    others = sorted(held - _FILES)
+    require(not others, "export", "path", must, f"{target}, which holds {', '.join(others[:3])}")
+    require(
+        not held or bool(held & _WEIGHTS), "export", "path", must, f"{target}, which holds {', '.join(sorted(held))}"
+    )
 
 
 def check_fit(model: nn.Module, plan: Plan, op: str) -> None:

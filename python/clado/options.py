@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .capture import ForwardStep
@@ -60,7 +61,10 @@ class Options:
         require(carries, "profile", "precision", must, repr(self.precision))
         for name in ("num_samples", "exact_samples", "batch_size", "max_memory", "act_samples"):
             value = getattr(self, name)
-            require(value is None or value >= 1, "profile", name, "be at least 1", value)
+            fits = value is None or (isinstance(value, (int, np.integer)) and value >= 1)
+            require(fits, "profile", name, "be a whole number from 1 up", value)
+        seeds = isinstance(self.seed, (int, np.integer)) and -(2**63) <= int(self.seed) < 2**64
+        require(seeds, "profile", "seed", "be a whole number of 64 bits", self.seed)
 
     @staticmethod
     def of(
@@ -77,6 +81,9 @@ class Options:
         **rest: Any,
     ) -> Options:
         """From the arguments of :func:`profile`."""
+        require(isinstance(bits, Iterable), "profile", "bits", "be a sequence of widths", bits)
+        place = output_dir is None or (isinstance(output_dir, (str, os.PathLike)) and str(output_dir) != "")
+        require(place, "profile", "output_dir", "be a folder", repr(output_dir))
         return Options(
             bits=tuple(sorted(bits)),
             loss=loss if loss_func is None else "user",
@@ -84,7 +91,7 @@ class Options:
             quantizer=Quantizer(group_size, scale_steps, symmetric),
             ignore=tuple(ignore),
             output_dir=None if output_dir is None else Path(output_dir),
-            device=None if device is None else torch.device(device),
+            device=None if device is None else _device(device),
             **rest,
         )
 
@@ -92,3 +99,15 @@ class Options:
     def whole_batches(self) -> bool:
         """Whether the user's own functions get the loader's batches as they are."""
         return self.loss_func is not None or self.forward_step is not None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that this torch can compute on."""
+    try:
+        known = torch.device(device)
+        usable = known.type != "meta"
+        torch.zeros(1, device=known)
+    except (RuntimeError, AssertionError, TypeError):
+        usable = False
+    require(usable, "profile", "device", "be cpu or a GPU that torch sees", device)
+    return known

@@ -18,7 +18,7 @@ from .activations import Activations, calibrate, quantize_activations
 from .assembly import assemble
 from .capture import ForwardStep, NotCapturable, capture
 from .carried import LOW_PRECISIONS, CarriedExecutor, auto_precision
-from .checkpoint import Checkpoint, recorded, writing
+from .checkpoint import Checkpoint, check_writable, recorded, writing
 from .distributed import Ranks
 from .errors import CladoError, is_out_of_memory, require
 from .estimators import ESTIMATORS, Later, Sums, expected_work
@@ -57,6 +57,7 @@ class Run:
 
     def __init__(self, model: nn.Module, data_loader: Iterable[Any], options: Options, verbose: bool = False) -> None:
         self.started = time.perf_counter()
+        check_module(model)
         self.model, self.options = model, options
         self.measured = 0  # samples of this rank, in this call or an earlier one
         check_finite(model)
@@ -361,6 +362,8 @@ class Run:
             self.gather(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
             return ranks.receive(Sensitivity.load, FILE_NAME)
         folder = self.options.output_dir
+        if folder is not None:
+            check_writable(folder)
         checkpoint = Checkpoint(folder, self.settings, self.size, self.candidates)
         known = earlier_result(folder, self.settings)
         if known is not None and known.num_samples > len(checkpoint.expected):
@@ -456,10 +459,21 @@ class Run:
         total = parts[0]
         for part in parts[1:]:
             total += part
-        finite = bool(torch.isfinite(total.loss).any())
-        where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished work is kept"
-        require(finite, "profile", "model", "return finite outputs", where)
+        if not torch.isfinite(total.loss).any():
+            where = f"NaN or infinity among samples {chunk.first}..{chunk.last - 1}; finished chunks are kept"
+            argument, must = self._not_finite(chunk.batch)
+            require(False, "profile", argument, must, where)
         return total
+
+    def _not_finite(self, batch: Any) -> tuple[str, str]:
+        """(argument, what it must do) that is at fault where no candidate's loss is finite."""
+        if not all(torch.isfinite(leaf).all() for leaf in pytree.tree_leaves(batch) if leaf.is_floating_point()):
+            return "data_loader", "yield finite numbers"
+        return (
+            ("model", "return finite outputs")
+            if self.options.loss_func is None
+            else ("loss_func", "return finite losses")
+        )
 
     def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
         """This share's sums over samples that advance together."""
@@ -474,7 +488,7 @@ class Run:
         else:
             raise CladoError(
                 "profile: device must have memory for one sample and one perturbation, got "
-                f"{str(error).splitlines()[0]}; finished work is kept"
+                f"{str(error).splitlines()[0]}; finished chunks are kept"
             ) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -534,6 +548,15 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def first_of_batch(model: nn.Module, batch: Any) -> Any:
     """The forward step of a batch that is the input, or (input, …)."""
     return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module with weights that have values."""
+    require(isinstance(model, nn.Module), "profile", "model", "be a torch.nn.Module", type(model).__name__)
+    first = next(model.parameters(), None)
+    require(first is not None, "profile", "model", "have weights to quantize", "none")
+    assert first is not None
+    require(first.device.type != "meta", "profile", "model", "have weights with values", "weights on the meta device")
 
 
 def check_finite(model: nn.Module) -> None:

@@ -170,7 +170,7 @@ class SampleStream:
                     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
                     raise CladoError(
                         f"profile: data_loader must yield its batches, got {type(error).__name__} at batch {number}"
-                        f"{': ' + reason.strip() if reason else ''}; finished work is kept"
+                        f"{': ' + reason.strip() if reason else ''}; finished chunks are kept"
                     ) from error
                 batch = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, batch)
             self._check(batch)

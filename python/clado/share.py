@@ -105,5 +105,5 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise CladoError(
-            f"profile: every rank must stay alive, got {reason}; finished work is kept, start the same run again to go on"
+            f"profile: every rank must stay alive, got {reason}; finished chunks are kept, start the same run again to go on"
         ) from error

@@ -44,7 +44,8 @@ def pareto(
     started = time.monotonic()
     budgets = {"avg_bits": avg_bits, **{name: arguments.pop(name, None) for name in AXES[1:]}}
     axes = [name for name, value in budgets.items() if isinstance(value, Sequence) and not isinstance(value, str)]
-    require(len(axes) == 1, "pareto", "budgets", "hold exactly one sequence of values", axes or "none")
+    single = [f"{name}={value}" for name, value in budgets.items() if value is not None]
+    require(len(axes) == 1, "pareto", "budgets", "hold exactly one sequence of values", axes or single or "none")
     axis = axes[0]
     points = budgets.pop(axis)
     assert isinstance(points, Sequence)

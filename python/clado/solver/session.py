@@ -115,6 +115,8 @@ class Solver:
     """
 
     def __init__(self, sens: Sensitivity):
+        must = "be a Sensitivity (of a run directory: clado.Sensitivity.load)"
+        require(isinstance(sens, Sensitivity), "solve", "sens", must, type(sens).__name__)
         self.sens = sens
         self.layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
         self._matrices: dict[str, NDArray[np.float64]] = {}
