@@ -61,7 +61,7 @@ class Options:
         require(carries, "profile", "precision", must, repr(self.precision))
         for name in ("num_samples", "exact_samples", "batch_size", "max_memory", "act_samples"):
             value = getattr(self, name)
-            fits = value is None or (isinstance(value, (int, np.integer)) and value >= 1)
+            fits = value is None or (isinstance(value, (int, np.integer)) and int(value) >= 1)
             require(fits, "profile", name, "be a whole number from 1 up", value)
         seeds = isinstance(self.seed, (int, np.integer)) and -(2**63) <= int(self.seed) < 2**64
         require(seeds, "profile", "seed", "be a whole number of 64 bits", self.seed)
