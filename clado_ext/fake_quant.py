@@ -50,7 +50,7 @@ def fake_quant(
     """
     values, sqerr = _fake_quant(weight, scale, zero_point, bits, group_size)
     if values.requires_grad:
-        _stop_gradients("fake_quant", values, sqerr)
+        _stop_gradients("fake_quant", values)
     return values, sqerr
 
 
@@ -145,7 +145,7 @@ def quantize_weight(
     """
     values, sqerr, scale, zero_point = _quantize_weight(weight, bits, group_size, steps, symmetric)
     if values.requires_grad:
-        _stop_gradients("quantize_weight", values, sqerr, scale)
+        _stop_gradients("quantize_weight", values)
     return QuantizedWeight(values, sqerr, scale, None if symmetric else zero_point)
 
 
@@ -192,15 +192,14 @@ class _StraightThrough(torch.autograd.Function):
         return total.to(weight.dtype).view(weight.shape), None, None, None, None
 
 
-def _stop_gradients(op: str, *outputs: Tensor) -> None:
-    """Make a backward pass through outputs raise, where torch would only warn and leave the weight without a gradient."""
+def _stop_gradients(op: str, output: Tensor) -> None:
+    """Make a backward pass through an op, of which this is one output, raise: torch would warn and give no gradient."""
 
-    def refuse(gradient: Tensor) -> None:
+    def refuse(gradients: tuple[Tensor, ...]) -> None:
         raise RuntimeError(f"{op}: gradients do not pass through it; use clado_ext.straight_through")
 
-    if not torch.compiler.is_compiling():  # a compiled graph takes no hook
-        for output in outputs:
-            output.register_hook(refuse)
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:  # a compiled graph takes no hook
+        output.grad_fn.register_prehook(refuse)
 
 
 def _spread(values: Tensor, size: int, columns: int) -> Tensor:

@@ -1,5 +1,8 @@
 """fake_quant, quantize and dequantize against the plain-torch twin: codes and values are exact."""
 
+import io
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -269,6 +272,9 @@ def test_a_backward_pass_names_straight_through() -> None:
         with pytest.raises(RuntimeError, match=r"gradients do not pass .* use clado_ext\.straight_through"):
             output.sum().backward()
     assert weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(outputs[0], io.BytesIO())  # a hook on the tensor itself would be warned of here
     compiled = torch.compile(lambda w: clado_ext.fake_quant(w, scale, (4,))[0], fullgraph=True, backend="eager")
     assert torch.equal(compiled(weight), outputs[0])
     clado_ext.straight_through(weight, scale, [4]).sum().backward()
