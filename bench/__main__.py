@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", nargs="+", type=_shape, default=[], help="e.g. 768x3072, or 150x256x1000 for V N C")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[])
-    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="of the CPU")
+    parser.add_argument("--threads", nargs="+", type=_threads, default=[torch.get_num_threads()], help="of the CPU")
     parser.add_argument("--seconds", type=float, default=0.5, help="per case and contender")
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args(arguments)
@@ -49,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"ops must be list, overhead or among {', '.join(OPS)}, got {', '.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("device must be cpu where torch sees no GPU, got cuda")
+    if options.json:
+        try:  # before minutes of timing
+            harness.prepare(options.json)
+        except OSError as error:
+            parser.error(f"json must be a file that can be written, got {options.json}: {error.strerror}")
     grid = harness.Grid(options.device, tuple(options.shape), tuple(options.dtype))
     rows, more = [], {}
     for op in options.ops or [*OPS, "overhead"]:
@@ -59,10 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
         for threads in options.threads if options.device == "cpu" else [1]:
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            with torch.inference_mode():
-                part = harness.measure(_module(op).cases(grid), options.device, options.seconds)
+            try:
+                with torch.inference_mode():
+                    part = harness.measure(_module(op).cases(grid), options.device, options.seconds)
+                if not part:
+                    raise harness.Unfit("device, shape and dtype must be its own, got others")
+            except harness.Unfit as error:
+                print(f"{op} is left out: {error}", file=sys.stderr)
+                break
             harness.show(part)
             rows += part
+    if not rows and not more:
+        return 2
     if options.json:
         harness.save(options.json, rows, options.device, **more)
     return 0
@@ -73,10 +86,16 @@ def _module(op: str):  # type: ignore[no-untyped-def]
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"shape must be sizes joined by x, got {text}") from None
+    sizes = tuple(int(part) if part.isdecimal() else 0 for part in text.split("x"))
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"shape must be sizes joined by x, each at least 1, got {text}")
+    return sizes
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"threads must be a number of at least 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 LEAST = 0.03  # a smaller change is no change, however quiet the machine
+Rows = dict[tuple[str, str, str, int], dict[str, Any]]
 
 
-def rows_of(path: str | Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
-    """Rows of a file by (op, shape, dtype, threads)."""
-    rows = json.loads(Path(path).read_text())["rows"]
-    return {(r["op"], r["shape"], r["dtype"], r["threads"]): r for r in rows}
+def read(path: str | Path) -> tuple[str, Rows]:
+    """Device of a file and its rows by (op, shape, dtype, threads); ``ValueError`` for a file that holds something else."""
+    try:
+        found = json.loads(Path(path).read_text())
+        return found["machine"]["device"], {(r["op"], r["shape"], r["dtype"], r["threads"]): r for r in found["rows"]}
+    except OSError as error:
+        why = error.strerror
+    except (ValueError, TypeError, KeyError):
+        why = "it holds something else"
+    raise ValueError(f"file must be one that python -m bench --json wrote, got {path}: {why}")
+
+
+def rows_of(path: str | Path) -> Rows:
+    return read(path)[1]
 
 
 def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -34,10 +45,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("old")
     parser.add_argument("new")
     options = parser.parse_args(arguments)
-    machines = [json.loads(Path(p).read_text())["machine"] for p in (options.old, options.new)]
-    if machines[0]["device"] != machines[1]["device"]:
-        print(f"warning: measured on {machines[0]['device']} and on {machines[1]['device']}")
-    old, new = rows_of(options.old), rows_of(options.new)
+    try:
+        (old_device, old), (new_device, new) = read(options.old), read(options.new)
+    except ValueError as error:
+        parser.error(str(error))
+    if old_device != new_device:
+        print(f"warning: measured on {old_device} and on {new_device}")
     table = Table(box=None, header_style="bold")
     for name in ("op", "shape", "dtype", "threads", "old ms", "new ms", "old / new", "of ceiling", "verdict"):
         table.add_column(name)

@@ -44,6 +44,10 @@ class Case:
     copy: Callable[[], Any] | None = None
 
 
+class Unfit(ValueError):
+    """Shapes or dtypes of which an op takes none."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Shapes and dtypes asked for; an op's own where nothing is asked."""
@@ -54,11 +58,18 @@ class Grid:
 
     def shapes_or(self, *own: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes asked for that have as many sizes as the op's ``own``, which stand where none is asked for."""
-        return tuple(shape for shape in self.shapes if len(shape) == len(own[0])) if self.shapes else own
+        taken = tuple(shape for shape in self.shapes if len(shape) == len(own[0])) if self.shapes else own
+        if not taken:
+            like, got = ("x".join(map(str, shape)) for shape in (own[0], self.shapes[0]))
+            raise Unfit(f"shape must have {len(own[0])} sizes, e.g. {like}, got {got}")
+        return taken
 
     def dtypes_or(self, *own: torch.dtype) -> tuple[torch.dtype, ...]:
         """The dtypes asked for that the op takes."""
-        return tuple(dtype for dtype in own if name_of(dtype) in self.dtypes) if self.dtypes else own
+        taken = tuple(dtype for dtype in own if name_of(dtype) in self.dtypes) if self.dtypes else own
+        if not taken:
+            raise Unfit(f"dtype must be among {', '.join(map(name_of, own))}, got {', '.join(self.dtypes)}")
+        return taken
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -191,9 +202,15 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=150, highlight=False).print(table)
 
 
+def prepare(path: str | Path) -> None:
+    """Make the folder of a file and the file, if they are not there; ``OSError`` where it cannot be written."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).open("a").close()
+
+
 def save(path: str | Path, rows: Sequence[dict[str, Any]], device: str, **more: Any) -> None:
     """Write machine and rows as JSON; ``more`` goes beside them."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    prepare(path)
     Path(path).write_text(json.dumps({"machine": machine(device), **more, "rows": list(rows)}, indent=1) + "\n")
 
 

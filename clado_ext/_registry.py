@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +16,8 @@ from . import _native
 
 LIBRARY = torch.library.Library("clado", "DEF")
 _CPU = torch.device("cpu")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None]) -> Callable[..., Any]:
@@ -67,3 +73,57 @@ def check_output(op: str, name: str, got: Tensor, like: Tensor, shape: tuple[int
             f"be contiguous {dtype} {shape} on {like.device}",
             f"{got.dtype} {tuple(got.shape)} on {got.device}",
         )
+
+
+def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A public function whose arguments of a wrong type are refused in one line, where torch's own text has many.
+
+    Types are looked at only after a call has failed, so that a good call pays for one Python call more.
+    """
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            clear = _misfit(function, *args, **kwargs)
+            if clear is None:
+                raise
+            raise clear from None
+
+    return run
+
+
+def _dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.device.type in ("cpu", "cuda", "meta")
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Tensor": ("be a dense tensor on cpu or cuda", _dense),
+    "Sequence[int]": (
+        "be a sequence of integers",
+        lambda x: isinstance(x, Sequence) and all(isinstance(y, Integral) for y in x),
+    ),
+    "int": ("be an integer", lambda x: isinstance(x, Integral)),
+    "float": ("be a number", lambda x: isinstance(x, Real)),
+    "bool": ("be True or False", lambda x: isinstance(x, bool)),
+    "torch.dtype": ("be a torch.dtype", lambda x: isinstance(x, torch.dtype)),
+}
+
+
+def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ValueError | None:
+    """The refusal of the first argument that is not of its annotated type, if there is one."""
+    signature = inspect.signature(function)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # missing or unknown arguments: Python says that well
+        return None
+    for name, value in given.items():
+        kind = signature.parameters[name].annotation
+        must, fits = _TYPES[kind.removesuffix(" | None")]
+        if fits(value) or (value is None and kind.endswith(" | None")):
+            continue
+        tensor = isinstance(value, Tensor)
+        got = f"a {value.layout} tensor on {value.device}" if tensor else textwrap.shorten(repr(value), 60)
+        return refusal(function.__name__, name, must, got)
+    return None

@@ -35,6 +35,5 @@ def matrix_shape(weight: Tensor, group_size: int) -> tuple[int, int, int, int]:
     """(rows, columns, columns per group, groups) of the ``[N, K]`` view of a weight ``[N, …]``."""
     rows = weight.shape[0]
     columns = weight.numel() // rows if rows else math.prod(weight.shape[1:])
-    size = columns if group_size == -1 else min(group_size, columns)
-    size = max(size, 1)
+    size = (columns if group_size == -1 else min(group_size, columns)) or 1
     return rows, columns, size, -(-columns // size)

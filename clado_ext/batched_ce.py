@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ._losses import check_logits, computed
-from ._registry import call, define, refusal
+from ._registry import call, checked, define, refusal
 
 
+@checked
 def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> Tensor:
     """Loss increase of every perturbation on every sample, from clean logits z and logit changes δ.
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._registry import call, check_output, define, refusal, require
+from ._registry import call, check_output, checked, define, refusal, require
 
 
+@checked
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Pack signed codes into dense int32 words along one dimension.
 
@@ -31,6 +32,7 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     return _along(codes, dim, "pack", "codes", lambda c: _pack(c, bits))
 
 
+@checked
 def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     """Inverse of :func:`pack`.
 
@@ -49,6 +51,7 @@ def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     return _along(packed, dim, "unpack", "packed", lambda p: _unpack(p, bits, columns))
 
 
+@checked
 def pack_into(codes: Tensor, bits: int, packed: Tensor) -> None:
     """:func:`pack` along the last dimension into words the caller owns, of the shape given there and contiguous.
 
@@ -59,6 +62,7 @@ def pack_into(codes: Tensor, bits: int, packed: Tensor) -> None:
     _launch_pack(codes, bits, packed)
 
 
+@checked
 def unpack_into(packed: Tensor, bits: int, codes: Tensor) -> None:
     """:func:`unpack` along the last dimension into codes the caller owns: contiguous int8 ``[..., columns]``.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._registry import call, define, refusal
+from ._registry import call, checked, define, refusal
 
 _HALF = (torch.float32, torch.bfloat16)
 
 
+@checked
 def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor:
     """gelu(x + d) − gelu(x), the exact GELU x·Φ(x), as d·Φ(x + d) + x·(Φ(x + d) − Φ(x)).
 
@@ -31,6 +32,7 @@ def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor
     return torch.ops.clado.carried_gelu(clean, delta, bfloat16)
 
 
+@checked
 def carried_layer_norm(
     clean: Tensor, delta: Tensor, weight: Tensor | None = None, eps: float = 1e-5, bfloat16: bool = False
 ) -> Tensor:
@@ -52,6 +54,7 @@ def carried_layer_norm(
     return torch.ops.clado.carried_layer_norm(clean, delta, weight, eps, bfloat16)
 
 
+@checked
 def carried_add_layer_norm(
     clean: Tensor,
     residual: Tensor,
@@ -82,6 +85,7 @@ def carried_add_layer_norm(
     return found
 
 
+@checked
 def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float = 1.0, bfloat16: bool = False) -> Tensor:
     """Softmax over the last dimension of s + scale·d: its change against p = softmax(s), and itself.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, check_output, define, refusal, require
+from ._registry import call, check_output, checked, define, refusal, require
 from ._weights import DTYPES, check_weight, matrix_shape
 from .scale_search import MAX_STEPS
 
@@ -25,6 +25,7 @@ class QuantizedWeight(NamedTuple):
     zero_point: Tensor | None
 
 
+@checked
 def fake_quant(
     weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -42,13 +43,18 @@ def fake_quant(
 
     Returns:
         values ``[B, N, …]`` in the weight's dtype; float64 ``[B, N]`` squared error of each row, Σ (value - w)². NaN gives NaN.
+        A backward pass through them raises: :func:`straight_through` gives values that pass gradients.
 
     Raises:
         ValueError: wrong dtype, rank, widths, group size, or a scale or zero point of another shape or device.
     """
-    return _fake_quant(weight, scale, zero_point, bits, group_size)
+    values, sqerr = _fake_quant(weight, scale, zero_point, bits, group_size)
+    if values.requires_grad:
+        _stop_gradients("fake_quant", values)
+    return values, sqerr
 
 
+@checked
 def fake_quant_into(
     weight: Tensor,
     scale: Tensor,
@@ -69,6 +75,7 @@ def fake_quant_into(
     _launch_fake_quant(weight, scale, zero_point, bits, group_size, values, sqerr)
 
 
+@checked
 def quantize(
     weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
 ) -> Tensor:
@@ -80,6 +87,7 @@ def quantize(
     return _quantize(weight, scale, zero_point, bits, group_size)
 
 
+@checked
 def dequantize(
     codes: Tensor,
     scale: Tensor,
@@ -102,6 +110,7 @@ def dequantize(
     Raises:
         ValueError: codes that are not int8, or a scale or zero point of another shape.
     """
+    require(group_size == -1 or group_size > 0, "dequantize", "group_size", "be -1 or positive", group_size)
     sound = codes.dtype == torch.int8 and codes.dim() >= 2
     require(sound, "dequantize", "codes", "be int8 [B, N, …]", f"{codes.dtype} {tuple(codes.shape)}")
     rows, columns, size, groups = matrix_shape(codes[0], group_size)
@@ -115,6 +124,7 @@ def dequantize(
     return (steps * _spread(scale.float(), size, columns)).to(dtype).view(codes.shape)
 
 
+@checked
 def quantize_weight(
     weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = True
 ) -> QuantizedWeight:
@@ -134,9 +144,12 @@ def quantize_weight(
         ValueError: wrong dtype, rank, widths, group size or steps.
     """
     values, sqerr, scale, zero_point = _quantize_weight(weight, bits, group_size, steps, symmetric)
+    if values.requires_grad:
+        _stop_gradients("quantize_weight", values)
     return QuantizedWeight(values, sqerr, scale, None if symmetric else zero_point)
 
 
+@checked
 def straight_through(
     weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
 ) -> Tensor:
@@ -151,13 +164,15 @@ def straight_through(
     Returns:
         ``[B, N, …]`` in the weight's dtype.
     """
-    values: Tensor = _StraightThrough.apply(weight, scale, zero_point, tuple(bits), group_size)
+    values: Tensor = _StraightThrough.apply(weight, scale, zero_point, bits, group_size)
     return values
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: tuple, group: int) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group: int
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale, zero_point)
         ctx.bits, ctx.group = bits, group
         return fake_quant(weight, scale, bits, group, zero_point)[0]
@@ -175,6 +190,16 @@ class _StraightThrough(torch.autograd.Function):
             inside = (steps >= low) & (steps <= high)
             total += torch.where(inside, gradients[0][k].reshape(flat.shape).float(), 0.0)
         return total.to(weight.dtype).view(weight.shape), None, None, None, None
+
+
+def _stop_gradients(op: str, output: Tensor) -> None:
+    """Make a backward pass through an op, of which this is one output, raise: torch would warn and give no gradient."""
+
+    def refuse(gradients: tuple[Tensor, ...]) -> None:
+        raise RuntimeError(f"{op}: gradients do not pass through it; use clado_ext.straight_through")
+
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:  # a compiled graph takes no hook
+        output.grad_fn.register_prehook(refuse)
 
 
 def _spread(values: Tensor, size: int, columns: int) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import define, require
+from ._registry import checked, define, require
 from .iqp_search import check_program, check_values, program_addresses
 
 
+@checked
 def iqp_prove(
     matrix: Tensor,
     starts: Tensor,

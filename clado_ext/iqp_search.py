@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import define, require
+from ._registry import checked, define, require
 
 MOST_BITS = 7  # candidates of a layer: the widths 2..8
 
 
+@checked
 def iqp_search(
     matrix: Tensor,
     starts: Tensor,

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from . import _native
 from ._losses import check_logits, computed
-from ._registry import call, define
+from ._registry import call, checked, define
 
 
+@checked
 def pairwise_ce(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Interactions of every pair of perturbations if their logit changes add, summed over samples.
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, define, require
+from ._registry import call, checked, define, require
 from ._weights import DTYPES, check_weight, matrix_shape
 
 MAX_STEPS = 99  # csrc/scale_search/scale_search.h
 
 
+@checked
 def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> Tensor:
     """Find one scale per output channel, or per group of inputs, for every bit-width.
 
@@ -36,6 +37,7 @@ def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, step
     return _scale_search(weight, bits, group_size, steps)
 
 
+@checked
 def range_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> tuple[Tensor, Tensor]:
     """:func:`scale_search` for asymmetric quantization: the range [min(w, 0), max(w, 0)] is shrunk from both ends.
 

@@ -1,6 +1,7 @@
 """The benchmark's own behaviour: it checks before it times, judges by noise, and plots."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,48 @@ def test_verdicts(tmp_path: Path, factor: float, spread: float, verdict: str, co
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["nonsense"], "ops must be"),
-        (["pack", "--shape", "3by4"], "shape must be sizes joined by x"),
+        (["bitpack", "--shape", "3by4"], "shape must be sizes joined by x"),
+        (["bitpack", "--shape", "0x5"], "shape must be sizes joined by x, each at least 1, got 0x5"),
+        (["bitpack", "--threads", "0"], "threads must be a number of at least 1, got 0"),
+        (
+            ["bitpack", "--json", "/proc/x/y.json"],
+            "json must be a file that can be written, got /proc/x/y.json: No such",
+        ),
+        (
+            ["compare", "missing", "gone"],
+            "file must be one that python -m bench --json wrote, got missing: No such file",
+        ),
+        (["compare", __file__, __file__], "got " + __file__ + ": it holds something else"),
+        (["plot", "missing"], "file must be one that python -m bench --json wrote, got missing: No such file"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             main(arguments)
-        assert message in capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["fake_quant", "--dtype", "int8", "--shape", "8x8"],
+            "dtype must be among float32, bfloat16, float16, got int8",
+        ),
+        (["pairwise_ce", "--shape", "8x8"], "shape must have 3 sizes, e.g. 50x64x1000, got 8x8"),
+        (["carried", "--shape", "8x8"], "device, shape and dtype must be its own, got others"),
+    ],
+)
+def test_an_op_without_a_case_says_why(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"{arguments[0]} is left out: {message}\n"
+    assert not captured.out
+
+
+def test_a_plot_without_matplotlib_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        main(["plot", "any.json"])
+    assert "pip install clado[bench]" in capsys.readouterr().err.splitlines()[-1]

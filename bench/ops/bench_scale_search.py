@@ -44,7 +44,7 @@ def cases(grid: Grid) -> Iterator[Case]:
         def check(weight: torch.Tensor = weight) -> None:
             got = clado_ext.scale_search(weight, BITS, steps=STEPS)
             for b, bits in enumerate(BITS):
-                for n in (0, 5):
+                for n in (0, min(5, len(weight) - 1)):
                     (tried, _), errors = (f(weight[n], bits, STEPS) for f in (oracle.grid, oracle.step_errors))
                     assert errors[tried == got[b, n, 0]].min() <= errors.min() * (1 + 1e-4)
 

@@ -1,5 +1,8 @@
 """fake_quant, quantize and dequantize against the plain-torch twin: codes and values are exact."""
 
+import io
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -260,3 +263,19 @@ def test_bad_input(change: dict, message: str) -> None:
 def test_bad_steps() -> None:
     with pytest.raises(ValueError, match=r"quantize_weight: steps must lie in 1\.\.99, got 0"):
         clado_ext.quantize_weight(torch.zeros(2, 2), (2,), steps=0)
+
+
+def test_a_backward_pass_names_straight_through() -> None:
+    weight, scale = torch.ones(2, 4, requires_grad=True), torch.ones(1, 2, 1)
+    outputs = [*clado_ext.fake_quant(weight, scale, (4,)), *clado_ext.quantize_weight(weight, (4,))[:3]]
+    for output in outputs:
+        with pytest.raises(RuntimeError, match=r"gradients do not pass .* use clado_ext\.straight_through"):
+            output.sum().backward()
+    assert weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(outputs[0], io.BytesIO())  # a hook on the tensor itself would be warned of here
+    compiled = torch.compile(lambda w: clado_ext.fake_quant(w, scale, (4,))[0], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(weight), outputs[0])
+    clado_ext.straight_through(weight, scale, [4]).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(2, 4))

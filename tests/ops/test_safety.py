@@ -1,5 +1,6 @@
 """Anything goes in: a Python exception with a readable line comes out, or the right answer; never a crash, never silence."""
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clado_ext
-from clado_ext import _native
+from clado_ext import _native, _registry
 from clado_ext.reference import bitpack as pack_oracle
 from clado_ext.reference import fake_quant as oracle
 from tests.ops.devices import same_bits
@@ -178,3 +179,64 @@ def test_devices_must_agree() -> None:
         clado_ext.fake_quant(weight, scale.to("meta"), (4,))
     with pytest.raises(ValueError, match="batched_ce: delta must be on cpu, got meta"):
         clado_ext.batched_ce(torch.zeros(2, 3), torch.zeros(1, 2, 3, device="meta"))
+
+
+WEIGHT, SCALE, CODES = torch.ones(2, 4), torch.ones(2, 2, 1), torch.zeros(2, 4, dtype=torch.int8)
+VALUES, SQERR, WORDS = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.float64), clado_ext.pack(CODES, 4)
+GOOD: dict[str, dict[str, Any]] = {
+    "fake_quant": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
+    "fake_quant_into": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4), "values": VALUES, "sqerr": SQERR},
+    "quantize": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
+    "quantize_weight": {"weight": WEIGHT, "bits": (2, 4)},
+    "scale_search": {"weight": WEIGHT, "bits": (2, 4)},
+    "straight_through": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
+    "dequantize": {"codes": CODES[None], "scale": SCALE[:1]},
+    "pack": {"codes": CODES, "bits": 4},
+    "pack_into": {"codes": CODES, "bits": 4, "packed": WORDS},
+    "unpack": {"packed": WORDS, "bits": 4, "columns": 4},
+    "unpack_into": {"packed": WORDS, "bits": 4, "codes": CODES.clone()},
+    "batched_ce": {"logits": WEIGHT, "delta": VALUES},
+    "carried_gelu": {"clean": WEIGHT, "delta": WEIGHT},
+}
+WRONG: dict[str, tuple[Any, ...]] = {
+    "bits": (4.0, (4.0,), "4", torch.tensor([2.0, 4.0]), None),
+    "group_size": (2.5, "4", None),
+    "columns": (4.0,),
+    "dim": (0.5,),
+    **{name: (np.ones((2, 4), np.float32), None, [1.0], WEIGHT.to_sparse()) for name in ("weight", "codes", "packed")},
+    **{name: (np.ones((2, 2, 1), np.float32), None) for name in ("scale", "values", "logits", "delta", "clean")},
+    "zero_point": ([0],),
+    "target": ([0, 1],),
+    "bfloat16": ("yes",),
+}
+
+
+@pytest.mark.parametrize("op", list(GOOD))
+def test_arguments_of_a_wrong_type_are_refused_in_one_line(op: str) -> None:
+    call = getattr(clado_ext, op)
+    call(**GOOD[op])
+    for name in inspect.signature(call).parameters:
+        for value in WRONG.get(name, ()):
+            assert outcome(lambda name=name, value=value: call(**GOOD[op] | {name: value})) is None, (name, value)
+
+
+def test_the_refusal_of_a_type_says_what_was_given() -> None:
+    for change, text in (
+        ({"bits": 4}, "bits must be a sequence of integers, got 4"),
+        ({"bits": (4.0,)}, "bits must be a sequence of integers, got (4.0,)"),
+        ({"group_size": 2.5}, "group_size must be an integer, got 2.5"),
+        ({"weight": None}, "weight must be a dense tensor on cpu or cuda, got None"),
+        ({"weight": WEIGHT.to_sparse()}, "weight must be a dense tensor on cpu or cuda, got a torch.sparse_coo tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"^fake_quant: {re.escape(text)}"):
+            clado_ext.fake_quant(**GOOD["fake_quant"] | change)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'bits'"):
+        clado_ext.fake_quant(WEIGHT, SCALE)
+
+
+def test_every_annotation_of_a_public_function_has_its_check() -> None:
+    for name in clado_ext.__all__:
+        function = getattr(clado_ext, name)
+        if hasattr(function, "__wrapped__"):
+            kinds = {p.annotation.removesuffix(" | None") for p in inspect.signature(function).parameters.values()}
+            assert kinds <= _registry._TYPES.keys(), name
