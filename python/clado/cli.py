@@ -271,10 +271,13 @@ def _profile(options: dict[str, Any]) -> None:
         if is_writer():
             click.echo(str(plan))
         return
+    if spec.random and is_writer():
+        click.echo(f"warning: the weights of {spec.model} are random; give --pretrained or --checkpoint", err=True)
     sens = measure(model, data, **arguments)
     if not is_writer():
         return
-    write_note(folder, spec, options["data"], skip + sens.num_samples, options["seed"], _command())
+    seen = skip + sens.num_samples
+    write_note(folder, spec, options["data"], seen, options["seed"], _command(), loss_func=options["loss_func"])
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -451,6 +454,10 @@ def solve(
     from .terminal import show_plan
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
+    asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
+    known = not asked or sens.info.get("loss") != "user"
+    must = "be one of clado's own for --rerank, --refine and --correct"
+    require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
     if correct is not None:
         sens, plan = _correct(run, sens, correct, wishes, device)
     if rerank is None and refine is None:
@@ -663,7 +670,10 @@ def report(run: str, format_: str, out: str | None, nsamples: int | None, data: 
     and kept in RUN/measured.json.
     """
     from .report import write_figures, write_report
+    from .rundir import RUN_FILE, read_note
 
+    if nsamples != 0 and (Path(run) / RUN_FILE).exists():
+        read_note(run)  # a damaged one is said here: the page would only do without measured plans
     arguments: dict[str, Any] = {"num_samples": nsamples, "data": data, "device": device}
     if format_ == "html":
         click.echo(f"-> {write_report(run, out, **arguments)}")
