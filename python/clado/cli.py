@@ -18,9 +18,11 @@ from .errors import CladoError, require
 
 
 class Command(click.Command):
-    """What the system refuses (a full disk, a folder that is read-only) is one line on stderr and exit code 1."""
+    """What the system refuses (a full disk, a read-only folder) is one line on stderr and exit code 1; a bad --device is bad input."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.get("device") is not None:
+            check_device(_op(ctx), ctx.params["device"])
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -80,22 +82,16 @@ def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
 
 
-class Device(click.ParamType):
-    """A device that torch can run on."""
+def check_device(op: str, device: str) -> None:
+    import torch
 
-    name = "device"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        import torch
-
-        try:
-            place = torch.device(value)
-            count = torch.cuda.device_count() if place.type == "cuda" else int(place.type == "cpu")
-        except RuntimeError:
-            count = 0
-        known = count > 0 and (place.index or 0) < count
-        require(known, _op(ctx), "device", "be cpu or a GPU that torch sees", repr(value))
-        return value
+    try:
+        place = torch.device(device)
+        count = torch.cuda.device_count() if place.type == "cuda" else int(place.type == "cpu")
+    except RuntimeError:
+        count = 0
+    known = count > 0 and (place.index or 0) < count
+    require(known, op, "device", "be cpu or a GPU that torch sees", repr(device))
 
 
 def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -109,8 +105,8 @@ def named_folder(ctx: click.Context, parameter: click.Parameter, value: str) -> 
     return value
 
 
-def _op(ctx: click.Context | None) -> str:
-    return (ctx and ctx.info_name) or "clado"
+def _op(ctx: click.Context) -> str:
+    return ctx.info_name or "clado"
 
 
 SEED = click.IntRange(0, 2**31 - 1)  # what every generator takes, SCIP's too
@@ -195,7 +191,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
     callback=positive,
     help="GiB of weights, their variants and live values that must not be exceeded.",
 )
-@click.option("--device", type=Device(), help="cpu or cuda; where the model is when left out.")
+@click.option("--device", help="cpu or cuda; where the model is when left out.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Which images come first.")
 @click.option("--dry-run", is_flag=True, help="Print work, time, memory and disk; measure and write nothing.")
 @click.option("--output-dir", required=True, callback=named_folder, help="Run directory to write, or to go on with.")
@@ -426,7 +422,7 @@ def wishes(command: Any) -> Any:
     type=click.IntRange(min=1),
     help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
 )
-@click.option("--device", type=Device(), help="Where --rerank, --refine and --correct run: cpu or cuda.")
+@click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
 @wishes
 def solve(
     run: str,
@@ -525,7 +521,7 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
     show_default=True,
     help="Timings per layer and width; the median counts.",
 )
-@click.option("--device", type=Device(), help="cpu or cuda.")
+@click.option("--device", help="cpu or cuda.")
 @click.option("--out", help="CSV file to write; RUN/latency.csv when left out.")
 def latency(run: str, batch_size: int, repeats: int, device: str | None, out: str | None) -> None:
     """Time every layer at every width on this device, as packed layers run it.
@@ -622,7 +618,7 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @click.option("--data", help="Image folder; the one that was profiled, without its sensitivity set, when left out.")
 @click.option("--nsamples", type=click.IntRange(min=1), help="At most so many images.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--device", type=Device(), help="cpu or cuda.")
+@click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
     """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors.
 
@@ -659,7 +655,7 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     "--nsamples", type=click.IntRange(min=0), help="Held-out images to run plans on, 256 when left out; 0: none."
 )
 @click.option("--data", help="Image folder for them; what the profiled one has left when left out.")
-@click.option("--device", type=Device(), help="cpu or cuda.")
+@click.option("--device", help="cpu or cuda.")
 def report(run: str, format_: str, out: str | None, nsamples: int | None, data: str | None, device: str | None) -> None:
     """Write RUN/report.html: what was measured, what was chosen, and whether it holds.
 
