@@ -18,7 +18,7 @@ from .errors import CladoError, require
 
 
 class Command(click.Command):
-    """What the system refuses (a full disk, a read-only folder) is one line on stderr and exit code 1; a bad --device is bad input."""
+    """What the system refuses (a full disk, a read-only folder) is one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.params.get("device") is not None:
