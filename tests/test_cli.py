@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def call(*arguments: object) -> Result:
 
 
 def refused(result: Result, message: str) -> None:
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("warning: the weights of")]
     assert result.exit_code == 2, result.output
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -282,6 +283,132 @@ def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -
     assert plan["info"]["stands"] == ("the plan stands" in result.output)
     assert plan["objective"] == pytest.approx(sens.predict(plan["bits"]))
     refused(call("solve", tmp_path, "--avg-bits", 4, "--correct", 7), "num_samples must lie in 2..6, got 7")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a user's loss on the digits with a plan."""
+    run = tmp_path_factory.mktemp("digits") / "run"
+    how = ("--nsamples", 4, "--bits", "2,8", "--estimator", "diagonal", "--loss-func", "tests.test_cli:margin")
+    result = call("profile", "--model", "digits", "--data", "digits:sensitivity", *how, "--output-dir", run)
+    assert result.exit_code == 0, result.output
+    assert json.loads((run / "model.json").read_text())["loss_func"] == "tests.test_cli:margin"
+    assert call("solve", run, "--avg-bits", 4, "--solver", "heuristic").exit_code == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("profile --skip -1", "-1 is not in the range x>=0"),
+        ("profile --nsamples 0", "0 is not in the range x>=1"),
+        ("profile --workers -1", "-1 is not in the range x>=0"),
+        ("profile --batch-size 0", "0 is not in the range x>=1"),
+        ("profile --seed 99999999999999999999", "is not in the range 0<=x<=2147483647"),
+        ("profile --max-memory nan", "error: profile: max-memory must be a positive number, got nan"),
+        ("profile --max-memory inf", "error: profile: max-memory must be a positive number, got inf"),
+        ("profile --max-memory -1", "error: profile: max-memory must be a positive number, got -1.0"),
+        ("profile --device tpu", "error: profile: device must be cpu or a GPU that torch sees, got 'tpu'"),
+        ("evaluate {run} --device meta", "error: evaluate: device must be cpu or a GPU that torch sees, got 'meta'"),
+        (
+            "latency {run} --device cuda:99",
+            "error: latency: device must be cpu or a GPU that torch sees, got 'cuda:99'",
+        ),
+        ("report {run} --nsamples -1", "-1 is not in the range x>=0"),
+        ("evaluate {run} --nsamples 0", "0 is not in the range x>=1"),
+        ("evaluate {run} --batch-size 0", "0 is not in the range x>=1"),
+        ("latency {run} --batch-size -1", "-1 is not in the range x>=1"),
+        ("solve {run} --avg-bits 3 --threads 0", "0 is not in the range x>=1"),
+        ("solve {run} --avg-bits 3 --time-limit nan", "error: solve: time-limit must be a positive number, got nan"),
+        (
+            "solve {run} --avg-bits 4 --refine 1",
+            "error: solve: loss of the run must be one of clado's own for --rerank",
+        ),
+        ("solve {run} --avg-bits 4 --rerank 4 --correct 4", "that of --loss-func and --rerank, --correct"),
+        ("merge {run} --output-dir=", "error: merge: output-dir must name a folder, got ''"),
+    ],
+)
+def test_numbers_devices_and_folders_that_cannot_be_meant(digits: Path, command: str, message: str) -> None:
+    words = command.format(run=digits).split()
+    result = call(*words, *(("--model", "digits", "--data", "x", "--output-dir", "y") if "profile" in words else ()))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["export", "recipe", "report --nsamples 0", "latency --repeats 1"])
+def test_what_the_system_refuses_is_one_line_with_the_path(digits: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    name, *options = command.split()
+    result = call(name, digits, *options, "--out", tmp_path / "file" / "x")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
+@pytest.mark.parametrize("command", ["export", "solve --avg-bits 5 --solver heuristic"])
+def test_a_full_disk_is_one_line(digits: Path, tmp_path: Path, command: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    name, *options = command.split()
+    code = "import resource, clado.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); clado.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, run, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {run}: ")
+    assert "too large" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in digits.iterdir())
+
+
+def test_random_weights_are_said_and_are_the_same_for_later_commands(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = ("--img-size", 32, "--data", folder / "images", "--nsamples", 2, "--bits", "2,8", "--estimator", "diagonal")
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    result = call("profile", *MODEL, *how, "--output-dir", tmp_path / "random")
+    assert torch.equal(state, torch.get_rng_state())
+    assert result.exit_code == 0, result.output
+    warning = "warning: the weights of mobilenetv3_small_100 are random; give --pretrained or --checkpoint"
+    assert result.stderr.splitlines().count(warning) == 1
+    assert call("solve", tmp_path / "random", "--avg-bits", 4, "--solver", "heuristic").exit_code == 0
+    result = call("evaluate", tmp_path / "random", "--nsamples", 2)
+    assert result.exit_code == 0, result.output
+    monkeypatch.chdir(folder)
+    where = ("--checkpoint", "weights.safetensors", "--output-dir", tmp_path / "own")
+    result = call("profile", *MODEL, *how, *where)
+    assert result.exit_code == 0, result.output
+    assert "random" not in result.stderr
+    note = json.loads((tmp_path / "own" / "model.json").read_text())
+    assert note["spec"]["checkpoint"] == str(folder / "weights.safetensors")
+
+
+def test_a_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path) -> None:
+    for k in range(5):
+        shutil.copy(folder / "images" / "a" / f"{k}.png", tmp_path / f"{k}.png")
+    run = tmp_path / "run"
+    how = ("--img-size", 32, "--data", tmp_path, "--nsamples", 2, "--bits", "2,8", "--estimator", "diagonal")
+    weights = ("--checkpoint", folder / "weights.safetensors")
+    result = call("profile", *MODEL, *weights, *how, "--output-dir", run)
+    assert result.exit_code == 0, result.output
+    result = call("solve", run, "--avg-bits", 4, "--solver", "heuristic", "--rerank", 2)
+    assert result.exit_code == 0, result.output
+    refused(call("evaluate", run, "--data", tmp_path), "(images: in one subfolder per class), got inputs alone")
+    refused(
+        call("profile", *MODEL, *weights, *how, "--loss", "cross_entropy", "--output-dir", tmp_path / "ce"),
+        "yield (inputs, targets) for cross_entropy, got inputs alone",
+    )
+
+
+def test_report_says_that_the_note_is_damaged(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    (run / "model.json").write_text((digits / "model.json").read_text()[:40])
+    for stage in ("export", "report"):
+        refused(call(stage, run), f"run: model.json must be whole, got {run / 'model.json'}")
+    assert call("report", run, "--nsamples", 0).exit_code == 0
 
 
 @pytest.mark.slow

@@ -122,6 +122,12 @@ def test_an_image_that_cannot_be_read_is_not_replaced_by_another(folder: Path) -
         clado.profile(net, loader, num_samples=COUNT, quantize_ends=True, verbose=False)
 
 
+def test_images_beside_the_subfolders_take_the_labels_away(folder: Path) -> None:
+    pictures()[0].save(folder / "validation" / "6.png")
+    batches = list(build_data(str(folder / "validation"), nn.Identity(), SPEC, 4, 0))
+    assert [[len(part) for part in batch] for batch in batches] == [[4], [3]]
+
+
 def test_a_loader_that_ends_early_says_so() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     batches = (torch.randn(n, 4) for n in (3, 1, 2))  # a generator: read once, batches of any size

@@ -54,12 +54,16 @@ def test_bad_input() -> None:
     model, data = labelled()
     with pytest.raises(clado.CladoError, match="yield at least one sample"):
         clado.evaluate(model, [])
-    with pytest.raises(clado.CladoError, match=r"yield \(inputs, targets\), got inputs alone"):
+    with pytest.raises(clado.CladoError, match=r"yield \(inputs, targets\) .*, got inputs alone"):
         clado.evaluate(model, [data[0][0]])
     with pytest.raises(clado.CladoError, match="be in eval mode"):
         clado.evaluate(small_cnn()[0].train(), data)
     with pytest.raises(clado.CladoError, match=r"targets must lie in 0\.\.9"):
         clado.evaluate(model, [(data[0][0], data[0][1] + 10)])
+    with pytest.raises(clado.CladoError, match=r"model must take inputs \(\d+, 5\), got \w+Error: [^\n]*$"):
+        clado.evaluate(model, [(data[0][0].flatten(1)[:, :5], data[0][1])])
+    with pytest.raises(clado.CladoError, match=r"one subfolder per class\), got inputs alone"):
+        clado.evaluate(model, [(data[0][0],)])
     with pytest.raises(clado.CladoError, match="plans must not be empty"):
         clado.rerank(model, data, [])
     sens = clado.profile(model, data, estimator="diagonal", verbose=False)

@@ -44,6 +44,20 @@ def test_additive_scores_from_csv_and_json(tmp_path: Path) -> None:
         assert clado.solve(sens, avg_bits=3).bits == {"a": 4, "b": 2}
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,10,2,0.5\na,10,2,0.4\n", "import: layer a must have one score a width, got 2"),
+        ("a,10,2,0.5\nb,10,2,nan\n", "import: layer b must have finite scores, got {2: nan}"),
+    ],
+)
+def test_scores_that_cannot_be_meant(rows: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("layer,numel,bits,delta_loss\n" + rows)
+    with pytest.raises(CladoError) as error:
+        read_scores(tmp_path / "s.csv")
+    assert str(error.value) == message
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
 def test_matrices(suffix: str, tmp_path: Path) -> None:
     sens = instances.sensitivity(1, 3, (2, 4, 8))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,8 +17,31 @@ import click
 from .errors import CladoError, require
 
 
+class Command(click.Command):
+    """What the system refuses (a full disk, a read-only folder) is one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.get("device") is not None:
+            check_device(_op(ctx), ctx.params["device"])
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from safetensors import SafetensorError
+
+            pipe = isinstance(error, OSError) and error.errno == errno.EPIPE  # click ends quietly
+            if pipe or not isinstance(error, (OSError, SafetensorError)):
+                raise
+            given = next((ctx.params[name] for name in ("out", "output_dir", "run") if ctx.params.get(name)), "file")
+            path, reason = getattr(error, "filename", None) or given, getattr(error, "strerror", None) or error
+            path = re.sub(r"/\.([^/]+)\.[0-9a-f]{8}", r"/\1", str(path))  # files.py writes under such names first
+            click.echo(f"error: {path}: {reason}", err=True)
+            ctx.exit(1)
+
+
 class Group(click.Group):
     """Bad input is one line on stderr and exit code 2; Ctrl-C ends cleanly."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -56,8 +82,38 @@ def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
 
 
+def check_device(op: str, device: str) -> None:
+    import torch
+
+    try:
+        place = torch.device(device)
+        count = torch.cuda.device_count() if place.type == "cuda" else int(place.type == "cpu")
+    except RuntimeError:
+        count = 0
+    known = count > 0 and (place.index or 0) < count
+    require(known, op, "device", "be cpu or a GPU that torch sees", repr(device))
+
+
+def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    known = value is None or 0 < value < math.inf
+    require(known, _op(ctx), parameter.opts[0].removeprefix("--"), "be a positive number", value)
+    return value
+
+
+def named_folder(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    require(bool(value), _op(ctx), "output-dir", "name a folder", repr(value))
+    return value
+
+
+def _op(ctx: click.Context) -> str:
+    return ctx.info_name or "clado"
+
+
+SEED = click.IntRange(0, 2**31 - 1)  # what every generator takes, SCIP's too
+
+
 @main.command()
-@click.option("--output-dir", default="run", show_default=True, help="Run directory to write.")
+@click.option("--output-dir", default="run", show_default=True, callback=named_folder, help="Run directory to write.")
 @click.option("--avg-bits", default=3.0, show_default=True, help="Budget: bits per weight.")
 def quickstart(output_dir: str, avg_bits: float) -> None:
     """The whole pipeline on an embedded, trained vision transformer and real digits."""
@@ -75,14 +131,25 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
     flag_value="hub",
     help="timm's own weights: from its hub, or from a local folder or file when one is named.",
 )
-@click.option("--num-classes", type=int, help="Classes of the head, as timm takes it.")
-@click.option("--img-size", type=int, help="Image size, as timm takes it.")
+@click.option("--num-classes", type=click.IntRange(min=0), help="Classes of the head, as timm takes it.")
+@click.option("--img-size", type=click.IntRange(min=1), help="Image size, as timm takes it.")
 @click.option("--data", required=True, help="Image folder (one subfolder per class), timm:…, hf:…, own (see above).")
-@click.option("--nsamples", default=512, show_default=True, help="Images of the sensitivity set; ask for more later.")
 @click.option(
-    "--skip", default=0, help="Leave out that many first images: for a second run, to be merged with the first."
+    "--nsamples",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Images of the sensitivity set; ask for more later.",
 )
-@click.option("--workers", default=0, show_default=True, help="Processes that decode images.")
+@click.option(
+    "--skip",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Leave out that many first images: for a second run, to be merged with the first.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode images."
+)
 @click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
 @click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
 @click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
@@ -95,24 +162,39 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
     "--forward-step", metavar="MODULE:FUNCTION", help="Your function(model, batch) that runs the model on a batch."
 )
 @click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16, float64 or auto.")
-@click.option("--group-size", default=-1, show_default=True, help="-1 per channel, 0 per tensor, g inputs per scale.")
 @click.option(
-    "--act-bits", type=int, help="Also round the layers' inputs, to so many bits; weights only when left out."
+    "--group-size",
+    type=click.IntRange(min=-1),
+    default=-1,
+    show_default=True,
+    help="-1 per channel, 0 per tensor, g inputs per scale.",
 )
 @click.option(
-    "--act-samples", type=int, help="Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out."
+    "--act-bits",
+    type=click.IntRange(min=1),
+    help="Also round the layers' inputs, to so many bits; weights only when left out.",
+)
+@click.option(
+    "--act-samples",
+    type=click.IntRange(min=1),
+    help="Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out.",
 )
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
-@click.option("--batch-size", type=int, help="Samples of a chunk, the unit that is kept; chosen when left out.")
 @click.option(
-    "--max-memory", type=float, help="GiB of weights, their variants and live values that must not be exceeded."
+    "--batch-size", type=click.IntRange(min=1), help="Samples of a chunk, the unit that is kept; chosen when left out."
+)
+@click.option(
+    "--max-memory",
+    type=float,
+    callback=positive,
+    help="GiB of weights, their variants and live values that must not be exceeded.",
 )
 @click.option("--device", help="cpu or cuda; where the model is when left out.")
-@click.option("--seed", default=0, show_default=True, help="Which images come first.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which images come first.")
 @click.option("--dry-run", is_flag=True, help="Print work, time, memory and disk; measure and write nothing.")
-@click.option("--output-dir", required=True, help="Run directory to write, or to go on with.")
+@click.option("--output-dir", required=True, callback=named_folder, help="Run directory to write, or to go on with.")
 def profile(**options: Any) -> None:
     """Measure the sensitivity matrix of a model.
 
@@ -185,10 +267,13 @@ def _profile(options: dict[str, Any]) -> None:
         if is_writer():
             click.echo(str(plan))
         return
+    if spec.random and is_writer():
+        click.echo(f"warning: the weights of {spec.model} are random; give --pretrained or --checkpoint", err=True)
     sens = measure(model, data, **arguments)
     if not is_writer():
         return
-    write_note(folder, spec, options["data"], skip + sens.num_samples, options["seed"], _command())
+    seen = skip + sens.num_samples
+    write_note(folder, spec, options["data"], seen, options["seed"], _command(), loss_func=options["loss_func"])
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -201,7 +286,12 @@ def _profile(options: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--output-dir", required=True, help="Run directory to write; it must not hold another matrix.")
+@click.option(
+    "--output-dir",
+    required=True,
+    callback=named_folder,
+    help="Run directory to write; it must not hold another matrix.",
+)
 def merge(runs: tuple[str, ...], output_dir: str) -> None:
     """Join runs of the same model and settings over different images into what one run would have given.
 
@@ -227,7 +317,12 @@ def merge(runs: tuple[str, ...], output_dir: str) -> None:
 @click.argument("kind", type=click.Choice(["scores", "matrix", "clado", "modelopt"]))
 @click.argument("path")
 @click.option("--layers", help="matrix: JSON {layers: [[name, weights]], bits: []}; clado: JSON {layer: weights}.")
-@click.option("--output-dir", required=True, help="Run directory to write; it must not hold another matrix.")
+@click.option(
+    "--output-dir",
+    required=True,
+    callback=named_folder,
+    help="Run directory to write; it must not hold another matrix.",
+)
 def import_(kind: str, path: str, layers: str | None, output_dir: str) -> None:
     """Take scores that another tool measured; `clado solve` then works on them.
 
@@ -269,8 +364,8 @@ def wishes(command: Any) -> Any:
                 "--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated."
             ),
             click.option("--forbid", multiple=True, metavar="LAYER=BITS", help="Leave a width out. May be repeated."),
-            click.option("--min-bits", type=int, help="Least bits of every layer."),
-            click.option("--max-bits", type=int, help="Most bits of every layer."),
+            click.option("--min-bits", type=click.IntRange(min=1), help="Least bits of every layer."),
+            click.option("--max-bits", type=click.IntRange(min=1), help="Most bits of every layer."),
             click.option(
                 "--shared",
                 multiple=True,
@@ -278,11 +373,23 @@ def wishes(command: Any) -> Any:
                 help="Layers that take the same bits. May be repeated.",
             ),
             click.option("--solver", default="auto", show_default=True, help="auto, bnb, scip or heuristic."),
-            click.option("--time-limit", default=60.0, show_default=True, help="Seconds."),
+            click.option("--time-limit", default=60.0, callback=positive, show_default=True, help="Seconds."),
             click.option("--gap", default=0.0, show_default=True, help="Stop once this relative gap is proven."),
-            click.option("--threads", default=1, show_default=True, help="Of the linear algebra behind the bound."),
-            click.option("--seed", default=0, show_default=True, help="Of everything random."),
-            click.option("--act-bits", default=32, show_default=True, help="Width of activations in --bitops."),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Of the linear algebra behind the bound.",
+            ),
+            click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
+            click.option(
+                "--act-bits",
+                type=click.IntRange(min=1),
+                default=32,
+                show_default=True,
+                help="Width of activations in --bitops.",
+            ),
             click.option(
                 "--constraints", help="JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."
             ),
@@ -299,12 +406,20 @@ def wishes(command: Any) -> Any:
 @click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
 @click.option("--bitops", type=float, help="Sum of macs x bits x act-bits for one sample.")
 @click.option("--latency-ms", type=float, help="Sum of the --latency table.")
-@click.option("--rerank", type=int, help="Measure the best plans of every objective on so many other images; keep one.")
+@click.option(
+    "--rerank",
+    type=click.IntRange(min=0),
+    help="Measure the best plans of every objective on so many other images; keep one.",
+)
 @click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
-@click.option("--refine", type=int, help="Measure again around the plan, at most so many times, while its loss falls.")
+@click.option(
+    "--refine",
+    type=click.IntRange(min=1),
+    help="Measure again around the plan, at most so many times, while its loss falls.",
+)
 @click.option(
     "--correct",
-    type=int,
+    type=click.IntRange(min=1),
     help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
 )
 @click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
@@ -335,6 +450,10 @@ def solve(
     from .terminal import show_plan
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
+    asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
+    known = not asked or sens.info.get("loss") != "user"
+    must = "be one of clado's own for --rerank, --refine and --correct"
+    require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
     if correct is not None:
         sens, plan = _correct(run, sens, correct, wishes, device)
     if rerank is None and refine is None:
@@ -394,8 +513,14 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("run")
-@click.option("--batch-size", default=1, show_default=True, help="Samples of one forward.")
-@click.option("--repeats", default=20, show_default=True, help="Timings per layer and width; the median counts.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of one forward.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Timings per layer and width; the median counts.",
+)
 @click.option("--device", help="cpu or cuda.")
 @click.option("--out", help="CSV file to write; RUN/latency.csv when left out.")
 def latency(run: str, batch_size: int, repeats: int, device: str | None, out: str | None) -> None:
@@ -491,8 +616,8 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @main.command()
 @click.argument("run")
 @click.option("--data", help="Image folder; the one that was profiled, without its sensitivity set, when left out.")
-@click.option("--nsamples", type=int, help="At most so many images.")
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--nsamples", type=click.IntRange(min=1), help="At most so many images.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
     """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors.
@@ -526,7 +651,9 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     "--format", "format_", default="html", show_default=True, help="html: one page; png, svg, pdf: one file a figure."
 )
 @click.option("--out", help="File (html) or folder to write; RUN/report.html or RUN/figures when left out.")
-@click.option("--nsamples", type=int, help="Held-out images to run plans on, 256 when left out; 0: none.")
+@click.option(
+    "--nsamples", type=click.IntRange(min=0), help="Held-out images to run plans on, 256 when left out; 0: none."
+)
 @click.option("--data", help="Image folder for them; what the profiled one has left when left out.")
 @click.option("--device", help="cpu or cuda.")
 def report(run: str, format_: str, out: str | None, nsamples: int | None, data: str | None, device: str | None) -> None:
@@ -539,7 +666,10 @@ def report(run: str, format_: str, out: str | None, nsamples: int | None, data: 
     and kept in RUN/measured.json.
     """
     from .report import write_figures, write_report
+    from .rundir import RUN_FILE, read_note
 
+    if nsamples != 0 and (Path(run) / RUN_FILE).exists():
+        read_note(run)  # a damaged one is said here: the page would only do without measured plans
     arguments: dict[str, Any] = {"num_samples": nsamples, "data": data, "device": device}
     if format_ == "html":
         click.echo(f"-> {write_report(run, out, **arguments)}")

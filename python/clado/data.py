@@ -19,12 +19,12 @@ from .named import named
 def build_data(
     data: str, model: nn.Module, spec: ModelSpec, batch_size: int, seed: int, skip: int = 0, workers: int = 0
 ) -> Iterable[Any]:
-    """Batches of (inputs, targets).
+    """Batches of (inputs, targets), or (inputs,) where there are no labels.
 
     Args:
         data: where the images are:
 
-            - a folder with one subfolder per class;
+            - a folder with one subfolder per class; with images outside of these nothing in it is labelled;
             - ``timm:NAME?root=FOLDER&split=SPLIT``: a dataset as timm names them (``torch/cifar10``, ``tfds/…``, ``hfds/…``);
             - ``hf:NAME?split=SPLIT&image=COLUMN&label=COLUMN``: a Hugging Face dataset, by name or by a folder it was saved to;
             - ``package.module:function``: what the function returns, a dataset of (image tensor, label) or a data loader;
@@ -86,7 +86,8 @@ def _image_folder(data: str, transform: Any) -> Any:
     with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
         dataset = ImageDataset(data)
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
-    return FileImages(dataset.reader, transform)
+    # With images outside of the subfolders timm counts the folder itself as a class.
+    return FileImages(dataset.reader, transform, labelled="" not in dataset.reader.class_to_idx)
 
 
 def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
@@ -123,21 +124,25 @@ def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
     return HuggingFaceImages(found, image, label, transform)
 
 
-class FileImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Files of a timm reader as (image tensor, label). What cannot be read raises: timm's own dataset takes the next image."""
+class FileImages(torch.utils.data.Dataset[tuple[Any, ...]]):
+    """Files of a timm reader as (image tensor, label). What cannot be read raises: timm's own dataset takes the next image.
 
-    def __init__(self, reader: Any, transform: Any) -> None:
-        self.reader, self.transform = reader, transform
+    Without labels as (image tensor,).
+    """
+
+    def __init__(self, reader: Any, transform: Any, labelled: bool = True) -> None:
+        self.reader, self.transform, self.labelled = reader, transform, labelled
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         from PIL import Image
 
         file, label = self.reader[index]
         with Image.open(file) as image:
-            return self.transform(image.convert("RGB")), -1 if label is None else int(label)
+            inputs = self.transform(image.convert("RGB"))
+        return (inputs, -1 if label is None else int(label)) if self.labelled else (inputs,)
 
 
 class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):

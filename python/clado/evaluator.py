@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clado_ext
 
 from .capture import capture
-from .errors import CladoError, require
+from .errors import CladoError, is_out_of_memory, require, said
 from .executor import Executor, State
 from .exporter import apply, check_fit
 from .options import LOSSES
@@ -84,7 +84,8 @@ def evaluate(model: nn.Module, data_loader: Iterable[Any], device: str | torch.d
         CladoError: no data, no targets, or labels that are no classes.
     """
     logits, labels = _outputs(model, data_loader, device)
-    require(labels is not None, "evaluate", "data_loader", "yield (inputs, targets)", "inputs alone")
+    must = "yield (inputs, targets) (images: in one subfolder per class)"
+    require(labels is not None, "evaluate", "data_loader", must, "inputs alone")
     assert labels is not None
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     correct5 = (logits.topk(5).indices == labels[:, None]).any(1) if logits.shape[1] > 5 else None
@@ -180,7 +181,13 @@ def _outputs(
         for item in data_loader:
             inputs, targets = split_batch(item, "evaluate")
             moved = inputs.to(place, first.dtype) if inputs.is_floating_point() else inputs.to(place)
-            logits.append(model(moved).double().cpu())
+            try:
+                logits.append(model(moved).double().cpu())
+            except Exception as error:  # whatever a model makes of inputs it does not take
+                if is_out_of_memory(error):
+                    raise
+                shape = tuple(inputs.shape)
+                raise CladoError(f"evaluate: model must take inputs {shape}, got {said(error)}") from error
             check_targets(targets, logits[-1].shape[1])
             if targets is not None:
                 labels.append(targets.cpu().long())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -48,7 +49,11 @@ def read_scores(path: str | os.PathLike[str]) -> Sensitivity:
             for row in csv.DictReader(text.splitlines()):
                 name = row["layer"]
                 sizes[name], macs[name] = int(row["numel"]), int(row.get("macs") or 0)
-                scores.setdefault(name, {})[int(row["bits"])] = float(row["delta_loss"])
+                known = scores.setdefault(name, {})
+                require(int(row["bits"]) not in known, "import", f"layer {name}", "have one score a width", row["bits"])
+                known[int(row["bits"])] = float(row["delta_loss"])
+    except CladoError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CladoError(
             f"import: path must be CSV layer,numel,bits,delta_loss or JSON "
@@ -195,6 +200,7 @@ def _additive(scores: Mapping[str, Mapping[int, float]], sizes: Sizes, macs: Siz
     bits = sorted(next(iter(scores.values())))
     for name, row in scores.items():
         require(sorted(row) == bits, "import", f"layer {name}", f"have scores at {bits} bits", sorted(row))
+        require(all(map(math.isfinite, row.values())), "import", f"layer {name}", "have finite scores", dict(row))
     diagonal = np.array([scores[name][b] for name in scores for b in bits])
     layers = [Layer(n, "linear", (1, sizes[n]), (macs or {}).get(n, 0), (n,)) for n in _sized_names(scores, sizes)]
     unknown = np.diag(np.full(len(diagonal), np.nan))  # of ΔL; that there are no interactions is given

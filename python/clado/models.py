@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import CladoError, require
@@ -36,11 +38,22 @@ class ModelSpec:
     img_size: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What builds the same model from any working directory."""
+        local = {name: getattr(self, name) for name in ("checkpoint", "pretrained")}
+        return {
+            **asdict(self),
+            **{name: os.path.abspath(path) for name, path in local.items() if isinstance(path, str)},
+        }
+
+    @property
+    def random(self) -> bool:
+        """Whether nothing gives weights to timm's net."""
+        named = self.model == "digits" or (":" in self.model and not self.model.startswith(_HUB))
+        return not (named or self.pretrained or self.checkpoint)
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """The module in eval mode with its weights.
+    """The module in eval mode with its weights; those that timm draws are the same at every call.
 
     Raises:
         CladoError: an unknown name, a function that fails, or a checkpoint that does not fit.
@@ -101,11 +114,14 @@ def _timm(spec: ModelSpec) -> nn.Module:
         name, overlay = _local(spec.model, Path(spec.pretrained))
         options |= overlay
     try:
-        try:
-            return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
-        except TypeError:
-            options.pop("img_size", None)  # convolutional nets take any size and no such argument
-            return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
+            try:
+                return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
+            except TypeError:
+                options.pop("img_size", None)  # convolutional nets take any size and no such argument
+                torch.default_generator.manual_seed(0)
+                return timm.create_model(name, pretrained=bool(spec.pretrained), **options)
     except Exception as error:  # what a hub that cannot be reached raises depends on the hub
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CladoError(
@@ -138,8 +154,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        import torch
-
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has exceptions of its own for damaged files
         reason = next(iter(str(error).splitlines()), type(error).__name__)

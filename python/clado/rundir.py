@@ -25,6 +25,12 @@ RUN_FILE = "model.json"
 
 def load_model(run: str) -> tuple[Any, Any, dict[str, Any]]:
     """The model of a run directory, how it was built, and what was noted with it."""
+    spec, note = read_note(run)
+    return build_model(spec), spec, note
+
+
+def read_note(run: str) -> tuple[ModelSpec, dict[str, Any]]:
+    """How the model of a run directory was built, and what was noted with it."""
     path = Path(run) / RUN_FILE
     require(path.is_file(), "run", "directory", f"hold {RUN_FILE} as clado profile writes it", run)
     try:
@@ -33,16 +39,24 @@ def load_model(run: str) -> tuple[Any, Any, dict[str, Any]]:
         note["data"], note["num_samples"], note["seed"]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CladoError(f"run: {RUN_FILE} must be whole, got {path} ({error})") from None
-    return build_model(spec), spec, note
+    return spec, note
 
 
 def write_note(
-    folder: Path, spec: ModelSpec, data: str, num_samples: int, seed: int, command: str, heldout: str | None = None
+    folder: Path,
+    spec: ModelSpec,
+    data: str,
+    num_samples: int,
+    seed: int,
+    command: str,
+    heldout: str | None = None,
+    loss_func: str | None = None,
 ) -> None:
     """Note how the model was built, what was measured on which data, by which command and with which versions.
 
     Args:
         heldout: data that later stages take where none is named; None: what ``data`` has left.
+        loss_func: the user's loss as it was named; None: one of clado's.
     """
     note = {
         "spec": spec.to_json(),
@@ -52,7 +66,8 @@ def write_note(
         "command": command,
         "versions": versions(),
     }
-    write_json(folder / RUN_FILE, note if heldout is None else {**note, "heldout": heldout})
+    more = {"heldout": heldout, "loss_func": loss_func}
+    write_json(folder / RUN_FILE, {**note, **{name: value for name, value in more.items() if value is not None}})
 
 
 def versions() -> dict[str, str]:
@@ -81,11 +96,10 @@ def heldout(
     batches: list[Any] = []
     left = sys.maxsize if count is None else count
     for item in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
-        pair = isinstance(item, (tuple, list)) and len(item) == 2
-        require(pair, "data", source, "yield (inputs, targets) for this", type(item).__name__)
-        images, labels = item
-        batches.append((images[:left], labels[:left]))
-        left -= len(images)
+        known = isinstance(item, (tuple, list)) and 1 <= len(item) <= 2
+        require(known, "data", source, "yield (inputs, targets) for this", type(item).__name__)
+        batches.append(tuple(part[:left] for part in item))
+        left -= len(item[0])
         if left <= 0:
             break
     return batches
