@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,21 @@ def test_inspect_fits_80_columns_without_colour(tmp_path: Path, encoding: str) -
     ]
     (tmp_path / "pareto.json").write_text("[")
     assert any("pareto.json" in line and "damaged" in line for line in inspect())
+
+
+def test_a_plan_older_than_its_matrix_is_said(tmp_path: Path) -> None:
+    matrix = np.diag([0.3, 0.1])
+    sens = replace(Sensitivity.from_matrix(matrix, [("fc", 24)], (2, 4)), fingerprint={"data": "eight samples"})
+    sens.save(tmp_path)
+    solve(sens, avg_bits=4).save(tmp_path)
+    for command in ("inspect", "recipe"):
+        assert "older than the matrix" not in call(command, tmp_path).output
+    replace(sens, fingerprint={"data": "twelve samples"}).save(tmp_path)
+    for command in ("inspect", "recipe"):
+        result = call(command, tmp_path)
+        assert result.exit_code == 0, result.output
+        assert "note: the plan in" in result.output
+        assert "is older than the matrix beside it; clado solve" in result.output
 
 
 def test_inspect_an_unfinished_run(tmp_path: Path) -> None:

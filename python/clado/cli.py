@@ -53,7 +53,7 @@ class Group(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("stopped; finished work is kept, run the same command again to go on", err=True)
+            click.echo("stopped; finished chunks are kept, run the same command again to go on", err=True)
             ctx.exit(130)
 
 
@@ -568,11 +568,10 @@ def export(run: str, format_: str, out: str | None, odd_widths: str | None, veri
     clado export run --format onnx --out run/onnx --verify    # onnxruntime (pip install clado[onnx])
     """
     from . import exporter
-    from .plan import Plan
     from .rundir import heldout, load_model
 
     model, spec, note = load_model(run)
-    plan, target = Plan.load(run), out or Path(run) / "out"
+    plan, target = _chosen(run), out or Path(run) / "out"
     options: dict[str, Any] = {"odd_widths": odd_widths}
     if format_ == "onnx":
         options["example"] = heldout(model, spec, {**note, "num_samples": 0}, None, 2, 2)[0][0]
@@ -600,12 +599,11 @@ def recipe(run: str, tool: str, out: str | None) -> None:
     clado recipe run --tool modelopt --out config.json
     In Python, clado.recipes gives the tools' own objects.
     """
-    from .plan import Plan
     from .recipes import RECIPES
     from .rundir import write_json
 
     require(tool in RECIPES, "recipe", "tool", f"be one of {', '.join(RECIPES)}", repr(tool))
-    config = RECIPES[tool](Plan.load(run))
+    config = RECIPES[tool](_chosen(run))
     if out is None:
         click.echo(json.dumps(config, indent=1))
     else:
@@ -629,12 +627,11 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     """
     from .evaluator import evaluate as score
     from .exporter import apply
-    from .plan import Plan
     from .rundir import heldout, load_model, that_chose
     from .terminal import show_scores
 
     model, spec, note = load_model(run)
-    plan = Plan.load(run)
+    plan = _chosen(run)
     kept = heldout(model, spec, note, data, nsamples, batch_size, that_chose(note, plan, data))
     if device is not None:
         model = model.to(device)
@@ -682,9 +679,26 @@ def report(run: str, format_: str, out: str | None, nsamples: int | None, data: 
 @click.argument("run")
 def inspect(run: str) -> None:
     """What a run directory holds: matrix, plan, frontier, exports, or the running sums of an unfinished run."""
+    from .plan import FILE_NAME as PLAN
+    from .sensitivity import FILE_NAME as MATRIX
     from .terminal import show_run
 
     show_run(Path(run))
+    if (Path(run) / PLAN).is_file() and (Path(run) / MATRIX).is_file():
+        _chosen(run)
+
+
+def _chosen(run: str) -> Any:
+    """The run's plan; where the matrix beside it was measured further since, a line says so."""
+    from .plan import Plan
+    from .sensitivity import FILE_NAME, Sensitivity
+
+    plan = Plan.load(run)
+    if (Path(run) / FILE_NAME).is_file() and Sensitivity.load(run).fingerprint != plan.fingerprint:
+        click.echo(
+            f"note: the plan in {run} is older than the matrix beside it; clado solve {run} chooses anew", err=True
+        )
+    return plan
 
 
 def _profiled(run: str, sens: Any) -> tuple[Any, Any, int]:
