@@ -22,7 +22,10 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.params.get("device") is not None:
-            check_device(_op(ctx), ctx.params["device"])
+            from .options import USABLE, usable
+
+            device = ctx.params["device"]
+            require(usable(device), _op(ctx), "device", USABLE, repr(device))
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -82,18 +85,6 @@ def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
 
 
-def check_device(op: str, device: str) -> None:
-    import torch
-
-    try:
-        place = torch.device(device)
-        count = torch.cuda.device_count() if place.type == "cuda" else int(place.type == "cpu")
-    except RuntimeError:
-        count = 0
-    known = count > 0 and (place.index or 0) < count
-    require(known, op, "device", "be cpu or a GPU that torch sees", repr(device))
-
-
 def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     known = value is None or 0 < value < math.inf
     require(known, _op(ctx), parameter.opts[0].removeprefix("--"), "be a positive number", value)
@@ -110,6 +101,13 @@ def _op(ctx: click.Context) -> str:
 
 
 SEED = click.IntRange(0, 2**31 - 1)  # what every generator takes, SCIP's too
+COUNT = click.IntRange(min=1)
+new_run = click.option(
+    "--output-dir",
+    required=True,
+    callback=named_folder,
+    help="Run directory to write; it must not hold another matrix.",
+)
 
 
 @main.command()
@@ -132,11 +130,11 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
     help="timm's own weights: from its hub, or from a local folder or file when one is named.",
 )
 @click.option("--num-classes", type=click.IntRange(min=0), help="Classes of the head, as timm takes it.")
-@click.option("--img-size", type=click.IntRange(min=1), help="Image size, as timm takes it.")
+@click.option("--img-size", type=COUNT, help="Image size, as timm takes it.")
 @click.option("--data", required=True, help="Image folder (one subfolder per class), timm:…, hf:…, own (see above).")
 @click.option(
     "--nsamples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=512,
     show_default=True,
     help="Images of the sensitivity set; ask for more later.",
@@ -171,20 +169,18 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 )
 @click.option(
     "--act-bits",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Also round the layers' inputs, to so many bits; weights only when left out.",
 )
 @click.option(
     "--act-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out.",
 )
 @click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
 @click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
 @click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Samples of a chunk, the unit that is kept; chosen when left out."
-)
+@click.option("--batch-size", type=COUNT, help="Samples of a chunk, the unit that is kept; chosen when left out.")
 @click.option(
     "--max-memory",
     type=float,
@@ -286,12 +282,7 @@ def _profile(options: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option(
-    "--output-dir",
-    required=True,
-    callback=named_folder,
-    help="Run directory to write; it must not hold another matrix.",
-)
+@new_run
 def merge(runs: tuple[str, ...], output_dir: str) -> None:
     """Join runs of the same model and settings over different images into what one run would have given.
 
@@ -317,12 +308,7 @@ def merge(runs: tuple[str, ...], output_dir: str) -> None:
 @click.argument("kind", type=click.Choice(["scores", "matrix", "clado", "modelopt"]))
 @click.argument("path")
 @click.option("--layers", help="matrix: JSON {layers: [[name, weights]], bits: []}; clado: JSON {layer: weights}.")
-@click.option(
-    "--output-dir",
-    required=True,
-    callback=named_folder,
-    help="Run directory to write; it must not hold another matrix.",
-)
+@new_run
 def import_(kind: str, path: str, layers: str | None, output_dir: str) -> None:
     """Take scores that another tool measured; `clado solve` then works on them.
 
@@ -364,8 +350,8 @@ def wishes(command: Any) -> Any:
                 "--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated."
             ),
             click.option("--forbid", multiple=True, metavar="LAYER=BITS", help="Leave a width out. May be repeated."),
-            click.option("--min-bits", type=click.IntRange(min=1), help="Least bits of every layer."),
-            click.option("--max-bits", type=click.IntRange(min=1), help="Most bits of every layer."),
+            click.option("--min-bits", type=COUNT, help="Least bits of every layer."),
+            click.option("--max-bits", type=COUNT, help="Most bits of every layer."),
             click.option(
                 "--shared",
                 multiple=True,
@@ -377,7 +363,7 @@ def wishes(command: Any) -> Any:
             click.option("--gap", default=0.0, show_default=True, help="Stop once this relative gap is proven."),
             click.option(
                 "--threads",
-                type=click.IntRange(min=1),
+                type=COUNT,
                 default=1,
                 show_default=True,
                 help="Of the linear algebra behind the bound.",
@@ -385,7 +371,7 @@ def wishes(command: Any) -> Any:
             click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
             click.option(
                 "--act-bits",
-                type=click.IntRange(min=1),
+                type=COUNT,
                 default=32,
                 show_default=True,
                 help="Width of activations in --bitops.",
@@ -414,12 +400,12 @@ def wishes(command: Any) -> Any:
 @click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
 @click.option(
     "--refine",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Measure again around the plan, at most so many times, while its loss falls.",
 )
 @click.option(
     "--correct",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
 )
 @click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
@@ -513,10 +499,10 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("run")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of one forward.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Samples of one forward.")
 @click.option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=20,
     show_default=True,
     help="Timings per layer and width; the median counts.",
@@ -614,8 +600,8 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @main.command()
 @click.argument("run")
 @click.option("--data", help="Image folder; the one that was profiled, without its sensitivity set, when left out.")
-@click.option("--nsamples", type=click.IntRange(min=1), help="At most so many images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--nsamples", type=COUNT, help="At most so many images.")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
     """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors.
@@ -679,25 +665,20 @@ def report(run: str, format_: str, out: str | None, nsamples: int | None, data: 
 @click.argument("run")
 def inspect(run: str) -> None:
     """What a run directory holds: matrix, plan, frontier, exports, or the running sums of an unfinished run."""
-    from .plan import FILE_NAME as PLAN
-    from .sensitivity import FILE_NAME as MATRIX
     from .terminal import show_run
 
     show_run(Path(run))
-    if (Path(run) / PLAN).is_file() and (Path(run) / MATRIX).is_file():
-        _chosen(run)
 
 
 def _chosen(run: str) -> Any:
     """The run's plan; where the matrix beside it was measured further since, a line says so."""
     from .plan import Plan
     from .sensitivity import FILE_NAME, Sensitivity
+    from .terminal import say_if_older
 
     plan = Plan.load(run)
-    if (Path(run) / FILE_NAME).is_file() and Sensitivity.load(run).fingerprint != plan.fingerprint:
-        click.echo(
-            f"note: the plan in {run} is older than the matrix beside it; clado solve {run} chooses anew", err=True
-        )
+    if (Path(run) / FILE_NAME).is_file():
+        say_if_older(Path(run), Sensitivity.load(run), plan)
     return plan
 
 

@@ -152,11 +152,8 @@ def _check_replaceable(target: Path) -> None:
     must = "be new, empty or an earlier export without other files"
     require(target.is_dir() or not target.exists(), "export", "path", must, f"a file {target}")
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    others = sorted(held - _FILES)
-    require(not others, "export", "path", must, f"{target}, which holds {', '.join(others[:3])}")
-    require(
-        not held or bool(held & _WEIGHTS), "export", "path", must, f"{target}, which holds {', '.join(sorted(held))}"
-    )
+    lost = held - _FILES or (set() if held & _WEIGHTS else held)
+    require(not lost, "export", "path", must, f"{target}, which holds {', '.join(sorted(lost)[:3])}")
 
 
 def check_fit(model: nn.Module, plan: Plan, op: str) -> None:

@@ -21,6 +21,7 @@ from .quantizer import Quantizer
 from .sensitivity import check_bits
 
 LOSSES = ("kl", "cross_entropy")
+USABLE = "be cpu or a GPU that torch sees"  # what a device must
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Options:
         require(isinstance(bits, Iterable), "profile", "bits", "be a sequence of widths", bits)
         place = output_dir is None or (isinstance(output_dir, (str, os.PathLike)) and str(output_dir) != "")
         require(place, "profile", "output_dir", "be a folder", repr(output_dir))
+        require(device is None or usable(device), "profile", "device", USABLE, device)
         return Options(
             bits=tuple(sorted(bits)),
             loss=loss if loss_func is None else "user",
@@ -91,7 +93,7 @@ class Options:
             quantizer=Quantizer(group_size, scale_steps, symmetric),
             ignore=tuple(ignore),
             output_dir=None if output_dir is None else Path(output_dir),
-            device=None if device is None else _device(device),
+            device=None if device is None else torch.device(device),
             **rest,
         )
 
@@ -101,13 +103,11 @@ class Options:
         return self.loss_func is not None or self.forward_step is not None
 
 
-def _device(device: str | torch.device) -> torch.device:
-    """A device that this torch can compute on."""
+def usable(device: str | torch.device) -> bool:
+    """Whether clado computes on a device and this machine has it."""
     try:
-        known = torch.device(device)
-        usable = known.type != "meta"
-        torch.zeros(1, device=known)
-    except (RuntimeError, AssertionError, TypeError):
-        usable = False
-    require(usable, "profile", "device", "be cpu or a GPU that torch sees", device)
-    return known
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    count = torch.cuda.device_count() if place.type == "cuda" else int(place.type == "cpu")
+    return (place.index or 0) < count

@@ -91,6 +91,17 @@ def show_run(folder: Path) -> None:
     else:
         console().print(loss_table(sens))
         click.echo(f"next: clado solve {folder} --avg-bits 3")
+    if plan is not None:
+        say_if_older(folder, sens, plan)
+
+
+def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
+    """A line where the matrix beside a plan is not the one that it was solved on: a run that was prolonged, say."""
+    if sens.fingerprint != plan.fingerprint:
+        click.echo(
+            f"note: the plan in {folder} is older than the matrix beside it; clado solve {folder} chooses anew",
+            err=True,
+        )
 
 
 def plan_table(sens: Sensitivity, plan: Plan) -> Table:
