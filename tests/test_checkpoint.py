@@ -157,7 +157,7 @@ def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
     many = {"batch_size": 8, "verbose": False}
     little = half_the_memory(model, x)
     profile(model, [x], num_samples=16, max_memory=little, output_dir=tmp_path, **many)
-    pieces = checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"]
+    pieces = checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[0]["pieces"]
     assert len(pieces) == 1
     assert pieces[0][0] < 8
     plan = plan_run(model, [x], output_dir=tmp_path, **many)
@@ -168,7 +168,7 @@ def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
     assert [line for line in resumed.info["warnings"] if "memory" in line] == [
         f"goes on as it began, {pieces[0][0]} samples and 3 perturbations at a time (memory would allow 8 and 3)"
     ]
-    assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"] == pieces
+    assert checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[0]["pieces"] == pieces
 
 
 def test_a_run_that_goes_on_with_less_memory_says_so(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_pieces_that_an_allocation_made_smaller_stay_so(
     run_with_shortage(0, num_samples=stop, output_dir=tmp_path)
     resumed = run_with_shortage(stop // 8, output_dir=tmp_path)
     assert same(resumed, wanted)
-    assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[0]["pieces"] == [[8, 3], [4, 3]]
+    assert checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[0]["pieces"] == [[8, 3], [4, 3]]
     assert any("were 8 and 3, then 4 and 3" in line for line in resumed.info["warnings"])
 
 
@@ -329,7 +329,7 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
     with pytest.raises(clado.CladoError, match=message) as caught:
         profile(model, loader, batch_size=8, output_dir=tmp_path, verbose=False)
     assert "\n" not in str(caught.value)
-    assert checkpoint.read_progress(tmp_path / checkpoint.FILE_NAME)[1].samples == 16
+    assert checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[1].samples == 16
 
 
 def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from .errors import CladoError, require
 from .estimators import TENSORS, Sums
 from .files import atomic_file
 
-FILE_NAME = "progress.safetensors"
+PROGRESS_FILE = "progress.safetensors"
 SCHEMA = 1
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
     """
 
     def __init__(self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int) -> None:
-        self.path = None if output_dir is None else output_dir / FILE_NAME
+        self.path = None if output_dir is None else output_dir / PROGRESS_FILE
         self.size = size
         self.settings = json.loads(json.dumps(settings))
         self.total = Sums.zeros(candidates)
@@ -139,8 +139,8 @@ def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path)
 
 def recorded(output_dir: Path | None) -> dict[str, Any]:
     """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
-    there = output_dir is not None and (output_dir / FILE_NAME).exists()
-    return read_progress(output_dir / FILE_NAME)[0]["settings"] if output_dir is not None and there else {}
+    there = output_dir is not None and (output_dir / PROGRESS_FILE).exists()
+    return read_progress(output_dir / PROGRESS_FILE)[0]["settings"] if output_dir is not None and there else {}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
             tensors = {name: file.get_tensor(name) for name in (*TENSORS, "digests")}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CladoError(
-            f"profile: output_dir must hold a whole {FILE_NAME}, got a damaged {path} ({error}); without it the run starts anew"
+            f"profile: output_dir must hold a whole {PROGRESS_FILE}, got a damaged {path} ({error}); without it the run starts anew"
         ) from None
     digests = tensors.pop("digests")
     return header, Sums(**tensors, samples=len(digests)), digests

@@ -25,7 +25,7 @@ class Command(click.Command):
             from .options import USABLE, usable
 
             device = ctx.params["device"]
-            require(usable(device), _op(ctx), "device", USABLE, repr(device))
+            require(usable(device), op_of(ctx), "device", USABLE, repr(device))
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -87,16 +87,16 @@ def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tu
 
 def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     known = value is None or 0 < value < math.inf
-    require(known, _op(ctx), parameter.opts[0].removeprefix("--"), "be a positive number", value)
+    require(known, op_of(ctx), parameter.opts[0].removeprefix("--"), "be a positive number", value)
     return value
 
 
 def named_folder(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    require(bool(value), _op(ctx), "output-dir", "name a folder", repr(value))
+    require(bool(value), op_of(ctx), "output-dir", "name a folder", repr(value))
     return value
 
 
-def _op(ctx: click.Context) -> str:
+def op_of(ctx: click.Context) -> str:
     return ctx.info_name or "clado"
 
 
@@ -269,7 +269,7 @@ def _profile(options: dict[str, Any]) -> None:
     if not is_writer():
         return
     seen = skip + sens.num_samples
-    write_note(folder, spec, options["data"], seen, options["seed"], _command(), loss_func=options["loss_func"])
+    write_note(folder, spec, options["data"], seen, options["seed"], command_line(), loss_func=options["loss_func"])
     for warning in sens.info["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.info
@@ -292,10 +292,10 @@ def merge(runs: tuple[str, ...], output_dir: str) -> None:
     clado merge a b --output-dir run
     """
     from .rundir import merge_notes
-    from .sensitivity import FILE_NAME, Sensitivity
+    from .sensitivity import MATRIX_FILE, Sensitivity
 
     target = Path(output_dir)
-    require(not (target / FILE_NAME).exists(), "merge", "output-dir", "not hold a matrix yet", output_dir)
+    require(not (target / MATRIX_FILE).exists(), "merge", "output-dir", "not hold a matrix yet", output_dir)
     sens = Sensitivity.merge([Sensitivity.load(run) for run in runs])
     target.mkdir(parents=True, exist_ok=True)
     sens.save(target)
@@ -319,9 +319,9 @@ def import_(kind: str, path: str, layers: str | None, output_dir: str) -> None:
     modelopt  search state of NVIDIA ModelOpt's auto_quantize (read without running it)
     """
     from . import importers
-    from .sensitivity import FILE_NAME
+    from .sensitivity import MATRIX_FILE
 
-    target = Path(output_dir) / FILE_NAME
+    target = Path(output_dir) / MATRIX_FILE
     require(not target.exists(), "import", "output-dir", "not hold a matrix yet", output_dir)
     require(layers is not None or kind in ("scores", "modelopt"), "import", "layers", f"be given for {kind}", "none")
     if kind == "scores":
@@ -429,7 +429,7 @@ def solve(
     """
     from dataclasses import replace
 
-    from .plan import FILE_NAME
+    from .plan import PLAN_FILE
     from .sensitivity import Sensitivity
     from .solver import shortlist
     from .solver import solve as choose
@@ -453,7 +453,7 @@ def solve(
             plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
         plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
-    replace(plan, info={**plan.info, "command": _command()}).save(Path(run) / FILE_NAME)
+    replace(plan, info={**plan.info, "command": command_line()}).save(Path(run) / PLAN_FILE)
     show_plan(plan)
     click.echo(f"next: clado export {run}   clado report {run}")
 
@@ -673,11 +673,11 @@ def inspect(run: str) -> None:
 def _chosen(run: str) -> Any:
     """The run's plan; where the matrix beside it was measured further since, a line says so."""
     from .plan import Plan
-    from .sensitivity import FILE_NAME, Sensitivity
+    from .sensitivity import MATRIX_FILE, Sensitivity
     from .terminal import say_if_older
 
     plan = Plan.load(run)
-    if (Path(run) / FILE_NAME).is_file():
+    if (Path(run) / MATRIX_FILE).is_file():
         say_if_older(Path(run), Sensitivity.load(run), plan)
     return plan
 
@@ -743,7 +743,7 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: st
     return best
 
 
-def _command() -> str:
+def command_line() -> str:
     """This call, as it can be repeated."""
     return shlex.join(["clado", *sys.argv[1:]])
 

@@ -30,13 +30,13 @@ from .estimators import Later, Sums, corrected
 from .exporter import check_fit
 from .losses import Loss
 from .options import Options
-from .plan import FILE_NAME as PLAN
+from .plan import PLAN_FILE
 from .plan import Plan
 from .precision import full_precision
 from .profiler import with_defaults
 from .run import Run
 from .samples import SampleStream, sample_digests
-from .sensitivity import FILE_NAME, Sensitivity
+from .sensitivity import MATRIX_FILE, Sensitivity
 from .share import Share
 from .solver import given_plan, solve
 
@@ -147,7 +147,7 @@ def _correct(
             history[-1]["forward_equivalents"] = run.executor.work / run.measured
             _keep(sens, folder)
     if not ranks.writes:
-        return ranks.receive(Sensitivity.load, FILE_NAME), ranks.receive(Plan.load, PLAN)
+        return ranks.receive(Sensitivity.load, MATRIX_FILE), ranks.receive(Plan.load, PLAN_FILE)
     stands = missing == 0
     plan = plans[-1] if stands else _best(sens, plans)
     notes = {"correct": history, "stands": stands, "correct_samples": run.options.num_samples}
@@ -190,7 +190,7 @@ def _keep(sens: Sensitivity, folder: Path | None) -> None:
     if folder is None:
         return
     with writing(folder):
-        sens.save(folder / FILE_NAME)
+        sens.save(folder / MATRIX_FILE)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 

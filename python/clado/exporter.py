@@ -16,7 +16,7 @@ from .errors import require
 from .files import atomic_folder
 from .fingerprint import weights_digest
 from .formats import FORMATS, Request, compressed_tensors, onnx, safetensors
-from .plan import FILE_NAME as PLAN_FILE
+from .plan import PLAN_FILE
 from .plan import Plan
 
 _WEIGHTS = {safetensors.MODEL_FILE, onnx.MODEL_FILE}

@@ -22,7 +22,7 @@ from .errors import CladoError, require
 from .sensitivity import Layer, Sensitivity, same_layer
 
 Sizes = Mapping[str, int]
-_TORCH_ZIP_ENTRY = "data.pkl"
+TORCH_ZIP_ENTRY = "data.pkl"
 
 
 def read_scores(path: str | os.PathLike[str]) -> Sensitivity:
@@ -35,7 +35,7 @@ def read_scores(path: str | os.PathLike[str]) -> Sensitivity:
     Raises:
         CladoError: no such file, other content, or a layer without some width.
     """
-    source = _existing(path)
+    source = existing(path)
     scores: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
     macs: dict[str, int] = {}
@@ -73,7 +73,7 @@ def read_matrix(path: str | os.PathLike[str], layers: str | os.PathLike[str]) ->
     Raises:
         CladoError: missing or foreign files, or a matrix that :meth:`Sensitivity.from_matrix` refuses.
     """
-    source = _existing(path)
+    source = existing(path)
     try:
         if source.suffix == ".safetensors":
             from safetensors.numpy import load_file
@@ -95,7 +95,7 @@ def read_matrix(path: str | os.PathLike[str], layers: str | os.PathLike[str]) ->
     require("G" in arrays or len(arrays) == 1, "import", "path", "hold a matrix named G", sorted(arrays))
     matrix = arrays.get("G", next(iter(arrays.values())))
     try:
-        order = json.loads(_existing(layers).read_text(encoding="utf-8"))
+        order = json.loads(existing(layers).read_text(encoding="utf-8"))
         names, bits = [(str(name), int(numel)) for name, numel in order["layers"]], [int(b) for b in order["bits"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CladoError(
@@ -117,9 +117,9 @@ def read_clado(path: str | os.PathLike[str], sizes: Sizes) -> Sensitivity:
     Raises:
         CladoError: anything else in the pickle, a matrix that does not fit the index, or a layer without a size.
     """
-    source = _existing(path)
+    source = existing(path)
     try:
-        held = _load_restricted(source)
+        held = load_restricted(source)
         joint, index = np.asarray(_value(held["Ltilde"]), dtype=np.float64), dict(held["layer_index"])
         order = sorted(index, key=index.__getitem__)
         parts = [re.fullmatch(r"(.+)\((\d+), (\d+)\)bits", name) for name in order]
@@ -158,11 +158,11 @@ def read_modelopt(path: str | os.PathLike[str]) -> Sensitivity:
     Raises:
         CladoError: another file, formats of one group with equal bits, or groups with different formats.
     """
-    source = _existing(path)
+    source = existing(path)
     try:
         with zipfile.ZipFile(source) as archive:
-            name = next(n for n in archive.namelist() if n.endswith("/" + _TORCH_ZIP_ENTRY))
-            state = _Inert(io.BytesIO(archive.read(name))).load()
+            name = next(n for n in archive.namelist() if n.endswith("/" + TORCH_ZIP_ENTRY))
+            state = Inert(io.BytesIO(archive.read(name))).load()
         stats = state["candidate_stats"]
         scores, sizes = {}, {}
         for group, row in stats.items():
@@ -188,7 +188,7 @@ def read_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         CladoError: no such file, or other content.
     """
-    source = _existing(path)
+    source = existing(path)
     try:
         return {str(name): int(numel) for name, numel in json.loads(source.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError, OSError) as error:
@@ -228,24 +228,24 @@ def _sized_names(layers: Any, sizes: Sizes) -> list[str]:
     return names
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def existing(path: str | os.PathLike[str]) -> Path:
     source = Path(path)
     require(source.is_file(), "import", "path", "be a file", source)
     return source
 
 
-def _load_restricted(source: Path) -> Any:
+def load_restricted(source: Path) -> Any:
     """What a pickle, or the pickle in a torch file, holds in arrays and plain containers."""
     if not zipfile.is_zipfile(source):
-        return _Restricted(io.BytesIO(source.read_bytes()), {}).load()
+        return Restricted(io.BytesIO(source.read_bytes()), {}).load()
     with zipfile.ZipFile(source) as archive:
         stored = [item for item in archive.infolist() if item.compress_type == zipfile.ZIP_STORED]
         parts = {item.filename.partition("/")[2]: archive.read(item) for item in stored}
-    return _Restricted(io.BytesIO(parts[_TORCH_ZIP_ENTRY]), parts).load()
+    return Restricted(io.BytesIO(parts[TORCH_ZIP_ENTRY]), parts).load()
 
 
 # The unpickler written in Python: the one in C takes as much memory as a damaged file asks for.
-class _Restricted(pickle._Unpickler):
+class Restricted(pickle._Unpickler):
     """Builds arrays and plain containers; any other name in the pickle ends the import.
 
     numpy's own classes stay out of it: the state of a forged dtype makes them read memory that is not theirs.
@@ -263,21 +263,21 @@ class _Restricted(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage of a torch tensor: ("storage", dtype, key, device, elements)."""
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Storage)):
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Storage)):
             raise CladoError(
                 "import: pickle must hold numpy arrays and plain containers only, got an outside reference"
             )
         return np.frombuffer(self.parts[f"data/{pid[2]}"], pid[1].dtype)
 
 
-class _Storage:
+class Storage:
     """Stands for a torch storage class."""
 
     def __init__(self, kind: str) -> None:
         self.dtype = np.dtype(kind)
 
 
-class _Dtype:
+class Dtype:
     """Stands for a numpy dtype of numbers."""
 
     def __init__(self, kind: str, *_: Any) -> None:
@@ -289,7 +289,7 @@ class _Dtype:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
+class Array:
     """Stands for a numpy array until its state is known."""
 
     value: NDArray[Any] | None = None
@@ -299,7 +299,7 @@ class _Array:
         self.value = _array(data, dtype, shape, "F" if fortran else "C")
 
 
-def _array(data: Any, dtype: _Dtype, shape: Any, order: str = "C") -> NDArray[Any]:
+def _array(data: Any, dtype: Dtype, shape: Any, order: str = "C") -> NDArray[Any]:
     return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -315,10 +315,10 @@ def _tensor(
 
 
 def _value(held: Any) -> Any:
-    return held.value if isinstance(held, _Array) else held
+    return held.value if isinstance(held, Array) else held
 
 
-class _Record:
+class Record:
     """What stands for an object of a class that is not imported: its arguments and its state, nothing that runs."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -329,14 +329,14 @@ class _Record:
         self.state = state if isinstance(state, dict) else {"state": state}
 
 
-class _Inert(pickle._Unpickler):
-    """Builds plain containers; every other name becomes a :class:`_Record`."""
+class Inert(pickle._Unpickler):
+    """Builds plain containers; every other name becomes a :class:`Record`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return _plain(module, name) or type(name, (_Record,), {})
+        return _plain(module, name) or type(name, (Record,), {})
 
     def persistent_load(self, pid: Any) -> Any:
-        return _Record(pid)
+        return Record(pid)
 
 
 def _plain(module: str, name: str) -> Any:
@@ -353,14 +353,14 @@ def _arrays(module: str, name: str) -> Any:
     if module == "torch" and name.endswith("Storage"):
         kinds = {"Double": "f8", "Float": "f4", "Half": "f2", "Long": "i8", "Int": "i4"}
         kind = kinds.get(name.removesuffix("Storage"))
-        return None if kind is None else _Storage(kind)
+        return None if kind is None else Storage(kind)
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
         return _tensor
     if module == "numpy":
-        return {"ndarray": _Array, "dtype": _Dtype}.get(name)
+        return {"ndarray": Array, "dtype": Dtype}.get(name)
     cores = [f"numpy.{core}.{part}" for core in ("core", "_core") for part in ("multiarray", "numeric")]
     makers: dict[str, Any] = {
-        "_reconstruct": lambda *_: _Array(),
+        "_reconstruct": lambda *_: Array(),
         "_frombuffer": _array,
         "scalar": lambda dtype, data: _array(data, dtype, ())[()],
     }

@@ -15,7 +15,7 @@ from .quantizer import Quantizer
 from .sensitivity import Layer
 
 SCHEMA = 1
-FILE_NAME = "plan.json"
+PLAN_FILE = "plan.json"
 STATUSES = ("optimal", "feasible", "infeasible", "given")
 
 
@@ -180,4 +180,4 @@ def _finite(value: float) -> float | None:
 
 def _file(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
-    return target if target.suffix == ".json" else target / FILE_NAME
+    return target if target.suffix == ".json" else target / PLAN_FILE

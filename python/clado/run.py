@@ -33,7 +33,7 @@ from .progress import progress_bar
 from .quantizer import Quantizer
 from .run_plan import RunPlan
 from .samples import Chunk, SampleStream, check_targets, moved_to, split_batch, two_samples
-from .sensitivity import FILE_NAME, Layer, Sensitivity
+from .sensitivity import MATRIX_FILE, Layer, Sensitivity
 from .share import MemberFailed, Share
 from .trial import check_forward
 from .whole import WholeExecutor
@@ -131,7 +131,7 @@ class Run:
                     done += size
                     show(done)
 
-            moved, forward = converted(self.model, self.device, self.dtype), self._step or _call
+            moved, forward = converted(self.model, self.device, self.dtype), self._step or plain_call
             return calibrate(moved, batches(), forward, options.act_bits, options.ignore, options.quantize_ends)
 
     def _executor(self, example: Any) -> Runner:
@@ -140,10 +140,10 @@ class Run:
         step = self._step
         moved = converted(self.model, self.device, self.dtype)
         executor: Runner
-        check_forward(moved, example, step or _call)
+        check_forward(moved, example, step or plain_call)
         try:
             executor = Executor(capture(moved, example, options.ignore, options.quantize_ends, step))
-            output = executor.self_test(example, partial(step or _call, moved))
+            output = executor.self_test(example, partial(step or plain_call, moved))
         except NotCapturable as error:
             executor = WholeExecutor(moved, example, options.ignore, options.quantize_ends, step)
             output = executor.self_test(example)
@@ -360,7 +360,7 @@ class Run:
         ranks = Ranks(self.device)
         if not ranks.writes:
             self.gather(ranks, Checkpoint(None, self.settings, self.size, self.candidates), 0, False)
-            return ranks.receive(Sensitivity.load, FILE_NAME)
+            return ranks.receive(Sensitivity.load, MATRIX_FILE)
         folder = self.options.output_dir
         if folder is not None:
             check_writable(folder)
@@ -374,7 +374,7 @@ class Run:
             known = self._result(checkpoint, ranks)
             if folder is not None:
                 with writing(folder):
-                    known.save(folder / FILE_NAME)
+                    known.save(folder / MATRIX_FILE)
         ranks.send(known.save)
         return known
 
@@ -541,7 +541,7 @@ def check_output(output: Any, loss: str) -> int:
     return int(output.shape[1])
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def plain_call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
@@ -598,9 +598,9 @@ def _default_batch(executor: Runner, width: int, estimator: str, device: torch.d
 
 def earlier_result(output_dir: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
     """The result that the run directory holds, None where there is none; another run's is refused."""
-    if output_dir is None or not (output_dir / FILE_NAME).exists():
+    if output_dir is None or not (output_dir / MATRIX_FILE).exists():
         return None
-    known = Sensitivity.load(output_dir / FILE_NAME)
+    known = Sensitivity.load(output_dir / MATRIX_FILE)
     same = known.fingerprint.get("settings") == digest(settings)
-    require(same, "profile", "output_dir", "be new or hold the same run", f"{FILE_NAME} of another run in {output_dir}")
+    require(same, "profile", "output_dir", "be new or hold the same run", f"{MATRIX_FILE} of another run in {output_dir}")
     return known

@@ -9,15 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import FILE_NAME as PROGRESS
+from .checkpoint import PROGRESS_FILE
 from .checkpoint import read_progress
 from .data import build_data
 from .errors import CladoError, require
 from .files import atomic_file
 from .models import ModelSpec, build_model
-from .plan import FILE_NAME as PLAN
+from .plan import PLAN_FILE
 from .plan import Plan
-from .sensitivity import FILE_NAME as MATRIX
+from .sensitivity import MATRIX_FILE
 from .sensitivity import Sensitivity
 
 RUN_FILE = "model.json"
@@ -158,21 +158,21 @@ def _measured(path: Path) -> str:
 
 def _progress(path: Path) -> str:
     done = read_progress(path)[1].samples
-    finished = (path.parent / MATRIX).exists()
+    finished = (path.parent / MATRIX_FILE).exists()
     more = "kept, so that more can be added" if finished else "done; run the same command to go on"
     return f"{done:,} samples {more}"
 
 
 _ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     RUN_FILE: ("model", lambda path: str(json.loads(path.read_text())["spec"]["model"])),
-    PROGRESS: ("running sums", _progress),
-    MATRIX: ("matrix", lambda path: _matrix(Sensitivity.load(path))),
+    PROGRESS_FILE: ("running sums", _progress),
+    MATRIX_FILE: ("matrix", lambda path: _matrix(Sensitivity.load(path))),
     "pairs": ("running sums of a correction", lambda path: ""),
-    PLAN: ("plan", _plan),
+    PLAN_FILE: ("plan", _plan),
     "pareto.json": ("frontier", _front),
     "measured.json": ("plans that were run", _measured),
     "latency.csv": ("latency table", lambda path: f"{len(path.read_text().splitlines()) - 1} layers"),
-    "out": ("export", lambda path: ", ".join(sorted(file.name for file in path.iterdir() if file.name != PLAN))),
+    "out": ("export", lambda path: ", ".join(sorted(file.name for file in path.iterdir() if file.name != PLAN_FILE))),
     "figures": ("figures", lambda path: f"{len(list(path.iterdir()))} files"),
     "report.html": ("report", lambda path: "open it in a browser"),
 }

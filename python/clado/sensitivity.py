@@ -18,7 +18,7 @@ from .fingerprint import data_digest
 from .quantizer import Quantizer
 
 SCHEMA = 1
-FILE_NAME = "sensitivity.safetensors"
+MATRIX_FILE = "sensitivity.safetensors"
 _TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
 
 
@@ -330,4 +330,4 @@ def check_bits(bits: Sequence[int]) -> None:
 
 def _file(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
-    return target / FILE_NAME if target.is_dir() or not target.suffix else target
+    return target / MATRIX_FILE if target.is_dir() or not target.suffix else target

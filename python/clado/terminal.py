@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import require
-from .plan import FILE_NAME as PLAN
+from .plan import PLAN_FILE
 from .plan import Plan
-from .rundir import MATRIX, holdings
+from .rundir import holdings
+from .sensitivity import MATRIX_FILE
 from .sensitivity import Sensitivity
 
 WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
@@ -77,14 +78,14 @@ def show_run(folder: Path) -> None:
     for name, size, text in rows:
         table.add_row(name, f"{size:,}", text)
     console().print(table)
-    if not (folder / MATRIX).exists():
+    if not (folder / MATRIX_FILE).exists():
         return
     sens = Sensitivity.load(folder)
     info = sens.info
     work = f", {info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else ""
     source = f"{info['estimator']} estimator, {info.get('loss')}" if "estimator" in info else "scores from elsewhere"
     click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {', '.join(map(str, sens.bits))} bits")
-    plan = Plan.load(folder) if (folder / PLAN).exists() else None
+    plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))
         show_plan(plan)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import CladoError, require
 from ..formats.safetensors import MODEL_FILE
-from ..plan import FILE_NAME as PLAN_FILE
+from ..plan import PLAN_FILE
 from ..plan import Plan
 from ..quantizer import PACKED, SCALE, ZERO_POINT
 from ..rundir import RUN_FILE, heldout_data, load_model, that_chose, write_json

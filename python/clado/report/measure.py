@@ -16,7 +16,7 @@ from ..files import atomic_file
 from ..plan import Plan
 from ..sensitivity import Sensitivity
 
-FILE_NAME = "measured.json"
+MEASURED_FILE = "measured.json"
 SCHEMA = 1
 RANDOM = 16
 
@@ -95,7 +95,7 @@ def measure(
 def load_measured(run: Path, key: dict[str, Any]) -> list[Record]:
     """Records of an earlier report on the same matrix and samples; empty where there are none."""
     try:
-        kept = json.loads((run / FILE_NAME).read_text())
+        kept = json.loads((run / MEASURED_FILE).read_text())
         return kept["plans"] if kept["schema"] == SCHEMA and kept["key"] == key else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -104,14 +104,14 @@ def load_measured(run: Path, key: dict[str, Any]) -> list[Record]:
 def measured_key(run: Path) -> dict[str, Any]:
     """What an earlier report's records hold for; empty where there are none."""
     try:
-        return dict(json.loads((run / FILE_NAME).read_text())["key"])
+        return dict(json.loads((run / MEASURED_FILE).read_text())["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def save_measured(run: Path, key: dict[str, Any], records: Sequence[Record]) -> None:
     """Keep records beside what they hold for: the run's fingerprint and the samples."""
-    with atomic_file(run / FILE_NAME) as temporary:
+    with atomic_file(run / MEASURED_FILE) as temporary:
         temporary.write_text(json.dumps({"schema": SCHEMA, "key": key, "plans": list(records)}, indent=1))
 
 

@@ -22,7 +22,7 @@ from ..solver.objectives import negative_mass
 from .contents import Contents, gather
 from .measure import agreement
 
-FILE_NAME = "report.html"
+REPORT_FILE = "report.html"
 FORMATS = ("html", "png", "svg")
 
 
@@ -40,7 +40,7 @@ def write_report(run: str | os.PathLike[str], path: str | os.PathLike[str] | Non
     """
     renderer()
     contents = gather(run, **arguments)
-    target = Path(path) if path is not None else contents.folder / FILE_NAME
+    target = Path(path) if path is not None else contents.folder / REPORT_FILE
     with atomic_file(target) as temporary:
         temporary.write_text(render(contents), encoding="utf-8")
     return target
