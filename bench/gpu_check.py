@@ -121,7 +121,7 @@ def lines(step: str) -> list[list[str]]:
     if step == "tests":
         workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
         # What runs CUDA kernels on the CPU needs no GPU.
-        whole = ["tests/test_layout.py", "tests/test_devices.py", "tests/test_samples.py"]
+        whole = ["tests/test_layout.py", "tests/profiling/test_devices.py", "tests/profiling/test_samples.py"]
         return [[*test, *workers, "tests/ops", *whole, "--ignore", "tests/ops/test_cuda_on_cpu.py"]]
     if step == "large":
         return [[*test, "-m", "large", "-k", "cuda", "tests/ops/test_dispatch.py"]]

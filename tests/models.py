@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clado import Layer, Plan, Quantizer
-from clado.fingerprint import weights_digest
+from clado.common import weights_digest
 
 Shape = tuple[int, int, int]
 

@@ -25,9 +25,9 @@ from torch import nn
 
 import clado
 from bench.harness import machine
-from clado.exporter import predicted_bytes
+from clado.deploy import predicted_bytes
 from clado.nn import packed_bytes
-from clado.quantizer import Quantizer
+from clado.quant import Quantizer
 from tests.models import random_plan
 
 

@@ -18,8 +18,8 @@ import torch
 
 import clado
 from bench.harness import machine
-from clado.exporter import predicted_bytes, verify
-from clado.quantizer import Quantizer
+from clado.deploy import predicted_bytes, verify
+from clado.quant import Quantizer
 from tests.models import random_plan, timm_model
 
 NETS = (

@@ -24,15 +24,12 @@ from torch import Tensor, nn
 
 from bench.harness import machine
 from bench.pipeline.bench_profile import build
-from clado.capture import Captured, capture
-from clado.carried import CarriedExecutor
-from clado.estimators import singles
-from clado.executor import Executor, Runner
-from clado.heap import heap
-from clado.losses import LogitLoss
-from clado.precision import full_precision
-from clado.quantizer import Quantizer
-from clado.run import quantized_variants
+from clado.graph import Captured, CarriedExecutor, Executor, Runner, full_precision
+from clado.graph.capture import capture
+from clado.profiling.estimators import singles
+from clado.profiling.heap import heap
+from clado.profiling.losses import LogitLoss
+from clado.quant import Quantizer, quantized_variants
 
 BITS = (2, 4, 8)
 LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}

@@ -38,12 +38,11 @@ from torch import Tensor, nn
 
 import clado
 from bench.harness import machine, times
-from clado.capture import capture
-from clado.executor import Executor
-from clado.heap import heap
-from clado.precision import full_precision
-from clado.run import Run
-from clado.sensitivity import Sensitivity
+from clado.artifacts import Sensitivity
+from clado.graph import Executor, full_precision
+from clado.graph.capture import capture
+from clado.profiling import Run
+from clado.profiling.heap import heap
 
 # Relative errors of losses, which are quadratic in δ: twice what is asked of δ.
 LIMITS = {"float32": 1e-3, "tf32": 6e-3, "bfloat16": 4e-2}
@@ -51,7 +50,7 @@ LIMITS = {"float32": 1e-3, "tf32": 6e-3, "bfloat16": 4e-2}
 
 def build(name: str, samples: int) -> tuple[nn.Module, Tensor]:
     if name == "digits":
-        from clado.digits import load_data, load_model
+        from clado.runs.digits import load_data, load_model
 
         return load_model().eval(), load_data("sensitivity")[0][:samples]
     import timm

@@ -23,8 +23,8 @@ from bench.harness import machine
 from bench.solve.families import NOISE, SHAPES, family, second_budget
 from bench.solve.rivals import RIVALS
 from clado import Sensitivity
+from clado.solver.native import blas_threads
 from clado.solver.program import Program
-from clado.solver.threads import blas_threads
 
 THREE, FIVE = (2, 4, 8), (2, 3, 4, 6, 8)
 # (shape, widths, noise, seconds): the limit is what the proof is hoped to need at most.

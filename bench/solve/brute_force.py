@@ -21,10 +21,9 @@ from unittest import mock
 import numpy as np
 
 import clado
-from clado.sensitivity import same_layer
-from clado.solver import certify
-from clado.solver.objectives import objective_matrix
-from tests.solve import instances
+from clado.quant import same_layer
+from clado.solver import certify, objective_matrix
+from tests.solver import instances
 
 OBJECTIVES = ("original", "original", "clipped", "diagonal")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from clado import Layer, LinearConstraint, Sensitivity
+from clado.solver.native import blas_threads
 from clado.solver.program import Program
 from clado.solver.shift import convex_form
-from clado.solver.threads import blas_threads
 
 
 def vit_shapes(depth: int, width: int, hidden: int) -> list[tuple[int, int]]:

@@ -20,8 +20,8 @@ import clado
 from bench.harness import machine
 from bench.solve.families import NOISE, family
 from clado.solver import native
+from clado.solver.native import blas_threads
 from clado.solver.program import Program
-from clado.solver.threads import blas_threads
 
 SHAPES = ("digits", "resnet50", "vit_b")
 WIDTHS = ((2, 4, 8), (2, 3, 4, 6, 8))

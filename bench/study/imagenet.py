@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import clado
-from clado.data import build_data
-from clado.files import atomic_file
-from clado.models import ModelSpec, build_model
-from clado.terminal import console
+from clado.cli.tables import console
+from clado.common import atomic_file
+from clado.runs import ModelSpec, build_data, build_model
 
 BITS = (2, 4, 8)
 MODELS = {  # name here: (timm's weights that the paper's come from, published figures)

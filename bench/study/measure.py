@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import clado
-from clado.files import atomic_file
-from clado.plan import Plan
-from clado.sensitivity import Sensitivity, same_layer
+from clado.artifacts import Plan, Sensitivity
+from clado.common import atomic_file
+from clado.quant import same_layer
 
 from . import modelopt
 from .nets import Digits, load_split, trained

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clado.sensitivity import Sensitivity
+from clado.artifacts import Sensitivity
 
 METHODS = ("gradient", "kl_div")
 BATCH = 32

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate
 
-from clado.digits.train import fit
-from clado.files import atomic_file
+from clado.common import atomic_file
+from clado.runs.digits.train import fit
 
 SIDE, CLASSES, NOISE, BATCH = 16, 10, 0.4, 64
 # split: (its digits after one fixed shuffle, how often each is drawn)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.files import atomic_file
+from clado.common import atomic_file
 
 from ..harness import machine
 from .measure import BITS, BUDGETS, FEW, REFINED_TO, SAMPLES

@@ -1,52 +1,21 @@
 """Mixed-precision quantization of vision models with layer interactions and a certified optimum."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from .errors import CladoError
+from .common import CladoError, door
 
 if TYPE_CHECKING:
-    from .corrector import correct
-    from .evaluator import Score, evaluate, rerank
-    from .exporter import apply, export, load
-    from .plan import Plan
-    from .profiler import plan_run, profile
-    from .quantizer import Quantizer
-    from .refiner import refine
+    from .artifacts import Plan, Sensitivity
+    from .deploy import apply, export, load, predicted_bytes, time_layers, verify
+    from .improve import Score, correct, evaluate, refine, rerank
+    from .profiling import RunPlan, plan_run, profile
+    from .quant import Layer, Quantizer
     from .report import write_figures, write_report
-    from .run_plan import RunPlan
-    from .sensitivity import Layer, Sensitivity
     from .solver import LinearConstraint, Solver, given_plan, pareto, shortlist, solve
-
-# Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. No module is named
-# like a public function: importing it would put the module in the function's place.
-_HOME = {
-    "Layer": "sensitivity",
-    "LinearConstraint": "solver",
-    "Plan": "plan",
-    "Quantizer": "quantizer",
-    "Score": "evaluator",
-    "Sensitivity": "sensitivity",
-    "Solver": "solver",
-    "apply": "exporter",
-    "correct": "corrector",
-    "shortlist": "solver",
-    "evaluate": "evaluator",
-    "export": "exporter",
-    "given_plan": "solver",
-    "load": "exporter",
-    "pareto": "solver",
-    "RunPlan": "run_plan",
-    "plan_run": "profiler",
-    "profile": "profiler",
-    "refine": "refiner",
-    "rerank": "evaluator",
-    "solve": "solver",
-    "write_figures": "report",
-    "write_report": "report",
-}
+else:
+    # Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. Neither a package
+    # nor a file within one is named like a public name of the same place: importing it would put the module in the name's place.
+    __getattr__, __dir__ = door(__name__)
 
 __all__ = [
     "CladoError",
@@ -66,23 +35,14 @@ __all__ = [
     "load",
     "pareto",
     "plan_run",
+    "predicted_bytes",
     "profile",
     "refine",
     "rerank",
     "shortlist",
     "solve",
+    "time_layers",
+    "verify",
     "write_figures",
     "write_report",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'clado' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

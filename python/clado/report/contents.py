@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..errors import CladoError, require
-from ..formats.safetensors import MODEL_FILE
-from ..plan import PLAN_FILE
-from ..plan import Plan
-from ..quantizer import PACKED, SCALE, ZERO_POINT
-from ..rundir import RUN_FILE, heldout_data, load_model, that_chose, write_json
-from ..rundir import heldout as heldout_of
-from ..sensitivity import Sensitivity
+from ..artifacts import PLAN_FILE, Plan, Sensitivity
+from ..common import CladoError, require, write_json
+from ..deploy import MODEL_FILE
+from ..quant import PACKED, SCALE, ZERO_POINT
+from ..runs import RUN_FILE, heldout_data, load_run, that_chose
+from ..runs import heldout as heldout_of
 from ..solver import pareto
-from .measure import Record, load_measured, measure, measured_key, named, random_plans, save_measured, uniform_plans
+from .measured import Record, load_measured, measure, measured_key, named, random_plans, save_measured, uniform_plans
 
 PARETO_FILE = "pareto.json"
 SAMPLES = 256  # images that plans are run on
@@ -184,7 +182,7 @@ def _samples(
     known = measured_key(folder)
     same = all(known.get(name) == value for name, value in key.items())
     key["at_most"] = num_samples or (known.get("at_most") if same else None) or SAMPLES
-    loaded, spec, note = load_model(str(folder))
+    loaded, spec, note = load_run(str(folder))
     batches = heldout_of(loaded, spec, note, data, key["at_most"], BATCH, skip)
     count = sum(len(batch[0]) for batch in batches)
     return key, lambda: batches, model or loaded, f"{count:,} images of {source} that neither measured nor chose"

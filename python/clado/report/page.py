@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import figures
-from ..errors import require
-from ..figures import PALETTES, painted, renderer, save_figure, themed, with_error
-from ..files import atomic_file
-from ..plan import Plan
-from ..rundir import versions
-from ..sensitivity import Sensitivity
-from ..solver.objectives import negative_mass
+from ..artifacts import Plan, Sensitivity
+from ..common import atomic_file, require
+from ..quant import same_layer
+from ..runs import versions
+from ..solver import negative_mass
 from .contents import Contents, gather
-from .measure import agreement
+from .matrix_figures import LARGEST_MAP, eigenvalue_figure, interaction_figure, noise_edge, sampling_figure
+from .measured import agreement
+from .plan_figures import agreement_figure, bits_figure, frontier_figure
+from .style import PALETTES, SUFFIXES, Spec, painted, renderer, save_figure, themed, with_error
 
 REPORT_FILE = "report.html"
 FORMATS = ("html", "png", "svg")
@@ -60,24 +60,24 @@ def write_figures(
     Raises:
         CladoError: another format, and as :func:`write_report`.
     """
-    require(f".{format}" in figures.SUFFIXES, "report", "format", "be one of html, png, svg, pdf", repr(format))
+    require(f".{format}" in SUFFIXES, "report", "format", "be one of html, png, svg, pdf", repr(format))
     renderer()
     contents = gather(run, **arguments)
     folder = Path(path) if path is not None else contents.folder / "figures"
     return [save_figure(spec, folder / f"{name}.{format}") for name, spec in specs(contents).items()]
 
 
-def specs(contents: Contents) -> dict[str, figures.Spec]:
+def specs(contents: Contents) -> dict[str, Spec]:
     """The figures that can be drawn, by name."""
     sens, plan = contents.sens, contents.plan
     has_bits = plan is not None and bool(plan.bits)
     drawn = {
-        "bits": figures.bits_figure(plan, sens) if plan is not None and has_bits else None,
-        "interactions": figures.interaction_figure(sens, plan),
-        "agreement": figures.agreement_figure(contents.measured) if contents.measured else None,
-        "frontier": figures.frontier_figure(contents.front, plan, contents.measured) if contents.front else None,
-        "eigenvalues": figures.eigenvalue_figure(sens) if np.nan_to_num(sens.matrix).any() else None,
-        "sampling": figures.sampling_figure(sens),
+        "bits": bits_figure(plan, sens) if plan is not None and has_bits else None,
+        "interactions": interaction_figure(sens, plan),
+        "agreement": agreement_figure(contents.measured) if contents.measured else None,
+        "frontier": frontier_figure(contents.front, plan, contents.measured) if contents.front else None,
+        "eigenvalues": eigenvalue_figure(sens) if np.nan_to_num(sens.matrix).any() else None,
+        "sampling": sampling_figure(sens),
     }
     return {name: spec for name, spec in drawn.items() if spec is not None}
 
@@ -103,10 +103,10 @@ def render(contents: Contents) -> str:
         tiles=tiles(contents),
         agreement=agreement([r for r in contents.measured if r["kind"] == "random"]),
         negative=negative_mass(sens.matrix[np.ix_(sens.measured, sens.measured)]),
-        noise=figures.noise_edge(sens),
+        noise=noise_edge(sens),
         clear=clear_share(sens),
-        many=len(sens.layers) > figures.LARGEST_MAP,
-        largest=figures.LARGEST_MAP,
+        many=len(sens.layers) > LARGEST_MAP,
+        largest=LARGEST_MAP,
         byte_rows=byte_rows(sens, plan),
         layer_rows=layer_rows(sens, plan),
         commands=commands(contents),
@@ -118,9 +118,6 @@ def render(contents: Contents) -> str:
         vega=_vega(),
         figures=json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
-
-
-# --- what the page says ----------------------------------------------------------------------------------------------
 
 
 def tiles(contents: Contents) -> list[dict[str, str]]:
@@ -169,7 +166,7 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
 
 def clear_share(sens: Sensitivity) -> float | None:
     """Share of the interactions beyond two standard errors; None where these are unknown."""
-    outside = np.triu(~figures.same_layer(len(sens.layers), len(sens.bits)))
+    outside = np.triu(~same_layer(len(sens.layers), len(sens.bits)))
     value, error = np.abs(sens.interaction[outside]), sens.stderr[outside]
     known = np.isfinite(error) & np.isfinite(value)
     return float((value[known] > 2 * error[known]).mean()) if known.any() else None
@@ -249,9 +246,6 @@ def readable_bytes(size: float) -> str:
             return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
         size /= 1024
     return f"{size:,.2f} GiB"
-
-
-# --- parts of the file -----------------------------------------------------------------------------------------------
 
 
 def _part(name: str) -> str:

@@ -1,17 +1,28 @@
-"""From a sensitivity matrix and budgets to a plan with a certificate."""
+"""From a sensitivity matrix and budgets to a plan with a certificate.
 
-from .budgets import LinearConstraint, read_latency
-from .objectives import NAMES as OBJECTIVES
-from .objectives import objective_matrix
-from .pareto import pareto
-from .session import Solver, given_plan, solve
-from .shortlist import shortlist
+Other packages solve, list and judge plans; programs, bounds and solvers stay inside.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..common import door
+
+if TYPE_CHECKING:
+    from .budgets import LinearConstraint, read_latency
+    from .contenders import shortlist
+    from .frontier import pareto
+    from .objectives import NAMES as OBJECTIVES
+    from .objectives import negative_mass, objective_matrix
+    from .session import Solver, given_plan, solve
+else:
+    __getattr__, __dir__ = door(__name__)
 
 __all__ = [
     "OBJECTIVES",
     "LinearConstraint",
     "Solver",
     "given_plan",
+    "negative_mass",
     "objective_matrix",
     "pareto",
     "read_latency",

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CladoError, require
-from ..sensitivity import Sensitivity
+from ..artifacts import Sensitivity
+from ..common import CladoError, require
 
 MIB = 2**20
 Table = Mapping[str, Mapping[int, float]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CladoError
+from ..common import CladoError
 from . import native, scip
 from .products import without_products
 from .program import Program, within_reach, worth_keeping

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 import clado_ext
 
@@ -66,3 +69,13 @@ def prove(
 def _tensors(program: Program) -> dict[str, Any]:
     names = ("matrix", "starts", "rows", "limits")
     return {name: torch.from_numpy(np.ascontiguousarray(getattr(program, name))) for name in names}
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def blas_threads(count: int) -> AbstractContextManager[Any]:
+    """A context in which BLAS runs on ``count`` threads."""
+    return _controller().limit(limits=count, user_api="blas")

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CladoError, require
-from ..plan import Plan
-from ..sensitivity import Sensitivity, same_layer
+from ..artifacts import Plan, Sensitivity
+from ..common import CladoError, require
+from ..quant import same_layer
 from . import scip
 from .budgets import Budget, LinearConstraint, Table, allowed_candidates, check_minimum, layer_groups, make_budgets
 from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted, tightened
+from .native import blas_threads
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
 from .program import Program, merged, within_reach
 from .shift import ConvexForm, linear_form
-from .threads import blas_threads
 
 Choice = NDArray[np.int64]
 NEAR = 0.1  # relative gap beyond which a what-if question is worth a convex form of its own

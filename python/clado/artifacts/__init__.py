@@ -1,0 +1,16 @@
+"""What one stage hands to the next, as files without pickle: the sensitivity matrix and the plan.
+
+Other packages read and build both; how they lie in a file is known here alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..common import door
+
+if TYPE_CHECKING:
+    from .plan import PLAN_FILE, Plan
+    from .sensitivity import MATRIX_FILE, Sensitivity
+else:
+    __getattr__, __dir__ = door(__name__)
+
+__all__ = ["MATRIX_FILE", "PLAN_FILE", "Plan", "Sensitivity"]

@@ -1,0 +1,181 @@
+"""The chosen bits per layer, with what is proven about them and every byte that is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common import CladoError, atomic_file, require
+from ..quant import Layer, Quantizer
+
+SCHEMA = 1
+PLAN_FILE = "plan.json"
+STATUSES = ("optimal", "feasible", "infeasible", "given")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bits per layer.
+
+    Attributes:
+        layers: the layers in execution order.
+        bits: {layer name: bits}; empty when infeasible.
+        status: "optimal" (the bound closes), "feasible", "infeasible" (proven), or "given" (not solved for, e.g. uniform).
+        objective: predicted loss increase ½xᵀGx in nats under ``objective_name``.
+        bound: no plan within the budgets has a lower objective; same units and same objective.
+        objective_name: "original", "clipped", "shrunk" or "diagonal": what ``objective`` and ``bound`` belong to.
+        values: predicted loss increase of this plan under every objective that can be computed.
+        usage: {budget: {"used": …, "limit": …}}.
+        layer_bytes: {layer name: bytes of packed codes and scales}.
+        quantizer: the settings the weights are quantized with.
+        fingerprint: of the run the sensitivities came from; export checks the weights by it.
+        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; empty: not at all.
+        info: solver, seconds, what else is worth knowing.
+    """
+
+    layers: tuple[Layer, ...]
+    bits: dict[str, int]
+    status: str
+    objective: float = math.nan
+    bound: float = -math.inf
+    objective_name: str = "original"
+    values: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+    quantizer: Quantizer = field(default_factory=Quantizer)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
+        names = {layer.name for layer in self.layers}
+        require(
+            not self.bits or set(self.bits) == names,
+            "plan",
+            "bits",
+            "name every layer once",
+            f"{len(self.bits)} of {len(names)}",
+        )
+        require(
+            all(isinstance(b, int) and not isinstance(b, bool) and 2 <= b <= 8 for b in self.bits.values()),
+            "plan",
+            "bits",
+            "lie in 2..8",
+            self.bits,
+        )
+        require(
+            bool(self.bits) == (self.status != "infeasible"), "plan", "bits", "be there unless infeasible", self.status
+        )
+
+    @property
+    def gap(self) -> float:
+        """``objective - bound`` in nats: how much better a plan could be at most."""
+        return self.objective - self.bound
+
+    @property
+    def layer_bytes(self) -> dict[str, int]:
+        return {layer.name: self.quantizer.storage_bytes(layer.shape, self.bits[layer.name]) for layer in self.layers}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the quantized layers on disk: packed codes and scales."""
+        return sum(self.layer_bytes.values())
+
+    @property
+    def avg_bits(self) -> float:
+        """Bits per weight, codes alone."""
+        return sum(self.bits[layer.name] * layer.numel for layer in self.layers) / sum(
+            layer.numel for layer in self.layers
+        )
+
+    def to_json(self) -> str:
+        """One JSON object; numbers that are not finite are written as null."""
+        data = {
+            "schema": SCHEMA,
+            **asdict(self),
+            "quantizer": self.quantizer.to_json(),
+            "objective": _finite(self.objective),
+            "bound": _finite(self.bound),
+        }
+        if self.bits:
+            data["layer_bytes"] = self.layer_bytes
+        return json.dumps(data, indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            CladoError: not a plan, or one of another schema.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse)
+            require(isinstance(data, dict) and "bits" in data, "plan", "file", "be a clado plan", "another file")
+            require(data.get("schema") == SCHEMA, "plan", "schema", f"be {SCHEMA}", data.get("schema"))
+            for name in ("bits", "values", "usage", "fingerprint", "info"):
+                require(isinstance(data[name], dict), "plan", name, "be an object", type(data[name]).__name__)
+            layers = tuple(_layer(item) for item in data["layers"])
+            return Plan(
+                layers,
+                data["bits"],
+                data["status"],
+                math.nan if data["objective"] is None else float(data["objective"]),
+                -math.inf if data["bound"] is None else float(data["bound"]),
+                data["objective_name"],
+                data["values"],
+                data["usage"],
+                Quantizer(**data["quantizer"]),
+                data["fingerprint"],
+                data["info"],
+                data.get("activations", {}),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, CladoError):
+                raise
+            raise CladoError(f"plan: file must be a whole clado plan, got {type(error).__name__}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``path`` (a file, or a run directory) whole or not at all; returns the file."""
+        target = _file(path)
+        with atomic_file(target) as temporary:
+            temporary.write_text(self.to_json())
+        return target
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a file or a run directory.
+
+        Raises:
+            CladoError: missing, truncated, foreign or of another schema.
+        """
+        source = _file(path)
+        require(source.is_file(), "plan", "path", "be a plan file or a run directory that holds one", source)
+        try:
+            return Plan.from_json(source.read_text())
+        except UnicodeDecodeError:
+            raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
+
+
+def _layer(item: dict[str, Any]) -> Layer:
+    layer = Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
+    named = all(isinstance(name, str) for name in (layer.name, *layer.names))  # imported scores know no parameters
+    sized = bool(layer.shape) and all(type(size) is int and size > 0 for size in layer.shape)
+    require(named and sized, "plan", "layers", "have names and positive shapes", f"{layer.name!r} {layer.shape}")
+    return layer
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    return target if target.suffix == ".json" else target / PLAN_FILE

@@ -1,0 +1,303 @@
+"""The sensitivity matrix with its error bars, as one file without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common import CladoError, atomic_file, data_digest, require
+from ..quant import Layer, Quantizer, check_bits, same_layer
+
+SCHEMA = 1
+MATRIX_FILE = "sensitivity.safetensors"
+_TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Loss increases of every candidate and every pair of candidates, averaged over the sensitivity set.
+
+    With L layers and |B| bit-widths there are V = L·|B| candidates, layer-major, bits ascending.
+
+    Attributes:
+        layers: L layers in the order the network runs them.
+        bits: ascending candidate bit-widths, each in 2..8.
+        delta_loss: ``[V]`` float64, single loss increase ΔL in nats.
+        interaction: ``[V, V]`` float64, symmetric Ω in nats; zero within a layer and on the diagonal.
+        stderr: ``[V, V]`` float64, standard error of ΔL on the diagonal and of Ω off it; NaN where unknown.
+        num_samples: size of the sensitivity set.
+        quantizer: the settings under which the weights were perturbed.
+        info: estimator, loss, precision, seed, work in forward-equivalents, seconds, warnings.
+        fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
+        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.quant); empty: float.
+        sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
+    """
+
+    layers: tuple[Layer, ...]
+    bits: tuple[int, ...]
+    delta_loss: NDArray[np.float64]
+    interaction: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    num_samples: int = 0
+    quantizer: Quantizer = field(default_factory=Quantizer)
+    info: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    activations: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        require(len(self.layers) > 0, "sensitivity", "layers", "not be empty", "no layer")
+        names = [layer.name for layer in self.layers]
+        require(len(set(names)) == len(names), "sensitivity", "layers", "have distinct names", names)
+        size = self.num_candidates
+        for name, shape in (("delta_loss", (size,)), ("interaction", (size, size)), ("stderr", (size, size))):
+            array = getattr(self, name)
+            require(array.shape == shape, "sensitivity", name, f"have shape {shape}", array.shape)
+            require(array.dtype == np.float64, "sensitivity", name, "be float64", array.dtype)
+
+    @property
+    def num_candidates(self) -> int:
+        """V."""
+        return len(self.layers) * len(self.bits)
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """G: ``[V, V]`` with 2ΔL on the diagonal and Ω off it; ½ xᵀGx is the predicted loss increase of a one-hot x."""
+        matrix = self.interaction.copy()
+        np.fill_diagonal(matrix, 2 * self.delta_loss)
+        return matrix
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """``[V]`` mask of the candidates whose losses are finite: all but dropped ones."""
+        return np.isfinite(self.delta_loss)
+
+    def index(self, layer: str, bits: int) -> int:
+        """Row of candidate (layer, bits)."""
+        names = [item.name for item in self.layers]
+        require(layer in names, "sensitivity", "layer", f"be one of {len(names)} known layers", repr(layer))
+        require(bits in self.bits, "sensitivity", "bits", f"be one of {self.bits}", bits)
+        return names.index(layer) * len(self.bits) + self.bits.index(bits)
+
+    def one_hot(self, choice: dict[str, int]) -> NDArray[np.float64]:
+        """x of a choice {layer: bits} that names every layer."""
+        require(
+            set(choice) == {layer.name for layer in self.layers},
+            "sensitivity",
+            "choice",
+            "name every layer once",
+            f"{len(choice)} layers",
+        )
+        x = np.zeros(self.num_candidates)
+        x[[self.index(layer, bits) for layer, bits in choice.items()]] = 1
+        return x
+
+    def predict(self, choice: dict[str, int]) -> float:
+        """Predicted loss increase ½ xᵀGx of a choice {layer: bits}, in nats."""
+        taken = np.flatnonzero(
+            self.one_hot(choice)
+        )  # entries of dropped candidates are NaN: only those that are meant count
+        return float(0.5 * self.matrix[np.ix_(taken, taken)].sum())
+
+    @staticmethod
+    def from_matrix(
+        matrix: NDArray[np.float64],
+        layers: Sequence[tuple[str, int] | Layer],
+        bits: Sequence[int] = (2, 4, 8),
+        stderr: NDArray[np.float64] | None = None,
+        quantizer: Quantizer | None = None,
+    ) -> Sensitivity:
+        """Wrap scores from elsewhere.
+
+        Args:
+            matrix: G, ``[V, V]``, symmetric: 2ΔL on the diagonal, Ω off it.
+            layers: (name, numel) pairs or :class:`Layer` in candidate order.
+            bits: ascending bit-widths.
+            stderr: ``[V, V]`` standard errors as in :class:`Sensitivity`; None when unknown.
+
+        Raises:
+            CladoError: wrong shape, non-finite or asymmetric entries, nonzero entries inside a layer.
+        """
+        given = np.asarray(matrix, dtype=np.float64)
+        known = tuple(
+            item if isinstance(item, Layer) else Layer(item[0], "linear", (1, int(item[1])), 0) for item in layers
+        )
+        size = len(known) * len(bits)
+        require(given.shape == (size, size), "from_matrix", "matrix", f"have shape {(size, size)}", given.shape)
+        require(bool(np.isfinite(given).all()), "from_matrix", "matrix", "be finite", "NaN or infinity")
+        scale = np.abs(given).max(initial=0.0)
+        require(
+            bool(np.abs(given - given.T).max(initial=0.0) <= 1e-9 * scale),
+            "from_matrix",
+            "matrix",
+            "be symmetric",
+            "an asymmetric one",
+        )
+        interaction = (given + given.T) / 2
+        np.fill_diagonal(interaction, 0.0)
+        inside = same_layer(len(known), len(bits))
+        require(
+            not interaction[inside].any(),
+            "from_matrix",
+            "matrix",
+            "be zero between candidates of one layer",
+            "other values",
+        )
+        errors = np.full((size, size), np.nan) if stderr is None else np.asarray(stderr, dtype=np.float64)
+        require(
+            np.array_equal(errors, errors.T, equal_nan=True),
+            "from_matrix",
+            "stderr",
+            "be symmetric",
+            "an asymmetric one",
+        )
+        return Sensitivity(
+            known, tuple(bits), np.diag(given) / 2, interaction, errors, quantizer=quantizer or Quantizer()
+        )
+
+    @staticmethod
+    def merge(parts: Sequence[Sensitivity]) -> Sensitivity:
+        """What one run over the samples of all parts, in this order, would have given, to rounding.
+
+        Means are weighted by samples; squared deviations are pooled (Chan, Golub and LeVeque 1983).
+
+        Args:
+            parts: results of :func:`clado.profile` over disjoint samples, same model and settings.
+
+        Raises:
+            CladoError: nothing to merge, parts of different runs, or samples that are in more than one part.
+        """
+        require(len(parts) > 0, "merge", "parts", "be at least one sensitivity", "none")
+        first = parts[0]
+        for part in parts:
+            for name in ("bits", "layers", "quantizer"):
+                same = getattr(part, name) == getattr(first, name)
+                require(same, "merge", "parts", f"have the same {name}", "others")
+            known = part.num_samples > 0 and len(part.sample_digests) == part.num_samples
+            require(
+                known, "merge", "parts", "come from clado.profile", f"one of {len(part.sample_digests)} known samples"
+            )
+            for name in ("weights", "settings"):
+                same = part.fingerprint.get(name) == first.fingerprint.get(name)
+                require(same, "merge", "parts", f"be of the same {name}", "others")
+            alone = not part.info.get("corrected_pairs")
+            require(alone, "merge", "parts", "be merged before clado.correct, not after", "corrected pairs")
+        digests = np.concatenate([part.sample_digests for part in parts])
+        shared = sum(len(np.unique(part.sample_digests)) for part in parts) - len(np.unique(digests))
+        require(shared == 0, "merge", "parts", "be of disjoint samples", f"{shared} samples in common")
+        total = len(digests)
+        counts = np.array([part.num_samples for part in parts], np.float64)[:, None, None]
+        means = np.stack([part._mean for part in parts])
+        mean = (means * counts).sum(0) / total
+        deviation = (np.stack([part._deviation for part in parts]) + counts * (means - mean) ** 2).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            stderr = np.sqrt(deviation / (total - 1.0) / total) if total > 1 else np.full_like(mean, np.nan)
+        stderr[same_layer(len(first.layers), len(first.bits)) & ~np.eye(len(stderr), dtype=bool)] = 0.0
+        loss = np.diag(mean).copy()
+        np.fill_diagonal(mean, 0.0)
+        work = sum(part.info.get("forward_equivalents", 0.0) * part.num_samples for part in parts) / total
+        info = {
+            **first.info,
+            "forward_equivalents": work,
+            "seconds": sum(part.info.get("seconds", 0.0) for part in parts),
+            "warnings": list(dict.fromkeys(w for part in parts for w in part.info.get("warnings", []))),
+            "dropped": [
+                list(item) for item in dict.fromkeys(tuple(d) for p in parts for d in p.info.get("dropped", []))
+            ],
+            "merged": [part.num_samples for part in parts],
+        }
+        fingerprint = {**first.fingerprint, "data": data_digest(digests)}
+        return Sensitivity(
+            first.layers,
+            first.bits,
+            loss,
+            mean,
+            stderr,
+            total,
+            first.quantizer,
+            info,
+            fingerprint,
+            digests,
+            first.activations,
+        )
+
+    @property
+    def _mean(self) -> NDArray[np.float64]:
+        """``[V, V]``: ΔL on the diagonal, Ω off it."""
+        mean = self.interaction.copy()
+        np.fill_diagonal(mean, self.delta_loss)
+        return mean
+
+    @property
+    def _deviation(self) -> NDArray[np.float64]:
+        """``[V, V]``: squared deviations from :attr:`_mean`, summed over samples."""
+        count = self.num_samples
+        return np.zeros_like(self.stderr) if count == 1 else self.stderr**2 * (count * (count - 1.0))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``path`` (a file, or a run directory) whole or not at all; returns the file."""
+        from safetensors.numpy import save
+
+        target = _file(path)
+        header = {
+            "schema": SCHEMA,
+            "layers": [asdict(layer) for layer in self.layers],
+            "bits": self.bits,
+            "num_samples": self.num_samples,
+            "quantizer": self.quantizer.to_json(),
+            "info": self.info,
+            "fingerprint": self.fingerprint,
+            "activations": self.activations,
+        }
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(save(tensors, {"clado.sensitivity": json.dumps(header)}))
+        return target
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Sensitivity:
+        """Read a file or a run directory.
+
+        Raises:
+            CladoError: missing, truncated, foreign or of another schema.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        source = _file(path)
+        require(source.is_file(), "load", "path", "be a sensitivity file or a run directory that holds one", source)
+        try:
+            with safe_open(source, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                header = json.loads(metadata.get("clado.sensitivity", "null"))
+                require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
+                require(header.get("schema") == SCHEMA, "load", "schema", f"be {SCHEMA}", header.get("schema"))
+                arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
+            layers = tuple(
+                Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
+                for item in header["layers"]
+            )
+            return Sensitivity(
+                layers,
+                tuple(header["bits"]),
+                **arrays,
+                num_samples=header["num_samples"],
+                quantizer=Quantizer(**header["quantizer"]),
+                info=header["info"],
+                fingerprint=header["fingerprint"],
+                activations=header.get("activations", {}),
+            )
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    return target / MATRIX_FILE if target.is_dir() or not target.suffix else target

@@ -1,0 +1,9 @@
+"""The command line: a file per group of commands.
+
+Nothing imports from here but the entry point.
+"""
+
+from . import choose, deliver, inspect, measure
+from .base import main
+
+__all__ = ["choose", "deliver", "inspect", "main", "measure"]

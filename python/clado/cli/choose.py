@@ -1,0 +1,296 @@
+"""Commands that choose: solve, pareto, latency."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..common import CladoError, require
+from .base import COUNT, SEED, command_line, main, positive
+
+
+def wishes(command: Any) -> Any:
+    """Options that solve and pareto share."""
+    for option in reversed(
+        (
+            click.option("--latency", help="Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
+            click.option(
+                "--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal."
+            ),
+            click.option(
+                "--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated."
+            ),
+            click.option("--forbid", multiple=True, metavar="LAYER=BITS", help="Leave a width out. May be repeated."),
+            click.option("--min-bits", type=COUNT, help="Least bits of every layer."),
+            click.option("--max-bits", type=COUNT, help="Most bits of every layer."),
+            click.option(
+                "--shared",
+                multiple=True,
+                metavar="LAYER,LAYER",
+                help="Layers that take the same bits. May be repeated.",
+            ),
+            click.option("--solver", default="auto", show_default=True, help="auto, bnb, scip or heuristic."),
+            click.option("--time-limit", default=60.0, callback=positive, show_default=True, help="Seconds."),
+            click.option("--gap", default=0.0, show_default=True, help="Stop once this relative gap is proven."),
+            click.option(
+                "--threads",
+                type=COUNT,
+                default=1,
+                show_default=True,
+                help="Of the linear algebra behind the bound.",
+            ),
+            click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
+            click.option(
+                "--act-bits",
+                type=COUNT,
+                default=32,
+                show_default=True,
+                help="Width of activations in --bitops.",
+            ),
+            click.option(
+                "--constraints", help="JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("run")
+@click.option("--avg-bits", type=float, help="Bits per weight, codes alone.")
+@click.option("--size-mb", type=float, help="MiB of packed codes and scales.")
+@click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
+@click.option("--bitops", type=float, help="Sum of macs x bits x act-bits for one sample.")
+@click.option("--latency-ms", type=float, help="Sum of the --latency table.")
+@click.option(
+    "--rerank",
+    type=click.IntRange(min=0),
+    help="Measure the best plans of every objective on so many other images; keep one.",
+)
+@click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
+@click.option(
+    "--refine",
+    type=COUNT,
+    help="Measure again around the plan, at most so many times, while its loss falls.",
+)
+@click.option(
+    "--correct",
+    type=COUNT,
+    help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
+)
+@click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
+@wishes
+def solve(
+    run: str,
+    rerank: int | None,
+    data: str | None,
+    refine: int | None,
+    correct: int | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Choose bits per layer within one or more budgets, with a bound.
+
+    \b
+    clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
+    clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
+    clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
+    """
+    from dataclasses import replace
+
+    from ..artifacts import PLAN_FILE, Sensitivity
+    from ..solver import shortlist
+    from ..solver import solve as choose
+    from .tables import show_plan
+
+    sens, wishes = Sensitivity.load(run), _wishes(options)
+    asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
+    known = not asked or sens.info.get("loss") != "user"
+    must = "be one of clado's own for --rerank, --refine and --correct"
+    require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
+    if correct is not None:
+        sens, plan = _correct(run, sens, correct, wishes, device)
+    if rerank is None and refine is None:
+        plan = choose(sens, **wishes) if correct is None else plan
+    else:
+        measured = "--rerank or --refine"
+        require(rerank is None or rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
+        require(wishes.pop("objective") == "original", "solve", "objective", f"be left out with {measured}", "another")
+        plans = shortlist(sens, **wishes)
+        if refine is not None and plans[0].bits:
+            plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
+        plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
+    require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
+    replace(plan, info={**plan.info, "command": command_line()}).save(Path(run) / PLAN_FILE)
+    show_plan(plan)
+    click.echo(f"next: clado export {run}   clado report {run}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--avg-bits", required=True, help="Budgets: first:last:step, or numbers separated by commas.")
+@click.option("--plot", help="Also draw it: a .png, .svg or .pdf file.")
+@wishes
+def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
+    """Solve for many budgets; writes RUN/pareto.json.
+
+    \b
+    clado pareto run --avg-bits 2.2:8:0.2 --plot run/pareto.png
+    """
+    from rich.table import Table
+
+    from ..artifacts import Sensitivity
+    from ..common import write_json
+    from ..report import check_path, frontier_figure, save_figure
+    from ..solver import pareto as frontier
+    from .tables import console
+
+    if plot is not None:
+        check_path(plot)
+    plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **_wishes(options))
+    write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
+    table = Table(box=None, header_style="bold")
+    for name in ("budget", "bits", "bytes", "loss increase", "no plan below", "status"):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for plan in plans:
+        limit = f"{plan.usage['avg_bits']['limit']:g}" if plan.usage else ""
+        numbers = (
+            [f"{plan.avg_bits:.3f}", f"{plan.size_bytes:,}", f"{plan.objective:.5f}", f"{plan.bound:.5f}"]
+            if plan.bits
+            else [""] * 4
+        )
+        table.add_row(limit, *numbers, plan.status)
+    console().print(table)
+    if plot is not None:
+        click.echo(f"-> {save_figure(frontier_figure(plans), plot)}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Samples of one forward.")
+@click.option(
+    "--repeats",
+    type=COUNT,
+    default=20,
+    show_default=True,
+    help="Timings per layer and width; the median counts.",
+)
+@click.option("--device", help="cpu or cuda.")
+@click.option("--out", help="CSV file to write; RUN/latency.csv when left out.")
+def latency(run: str, batch_size: int, repeats: int, device: str | None, out: str | None) -> None:
+    """Time every layer at every width on this device, as packed layers run it.
+
+    \b
+    clado latency run --batch-size 8
+    clado solve run --latency run/latency.csv --latency-ms 20
+    """
+    from ..artifacts import Sensitivity
+    from ..deploy import time_layers, write_latency
+    from ..runs import heldout, load_run
+
+    model, spec, note = load_run(run)
+    images = heldout(model, spec, {**note, "num_samples": 0}, None, batch_size, batch_size)[0][0]
+    place = device or "cpu"
+    table = time_layers(model.to(place), Sensitivity.load(run), images.to(place), repeats)
+    path = write_latency(table, out or Path(run) / "latency.csv")
+    widths = next(iter(table.values()))
+    sums = ", ".join(f"{sum(row[bits] for row in table.values()):.3f} ms at {bits} bits" for bits in widths)
+    click.echo(f"{len(table)} layers, batch {batch_size}: {sums} -> {path}")
+    click.echo(f"next: clado solve {run} --latency {path} --latency-ms MS")
+
+
+def _profiled(run: str, sens: Any) -> tuple[Any, Any, int]:
+    """Model, images of the sensitivity set, and the seed of their order."""
+    from ..runs import build_data, load_run
+
+    model, spec, note = load_run(run)
+    skipped = note["num_samples"] - sens.num_samples
+    return model, build_data(note["data"], model, spec, 32, note["seed"], skipped), note["seed"]
+
+
+def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
+    """The matrix with exact pairs where plans went, and the plan that stands."""
+    from ..improve import correct
+
+    model, images, seed = _profiled(run, sens)
+    options = {**wishes, "seed": seed, "device": device}
+    sens, plan = correct(model, images, sens, num_samples=count, output_dir=run, **options)
+    rows = plan.info["correct"]
+    stands = "the plan stands" if plan.info["stands"] else "the plan does not stand yet: run the same again to go on"
+    click.echo(
+        f"{sum(row['pairs'] for row in rows[:-1]):,} exact pairs on {count} images in {len(rows) - 1} rounds; {stands}"
+    )
+    return sens, plan
+
+
+def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str, Any], device: str | None) -> Any:
+    """The best of the plans, improved on the images of the sensitivity set."""
+    from ..improve import refine
+
+    model, images, seed = _profiled(run, sens)
+    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": seed, "device": device})
+    losses = [row["loss_increase"] for row in best.info["refine"]]
+    click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
+    return best
+
+
+def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: str | None) -> Any:
+    """The plan of least true loss on held-out images, and a table of all."""
+    from dataclasses import replace
+
+    from rich.table import Table
+
+    from ..improve import rerank
+    from ..runs import heldout, heldout_data, load_run
+    from .tables import console
+
+    model, spec, note = load_run(run)
+    best = rerank(model, heldout(model, spec, note, data, count, 32), plans, device=device)
+    best = replace(best, info={**best.info, "rerank_data": heldout_data(note, data)})
+    table = Table(box=None, header_style="bold")
+    for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for row in best.info["rerank"]:
+        numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
+        table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
+    console().print(table)
+    lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
+    click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
+    return best
+
+
+def _wishes(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of clado.solve from the options of the command line."""
+    forbid: dict[str, list[int]] = {}
+    for layer, bits in _layer_bits("forbid", options.pop("forbid")):
+        forbid.setdefault(layer, []).append(bits)
+    pin = dict(_layer_bits("pin", options.pop("pin")))
+    shared = [group.split(",") for group in options.pop("shared")]
+    constraints = options.pop("constraints") or ()
+    return {**options, "pin": pin, "forbid": forbid, "shared_layers": shared, "constraints": constraints}
+
+
+def _layer_bits(option: str, values: tuple[str, ...]) -> list[tuple[str, int]]:
+    for value in values:
+        layer, _, bits = value.rpartition("=")
+        require(bool(layer) and bits.isdigit(), "solve", option, "read LAYER=BITS", repr(value))
+    return [(value.rpartition("=")[0], int(value.rpartition("=")[2])) for value in values]
+
+
+def _points(text: str) -> list[float]:
+    """Numbers of "2,2.5,3" or "first:last:step", last included."""
+    from fractions import Fraction
+
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        first, last, step = (Fraction(part) for part in text.split(":"))
+        require(step > 0 and last >= first, "pareto", "avg-bits", "rise from first to last", repr(text))
+        return [float(first + k * step) for k in range(int((last - first) / step) + 1)]
+    except ValueError:
+        raise CladoError(f"pareto: avg-bits must be first:last:step or numbers, got {text!r}") from None

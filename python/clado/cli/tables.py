@@ -1,0 +1,149 @@
+"""Tables and bars for people, in 80 columns and without colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
+from ..common import require
+from .holdings import holdings
+
+WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
+
+
+def console() -> Any:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def show_plan(plan: Any) -> None:
+    if not plan.bits:
+        click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
+        return
+    counts = {bits: list(plan.bits.values()).count(bits) for bits in sorted(set(plan.bits.values()))}
+    layers = ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())
+    click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
+    click.echo(
+        f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
+    )
+    for name, use in plan.usage.items():
+        click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
+
+
+def show_scores(rows: list[tuple[str, Any]]) -> None:
+    """Loss, top-1 and top-5 with standard errors; then the last row less the first on the same samples."""
+    table = Table(box=None, header_style="bold")
+    for name in ("", "loss", "±", "top-1", "±", "top-5", "±"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, score in rows:
+        top5 = ("", "") if score.correct5 is None else (f"{score.accuracy5:.2%}", f"{score.accuracy5_stderr:.2%}")
+        loss = (f"{score.loss:.4f}", f"{score.loss_stderr:.4f}")
+        table.add_row(name, *loss, f"{score.accuracy:.2%}", f"{score.accuracy_stderr:.2%}", *top5)
+    first, last = rows[0][1], rows[-1][1]
+    gap = "{:+.4f} {:.4f}".format(*last.difference(first)).split()
+    hits = [(last.correct, first.correct)] + ([] if last.correct5 is None else [(last.correct5, first.correct5)])
+    shares = ["{:+.2%} {:.2%}".format(*paired(*pair)).split() for pair in hits]
+    table.add_row("difference", *gap, *(cell for share in shares for cell in share))
+    console().print(table)
+    click.echo(f"{first.num_samples} samples")
+
+
+def paired(one: Any, other: Any) -> tuple[float, float]:
+    """Mean and standard error of the difference of two samples of hits."""
+    from ..improve import standard_error
+
+    gap = one.double() - other.double()
+    return gap.mean().item(), standard_error(gap)
+
+
+def show_run(folder: Path) -> None:
+    """What a run directory holds, then every layer with its bits and bytes as bars, or its loss increases without a plan.
+
+    Raises:
+        CladoError: a directory that holds nothing of clado.
+    """
+    rows = holdings(folder)
+    require(bool(rows), "inspect", "run", "be a run directory that holds one of clado's files", folder)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, size, text in rows:
+        table.add_row(name, f"{size:,}", text)
+    console().print(table)
+    if not (folder / MATRIX_FILE).exists():
+        return
+    sens = Sensitivity.load(folder)
+    info = sens.info
+    work = f", {info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else ""
+    source = f"{info['estimator']} estimator, {info.get('loss')}" if "estimator" in info else "scores from elsewhere"
+    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {', '.join(map(str, sens.bits))} bits")
+    plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
+    if plan is not None and plan.bits:
+        console().print(plan_table(sens, plan))
+        show_plan(plan)
+    else:
+        console().print(loss_table(sens))
+        click.echo(f"next: clado solve {folder} --avg-bits 3")
+    if plan is not None:
+        say_if_older(folder, sens, plan)
+
+
+def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
+    """A line where the matrix beside a plan is not the one that it was solved on: a run that was prolonged, say."""
+    if sens.fingerprint != plan.fingerprint:
+        click.echo(
+            f"note: the plan in {folder} is older than the matrix beside it; clado solve {folder} chooses anew",
+            err=True,
+        )
+
+
+def plan_table(sens: Sensitivity, plan: Plan) -> Table:
+    """Every layer's width and bytes as bars, and what it costs alone."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "weights", "bits", "bytes", "", "ΔL alone"):
+        right = name in ("weights", "bytes", "ΔL alone")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    largest = max(plan.layer_bytes.values())
+    for layer in plan.layers:
+        bits, size = plan.bits[layer.name], plan.layer_bytes[layer.name]
+        known = layer in sens.layers and bits in sens.bits
+        alone = f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" if known else ""
+        bars = (f"{bits} {bar(bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
+        table.add_row(shortened(layer.name), f"{layer.numel:,}", *bars, alone)
+    return table
+
+
+def loss_table(sens: Sensitivity) -> Table:
+    """Every layer's loss increase alone; widths beyond what 80 columns hold are left out from the middle."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    shown = sens.bits if len(sens.bits) <= 4 else (*sens.bits[:3], sens.bits[-1])
+    for bits in shown:
+        table.add_column(f"ΔL at {bits}", justify="right", no_wrap=True)
+    for layer in sens.layers:
+        losses = [f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" for bits in shown]
+        table.add_row(shortened(layer.name), f"{layer.numel:,}", *losses)
+    return table
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of ``share`` of ``width`` columns, at least a sliver; blocks where the terminal has them."""
+    share = min(1.0, max(0.0, share))
+    if console().options.ascii_only:
+        return "#" * max(1, round(share * width))
+    eighths = max(1, round(share * width * 8))
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def shortened(name: str) -> str:
+    """A name that fits: its beginning and its end."""
+    if len(name) <= WIDEST_NAME:
+        return name
+    left = WIDEST_NAME // 3
+    return f"{name[:left]}…{name[len(name) - (WIDEST_NAME - left - 1) :]}"

@@ -1,0 +1,42 @@
+"""What every package needs, without a word of quantization: one-line errors, files that appear whole, digests, batches.
+
+Everything that other packages use is named here; :func:`door` is how a package names it.
+"""
+
+from typing import TYPE_CHECKING
+
+from .door import door
+
+if TYPE_CHECKING:
+    from .batches import check_targets, moved_to, split_batch, two_samples
+    from .devices import USABLE, usable
+    from .errors import CladoError, here, is_out_of_memory, require, said
+    from .files import atomic_file, atomic_folder, write_json
+    from .fingerprint import code_digest, data_digest, digest, tensor_digest, weights_digest
+    from .progress import progress_bar
+else:
+    __getattr__, __dir__ = door(__name__)
+
+__all__ = [
+    "USABLE",
+    "CladoError",
+    "atomic_file",
+    "atomic_folder",
+    "check_targets",
+    "code_digest",
+    "data_digest",
+    "digest",
+    "door",
+    "here",
+    "is_out_of_memory",
+    "moved_to",
+    "progress_bar",
+    "require",
+    "said",
+    "split_batch",
+    "tensor_digest",
+    "two_samples",
+    "usable",
+    "weights_digest",
+    "write_json",
+]

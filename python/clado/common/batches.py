@@ -1,0 +1,43 @@
+"""Batches as data loaders yield them: split into inputs and targets, checked, moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import CladoError, require
+
+
+def split_batch(item: Any, op: str = "profile") -> tuple[Tensor, Tensor | None]:
+    """(inputs, targets or None) of one batch of a data loader."""
+    if isinstance(item, Tensor) and item.dim() >= 1:
+        return item, None
+    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(isinstance(part, Tensor) for part in item):
+        return item[0], item[1] if len(item) == 2 else None
+    raise CladoError(f"{op}: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
+
+
+def check_targets(targets: Tensor | None, classes: int) -> None:
+    """Raise when a label is not a class of the model."""
+    if targets is None or len(targets) == 0:
+        return
+    kind = f"{targets.dtype} {tuple(targets.shape)}"
+    whole = targets.dim() == 1 and not targets.is_floating_point()
+    require(whole, "profile", "targets", "be integers, one per sample", kind)
+    low, high = int(targets.min()), int(targets.max())
+    require(low >= 0 and high < classes, "profile", "targets", f"lie in 0..{classes - 1}", f"{low}..{high}")
+
+
+def two_samples(inputs: Any) -> Any:
+    """Two samples of a nest of tensors to export and test with; a single one is repeated."""
+    return tree_map(lambda x: x[:2] if len(x) > 1 else x.repeat(2, *[1] * (x.dim() - 1)), inputs)
+
+
+def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """``inputs`` on the device, converted there, floating-point ones to ``dtype``; pinned ones without waiting."""
+    ahead = device.type == "cuda"  # towards a CPU nothing would wait for what is still on its way
+    there = tree_map(lambda x: x.to(device, non_blocking=ahead), inputs)
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, there)

@@ -1,0 +1,43 @@
+"""The one exception for input a user can mend; the command line prints it as a single line and exits with 2."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+
+class CladoError(ValueError):
+    """Bad input, said in one line: ``op: argument must …, got …``."""
+
+
+def require(condition: bool, op: str, argument: str, must: str, got: object) -> None:
+    """Raise :class:`CladoError` ``"op: argument must …, got …"`` unless ``condition`` holds."""
+    if not condition:
+        raise CladoError(f"{op}: {argument} must {must}, got {got}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    text = str(error)
+    known = "not enough memory" in text or "out of memory" in text or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and known)
+
+
+def said(error: BaseException) -> str:
+    """Type, first line and place of an exception that a user's code raised."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)]
+    return f"{type(error).__name__}: {line}" + (f" at {_shown(frames[-1])}" if frames else "")
+
+
+def here() -> str:
+    """The innermost line on the stack that is neither torch's nor ours."""
+    return _shown([frame for frame in traceback.extract_stack() if not _library(frame.filename)][-1])
+
+
+def _shown(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
+
+
+def _library(path: str) -> bool:
+    return "torch" in Path(path).parts or Path(path).is_relative_to(Path(__file__).parent.parent)

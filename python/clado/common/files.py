@@ -1,0 +1,90 @@
+"""Files appear whole or not at all: written under a temporary name, flushed, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_AT_CWD, _EXCHANGE = -100, 2  # of renameat2
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed."""
+    target = Path(path)
+    temporary = _beside(target)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        _settle(temporary, mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any error it is removed.
+
+    Where the system can exchange two folders in one step (Linux), a folder stands at ``path`` at every moment. Elsewhere
+    the earlier one is moved aside first and put back if the new one cannot take its place.
+    """
+    target = Path(path)
+    temporary = _beside(target)
+    temporary.mkdir()
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _settle(file, mode)
+        if not target.exists():
+            temporary.replace(target)
+        elif not _exchange(temporary, target):
+            target.replace(old)
+            try:
+                temporary.replace(target)
+            except BaseException:
+                old.replace(target)
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A free name in the folder of ``target``, which is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Permissions as the system gives new files (safetensors writes its own for the owner alone), and all bytes on disk."""
+    with suppress(OSError):  # a file system without permissions
+        path.chmod(mode)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))

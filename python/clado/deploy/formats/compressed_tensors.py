@@ -1,0 +1,211 @@
+"""compressed-tensors ``pack-quantized``: one config group per width, int32 words per row, read by vLLM and transformers.
+
+Only Linear weights have a place in the format; a planned Conv2d stays float and is listed under ``ignore``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clado_ext import pack, packed_columns
+
+from ...common import CladoError, require
+from ...quant import PACKED, SCALE, ZERO_POINT, Layer
+from .request import Request
+
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_PLAIN_WIDTHS = (2, 4, 8)
+# The layout of 3, 5, 6 and 7 bits changed under the same format name: dense words from 0.18.0 on, before that as many codes
+# as fit a word whole. 2, 4 and 8 bits are the same in both.
+_VERSIONS = {"dense": "0.18.0", "padded": "0.17.1"}
+
+
+def write(request: Request, folder: Path) -> tuple[int, int]:
+    from safetensors.torch import save_file
+
+    quantized, _ = split(request)
+    tensors: dict[str, Tensor] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for layer in quantized:
+        bits = request.plan.bits[layer.name]
+        parts = _parts(request, layer)
+        tensors |= {f"{module}.{part}": value.clone() for module in _modules(layer) for part, value in parts.items()}
+        group = groups.setdefault(str(_scheme(request, layer, bits)), _group(_scheme(request, layer, bits)))
+        group["targets"] += _modules(layer)
+    leftovers = request.leftovers({name for layer in quantized for name in layer.names})
+    save_file(tensors | leftovers, folder / MODEL_FILE, metadata={"format": "pt"})
+    config = {
+        "quant_method": "compressed-tensors",
+        "version": _VERSIONS[request.odd_widths or "dense"],
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": _ignored(request.model, quantized),
+        "config_groups": {f"group_{k}": group for k, group in enumerate(groups.values())},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps({"quantization_config": config}, indent=1))
+    return sum(t.nbytes for t in tensors.values()), sum(t.nbytes for t in leftovers.values())
+
+
+def predict(request: Request) -> tuple[int, int]:
+    quantized, _ = split(request)
+    counted = sum(_layer_bytes(request, layer) for layer in quantized)
+    return counted, request.leftover_bytes({name for layer in quantized for name in layer.names})
+
+
+def kept(request: Request) -> list[Layer]:
+    return split(request)[1]
+
+
+def split(request: Request) -> tuple[list[Layer], list[Layer]]:
+    """The plan's layers that the format holds packed, and those that stay float in it.
+
+    Raises:
+        CladoError: no layer left, or a width whose layout depends on the reader's version and no choice of it.
+    """
+    modules = dict(request.model.named_modules(remove_duplicate=False))
+    quantized: list[Layer] = []
+    stays: list[Layer] = []
+    for layer in request.plan.layers:
+        owners = [modules.get(name.removesuffix(".weight")) for name in layer.names]
+        (quantized if all(isinstance(owner, nn.Linear) for owner in owners) else stays).append(layer)
+    some = "a plan of convolutions alone"
+    require(len(quantized) > 0, "export", "plan", "hold Linear layers for compressed-tensors", some)
+    choice = request.odd_widths
+    require(choice in (None, *_VERSIONS), "export", "odd_widths", f"be one of {', '.join(_VERSIONS)}", repr(choice))
+    odd = sorted({request.plan.bits[layer.name] for layer in quantized} - set(_PLAIN_WIDTHS))
+    must = (
+        "keep to 2, 4 and 8 bits, or come with odd_widths (--odd-widths) "
+        "'dense' (compressed-tensors ≥ 0.18.0) or 'padded' (≤ 0.17.1)"
+    )
+    require(not odd or choice is not None, "export", "plan", must, f"{', '.join(map(str, odd))} bits")
+    return quantized, stays
+
+
+def decompressed(folder: Path, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with the weights of a folder as the compressed-tensors package reads them.
+
+    Raises:
+        CladoError: the package is not installed.
+    """
+    try:
+        from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    except ImportError as error:
+        raise CladoError(f"verify: compressed-tensors must be installed, got {error}") from None
+    from safetensors.torch import load_file
+
+    held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(held)
+    read = copy.deepcopy(model)
+    apply_quantization_config(read, config, show_progress=False)
+    compressor = ModelCompressor(quantization_config=config)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        compressor.compress_model(read)
+        read.load_state_dict(load_file(folder / MODEL_FILE))
+        compressor.decompress_model(read)
+    return read
+
+
+def verify(request: Request, folder: Path) -> str:
+    from ..applied import apply
+
+    quantized, stays = split(request)
+    read, wanted = decompressed(folder, request.model), apply(request.model, request.plan)
+    for layer in request.plan.layers:
+        source = request.model if layer in stays else wanted
+        for name in layer.names:
+            value = source.get_parameter(name)
+            same = torch.equal(read.get_parameter(name).to(value.device, value.dtype), value)
+            require(same, "verify", name, "decompress to the weight of clado.apply", "another weight")
+    return f"compressed-tensors decompresses {len(quantized)} layers bit for bit; {len(stays)} stay float"
+
+
+def _modules(layer: Layer) -> list[str]:
+    return [name.removesuffix(".weight") for name in layer.names]
+
+
+def _scheme(request: Request, layer: Layer, bits: int) -> dict[str, Any]:
+    """The ``weights`` entry of a layer. Groups that do not divide the row are cut to their greatest common divisor with it."""
+    columns, size = layer.shape[1], request.plan.quantizer.group_size
+    strategy = "tensor" if size == 0 else "channel" if size == -1 or size >= columns else "group"
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": request.plan.quantizer.symmetric,
+        "strategy": strategy,
+        "group_size": math.gcd(size, columns) if strategy == "group" else None,
+        "dynamic": False,
+    }
+
+
+def _group(scheme: dict[str, Any]) -> dict[str, Any]:
+    targets: list[str] = []
+    activations = {"input_activations": None, "output_activations": None}
+    return {"targets": targets, "format": "pack-quantized", "weights": scheme, **activations}
+
+
+def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
+    bits, quantizer = request.plan.bits[layer.name], request.plan.quantizer
+    found = quantizer.quantize(request.state[layer.names[0]].cpu(), bits)
+    codes, scale, zero_point = found.codes.view(layer.shape), found.scale, found.zero_point
+    scheme = _scheme(request, layer, bits)
+    if scheme["strategy"] == "tensor":
+        scale, zero_point = scale.view(1), None if zero_point is None else zero_point.view(1)
+    elif scheme["strategy"] == "group":
+        repeat = quantizer.group_size // scheme["group_size"]
+        groups = layer.shape[1] // scheme["group_size"]
+        scale = scale.repeat_interleave(repeat, 1)[:, :groups]
+        zero_point = None if zero_point is None else zero_point.repeat_interleave(repeat, 1)[:, :groups]
+    parts = {
+        PACKED: _pack(request, codes, bits),
+        SCALE: scale.contiguous(),
+        "weight_shape": torch.tensor(layer.shape),
+    }
+    if zero_point is not None:
+        packed = scheme["strategy"] != "tensor"  # the zero point of a tensor is stored as it is
+        parts[ZERO_POINT] = _pack(request, zero_point.T, bits).T.contiguous() if packed else zero_point
+    return parts
+
+
+def _layer_bytes(request: Request, layer: Layer) -> int:
+    """Bytes of a layer's tensors, once for each module that holds it."""
+    bits, (rows, columns) = request.plan.bits[layer.name], layer.shape
+    scheme = _scheme(request, layer, bits)
+    groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
+    per_tensor = scheme["strategy"] == "tensor"
+    words = rows * _words(request, columns, bits) + (1 if per_tensor else rows * groups)
+    zeros = 0 if request.plan.quantizer.symmetric else 1 if per_tensor else 4 * groups * _words(request, rows, bits)
+    return len(layer.names) * (4 * words + zeros + 16)  # 16: the shape, two int64
+
+
+def _padded(request: Request, bits: int) -> bool:
+    return request.odd_widths == "padded" and bits not in _PLAIN_WIDTHS
+
+
+def _words(request: Request, columns: int, bits: int) -> int:
+    return math.ceil(columns / (32 // bits)) if _padded(request, bits) else packed_columns(columns, bits)
+
+
+def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
+    """int8 ``[rows, columns]`` -> int32 ``[rows, words]``; "padded" leaves the bits of a word empty that hold no whole code."""
+    if not _padded(request, bits):
+        return pack(codes.contiguous(), bits)
+    fit, columns = 32 // bits, codes.shape[1]
+    unsigned = nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -columns % fit)).unflatten(1, (-1, fit))
+    return (unsigned << (bits * torch.arange(fit))).sum(-1).int()
+
+
+def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:
+    """Every Linear and Conv2d that stays float, by name."""
+    packed = {module for layer in quantized for module in _modules(layer)}
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)) and name not in packed]

@@ -1,0 +1,324 @@
+"""ONNX with integer weights: DequantizeLinear before every planned weight, per channel or blocked, run by onnxruntime.
+
+The graph comes from torch's exporter; its weights are quantized by name. 2, 4 and 8 bits have types of their own, the
+other widths are stored as int8.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common import CladoError, require
+from ...quant import Layer
+from .request import Request
+
+MODEL_FILE = "model.onnx"
+INPUT, OUTPUT = "input", "logits"
+OPSET, OPSET_INT2 = 21, 25  # int4 came with 21 (IR 10), int2 with 25 (IR 13)
+_IR_VERSION, _IR_VERSION_INT2 = 10, 13
+_LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
+_TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
+_TOLERANCE_ACTIVATIONS = 5e-2  # a value beside a tie may take the next of 255 steps, and the layers behind it see that
+
+
+def write(request: Request, folder: Path) -> tuple[int, int]:
+    ir = _import_ir()
+    for layer in request.plan.layers:
+        dtype = request.state[layer.names[0]].dtype
+        require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
+    model = _export(request).model
+    quantized: set[str] = set()
+    for layer, low, high in _ranges(request):
+        _quantize_inputs(ir, model.graph, layer, low, high)
+    for layer in request.plan.layers:
+        quantized |= _quantize(ir, model.graph, request, layer)
+    leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
+    _clean(model)
+    model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
+    model.producer_name = "clado"
+    written = sum(model.graph.initializers[name].const_value.nbytes for name in quantized), leftovers
+    ir.save(model, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data" if sum(written) > _LARGEST_FILE else None)
+    return written
+
+
+def predict(request: Request) -> tuple[int, int]:
+    counted = sum(_layer_bytes(request, layer) for layer in request.plan.layers)
+    return counted, sum(request.state[name].nbytes for name in _floating(request))
+
+
+def verify(request: Request, folder: Path) -> str:
+    from ..applied import apply
+
+    example = _example(request)
+    wanted = apply(request.model, request.plan)
+    with torch.no_grad():
+        logits = torch.cat([wanted(example), wanted(example[:1])]).double().cpu().numpy()
+    found = np.concatenate([run(folder, example), run(folder, example[:1])])
+    error = float(np.abs(found - logits).max() / np.abs(logits).max())
+    require(
+        error <= _TOLERANCE, "verify", "logits", f"equal those of clado.apply within {_TOLERANCE:g}", f"{error:.1e}"
+    )
+    return f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest"
+
+
+def run(folder: Path, inputs: Tensor) -> np.ndarray[Any, Any]:
+    """Outputs of an exported folder in onnxruntime on the CPU, activations kept in float32.
+
+    Without ``session.qdq_matmulnbits_accuracy_level=1`` onnxruntime quantizes the activations of MatMuls it fuses with their
+    weights to int8: faster, and off by up to 1 % of the largest logit.
+
+    Raises:
+        CladoError: onnxruntime is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise CladoError(f"verify: onnxruntime must be installed (pip install clado[onnx]), got {error}") from None
+    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run([OUTPUT], {INPUT: inputs.detach().cpu().numpy()})[0])
+
+
+def _import_ir() -> Any:
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise CladoError(f"export: onnxscript must be installed (pip install clado[onnx]), got {error}") from None
+    return onnx_ir
+
+
+def _example(request: Request) -> Tensor:
+    example = request.example
+    require(example is not None, "export", "example", "be given for onnx: inputs [n, …]", "none")
+    assert example is not None
+    first = next(request.model.parameters())
+    example = example.to(first.device, first.dtype) if example.is_floating_point() else example.to(first.device)
+    return example if example.shape[0] > 1 else torch.cat([example, example])
+
+
+def _export(request: Request) -> Any:
+    """The graph with a free batch size, not yet optimized: weights still stand under their own names."""
+    example = _example(request)
+    logger, before = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                request.model,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET_INT2 if _holds_int2(request) else OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # torch raises whatever the model's code raises
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CladoError(f"export: model must go through torch.onnx.export, got {reason}") from error
+    finally:
+        logger.setLevel(before)
+
+
+def _floating(request: Request) -> set[str]:
+    """Names of the parameters and buffers that stay float; counters of batches have no place in the graph."""
+    covered = {name for layer in request.plan.layers for name in layer.names}
+    return {name for name, value in request.state.items() if name not in covered and value.is_floating_point()}
+
+
+def _holds_int2(request: Request) -> bool:
+    return 2 in request.plan.bits.values()
+
+
+def _container(bits: int) -> int:
+    """Bits an element takes."""
+    return bits if bits in (2, 4, 8) else 8
+
+
+def _layer_bytes(request: Request, layer: Layer) -> int:
+    """Codes, scales and zero points; elements below a byte are packed without gaps, tensors end on a whole byte."""
+    rows, groups = request.plan.quantizer.rows_columns(layer.shape)[0], request.plan.quantizer.groups(layer.shape)
+    width = _container(request.plan.bits[layer.name])
+    zeros = 0 if request.plan.quantizer.symmetric else math.ceil(rows * groups * width / 8)
+    return math.ceil(layer.numel * width / 8) + 4 * rows * groups + zeros
+
+
+def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
+    """Put DequantizeLinear in the place of a weight; returns the names of the initializers it reads.
+
+    onnxruntime fuses DequantizeLinear and MatMul where the weight lies as [in, out]. With 2 bits it reads that layout wrong
+    when ``out`` is no multiple of 4 (1.32), and DequantizeLinear → Transpose → MatMul is wrong in other ways; there the
+    weight lies as [out, in] and multiplies from the left.
+    """
+    uses = list(_weight(graph, layer).uses())
+    turned = [use.node for use in uses if _feeds_matmul_alone(use.node)]
+    from_left = len(turned) < len(uses) or (request.plan.bits[layer.name] == 2 and layer.shape[0] % 4 != 0)
+    made: set[str] = set()
+    if turned and not from_left:
+        value, made = _dequantized(ir, graph, request, layer, transposed=True)
+        for node in turned:
+            node.outputs[0].replace_all_uses_with(value)
+    else:
+        value, made = _dequantized(ir, graph, request, layer, transposed=False)
+        for use in uses:
+            if use.node not in turned:
+                use.node.replace_input_with(use.idx, value)
+        for node in turned:
+            for use in list(node.outputs[0].uses()):
+                _multiply_from_left(ir, graph, use.node, value)
+    return made
+
+
+def _ranges(request: Request) -> list[tuple[Layer, float, float]]:
+    """Layers whose inputs are quantized, with the range given for each, or else calibrated with the plan."""
+    plan, planned = request.plan, {layer.name: layer for layer in request.plan.layers}
+    if request.activations is not None:
+        unknown = sorted(set(request.activations) - set(planned))
+        require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
+        return [(planned[name], *pair) for name, pair in request.activations.items()]
+    if not plan.activations:
+        return []
+    require(plan.activations["bits"] == 8, "export", "act_bits", "be 8 for onnx", plan.activations["bits"])
+    owner = {name.removesuffix(".weight"): layer for layer in plan.layers for name in layer.names}
+    found: dict[str, tuple[Layer, float, float]] = {}
+    for module, (low, high) in plan.activations["ranges"].items():
+        layer = owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
+        same = layer.name not in found or found[layer.name][1:] == (low, high)
+        require(
+            same, "export", f"layer {layer.name}", "have one range for onnx", "a weight shared by modules of several"
+        )
+        if high > low:
+            found[layer.name] = (layer, low, high)
+    return list(found.values())
+
+
+def _weight(graph: Any, layer: Layer) -> Any:
+    name = next((name for name in layer.names if name in graph.initializers), None)
+    require(name is not None, "export", f"layer {layer.name}", "be a weight of the exported graph", "none")
+    return graph.initializers[name]
+
+
+def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float) -> None:
+    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over [low, high], zero included."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    require(
+        math.isfinite(high - low) and high > low,
+        "export",
+        f"range of {layer.name}",
+        "be finite and hold more than 0",
+        (low, high),
+    )
+    zero = np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
+    scale = np.float32((high - low) / 255)
+    users = [use.node for use in _weight(graph, layer).uses()]
+    turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
+    settings = []
+    for part, array in (("input_scale", np.array(scale)), ("input_zero_point", np.array(zero))):
+        tensor = ir.Tensor(array, name=f"{layer.name}.{part}")
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+        settings.append(value)
+    for node in [*(node for node in users if node.op_type in ("Conv", "Gemm")), *turned]:
+        x = node.inputs[0]
+        codes = ir.Node("", "QuantizeLinear", [x, *settings])
+        again = ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])
+        again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
+        graph.insert_before(node, [codes, again])
+        node.replace_input_with(0, again.outputs[0])
+
+
+def _feeds_matmul_alone(node: Any) -> bool:
+    uses = node.outputs[0].uses() if node.op_type == "Transpose" else ()
+    return len(uses) > 0 and all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses)
+
+
+def _multiply_from_left(ir: Any, graph: Any, matmul: Any, weight: Any) -> None:
+    """x·Wᵀ as (W·xᵀ)ᵀ."""
+    x, out = matmul.inputs[0], matmul.outputs[0]
+    require(x.shape is not None and len(x.shape) >= 2, "export", "model", "multiply values of known rank", x.name)
+    rank = len(x.shape)
+    swapped = ir.Attr("perm", ir.AttributeType.INTS, [*range(rank - 2), rank - 1, rank - 2])
+    first = ir.Node("", "Transpose", [x], [swapped])
+    product = ir.Node("", "MatMul", [weight, first.outputs[0]])
+    last = ir.Node("", "Transpose", [product.outputs[0]], [swapped])
+    last.outputs[0].shape, last.outputs[0].type = out.shape, out.type
+    graph.insert_before(matmul, [first, product, last])
+    out.replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
+
+
+def _dequantized(ir: Any, graph: Any, request: Request, layer: Layer, transposed: bool) -> tuple[Any, set[str]]:
+    """The output of a DequantizeLinear that gives a layer's weight, and the names of its initializers.
+
+    Codes lie as [out, …], or as [in, out] when ``transposed``. Groups of a convolution run over its flattened inputs: they are
+    dequantized as [out, inputs] and reshaped.
+    """
+    quantizer, bits = request.plan.quantizer, request.plan.bits[layer.name]
+    found = quantizer.quantize(request.state[layer.names[0]].cpu(), bits)
+    blocked = found.scale.shape[1] > 1
+    matrix = transposed or blocked
+    codes = found.codes.view(layer.shape[0], -1) if matrix else found.codes.view(layer.shape)
+
+    def placed(part: Tensor) -> np.ndarray[Any, Any]:
+        """Scales or zero points in the shape DequantizeLinear wants: a scalar, one per row, or [rows, groups]."""
+        shaped = part if blocked else part.view(-1) if quantizer.group_size != 0 else part.view(())
+        return (shaped.T if transposed and blocked else shaped).contiguous().numpy()
+
+    container = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[_container(bits)]
+    numpy_type = container.numpy()
+    parts = {
+        "weight_codes": ((codes.T if transposed else codes).contiguous().numpy().astype(numpy_type), container),
+        "weight_scale": (placed(found.scale), ir.DataType.FLOAT),
+    }
+    if found.zero_point is not None:
+        parts["weight_zero_point"] = (placed(found.zero_point).astype(numpy_type), container)
+    values = []
+    for part, (array, dtype) in parts.items():
+        tensor = ir.Tensor(array, dtype=dtype, name=f"{layer.name}.{part}")
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+        graph.register_initializer(value)
+        values.append(value)
+    axis = int(transposed) if not blocked else int(not transposed)
+    attributes = [ir.Attr("axis", ir.AttributeType.INT, axis)]
+    if blocked:
+        attributes.append(ir.Attr("block_size", ir.AttributeType.INT, quantizer.group_size))
+    nodes = [ir.Node("", "DequantizeLinear", values, attributes)]
+    if blocked and len(layer.shape) > 2:
+        shape = ir.Tensor(np.array(layer.shape, np.int64), name=f"{layer.name}.weight_shape")
+        value = ir.Value(name=shape.name, shape=shape.shape, type=ir.TensorType(ir.DataType.INT64), const_value=shape)
+        graph.register_initializer(value)
+        nodes.append(ir.Node("", "Reshape", [nodes[0].outputs[0], value]))
+    for node in nodes:
+        node.outputs[0].dtype = ir.DataType.FLOAT
+    dims = tuple(reversed(layer.shape)) if transposed else layer.shape
+    nodes[-1].outputs[0].shape = ir.Shape(dims)
+    graph.insert_before(graph[0], nodes)
+    return nodes[-1].outputs[0], {value.name for value in values}
+
+
+def _clean(model: Any) -> None:
+    """Fold constants, and drop what the exporter notes about the machine: stack traces with paths.
+
+    No other pass of the optimizer runs: fusing and sharing would change tensors whose bytes were promised.
+    """
+    import onnxscript.optimizer
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    onnxscript.optimizer.inline(model)
+    onnxscript.optimizer.fold_constants(model)
+    onnxscript.optimizer.remove_unused_nodes(model)
+    ClearMetadataAndDocStringPass()(model)

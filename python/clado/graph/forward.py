@@ -1,0 +1,141 @@
+"""One forward before anything is measured: what would make every figure wrong is named, with the line that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..common import CladoError, here, is_out_of_memory, require, said
+
+
+def check_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], op: str = "profile") -> None:
+    """Run ``model`` once on ``batch``, in eval mode; its buffers stay as they are.
+
+    Raises:
+        CladoError: train mode; whatever the forward raises; something drawn at random; statistics taken over the batch;
+            buffers that change.
+    """
+    check_eval(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    watch = _Watch(len(pytree.tree_leaves(batch)[0]))
+    changed: list[str] = []
+    try:
+        with torch.no_grad(), watch:
+            forward(model, batch)
+    except Exception as error:  # whatever the user's code raises
+        if isinstance(error, CladoError) or is_out_of_memory(error):
+            raise
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
+        raise CladoError(
+            f"{op}: model must run on batches of data_loader, of shapes {shapes}, got {said(error)}"
+        ) from error
+    finally:
+        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+        for name in changed:
+            model.get_buffer(name).copy_(buffers[name])
+    require(watch.random is None, op, "model", "draw nothing at random in eval mode (dropout, noise)", watch.random)
+    require(watch.statistics is None, op, "model", "take no statistics over the batch in eval mode", watch.statistics)
+    require(
+        not changed, op, "model", "leave its buffers unchanged in eval mode", f"changes of {', '.join(changed[:3])}"
+    )
+
+
+def generator_states(device: torch.device | None) -> bytes:
+    """State of torch's generators on the CPU and on ``device``: it differs when something was drawn."""
+    state = torch.get_rng_state().numpy().tobytes()
+    if device is not None and device.type == "cuda":
+        state += torch.cuda.get_rng_state(device).numpy().tobytes()
+    return state
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the first operator that draws at random, and the first that normalizes over a batch of ``samples``."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.random: str | None = None
+        self.statistics: str | None = None
+        self._samples = samples
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        # Attention without dropout has the tag too, and draws nothing.
+        seeded = torch.Tag.nondeterministic_seeded in func.tags and self.random is None
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), kwargs.get("device"))
+        before = generator_states(device) if seeded else b""
+        out = func(*args, **kwargs)
+        if seeded and generator_states(device) != before:
+            self.random = f"{name} at {here()}"
+        # An instance norm is a batch norm of one sample with all channels of all samples.
+        if "batch_norm" in name and self.statistics is None and args[0].shape[0] == self._samples > 1:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            if given.get("training", given.get("running_mean") is None):
+                self.statistics = f"{name} at {here()}"
+        return out
+
+
+ForwardStep = Callable[[nn.Module, Any], Any]
+
+
+class Step(nn.Module):
+    """``forward_step(model, batch)`` as a module."""
+
+    def __init__(self, model: nn.Module, forward_step: ForwardStep) -> None:
+        super().__init__()
+        self.model, self.forward_step = model, forward_step
+
+    def forward(self, batch: Any) -> Any:
+        return self.forward_step(self.model, batch)
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise when the model, or a part of it, is in train mode."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    require(
+        not training, "capture", "model", "be in eval mode (model.eval())", f"train mode in {', '.join(training[:1])}"
+    )
+
+
+def check_output(output: Any, loss: str) -> int:
+    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
+    leaves = pytree.tree_leaves(output)
+    if loss == "user":
+        return 0
+    fits = isinstance(output, Tensor) and output.dim() == 2
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
+    finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
+    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+    return int(output.shape[1])
+
+
+def plain_call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def first_of_batch(model: nn.Module, batch: Any) -> Any:
+    """The forward step of a batch that is the input, or (input, …)."""
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module with weights that have values."""
+    require(isinstance(model, nn.Module), "profile", "model", "be a torch.nn.Module", type(model).__name__)
+    first = next(model.parameters(), None)
+    require(first is not None, "profile", "model", "have weights to quantize", "none")
+    assert first is not None
+    require(first.device.type != "meta", "profile", "model", "have weights with values", "weights on the meta device")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise when a parameter or buffer of ``model`` holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            require(bool(torch.isfinite(tensor).all()), "profile", f"weight {name}", "be finite", "NaN or infinity")

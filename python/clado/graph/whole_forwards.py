@@ -1,0 +1,229 @@
+"""Models that cannot be exported: whole forwards, every stream under its own weights. Same results, no shared prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..common import require
+from ..quant import Layer, ignored, layer_name, storage
+from .executor import Objective, _close, _tensors
+from .forward import ForwardStep, Step, check_eval, generator_states
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """Where an :class:`Executor`'s state has live values, this one has the batch, and at the end the outputs.
+
+    Attributes:
+        weights: per stream {layer: its perturbed weight}.
+    """
+
+    position: int
+    batch: Any
+    samples: int
+    weights: tuple[dict[int, Tensor], ...]
+    results: tuple[Any, ...] | None = None
+
+    @property
+    def streams(self) -> int:
+        return len(self.weights)
+
+
+class WholeExecutor:
+    """The methods of an :class:`~clado.graph.Executor`, by whole forwards with weights swapped by ``functional_call``.
+
+    Attributes:
+        layers: Linear and Conv2d modules' weights in the order they first run.
+        skipped: layers kept in float, with the reason.
+        work: forwards done so far times samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        ignore: Sequence[str] = (),
+        quantize_ends: bool = False,
+        forward_step: ForwardStep | None = None,
+    ) -> None:
+        check_eval(model)
+        self.work = 0.0
+        self._device = next(model.parameters()).device
+        self._step = Step(model, forward_step or _call).eval()
+        self._modules: list[list[nn.Module]] = []
+        found, modules = self._find_layers(model, example)
+        self.skipped = ignored(found, ignore, quantize_ends)
+        kept = [k for k, layer in enumerate(found) if layer.name not in self.skipped]
+        require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
+        self.layers = tuple(found[k] for k in kept)
+        self._modules = [modules[k] for k in kept]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def suffix_share(self) -> list[float]:
+        """Nothing is shared: every layer's suffix is the whole forward."""
+        return [1.0] * self.num_layers
+
+    @property
+    def forward_share(self) -> float:
+        return 1.0
+
+    def slope_share(self, width: int) -> list[float]:
+        return [0.0] * self.num_layers
+
+    def start(self, batch: Any) -> WholeState:
+        return WholeState(-1, batch, len(pytree.tree_leaves(batch)[0]), ({},))
+
+    def advance(self, state: WholeState, layer: int) -> WholeState:
+        """At the end: one forward per stream."""
+        if layer == self.num_layers and state.results is None:
+            state = replace(
+                state, results=tuple(self._forward(state.batch, own, state.samples) for own in state.weights)
+            )
+        return replace(state, position=2 * layer)
+
+    def fork(self, state: WholeState, layer: int, variants: Sequence[Tensor]) -> WholeState:
+        weights = tuple({**own, layer: variant} for variant in variants for own in state.weights)
+        return replace(state, position=2 * layer + 1, weights=weights, results=None)
+
+    def outputs(self, state: WholeState) -> list[Any]:
+        results = self.advance(state, self.num_layers).results
+        assert results is not None
+        return list(results)
+
+    def finish(self, state: WholeState) -> Tensor:
+        return torch.stack(self.outputs(state))
+
+    def clean(self, state: WholeState) -> Tensor:
+        return self.finish(state)[0]
+
+    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
+        return finished.sub_(logits)
+
+    def products(self, state: WholeState, variants: Sequence[Sequence[Tensor]], objective: Objective) -> Tensor:
+        """As :meth:`Executor.products`; what each layer's change does to its output is computed per variant."""
+        first = state.position // 2
+        shape = self.num_layers - first, len(variants[0]), state.streams, state.samples
+        out = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        taps: list[tuple[int, int, nn.Module, Tensor, Tensor]] = []
+        results = []
+        for stream, own in enumerate(state.weights):
+
+            def record(layer: int, module: nn.Module, x: Tensor, y: Tensor, stream: int = stream) -> Tensor:
+                if not y.requires_grad:
+                    y.requires_grad_()
+                taps.append((stream, layer, module, x.detach().clone(), y))
+                return y.clone()  # what follows may write in place
+
+            with torch.enable_grad(), self._watch(range(first, self.num_layers), record):
+                results.append(self._forward(state.batch, own, state.samples))
+        with torch.enable_grad():
+            total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))  # type: ignore[arg-type]
+        found = torch.autograd.grad(total, [tap[-1] for tap in taps], allow_unused=True)
+        for (stream, layer, module, x, _), gradient in zip(taps, found, strict=True):
+            for m, variant in enumerate(variants[layer] if gradient is not None else ()):
+                change = _apply(module, x, variant - module.weight)  # type: ignore[operator]
+                value = (change * gradient).reshape(state.samples, -1).sum(1)
+                out[layer - first, m, stream] += value.to("cpu", torch.float64)
+        self.work += 2 * state.streams * state.samples
+        return out
+
+    def self_test(self, batch: Any, rtol: float = 1e-3) -> Any:
+        """Check that samples do not mix and that nothing is drawn at random; returns the clean output.
+
+        Raises:
+            CladoError: a sample whose output depends on the others, or on chance.
+        """
+        whole, again = (self._forward(batch, {}, 0) for _ in range(2))
+        alone = self._forward(pytree.tree_map(lambda leaf: leaf[:1], batch), {}, 0)
+        same = all(
+            _close(a, b, rtol) and (a.dim() == 0 or _close(a[:1], c, rtol))
+            for a, b, c in zip(*map(_tensors, (whole, again, alone)), strict=True)
+        )
+        require(
+            same,
+            "capture",
+            "model",
+            "treat samples independently",
+            "outputs that depend on the rest of the batch, or on chance",
+        )
+        self.work = 0.0
+        return whole
+
+    def _forward(self, batch: Any, own: dict[int, Tensor], samples: int) -> Any:
+        self.work += samples
+        weights = {f"model.{name}": weight for k, weight in own.items() for name in self.layers[k].names}
+        before = generator_states(self._device)
+        output = torch.func.functional_call(self._step, weights, (batch,)) if own else self._step(batch)
+        drawn = generator_states(self._device) != before  # on these data, where a first forward drew nothing
+        require(not drawn, "capture", "model", "draw nothing at random in eval mode (dropout, noise)", "a draw")
+        return output
+
+    @contextmanager
+    def _watch(self, layers: Sequence[int], record: Any) -> Iterator[None]:
+        """Call ``record(layer, module, input, output)`` whenever a layer runs; what it returns is the layer's output."""
+        handles = [
+            module.register_forward_hook(lambda m, args, output, k=k: record(k, m, args[0], output))
+            for k in layers
+            for module in self._modules[k]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _find_layers(self, model: nn.Module, example: Any) -> tuple[list[Layer], list[list[nn.Module]]]:
+        names: dict[tuple[Any, ...], list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(storage(parameter), []).append(name)
+        modules: dict[tuple[Any, ...], list[nn.Module]] = {}
+        macs: dict[tuple[Any, ...], int] = {}
+        samples = len(pytree.tree_leaves(example)[0])
+
+        def record(module: Any, _: Any, output: Tensor) -> None:
+            key = storage(module.weight)
+            if module not in modules.setdefault(key, []):
+                modules[key].append(module)
+            macs[key] = macs.get(key, 0) + output.numel() // samples // module.weight.shape[0] * module.weight.numel()
+
+        every: list[Any] = list(model.modules())
+        suited = [m for m in every if type(m) in (nn.Linear, nn.Conv2d) and storage(m.weight) in names]
+        handles = [m.register_forward_hook(record) for m in suited]
+        try:
+            self._step(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        layers = [
+            Layer(
+                layer_name(names[key][0]),
+                "linear" if isinstance(used[0], nn.Linear) else "conv2d",
+                tuple(used[0].weight.shape),  # type: ignore[union-attr,arg-type]
+                macs[key],
+                tuple(names[key]),
+            )
+            for key, used in modules.items()
+        ]
+        return layers, list(modules.values())
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a Linear or Conv2d makes of its input under another weight, without bias."""
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, None)
+    return torch.nn.functional.linear(x, weight)

@@ -1,0 +1,17 @@
+"""Where the measured loss decides: true losses of plans, exact pairs of a plan, the matrix around a plan.
+
+Other packages call the four functions and read a :class:`Score`.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..common import door
+
+if TYPE_CHECKING:
+    from .corrector import correct
+    from .refiner import refine
+    from .true_loss import Score, evaluate, loss_increases, rerank, standard_error
+else:
+    __getattr__, __dir__ = door(__name__)
+
+__all__ = ["Score", "correct", "evaluate", "loss_increases", "refine", "rerank", "standard_error"]

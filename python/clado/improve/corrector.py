@@ -1,0 +1,237 @@
+"""Exact pairs where they matter: those of the plan that the matrix leads to, until the plan stands.
+
+A plan takes one width of every layer, so of the V²/2 pairs L²/2 decide what it costs. They are measured by their own forwards,
+put into the matrix in place of the closed form, and the program is solved again. Where the next plan has no pair that is not
+measured, its predicted loss is that of the ``exact`` estimator, and every other plan's is at most as far off as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
+from ..common import require
+from ..deploy import check_fit
+from ..graph import ForwardStep, full_precision
+from ..profiling import (
+    Checkpoint,
+    Later,
+    Loss,
+    Options,
+    Ranks,
+    Run,
+    SampleStream,
+    Share,
+    Sums,
+    corrected,
+    corrected_entries,
+    recorded,
+    sample_digests,
+    with_defaults,
+    writing,
+)
+from ..quant import Activations
+from ..solver import given_plan, solve
+
+FOLDER = "pairs"  # in a run directory: the running sums of a round
+
+
+def correct(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    sens: Sensitivity,
+    *,
+    num_samples: int | None = None,
+    rounds: int = 10,
+    forward_step: ForwardStep | None = None,
+    batch_size: int | None = None,
+    max_memory: int | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    verbose: bool = True,
+    **arguments: Any,
+) -> tuple[Sensitivity, Plan]:
+    """Solve, measure the exact Ω of the plan's pairs, and solve again, until no pair of the plan is new.
+
+    A round costs at most 1/|B|² of the ``exact`` estimator, on as many samples as are asked for: the mean residual of the
+    exact value on them is added to the closed form on all samples, with the standard error of both.
+
+    Args:
+        model: the float model that was profiled.
+        data_loader: its sensitivity set, in the order it was profiled in.
+        sens: its matrix by the ``logit`` estimator, or what this function made of it.
+        num_samples: how many of the samples the pairs are measured on; None: an eighth of them.
+        rounds: at most so many.
+        forward_step, batch_size, max_memory, device, seed: as for :func:`clado.profile`.
+        output_dir: run directory; the matrix is saved there after every round, and the running sums of a round chunk by
+            chunk: after an interruption, the same call with the matrix that lies there goes on.
+        verbose: show a progress bar per round.
+        **arguments: budgets and wishes of :func:`clado.solve`.
+
+    Returns:
+        The matrix, with the pairs that were measured in ``info["corrected_pairs"]``, and the plan: of least objective among
+        those whose pairs are all measured. ``plan.info["correct"]`` lists the rounds, ``plan.info["stands"]`` says whether
+        the program has no better one.
+
+    Raises:
+        CladoError: no budget, another model or other samples than those of ``sens``, a matrix of another estimator, as
+            :func:`clado.profile` and :func:`clado.solve`.
+    """
+    require(rounds >= 1, "correct", "rounds", "be at least 1", rounds)
+    made = sens.info.get("estimator")
+    require(made == "logit", "correct", "sens", "be measured by the logit estimator", made)
+    count = max(2, sens.num_samples // 8) if num_samples is None else num_samples
+    require(2 <= count <= sens.num_samples, "correct", "num_samples", f"lie in 2..{sens.num_samples}", count)
+    held = SampleStream(data_loader, count, seed).peek(count)
+    digests = sample_digests(held).numpy()
+    others = int((~np.isin(digests, sens.sample_digests)).sum())
+    short = f"{len(digests)} samples, {others} of them others"
+    require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
+    skipped = [f"re:^{re.escape(name)}$" for name in sens.info.get("float_layers", {})]
+    options = with_defaults(
+        bits=sens.bits,
+        estimator="corrected",
+        loss=sens.info["loss"],
+        precision=sens.info["precision"],
+        num_samples=count,
+        exact_samples=count,
+        forward_step=forward_step,
+        batch_size=batch_size,
+        max_memory=max_memory,
+        ignore=skipped,
+        quantize_ends=True,
+        device=device,
+    )
+    options = replace(options, quantizer=sens.quantizer)
+    uniform = {layer.name: sens.bits[0] for layer in sens.layers}
+    check_fit(model, Plan(sens.layers, uniform, "given", fingerprint=sens.fingerprint), "correct")
+    with full_precision(), torch.no_grad():
+        run = PairRun(model, held, sens, options)
+        return _correct(run, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
+
+
+def _correct(
+    run: PairRun, sens: Sensitivity, rounds: int, folder: Path | None, verbose: bool, arguments: dict[str, Any]
+) -> tuple[Sensitivity, Plan]:
+    """Every rank measures; rank 0 solves, and tells the others what it found."""
+    ranks, count = Ranks(run.device), len(sens.layers)
+    known = np.zeros((sens.num_candidates,) * 2, dtype=bool)
+    for v, w in sens.info.get("corrected_pairs", []):
+        known[v, w] = True
+    history: list[dict[str, Any]] = []
+    plans: list[Plan] = []
+    for left in range(rounds, -1, -1):
+        if ranks.writes:
+            start = {"start": plans[-1]} if plans else {}
+            plans.append(solve(sens, **{**start, **arguments}))
+            require(bool(plans[-1].bits), "correct", "budgets", "fit together", plans[-1].info.get("reason"))
+        rows = ranks.agree(_rows(sens, plans[-1]) if ranks.writes else [0] * count)
+        later = [[j for j in range(i + 1, count) if not known[v, rows[j]]] for i, v in enumerate(rows)]
+        missing = sum(map(len, later))
+        history.append({"objective": plans[-1].objective if plans else None, "pairs": missing})
+        if missing == 0 or left == 0:
+            break
+        run.choose(rows, later, f"correct ({missing:,} pairs)")
+        sums = _measured(run, ranks, folder, verbose)
+        known[np.ix_(rows, rows)] = True
+        if ranks.writes:
+            sens = _put(sens, sums, rows, later)
+            history[-1]["forward_equivalents"] = run.executor.work / run.measured
+            _keep(sens, folder)
+    if not ranks.writes:
+        return ranks.receive(Sensitivity.load, MATRIX_FILE), ranks.receive(Plan.load, PLAN_FILE)
+    stands = missing == 0
+    plan = plans[-1] if stands else _best(sens, plans)
+    notes = {"correct": history, "stands": stands, "correct_samples": run.options.num_samples}
+    plan = replace(plan, info={**plan.info, **notes})
+    ranks.send(sens.save)
+    ranks.send(plan.save)
+    return sens, plan
+
+
+def _rows(sens: Sensitivity, plan: Plan) -> list[int]:
+    """The plan's candidate of every layer."""
+    return [sens.index(layer.name, plan.bits[layer.name]) for layer in sens.layers]
+
+
+def _measured(run: PairRun, ranks: Ranks, folder: Path | None, verbose: bool) -> Sums:
+    """Sums of a round; those of an interrupted one, and no other, are gone on with."""
+    place = None if folder is None or not ranks.writes else folder / FOLDER
+    if place is not None and recorded(place) != json.loads(json.dumps(run.settings)):
+        shutil.rmtree(place, ignore_errors=True)
+    checkpoint = Checkpoint(place, run.settings, run.size, run.candidates)
+    run.gather(ranks, checkpoint, 0, verbose)
+    return checkpoint.total
+
+
+def _put(sens: Sensitivity, sums: Sums, rows: list[int], later: Later) -> Sensitivity:
+    """The matrix with the measured pairs in it; a pair whose loss is not finite stays as it was."""
+    block = np.ix_(rows, rows)
+    mean, error = corrected_entries(sums, sens.interaction[block], sens.stderr[block], sens.num_samples)
+    interaction, stderr = sens.interaction.copy(), sens.stderr.copy()
+    pairs = [[i, j] for i, behind in enumerate(later) for j in behind]
+    for i, j in pairs:
+        if np.isfinite(mean[i, j]):
+            for v, w in ((rows[i], rows[j]), (rows[j], rows[i])):
+                interaction[v, w], stderr[v, w] = mean[i, j], error[i, j]
+    done = [*sens.info.get("corrected_pairs", []), *([rows[i], rows[j]] for i, j in pairs)]
+    return replace(sens, interaction=interaction, stderr=stderr, info={**sens.info, "corrected_pairs": done})
+
+
+def _keep(sens: Sensitivity, folder: Path | None) -> None:
+    if folder is None:
+        return
+    with writing(folder):
+        sens.save(folder / MATRIX_FILE)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def _best(sens: Sensitivity, plans: list[Plan]) -> Plan:
+    """Of plans whose pairs are measured, all but the last, the least under the matrix as it is now; the last one's bound."""
+    last = plans[-1]
+    priced = [(given_plan(sens, plan.bits, last.objective_name), plan) for plan in plans[:-1]]
+    price, plan = min(priced, key=lambda pair: pair[0].objective)
+    return replace(plan, status="feasible", objective=price.objective, values=price.values, bound=last.bound)
+
+
+class PairRun(Run):
+    """A run over one width per layer and some of the pairs, again and again."""
+
+    def __init__(self, model: nn.Module, held: Any, sens: Sensitivity, options: Options) -> None:
+        self._held, self._ranges = held, sens.activations
+        super().__init__(model, [held], options)
+        found, wanted = ([layer.name for layer in layers] for layers in (self.executor.layers, sens.layers))
+        require(found == wanted, "correct", "model", "have the layers of sens", f"{len(found)} layers")
+        self._every, self._alone = self.variants, dict(self.settings)
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def choose(self, rows: Sequence[int], later: Later, title: str) -> None:
+        """Take these candidates, one of every layer, and these pairs of them from now on."""
+        flat = [variant for own in self._every for variant in own]
+        self.variants = [[flat[v]] for v in rows]
+        self.later, self.title = later, title
+        self.settings = {**self._alone, "candidates": list(rows), "pairs": [list(behind) for behind in later]}
+        self.stream = SampleStream([self._held], self.options.num_samples)
+        self.stream.peek()
+        self.executor.work, self.measured = 0.0, 0
+
+    def _calibrate(self, verbose: bool) -> Activations:
+        return self._ranges
+
+    def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
+        return corrected(self.executor, self.variants, batch, loss, tick, share, self.later)

@@ -1,0 +1,207 @@
+"""Plans improved by their measured loss: the matrix again, but around the plan instead of around the float model.
+
+Few bits make large perturbations, and what was measured around the float model no longer holds near the plan. So the loss is
+expanded where it is needed: every layer of the *quantized* model is moved to its other widths, the program is solved with that
+matrix, and the best answer is measured, until no measured plan is better. This is sequential quadratic programming over
+one-hot choices (Nocedal and Wright 2006, ch. 18) whose steps the measured loss accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import clado_ext
+
+from ..artifacts import Plan, Sensitivity
+from ..common import check_targets, moved_to, progress_bar, require, split_batch, two_samples
+from ..deploy import check_fit
+from ..graph import Executor, converted, full_precision
+from ..graph.capture import capture
+from ..profiling import LOSSES, SampleStream, Sums, entries
+from ..quant import quantize_activations
+from ..solver import LinearConstraint, Solver, given_plan
+
+RADII = (4, 2, 1)  # layers that may change at once, beside no limit
+
+
+def refine(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    sens: Sensitivity,
+    plans: Plan | Sequence[Plan],
+    *,
+    rounds: int = 4,
+    loss: str = "kl",
+    num_samples: int | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    time_limit: float = 60.0,
+    verbose: bool = True,
+    **arguments: Any,
+) -> Plan:
+    """A plan whose measured loss increase is at most that of ``plans``, within the same budgets.
+
+    Each round measures the matrix around the present plan (as many forwards as the ``logit`` estimator), solves for a few
+    plans near and far, and keeps the one of least measured loss. It ends when none is better.
+
+    Args:
+        model: the float model, in eval mode; it is not changed.
+        data_loader: batches of inputs or (inputs, targets); the sensitivity set will do.
+        sens: the matrix the plans were solved from: its widths and its quantizer.
+        plans: where to begin: one plan, or several (see :func:`clado.shortlist`) of which the best measured one is taken.
+        rounds: how many matrices to measure at most.
+        loss: "kl" to the float model's outputs or "cross_entropy".
+        num_samples: how many samples of the loader to use; None: as many as ``sens``.
+        batch_size: samples that advance together.
+        device: where to run; None: where the model is.
+        seed: fixes torch's generator while ``data_loader`` is read.
+        time_limit: seconds of solving per round.
+        verbose: show a progress bar.
+        **arguments: budgets and wishes of :func:`clado.solve` that hold for the result, ``objective`` and ``start`` aside.
+
+    Returns:
+        The best plan measured, priced under ``sens`` and with status "given": a bound under ``sens`` says nothing about a
+        measured loss. ``info["refine"]`` lists the rounds: loss increase, plans measured, layers
+        changed; ``info["refine_forward_equivalents"]`` is their cost.
+
+    Raises:
+        CladoError: no budget, a plan without bits or of other layers, bad data, as :func:`clado.profile` and
+            :func:`clado.solve`.
+    """
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    require(len(plans) > 0, "refine", "plans", "not be empty", "none")
+    for plan in plans:
+        require(bool(plan.bits), "refine", "plans", "have bits", plan.status)
+        check_fit(model, plan, "refine")
+    require(rounds >= 1, "refine", "rounds", "be at least 1", rounds)
+    require(loss in LOSSES, "refine", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
+    named = {"objective", "start"} & set(arguments)
+    require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
+    count = num_samples or sens.num_samples
+    inputs, targets = split_batch(SampleStream(data_loader, count, seed).peek(count), "refine")
+    require(loss == "kl" or targets is not None, "refine", "data_loader", "yield targets for cross_entropy", "none")
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    with torch.no_grad(), full_precision():
+        ground = _Ground(
+            converted(model, place, next(model.parameters()).dtype),
+            sens,
+            inputs,
+            targets if loss != "kl" else None,
+            batch_size,
+        )
+        starts = [{layer.name: plan.bits[layer.name] for layer in sens.layers} for plan in plans]
+        known = {tuple(bits.values()): ground.loss(bits) for bits in starts} if len(starts) > 1 else {}
+        best, history = min(starts, key=lambda bits: known.get(tuple(bits.values()), 0.0)), []
+        with progress_bar("refine", rounds, "rounds", verbose) as show:
+            for done in range(1, rounds + 1):
+                around, value = ground.matrix(best)
+                known[tuple(best.values())] = value
+                found = [p for p in _proposals(around, best, time_limit, arguments) if tuple(p.values()) not in known]
+                known |= {tuple(bits.values()): ground.loss(bits) for bits in found}
+                winner = min(found, key=lambda bits: known[tuple(bits.values())], default=best)
+                better = known[tuple(winner.values())] < value
+                changed = sum(winner[name] != best[name] for name in best) if better else 0
+                history.append({"loss_increase": value, "measured": len(found), "changed": changed})
+                show(done)
+                if not better:
+                    break
+                best = winner
+    budgets = {k: v for k, v in arguments.items() if k in _BUDGETS}
+    result = given_plan(sens, best, **budgets)
+    note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
+    note["refine_forward_equivalents"] = ground.executor.work / len(inputs)
+    return replace(result, info=note)
+
+
+_BUDGETS = ("avg_bits", "size_mb", "size_bytes", "bitops", "latency_ms", "latency", "act_bits", "constraints")
+
+
+def _proposals(around: Sensitivity, best: dict[str, int], seconds: float, arguments: dict) -> list[dict[str, int]]:
+    """Distinct solutions near and far: without a limit on the layers that change, and within each of ``RADII``."""
+    solver = Solver(around)
+    start = given_plan(around, best)
+    own = tuple(arguments.get("constraints", ()))
+    moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in best.items()}
+    asked = [("original", None), ("shrunk", None), *(("original", radius) for radius in RADII)]
+    found = []
+    for objective, radius in asked:
+        if objective == "shrunk" and not np.isfinite(around.stderr).all():
+            continue
+        limit = () if radius is None else (LinearConstraint("changed layers", moves, radius),)
+        wishes = {"solver": "heuristic", **arguments, "constraints": own + limit, "start": start}
+        plan = solver.solve(objective=objective, time_limit=seconds / len(asked), **wishes)
+        found.append(plan.bits)
+    return list({tuple(bits.values()): bits for bits in found if bits and bits != best}.values())
+
+
+class _Ground:
+    """The captured model under any bits: its loss, and the matrix around it.
+
+    Attributes:
+        target: probabilities ``[N, C]`` float64 the loss refers to; constant: what they add to it, ``[N]``.
+    """
+
+    def __init__(self, model: nn.Module, sens: Sensitivity, inputs: Tensor, targets: Tensor | None, chunk: int) -> None:
+        first = next(model.parameters())
+        self.sens, self.chunk = sens, chunk
+        self.inputs = moved_to(inputs, first.device, first.dtype)
+        if sens.activations:
+            model = quantize_activations(model, sens.activations)
+        example = two_samples(self.inputs)
+        captured = capture(model, example, (), quantize_ends=True)
+        self.executor = Executor(captured)
+        self.executor.self_test(example)
+        position = {layer.name: k for k, layer in enumerate(captured.layers)}
+        missing = [layer.name for layer in sens.layers if layer.name not in position]
+        require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
+        self.position = [position[layer.name] for layer in sens.layers]
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        self.variants = [list(sens.quantizer.fake_quant(weights[layer.names[0]], sens.bits)) for layer in sens.layers]
+        parts = [self.executor.clean(self.executor.start(part)) for part in self.inputs.split(chunk)]
+        clean = torch.cat(parts).double().log_softmax(1)
+        check_targets(targets, clean.shape[1])
+        self.target = clean.exp() if targets is None else nn.functional.one_hot(targets, clean.shape[1]).to(clean)
+        self.constant = (self.target * clean).sum(1)
+
+    def loss(self, bits: dict[str, int]) -> float:
+        """Mean loss increase over the float model."""
+        self._stand_on(bits)
+        parts = [self.executor.clean(self.executor.start(part)) for part in self.inputs.split(self.chunk)]
+        return (self.constant - (self.target * torch.cat(parts).double().log_softmax(1)).sum(1)).mean().item()
+
+    def matrix(self, bits: dict[str, int]) -> tuple[Sensitivity, float]:
+        """The matrix around ``bits``, in closed form (docs/numerics.md) about the plan's own logits, and the loss there."""
+        self._stand_on(bits)
+        sums, loss = Sums.zeros(self.sens.num_candidates), 0.0
+        for first in range(0, len(self.inputs), self.chunk):
+            part = slice(first, first + self.chunk)
+            state, finished = self.executor.start(self.inputs[part]), []
+            for k, variants in zip(self.position, self.variants, strict=True):
+                state = self.executor.advance(state, k)
+                finished.append(self.executor.finish(self.executor.fork(state, k, variants)))
+            logits = self.executor.clean(state)
+            delta = torch.cat(finished).sub_(logits)
+            total, squares = clado_ext.pairwise_ce(logits, delta)
+            now, change = logits.double().log_softmax(1), delta.double()
+            increase = torch.logsumexp(now + change, -1) - (self.target[part] * change).sum(-1)
+            loss += (self.constant[part] - (self.target[part] * now).sum(1)).sum().item()
+            sums.loss += increase.sum(1).cpu()
+            sums.loss_squared += increase.square().sum(1).cpu()
+            sums.pair += total.cpu()
+            sums.pair_squared += squares.cpu()
+            sums.samples += len(logits)
+        delta_loss, interaction, stderr = entries(sums, len(self.variants), len(self.sens.bits))
+        around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
+        return around, loss / sums.samples
+
+    def _stand_on(self, bits: dict[str, int]) -> None:
+        sources, widths = self.executor.captured.sources, self.sens.bits
+        chosen = zip(self.position, self.variants, bits.values(), strict=True)
+        self.executor.rebase({node: own[widths.index(b)] for k, own, b in chosen for node in sources[k]})

@@ -1,0 +1,51 @@
+"""Graph and samples to sensitivity matrix: estimators, sums, chunks, checkpoints, ranks.
+
+Other packages call :func:`profile` or run a task of their own through :class:`Run`.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..common import door
+
+if TYPE_CHECKING:
+    from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
+    from .distributed import Ranks, is_writer, torchrun_group
+    from .estimators import ESTIMATORS, Later, corrected
+    from .losses import Loss
+    from .options import LOSSES, Options
+    from .profiler import plan_run, profile, with_defaults
+    from .run import Run
+    from .run_plan import RunPlan
+    from .samples import SampleStream, sample_digests
+    from .share import Share
+    from .sums import Sums, corrected_entries, entries
+else:
+    __getattr__, __dir__ = door(__name__)
+
+__all__ = [
+    "ESTIMATORS",
+    "LOSSES",
+    "PROGRESS_FILE",
+    "Checkpoint",
+    "Later",
+    "Loss",
+    "Options",
+    "Ranks",
+    "Run",
+    "RunPlan",
+    "SampleStream",
+    "Share",
+    "Sums",
+    "corrected",
+    "corrected_entries",
+    "entries",
+    "is_writer",
+    "plan_run",
+    "profile",
+    "read_progress",
+    "recorded",
+    "sample_digests",
+    "torchrun_group",
+    "with_defaults",
+    "writing",
+]

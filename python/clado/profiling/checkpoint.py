@@ -1,0 +1,178 @@
+"""The running sums of a profile on disk, so that a run killed at any moment goes on to the same bits.
+
+One file holds the sums over all finished chunks, the digest of every sample in them and the settings in clear. It is replaced
+as a whole after every chunk, so its size does not grow, and it stays when the run is finished: with more samples the same
+run goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..common import CladoError, atomic_file, require
+from .sums import TENSORS, Sums
+
+PROGRESS_FILE = "progress.safetensors"
+SCHEMA = 1
+
+
+class Checkpoint:
+    """Sums of finished chunks in sample order; with ``output_dir=None`` nothing is written.
+
+    Chunks are added in order, so the sums are the same left fold however often a run was interrupted.
+
+    Args:
+        output_dir: the run directory.
+        settings: JSON values by name that decide the result; a directory whose values differ is refused.
+        size: samples of a whole chunk. Only whole chunks are written: a shorter one ends the set, and with more samples it is
+            measured again as a whole one.
+        candidates: V.
+
+    Attributes:
+        total: sums so far.
+        digests: int64 ``[total.samples]``.
+        pieces: (samples, perturbations) that advanced together on the writing rank: one pair, and another wherever that changed.
+        expected: int64, digests of all samples the directory is known to hold, finished result included.
+    """
+
+    def __init__(self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int) -> None:
+        self.path = None if output_dir is None else output_dir / PROGRESS_FILE
+        self.size = size
+        self.settings = json.loads(json.dumps(settings))
+        self.total = Sums.zeros(candidates)
+        self.digests = torch.zeros(0, dtype=torch.int64)
+        self.pieces: list[list[int]] = []
+        if self.path is not None and self.path.exists():
+            header, self.total, self.digests = read_progress(self.path)
+            self.pieces = header.get("pieces", [])
+            refuse_other_run(header["settings"], self.settings, self.path.parent)
+        self.expected = self.digests
+        if output_dir is not None:
+            for left in output_dir.glob(".*.safetensors.*"):  # of a run that was killed while it wrote
+                left.unlink(missing_ok=True)
+
+    def check(self, first: int, digests: Tensor) -> None:
+        """Raise unless the samples from ``first`` on are those that the directory holds there, as far as it goes."""
+        known = self.expected[first : first + len(digests)]
+        different = (known != digests[: len(known)]).nonzero()
+        if len(different) > 0:
+            self.require_same(False, f"data differ from sample {first + int(different[0])} on")
+
+    def check_end(self, seen: int) -> None:
+        """Raise when the data ended before the samples that the directory holds."""
+        short = f"{len(self.expected)} samples are more than the {seen} asked for or at hand now"
+        self.require_same(seen >= len(self.expected), short)
+
+    def require_same(self, same: bool, reason: str) -> None:
+        place = None if self.path is None else self.path.parent
+        require(same, "profile", "output_dir", "be new or hold the same run", f"{place}, whose {reason}")
+
+    def add(self, part: Sums, digests: Tensor) -> None:
+        """Add the next chunk and keep it.
+
+        Raises:
+            CladoError: the disk is full; what was kept before stays.
+        """
+        whole = part.samples == self.size
+        if self.path is not None and not whole and not self.path.exists():
+            self._write(self.path)  # the settings, for whoever comes with others
+        self.total += part
+        self.digests = torch.cat([self.digests, digests])
+        if self.path is not None and whole:
+            self._write(self.path)
+
+    def _write(self, path: Path) -> None:
+        tensors = {name: getattr(self.total, name).clone(memory_format=torch.contiguous_format) for name in TENSORS} | {
+            "digests": self.digests
+        }
+        header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
+        with writing(path.parent), atomic_file(path) as temporary:
+            temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise where a run directory cannot be made, before anything is measured; nothing is made yet."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    why = "may not be written to" if place.is_dir() else "is a file"
+    require(usable, "profile", "output_dir", "be a folder that can be written", f"{folder} ({place} {why})")
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """One line where a file of a run directory cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _disk_error(error, place) from None
+
+
+def _disk_error(error: Exception, place: Path) -> CladoError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    must, got = ("have space left", "a full disk") if full else ("be writable", str(error))
+    return CladoError(
+        f"profile: output_dir must {must}, got {got} at {place}; finished chunks are kept, run the same call again to go on"
+    )
+
+
+def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path) -> None:
+    """Raise when settings differ, naming those that do with both values."""
+    known, wanted = _flat(known), _flat(wanted)
+    different = [item for item in {**known, **wanted} if known.get(item) != wanted.get(item)]
+    shown = [f"{item} differ ({_short(known.get(item))} there, {_short(wanted.get(item))} here)" for item in different]
+    require(
+        not different, "profile", "output_dir", "be new or hold the same run", f"{place}, whose {' and '.join(shown)}"
+    )
+
+
+def recorded(output_dir: Path | None) -> dict[str, Any]:
+    """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
+    there = output_dir is not None and (output_dir / PROGRESS_FILE).exists()
+    return read_progress(output_dir / PROGRESS_FILE)[0]["settings"] if output_dir is not None and there else {}
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by one name each: ``quantizer.group_size`` beside ``bits``."""
+    parts = [
+        {f"{name}.{key}": v for key, v in value.items()} for name, value in settings.items() if isinstance(value, dict)
+    ]
+    flat = {name: value for name, value in settings.items() if not isinstance(value, dict)}
+    return {name: value for part in (flat, *parts) for name, value in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 24 else text[:10] + "…"
+
+
+def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
+    """(header with the settings, sums, sample digests) of a checkpoint file.
+
+    Raises:
+        CladoError: a damaged or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("clado.progress", "{}"))
+            require(
+                header.get("schema") == SCHEMA, "profile", f"schema of {path}", f"be {SCHEMA}", header.get("schema")
+            )
+            tensors = {name: file.get_tensor(name) for name in (*TENSORS, "digests")}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CladoError(
+            f"profile: output_dir must hold a whole {PROGRESS_FILE}, got a damaged {path} ({error}); "
+            "without it the run starts anew"
+        ) from None
+    digests = tensors.pop("digests")
+    return header, Sums(**tensors, samples=len(digests)), digests

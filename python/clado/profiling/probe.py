@@ -1,0 +1,107 @@
+"""What a low precision costs: a few layers and samples against float64, before the run that would use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..graph import Captured, CarriedExecutor, Executor
+from .estimators import ESTIMATORS, Variants, singles
+from .losses import LogitLoss, Loss
+
+
+def auto_precision(device: torch.device, estimator: str) -> str:
+    """bfloat16 where the device multiplies it faster and the estimator bears it (docs/numerics.md), else float32."""
+    if device.type == "cuda":
+        units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if units and estimator in ("logit", "diagonal") else "float32"
+
+
+LAYERS, SAMPLES = 6, 4
+
+
+def probe(
+    captured: Captured,
+    variants: Variants,
+    batch: Any,
+    make_loss: Callable[[Any], Loss],
+    estimator: str,
+    precision: str,
+    num_samples: int,
+) -> dict[str, Any]:
+    """Errors of a carried precision against a float64 run of the same estimator.
+
+    Args:
+        captured: the float32 graph; ``variants``: its quantized weights.
+        batch: a few samples.
+        make_loss: the loss on a batch of either precision.
+        estimator: which one; "corrected" is probed by its dearer half, "exact".
+        precision: "tf32" or "bfloat16".
+        num_samples: samples of the run to come: its sampling noise is what an error must stay below.
+
+    Returns:
+        ``loss_error``, ``pair_error``: relative errors (Frobenius) of ΔL and Ω; ``loss_noise``, ``pair_noise``: expected
+        standard errors of the run over the same norm; ``delta_error``: {bits index: relative error of δ, worst candidate};
+        ``good``: whether both errors are below the noise.
+    """
+    count = len(captured.layers)
+    chosen = sorted({round(k * (count - 1) / max(1, LAYERS - 1)) for k in range(min(LAYERS, count))})
+    few = replace(
+        captured,
+        layers=tuple(captured.layers[k] for k in chosen),
+        sources=tuple(captured.sources[k] for k in chosen),
+    )
+    device = variants[0][0].device
+    name = "exact" if estimator == "corrected" else estimator
+    runs = []
+    for executor, dtype in (
+        (CarriedExecutor(few, precision, device), torch.float32),
+        (Executor(replace(few, constants=_to(few.constants, torch.float64))), torch.float64),
+    ):
+        mine = [[weight.to(dtype) for weight in variants[k]] for k in chosen]
+        inputs = _to(batch, dtype)
+        loss = make_loss(inputs)
+        delta = singles(executor, mine, inputs, loss, _nothing)[2] if isinstance(loss, LogitLoss) else None
+        runs.append((ESTIMATORS[name](executor, mine, inputs, loss, _nothing), delta))
+    (low, low_delta), (high, high_delta) = runs
+    result: dict[str, Any] = {"precision": precision, "layers": len(chosen), "samples": high.samples}
+    for item, got, wanted, squares in (
+        ("loss", low.loss, high.loss, high.loss_squared),
+        ("pair", low.pair, high.pair, high.pair_squared),
+    ):
+        upper = torch.ones_like(wanted) if wanted.dim() == 1 else torch.triu(torch.ones_like(wanted), 1)
+        norm = (wanted * upper).norm().item() or 1.0
+        variance = (squares / high.samples - (wanted / high.samples).square()).clamp(min=0) * upper
+        noise = (
+            (variance * high.samples / max(1, high.samples - 1) / num_samples).sum().sqrt().item() * high.samples / norm
+        )
+        result[f"{item}_error"] = ((got - wanted) * upper).norm().item() / norm
+        result[f"{item}_noise"] = noise if high.samples > 1 else float("inf")
+    if low_delta is not None and high_delta is not None:
+        width = len(variants[0])
+        errors = (low_delta.double() - high_delta).flatten(1).norm(dim=1) / high_delta.flatten(1).norm(dim=1).clamp(
+            min=1e-300
+        )
+        result["delta_error"] = [errors[m::width].max().item() for m in range(width)]
+    result["good"] = all(result[f"{item}_error"] <= result[f"{item}_noise"] for item in ("loss", "pair"))
+    if result["loss_noise"] == float("inf"):  # a single sample says nothing about noise
+        result["loss_noise"] = result["pair_noise"] = None
+    return result
+
+
+def _to(nest: Any, dtype: torch.dtype) -> Any:
+    def convert(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return {k: convert(v) for k, v in nest.items()} if isinstance(nest, dict) else pytree.tree_map(convert, nest)
+
+
+def _nothing() -> None:
+    pass

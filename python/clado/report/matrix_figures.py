@@ -1,0 +1,287 @@
+"""Figures of the sensitivity matrix: interactions, eigenvalues, sampling errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from ..artifacts import Plan, Sensitivity
+from ..quant import same_layer
+from .style import Spec, decades, figure, note, rounded, rule
+
+STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
+LARGEST_MAP = 160  # layers; beyond, the map shows those that carry the most
+
+
+def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
+    """The sensitivity matrix by pairs of layers: the later layer down, the earlier across, a layer alone on the diagonal.
+
+    With the plan's bits the cells add up to the predicted loss increase. Cells within two standard errors are faint.
+    """
+    shown = heaviest_layers(sens, LARGEST_MAP)
+    names = [sens.layers[k].name for k in shown]
+    width = len(sens.bits)
+    plan_bits = None if plan is None or not plan.bits else [sens.bits.index(plan.bits[name]) for name in names]
+    rows: list[Spec] = []
+    for row, later in enumerate(shown):
+        for column, earlier in enumerate(shown[: row + 1]):
+            a, b = slice(earlier * width, (earlier + 1) * width), slice(later * width, (later + 1) * width)
+            if earlier == later:
+                value = np.repeat(sens.delta_loss[a][:, None], width, axis=1)
+                error = np.repeat(np.diag(sens.stderr)[a][:, None], width, axis=1)
+            else:
+                value, error = sens.interaction[a, b], sens.stderr[a, b]
+            cell: Spec = {"a": names[column], "b": names[row], "w": rounded(value), "s": rounded(error)}
+            if plan_bits is not None:
+                cell |= {"m": plan_bits[column], "n": plan_bits[row]}
+            rows.append(cell)
+    choices = ([-1] if plan_bits is not None else []) + list(range(width))
+    labels = (["the plan's bits"] if plan_bits is not None else []) + [f"{bits} bits" for bits in sens.bits]
+    params = [
+        {
+            "name": name,
+            "value": choices[0],
+            "bind": {"input": "select", "options": choices, "labels": labels, "name": f"{name} layer at "},
+        }
+        for name in ("earlier", "later")
+    ]
+    bits = list(sens.bits)
+    transform: list[Spec] = [
+        {"calculate": "earlier < 0 ? datum.m : earlier", "as": "mm"},
+        {"calculate": "later < 0 ? datum.n : later", "as": "nn"},
+        {"calculate": f"datum.w[datum.mm * {width} + datum.nn]", "as": "value"},
+        {"calculate": f"datum.s[datum.mm * {width} + datum.nn]", "as": "error"},
+        {"filter": "isValid(datum.value)"},
+        {"calculate": "isValid(datum.error) && abs(datum.value) < 2 * datum.error", "as": "faint"},
+        {"calculate": f"datum.a + ' at ' + {bits}[datum.mm] + ' bits'", "as": "first"},
+        {
+            "calculate": f"datum.a == datum.b ? 'alone' : datum.b + ' at ' + {bits}[datum.nn] + ' bits'",
+            "as": "second",
+        },
+        {
+            "calculate": "format(datum.value, abs(datum.value) < 0.001 ? '.2e' : '.3~g')"
+            " + (isValid(datum.error) ? ' ± ' + format(datum.error, datum.error < 0.001 ? '.1e' : '.2~g') : '') + ' nats'",
+            "as": "text",
+        },
+    ]
+    side = min(20.0, max(3.0, 620 / len(shown)))
+    label: Spec = {"labelLimit": 150, "labelFontSize": min(10.0, max(7.0, side)), "labelOverlap": True, "ticks": False}
+    if side < 7:
+        label["values"] = names[:: math.ceil(8 / side)]
+    thresholds = steps(sens)
+    above = " + ".join(f"(datum.value > {t!r})" for t in thresholds)
+    transform.append({"calculate": above, "as": "step"})
+    colours = [f"$down{k}" for k in range(STEPS, 0, -1)] + ["$zero"] + [f"$up{k}" for k in range(1, STEPS + 1)]
+    return {
+        "width": side * len(shown),
+        "height": side * len(shown),
+        "data": {"values": rows},
+        "params": params,
+        "transform": transform,
+        "mark": {"type": "rect", "stroke": "$card", "strokeWidth": 1 if side > 8 else 0.3},
+        "encoding": {
+            "x": {
+                "field": "a",
+                "type": "nominal",
+                "sort": None,
+                "axis": {**label, "title": "earlier layer", "domain": False},
+            },
+            "y": {
+                "field": "b",
+                "type": "nominal",
+                "sort": None,
+                "axis": {**label, "title": "later layer", "domain": False},
+            },
+            "color": {
+                "field": "step",
+                "type": "ordinal",
+                "scale": {"domain": list(range(len(colours))), "range": colours},
+                "legend": {
+                    "title": ["what the pair adds to the loss, nats", "(on the diagonal: the layer alone)"],
+                    "values": list(range(len(colours)))[::-1],
+                    "labelExpr": f"{step_labels(thresholds)}[datum.value]",
+                    "symbolType": "square",
+                    "symbolSize": 210,
+                    "symbolStrokeWidth": 0,
+                    "orient": "none",
+                    "legendX": side * len(shown) - 190 if side * len(shown) > 480 else side * len(shown) + 20,
+                    "legendY": 0,
+                    "titleLimit": 400,
+                    "titlePadding": 8,
+                    "rowPadding": 0,
+                },
+            },
+            "opacity": {"condition": {"test": "datum.faint", "value": 0.28}, "value": 1},
+            "tooltip": [
+                {"field": "first", "title": "layer"},
+                {"field": "second", "title": "with"},
+                {"field": "text", "title": "adds"},
+            ],
+        },
+    }
+
+
+def heaviest_layers(sens: Sensitivity, count: int) -> list[int]:
+    """At most ``count`` layers with the largest entries, in execution order."""
+    size = np.nan_to_num(np.abs(sens.matrix)).reshape(len(sens.layers), len(sens.bits), -1).max(axis=(1, 2))
+    return sorted(np.argsort(-size, kind="stable")[:count].tolist())
+
+
+def steps(sens: Sensitivity) -> list[float]:
+    """Thresholds of the diverging colours: ±t, ±√10·t, …, the largest near the top percent of the entries."""
+    outside = ~same_layer(len(sens.layers), len(sens.bits))
+    entries = np.abs(np.concatenate([sens.interaction[outside], sens.delta_loss]))
+    entries = entries[np.isfinite(entries) & (entries > 0)]
+    top = float(np.quantile(entries, 0.99)) if len(entries) else 1.0
+    exponent = math.floor(2 * math.log10(top)) / 2
+    up = [float(f"{10 ** (exponent - k / 2):.0e}") for k in range(STEPS)]
+    return [-t for t in up] + up[::-1]
+
+
+def step_labels(thresholds: Sequence[float]) -> list[str]:
+    """What each colour stands for, from the most negative up."""
+    names = [
+        f"{t:.0e}".replace("e-0", "e-").replace("e+0", "e+").replace("-", "−", 1 if t < 0 else 0) for t in thresholds
+    ]
+    inner = [f"{a} … {b}" for a, b in pairwise(names)]
+    inner[STEPS - 1] = f"within ±{names[STEPS]}"
+    return [f"below {names[0]}", *inner, f"above {names[-1]}"]
+
+
+def eigenvalue_figure(sens: Sensitivity) -> Spec:
+    """Eigenvalues of G by size, and how far noise of the matrix' own standard errors reaches by itself."""
+    values = np.linalg.eigvalsh(sens.matrix[np.ix_(sens.measured, sens.measured)])
+    rows: list[Spec] = []
+    for sign, name in ((1, "positive"), (-1, "negative")):
+        part = np.sort(sign * values[sign * values > 0])[::-1]
+        rows += [{"rank": k + 1, "size": figure(x), "sign": name} for k, x in enumerate(part)]
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 0.9},
+            "encoding": {
+                "x": {"field": "rank", "type": "quantitative", "axis": {"title": "rank", "grid": False}},
+                "y": {
+                    "field": "size",
+                    "type": "quantitative",
+                    "scale": {"type": "log"},
+                    "axis": {
+                        "title": "|eigenvalue|, nats",
+                        "format": "~e",
+                        "values": decades(row["size"] for row in rows),
+                    },
+                },
+                "color": {
+                    "field": "sign",
+                    "type": "nominal",
+                    "scale": {"domain": ["positive", "negative"], "range": ["$accent", "$warm"]},
+                    "legend": {"title": None, "orient": "top"},
+                },
+                "tooltip": [
+                    {"field": "rank"},
+                    {"field": "size", "title": "|eigenvalue|", "format": ".3~g"},
+                    {"field": "sign"},
+                ],
+            },
+        }
+    ]
+    noise = noise_edge(sens)
+    if noise is not None and noise > 0:
+        layers.append(rule("y", noise))
+        layers.append(note(f"noise alone reaches {noise:.1e}", x={"value": "width"}, y={"datum": noise}, align="right"))
+    return {"width": "container", "height": 260, "data": {"values": rows}, "layer": layers}
+
+
+def noise_edge(sens: Sensitivity, draws: int = 4) -> float | None:
+    """Mean largest |eigenvalue| of symmetric noise with the entries' standard errors, independent; None where unknown."""
+    error = sens.stderr[np.ix_(sens.measured, sens.measured)]
+    np.fill_diagonal(error, 2 * np.diag(error))
+    if not np.isfinite(error).all():
+        return None
+    random = np.random.default_rng(0)
+    edges = []
+    for _ in range(draws):
+        upper = np.triu(random.standard_normal(error.shape))
+        noise = (upper + np.triu(upper, 1).T) * error
+        edges.append(float(np.abs(np.linalg.eigvalsh(noise)).max()))
+    return float(np.mean(edges))
+
+
+def sampling_figure(sens: Sensitivity) -> Spec | None:
+    """Relative error of the matrix against the number of samples; None where standard errors are unknown."""
+    errors = relative_errors(sens)
+    if not errors or sens.num_samples < 2:
+        return None
+    count = sens.num_samples
+    grid = [count * 2.0**k for k in range(-5, 6)]
+    rows: list[Spec] = [
+        {"samples": n, "error": figure(error * math.sqrt(count / n)), "part": part, "beyond": n > count}
+        for part, error in errors.items()
+        for n in grid
+    ]
+    points = [{"samples": count, "error": figure(error), "part": part} for part, error in errors.items()]
+    colours = ["$accent", "$bits2", "$bits3", "$bits4", "$bits5", "$bits6", "$bits7", "$bits8"]
+    colour = {
+        "field": "part",
+        "type": "nominal",
+        "sort": None,
+        "scale": {
+            "domain": list(errors),
+            "range": [colours[0], *(f"$bits{bits}" for bits in sens.bits)][: len(errors)],
+        },
+        "legend": {"title": None, "orient": "top", "columns": 3},
+    }
+    x: Spec = {
+        "field": "samples",
+        "type": "quantitative",
+        "scale": {"type": "log", "base": 2, "nice": False},
+        "axis": {"title": "samples", "grid": False, "values": grid[1:-1:2], "format": ",d"},
+    }
+    y: Spec = {
+        "field": "error",
+        "type": "quantitative",
+        "scale": {"type": "log", "nice": False},
+        "axis": {"title": "relative error (rms)", "format": "~%", "values": decades(row["error"] for row in rows)},
+    }
+    tooltip = [{"field": "part"}, {"field": "samples", "format": ",d"}, {"field": "error", "format": ".2~p"}]
+    layers: list[Spec] = [
+        {
+            "transform": [{"filter": f"datum.samples <= {count}"}],
+            "mark": {"type": "line", "strokeWidth": 2},
+            "encoding": {"x": x, "y": y, "color": colour},
+        },
+        {
+            "transform": [{"filter": f"datum.samples >= {count}"}],
+            "mark": {"type": "line", "strokeWidth": 2, "strokeDash": [4, 4]},
+            "encoding": {"x": x, "y": y, "color": colour},
+        },
+        {
+            "data": {"values": points},
+            "mark": {"type": "point", "size": 70},
+            "encoding": {"x": x, "y": y, "color": colour, "tooltip": tooltip},
+        },
+        rule("x", count),
+    ]
+    return {"width": "container", "height": 260, "data": {"values": rows}, "layer": layers}
+
+
+def relative_errors(sens: Sensitivity) -> dict[str, float]:
+    """Root-mean-square standard error over root-mean-square value, noise taken off the latter: the single loss increases,
+    then the interactions of layers that share a bit-width; parts that drown in noise or are unknown are left out."""
+    width = len(sens.bits)
+    kind = np.tile(np.arange(width), len(sens.layers))
+    outside = ~same_layer(len(sens.layers), width)
+    parts = {"one layer": (sens.delta_loss, np.diag(sens.stderr))}
+    for m, bits in enumerate(sens.bits):
+        pick = outside & (kind[:, None] == m) & (kind[None, :] == m)
+        parts[f"pairs at {bits} bits"] = (sens.interaction[pick], sens.stderr[pick])
+    out = {}
+    for name, (values, errors) in parts.items():
+        value, error = values[np.isfinite(values)], errors[np.isfinite(values)]
+        noise = float((error**2).sum())
+        signal = float((value**2).sum()) - noise
+        if math.isfinite(noise) and noise > 0 and signal > 0:
+            out[name] = math.sqrt(noise / signal)
+    return out

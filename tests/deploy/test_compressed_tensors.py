@@ -1,0 +1,110 @@
+"""What the compressed-tensors package makes of our files: its own reader is the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import clado
+from clado.artifacts import Plan
+from clado.deploy import predicted_bytes, verify
+from clado.deploy.formats import Request
+from clado.deploy.formats import compressed_tensors as ct
+from clado.quant import Quantizer
+from tests.models import random_plan, small_cnn, tiny_vit
+
+package = pytest.importorskip("compressed_tensors")
+NAME = "compressed-tensors"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 0, 5, 32, 128])
+@pytest.mark.parametrize("odd_widths", [None, "dense"])
+def test_the_package_decompresses_bit_for_bit(
+    odd_widths: str | None, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    """Rows of 16, 32 and 128 columns: groups of 5 divide none of them."""
+    model, shape = tiny_vit()
+    bits = (2, 4, 8) if odd_widths is None else range(2, 9)
+    plan = random_plan(model, Quantizer(group_size, 2, symmetric), bits)
+    written = clado.export(model, plan, tmp_path / "out", NAME, odd_widths=odd_widths)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, NAME, odd_widths=odd_widths)
+    tensors = load_file(tmp_path / "out" / ct.MODEL_FILE)
+    parts = (ct.PACKED, ct.SCALE, ct.ZERO_POINT, "weight_shape")
+    assert written.quantized == sum(t.nbytes for n, t in tensors.items() if n.endswith(parts))
+    assert written.leftovers == sum(t.nbytes for n, t in tensors.items() if not n.endswith(parts))
+    read, wanted = ct.decompressed(tmp_path / "out", model), clado.apply(model, plan)
+    for layer in plan.layers:
+        source = model if layer.kind == "conv2d" else wanted
+        assert torch.equal(read.get_parameter(layer.names[0]), source.get_parameter(layer.names[0])), layer.name
+    assert written.kept == ("patch_embed.proj",)
+    if (group_size, odd_widths) == (-1, None):
+        x = torch.randn(2, *shape)
+        wanted.patch_embed = model.patch_embed
+        with torch.no_grad():
+            assert torch.equal(read(x), wanted(x))
+        said = verify(model, plan, tmp_path / "out", NAME)
+        assert said == "compressed-tensors decompresses 9 layers bit for bit; 1 stay float"
+
+
+def test_convolutions_stay_float_and_it_is_said(tmp_path: Path) -> None:
+    model, _ = small_cnn()
+    plan = random_plan(model, Quantizer(), (2, 4, 8))
+    written = clado.export(model, plan, tmp_path / "out", NAME)
+    convolutions = ("stem", "body.0", "body.1", "depthwise")
+    assert written.kept == convolutions
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert set(config["ignore"]) == set(convolutions)
+    targets = [t for group in config["config_groups"].values() for t in group["targets"]]
+    assert sorted(targets) == ["first", "head", "second"]  # tied weights are written under both names
+    noted = Plan.load(tmp_path / "out").info["export"]
+    assert noted["float_layers"] == list(convolutions)
+    assert noted["quantized_bytes"] == written.quantized != plan.size_bytes
+    read, wanted = ct.decompressed(tmp_path / "out", model), clado.apply(model, plan)
+    assert torch.equal(read.first.weight, wanted.first.weight)
+    assert torch.equal(read.second.weight, wanted.second.weight)
+    assert torch.equal(read.stem.weight, model.stem.weight)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()).eval()
+    with pytest.raises(clado.CladoError, match="hold Linear layers for compressed-tensors, got a plan of convolutions"):
+        clado.export(net, random_plan(net, Quantizer(), (2,)), tmp_path / "none", NAME)
+    assert not (tmp_path / "none").exists()
+
+
+def test_odd_widths_need_a_word(tmp_path: Path) -> None:
+    model, _ = tiny_vit()
+    plan = random_plan(model, Quantizer(), (3, 5))
+    with pytest.raises(clado.CladoError, match=r"plan must keep to 2, 4 and 8 bits, .* got 3, 5 bits"):
+        clado.export(model, plan, tmp_path / "out", NAME)
+    with pytest.raises(clado.CladoError, match="odd_widths must be one of dense, padded, got 'loose'"):
+        clado.export(model, plan, tmp_path / "out", NAME, odd_widths="loose")
+    for choice, version in (("dense", "0.18.0"), ("padded", "0.17.1")):
+        written = clado.export(model, plan, tmp_path / "out", NAME, odd_widths=choice)
+        assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, NAME, odd_widths=choice)
+        config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+        assert config["version"] == version
+
+
+@given(bits=st.integers(2, 8), rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
+def test_padded_words_hold_whole_codes(bits: int, rows: int, columns: int, seed: int) -> None:
+    """The layout to 0.17.1: 32 // bits codes a word, the first one lowest, the rest of the word zero."""
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    codes = torch.randint(low, high, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    request = Request(nn.Identity(), Plan((), {}, "infeasible"), odd_widths="padded")
+    packed = ct._pack(request, codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (rows, ct._words(request, columns, bits))
+    fit = 32 // bits
+    for row in range(rows):
+        for column in range(columns):
+            word = int(packed[row, column // fit]) & 0xFFFFFFFF
+            assert (word >> (bits * (column % fit)) & ((1 << bits) - 1)) + low == codes[row, column]
+        filled = (columns - 1) % fit + 1
+        last = int(packed[row, -1]) & 0xFFFFFFFF
+        assert last >> (bits * filled) == 0

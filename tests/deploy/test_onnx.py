@@ -1,0 +1,197 @@
+"""Exported graphs in onnxruntime on the CPU: the logits of clado.apply, the bytes that were promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import clado
+from clado.deploy import predicted_bytes, verify
+from clado.deploy.formats import onnx as writer
+from clado.quant import Quantizer
+from tests.models import random_plan, small_cnn, tiny_vit
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+# Both sides sum float32 products, in another order.
+TOLERANCE = 1e-5
+
+
+def initializers(folder: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in onnx.load(folder / writer.MODEL_FILE).graph.initializer}
+
+
+def check(model: nn.Module, plan: clado.Plan, x: torch.Tensor, folder: Path) -> None:
+    written = clado.export(model, plan, folder, "onnx", example=x)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, "onnx")
+    parts = ("weight_codes", "weight_scale", "weight_zero_point")
+    stored = sum(len(t.raw_data) for name, t in initializers(folder).items() if name.endswith(parts))
+    assert written.quantized == stored
+    assert sum(f.stat().st_size for f in folder.glob("model.onnx*")) == sum(
+        (written.quantized, written.leftovers, written.header)
+    )
+    assert written.header < 40_000  # of graph, for nets of about a hundred nodes
+    wanted = clado.apply(model, plan)
+    for batch in (x, x[:1], torch.cat([x, x])):  # the batch size is free
+        with torch.no_grad():
+            logits = wanted(batch).numpy()
+        assert np.abs(writer.run(folder, batch) - logits).max() <= TOLERANCE * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "symmetric"),
+    [("vit", -1, True), ("vit", 5, False), ("vit", 0, False), ("cnn", -1, False), ("cnn", 32, True)],
+)
+def test_onnxruntime_gives_the_logits_of_apply(name: str, group_size: int, symmetric: bool, tmp_path: Path) -> None:
+    model, shape = tiny_vit() if name == "vit" else small_cnn()
+    x = torch.randn(3, *shape)
+    check(model, random_plan(model, Quantizer(group_size, 2, symmetric)), x, tmp_path / "out")
+
+
+class Awkward(nn.Module):
+    """Rows and columns of odd numbers, two inputs' ranks, a weight used with both, one without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(37, 45), nn.Linear(45, 45)
+        self.third, self.head = nn.Linear(45, 39, bias=False), nn.Linear(39, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu())  # [N, 3, 45]
+        return self.head(self.third(x.mean(1) + self.second(x.mean(1)))) + self.third(x).mean((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_awkward_shapes_at_every_container(bits: int, tmp_path: Path) -> None:
+    """onnxruntime reads 2-bit weights [in, out] wrong where ``out`` is no multiple of 4: those lie the other way round."""
+    torch.manual_seed(0)
+    model = Awkward().eval()
+    plan = random_plan(model, Quantizer(16, 2, symmetric=bits == 4), (bits,))
+    check(model, plan, torch.randn(2, 3, 37), tmp_path / "out")
+    made = onnx.load(tmp_path / "out" / writer.MODEL_FILE)
+    assert made.opset_import[0].version == (25 if bits == 2 else 21)
+    kinds = {t.data_type for name, t in initializers(tmp_path / "out").items() if name.endswith("weight_codes")}
+    assert kinds == {{2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4}[bits]}
+
+
+def test_weights_are_found_by_name_and_hold_our_codes(tmp_path: Path) -> None:
+    model, shape = tiny_vit()
+    plan = random_plan(model, Quantizer(symmetric=False), (4,))
+    clado.export(model, plan, tmp_path / "out", "onnx", example=torch.randn(1, *shape))
+    held = initializers(tmp_path / "out")
+    for layer in plan.layers:
+        found = plan.quantizer.quantize(model.get_parameter(layer.names[0]), 4)
+        codes = onnx.numpy_helper.to_array(held[f"{layer.name}.weight_codes"]).astype(np.int8)
+        turned = layer.name.startswith("blocks")  # inputs of rank 3: a MatMul
+        assert codes.shape == (tuple(reversed(layer.shape)) if turned else layer.shape)
+        assert np.array_equal((codes.T if turned else codes).reshape(found.codes.shape), found.codes.numpy())
+        assert layer.names[0] not in held
+        zeros = onnx.numpy_helper.to_array(held[f"{layer.name}.weight_zero_point"]).astype(np.int8)
+        assert np.array_equal(zeros, found.zero_point.view(-1).numpy())
+
+
+def test_the_same_call_writes_the_same_bytes_and_no_paths(tmp_path: Path) -> None:
+    model, shape = small_cnn()
+    plan, x = random_plan(model, Quantizer(), (4,)), torch.randn(2, *shape)
+    for name in "ab":
+        clado.export(model, plan, tmp_path / name, "onnx", example=x)
+    first, second = ((tmp_path / name / writer.MODEL_FILE).read_bytes() for name in "ab")
+    assert first == second
+    assert b".py" not in first
+    assert "within" in verify(model, plan, tmp_path / "a", "onnx", example=x)
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape = small_cnn()
+    plan, x = random_plan(model, Quantizer(), (4, 8)), torch.randn(2, *shape)
+    monkeypatch.setattr(writer, "_LARGEST_FILE", 100)
+    written = clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data", "plan.json"}
+    assert written.quantized + written.leftovers + written.header == sum(
+        p.stat().st_size for p in (tmp_path / "out").glob("model.onnx*")
+    )
+    assert "within" in verify(model, plan, tmp_path / "out", "onnx", example=x)
+
+
+def test_verify_tells_other_weights_and_bad_input_is_one_line(tmp_path: Path) -> None:
+    model, shape = small_cnn()
+    plan, x = random_plan(model, Quantizer(), (2,)), torch.randn(2, *shape)
+    clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    other = random_plan(model, Quantizer(), (3,))
+    with pytest.raises(clado.CladoError, match=r"verify: logits must equal those of clado.apply within 0.0001, got"):
+        verify(model, other, tmp_path / "out", "onnx", example=x)
+    with pytest.raises(clado.CladoError, match=r"example must be given for onnx: inputs \[n, …\], got none"):
+        clado.export(model, plan, tmp_path / "none", "onnx")
+    with pytest.raises(clado.CladoError, match=r"model must go through torch.onnx.export, got") as caught:
+        clado.export(model, plan, tmp_path / "none", "onnx", example=torch.randn(2, 5, 8, 8))
+    assert "\n" not in str(caught.value)
+    half = small_cnn()[0].half()
+    with pytest.raises(clado.CladoError, match=r"layer stem must be float32 for onnx, got torch.float16"):
+        clado.export(half, random_plan(half, Quantizer()), tmp_path / "none", "onnx", example=x)
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_activations_of_8_bits(name: str, tmp_path: Path) -> None:
+    """Against the same rounding as hooks in torch; a value next to a tie may take the other code, one step of 255 away."""
+    model, shape = tiny_vit() if name == "vit" else small_cnn()
+    plan, x = random_plan(model, Quantizer(), (8,)), torch.randn(16, *shape)
+    wanted, seen = clado.apply(model, plan), {}
+
+    def note(layer: str) -> Any:
+        return lambda _, inputs: seen.setdefault(layer, []).append(inputs[0])
+
+    def rounded(low: float, high: float) -> Any:
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        return lambda _, inputs: (torch.fake_quantize_per_tensor_affine(inputs[0], scale, zero, 0, 255),)
+
+    owners = {
+        layer.name: [wanted.get_submodule(n.removesuffix(".weight")) for n in layer.names] for layer in plan.layers
+    }
+    handles = [m.register_forward_pre_hook(note(layer)) for layer, modules in owners.items() for m in modules]
+    with torch.no_grad():
+        plain = wanted(x).numpy()
+    for handle in handles:
+        handle.remove()
+    ranges = {
+        n: (min(0.0, *(float(v.min()) for v in held)), max(float(v.max()) for v in held)) for n, held in seen.items()
+    }
+    for layer, modules in owners.items():
+        for module in modules:
+            module.register_forward_pre_hook(rounded(*ranges[layer]))
+    with torch.no_grad():
+        logits = wanted(x).numpy()
+    clado.export(model, plan, tmp_path / "out", "onnx", example=x, activations=ranges)
+    found = writer.run(tmp_path / "out", x)
+    moved = np.abs(logits - plain).mean()
+    assert moved > 0
+    assert np.abs(found - logits).mean() < 0.1 * moved
+    made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
+    assert made.count("QuantizeLinear") == sum(map(len, owners.values()))
+    with pytest.raises(clado.CladoError, match=r"activations must name layers of the plan, got \['other'\]"):
+        clado.export(model, plan, tmp_path / "none", "onnx", example=x, activations={"other": (0.0, 1.0)})
+    with pytest.raises(clado.CladoError, match="activations must be left out unless for onnx, got safetensors"):
+        clado.export(model, plan, tmp_path / "none", activations=ranges)
+
+
+def test_activations_of_the_plan(tmp_path: Path) -> None:
+    """Calibrated by profile, rounded by apply, and the same in onnxruntime."""
+    model, shape = tiny_vit()
+    x = torch.randn(8, *shape)
+    sens = clado.profile(model, [x], bits=(8,), estimator="diagonal", act_bits=8, verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
+    assert made.count("QuantizeLinear") == len(plan.activations["ranges"]) > 0
+    assert "within" in verify(model, plan, tmp_path / "out", "onnx", example=x)
+    with torch.no_grad():
+        wanted, plain = clado.apply(model, plan)(x).numpy(), model(x).numpy()
+    found = writer.run(tmp_path / "out", x)
+    assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()
