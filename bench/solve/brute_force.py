@@ -21,7 +21,6 @@ from unittest import mock
 import numpy as np
 
 import clado
-from clado.quant import same_layer
 from clado.solver import certify, objective_matrix
 from tests.solver import instances
 
@@ -66,7 +65,7 @@ def check(seed: int, name: str, how: Callable[[], Any], arguments: dict[str, Any
         started = time.monotonic()
         plan = clado.solve(sens, **case.budgets, objective=objective, time_limit=120, **arguments)
         assert time.monotonic() - started < 121
-    inside = same_layer(len(sens.layers), len(sens.bits))
+    inside = sens.candidates.same_layer
     matrix = objective_matrix(sens.matrix, sens.stderr, inside, objective)
     value, mask = instances.values(sens, matrix), instances.within(sens, case.budgets)
     if not mask.any():

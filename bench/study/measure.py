@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
-from clado.quant import same_layer
 
 from . import modelopt
 from .nets import Digits, load_split, trained
@@ -255,7 +254,7 @@ def entry_errors(sens: dict[str, Sensitivity]) -> dict[str, float]:
 
 def noise(sens: Sensitivity) -> float:
     """Share of interactions that lie within two standard errors of zero."""
-    outside = ~same_layer(len(sens.layers), len(sens.bits))
+    outside = ~sens.candidates.same_layer
     return float((np.abs(sens.interaction) <= 2 * sens.stderr)[outside].mean())
 
 

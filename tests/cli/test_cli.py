@@ -219,16 +219,19 @@ def test_digits_and_a_model_of_ones_own(tmp_path: Path) -> None:
 def test_a_users_loss_and_forward_step_are_taken_by_name(tmp_path: Path) -> None:
     base = ["profile", "--model", "digits", "--data", "digits:sensitivity", "--nsamples", 6, "--estimator", "diagonal"]
     found = {}
-    for name, step in (("one", ()), ("two", ("--forward-step", "tests.test_cli:doubled"))):
-        result = call(*base, "--loss-func", "tests.test_cli:margin", *step, "--output-dir", tmp_path / name)
+    for name, step in (("one", ()), ("two", ("--forward-step", "tests.cli.test_cli:doubled"))):
+        result = call(*base, "--loss-func", "tests.cli.test_cli:margin", *step, "--output-dir", tmp_path / name)
         assert result.exit_code == 0, result.output
         found[name] = Sensitivity.load(tmp_path / name / "sensitivity.safetensors").delta_loss
     np.testing.assert_allclose(found["two"], 2 * found["one"], rtol=1e-3, atol=1e-5)  # float32 losses
     where = ("--output-dir", tmp_path / "none")
-    refused(call(*base, *where, "--loss-func", "tests.test_cli:nothing"), "loss-func must be package.module:function")
+    refused(
+        call(*base, *where, "--loss-func", "tests.cli.test_cli:nothing"), "loss-func must be package.module:function"
+    )
     refused(call(*base, *where, "--loss-func", "margin"), "loss-func must be package.module:function")
     refused(
-        call(*base, *where, "--forward-step", "tests.test_cli:MODEL"), "forward-step must be package.module:function"
+        call(*base, *where, "--forward-step", "tests.cli.test_cli:MODEL"),
+        "forward-step must be package.module:function",
     )
     assert not (tmp_path / "none").exists()
 
@@ -304,10 +307,10 @@ def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a user's loss on the digits with a plan."""
     run = tmp_path_factory.mktemp("digits") / "run"
-    how = ("--nsamples", 4, "--bits", "2,8", "--estimator", "diagonal", "--loss-func", "tests.test_cli:margin")
+    how = ("--nsamples", 4, "--bits", "2,8", "--estimator", "diagonal", "--loss-func", "tests.cli.test_cli:margin")
     result = call("profile", "--model", "digits", "--data", "digits:sensitivity", *how, "--output-dir", run)
     assert result.exit_code == 0, result.output
-    assert json.loads((run / "model.json").read_text())["loss_func"] == "tests.test_cli:margin"
+    assert json.loads((run / "model.json").read_text())["loss_func"] == "tests.cli.test_cli:margin"
     assert call("solve", run, "--avg-bits", 4, "--solver", "heuristic").exit_code == 0
     return run
 

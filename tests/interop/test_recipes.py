@@ -29,7 +29,7 @@ def some(model: nn.Module, quantizer: Quantizer, bits: tuple[int, ...] = (2, 4, 
     """A plan that leaves the classifier and the patch embedding in float."""
     plan = random_plan(model, quantizer, bits)
     layers = tuple(layer for layer in plan.layers if layer.name.startswith("blocks"))
-    return replace(plan, layers=layers, bits={layer.name: plan.bits[layer.name] for layer in layers})
+    return replace(plan, layers=layers, schemes={layer.name: plan.bits[layer.name] for layer in layers})
 
 
 @pytest.mark.parametrize(("group_size", "symmetric"), [(-1, True), (8, False), (20, True)])
@@ -92,6 +92,6 @@ def test_plain_json_and_the_command_line(model: nn.Module, tmp_path: Path) -> No
     out = tmp_path / "quanto.json"
     assert CliRunner().invoke(main, ["recipe", str(tmp_path), "--tool", "quanto", "--out", str(out)]).exit_code == 0
     assert json.loads(out.read_text()) == recipes.quanto(plan)
-    plan = replace(plan, bits={}, status="infeasible")
+    plan = replace(plan, schemes={}, status="infeasible")
     with pytest.raises(clado.CladoError, match="hold bits for every layer, got a plan that is infeasible"):
         recipes.plain(plan)

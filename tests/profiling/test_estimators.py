@@ -21,7 +21,7 @@ from clado.graph import CarriedExecutor, Executor
 from clado.graph.capture import capture
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.losses import LogitLoss, UserLoss
-from clado.quant import Quantizer, quantized_variants, same_layer
+from clado.quant import Quantizer, quantized_variants
 from tests.models import lively, tiny_vit
 from tests.profiling.test_profile import net_and_data, plain_loop, relative
 
@@ -101,7 +101,7 @@ def test_gradient_equals_its_definition(name: str, loss: str) -> None:
     }
     sens = profile(model, [(x, y)], BITS, precision="float64", **options)
     omega, stderr = gradient_by_definition(model, sens, x, y, loss)
-    off = ~same_layer(len(sens.layers), len(BITS))
+    off = ~sens.candidates.same_layer
     assert relative(sens.interaction, omega) < 1e-9
     assert relative(sens.stderr[off], stderr[off]) < 1e-7
     diagonal = profile(model, [(x, y)], BITS, precision="float64", **{**options, "estimator": "diagonal"})
@@ -161,7 +161,7 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
         -spread * spread_rest, spread * spread_rest
     )  # eight samples may say more than is possible
     variance = spread**2 / 20 + spread_rest**2 / 8 + 2 * covariance / 20
-    upper = np.triu(~same_layer(len(sens.layers), len(BITS)))
+    upper = np.triu(~sens.candidates.same_layer)
     assert relative(sens.stderr[upper], np.sqrt(np.maximum(variance, 0))[upper]) < 1e-6
 
 

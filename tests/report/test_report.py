@@ -17,8 +17,7 @@ from click.testing import CliRunner
 import clado
 from clado import CladoError, Sensitivity, solve, write_figures, write_report
 from clado.cli import main
-from clado.report import agreement, gather, random_plans, uniform_plans
-from clado.report import plan_figures as figures
+from clado.report import agreement, gather, matrix_figures, random_plans, style, uniform_plans
 from clado.report.page import readable_bytes
 from tests.models import tiny_vit
 
@@ -150,7 +149,7 @@ def test_single_figures(measured: Path, tmp_path: Path) -> None:
         assert text.startswith("<svg")
         assert "var(--" not in text  # a file of its own carries its colours
     assert (
-        figures.save_figure({"mark": "point", "data": {"values": [{}]}}, tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+        style.save_figure({"mark": "point", "data": {"values": [{}]}}, tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
     )
     with pytest.raises(CladoError, match=r"format must be one of html, png, svg, pdf, got 'gif'"):
         write_figures(measured, "gif")
@@ -180,11 +179,11 @@ def test_relative_error_of_known_noise() -> None:
     matrix = truth + truth.T + 0.3 * (noise + noise.T) + np.diag(random.uniform(1, 2, size))
     stderr = np.full((size, size), 0.3)
     sens = Sensitivity.from_matrix(matrix, layers, (2, 4), stderr)
-    errors = figures.relative_errors(sens)
+    errors = matrix_figures.relative_errors(sens)
     # 780 pairs of variance 1: their mean square is within 15 % of 1 (three standard errors), its root within 8 %.
     assert errors["pairs at 2 bits"] == pytest.approx(0.3, rel=0.08)
     # The largest eigenvalue of symmetric noise with deviation s is 2·s·√V for large V.
-    assert figures.noise_edge(sens) == pytest.approx(2 * 0.3 * size**0.5, rel=0.15)
+    assert matrix_figures.noise_edge(sens) == pytest.approx(2 * 0.3 * size**0.5, rel=0.15)
 
 
 def test_dropped_candidates_are_left_out(tmp_path: Path) -> None:
@@ -207,9 +206,9 @@ def test_dropped_candidates_are_left_out(tmp_path: Path) -> None:
 
 
 def test_small_parts() -> None:
-    assert figures.decades([0.0, 0.02, 4.0]) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-    assert figures.decades([1e-6, 1.0]) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
-    assert figures.decades([]) == []
+    assert style.decades([0.0, 0.02, 4.0]) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+    assert style.decades([1e-6, 1.0]) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
+    assert style.decades([]) == []
     assert readable_bytes(1536) == "1.5 KiB"
     sens = Sensitivity.from_matrix(np.eye(6), [("a", 8), ("b", 8)])
     assert [plan.avg_bits for plan in uniform_plans(sens)] == [2, 4, 8]
@@ -217,12 +216,12 @@ def test_small_parts() -> None:
     records = [{"predicted": x, "increase": 2 * x} for x in (0.1, 0.2, 0.4)]
     assert agreement(records) == pytest.approx({"rank_correlation": 1, "ratio": 2, "ratio_low": 2, "ratio_high": 2})
     assert agreement(records[:2]) == {}
-    assert set(figures.PALETTES["light"]) == set(figures.PALETTES["dark"])
+    assert set(style.PALETTES["light"]) == set(figures.PALETTES["dark"])
 
 
 def test_map_of_a_large_net_shows_the_heaviest_layers() -> None:
     sens = Sensitivity.from_matrix(np.diag(np.arange(1.0, 401)), [(f"l{k}", 1) for k in range(200)], (2, 4))
-    spec = figures.interaction_figure(sens)
+    spec = matrix_figures.interaction_figure(sens)
     names = {cell["a"] for cell in spec["data"]["values"]}
     assert names == {f"l{k}" for k in range(40, 200)}
 

@@ -16,7 +16,6 @@ import clado
 from bench.solve import brute_force
 from bench.solve.families import family
 from clado import CladoError, Sensitivity
-from clado.quant import same_layer
 from clado.solver import objective_matrix, read_latency
 from clado.solver.products import without_products
 from clado.solver.program import Program
@@ -27,7 +26,7 @@ BRUTE_FORCE = int(os.environ.get("CLADO_BRUTE_FORCE", 300))  # thousands take mi
 
 
 def check_against_brute_force(sens: Sensitivity, plan: clado.Plan, budgets: dict[str, float], objective: str) -> None:
-    inside = same_layer(len(sens.layers), len(sens.bits))
+    inside = sens.candidates.same_layer
     matrix = objective_matrix(sens.matrix, sens.stderr, inside, objective)
     value, mask = instances.values(sens, matrix), instances.within(sens, budgets)
     if not mask.any():
@@ -85,7 +84,7 @@ def test_shrunk_by_hand() -> None:
     sens = instances.sensitivity(3, 4, (2, 4, 8))
     stderr = np.abs(np.random.default_rng(0).normal(size=sens.matrix.shape)) * 0.3 * np.abs(sens.interaction)
     stderr = (stderr + stderr.T) / 2
-    known = Sensitivity(sens.layers, sens.bits, sens.delta_loss, sens.interaction, stderr)
+    known = Sensitivity(sens.candidates, sens.delta_loss, sens.interaction, stderr)
     plan = clado.solve(known, avg_bits=4, objective="shrunk")
     expected = np.zeros_like(sens.matrix)
     for v in range(12):
@@ -341,7 +340,7 @@ def test_not_finite_is_named_and_can_be_forbidden(value: float) -> None:
     sens = instances.sensitivity(0, 4, (2, 4, 8))
     broken = sens.delta_loss.copy()
     broken[4] = value
-    sens = Sensitivity(sens.layers, sens.bits, broken, sens.interaction, sens.stderr)
+    sens = Sensitivity(sens.candidates, broken, sens.interaction, sens.stderr)
     with pytest.raises(CladoError, match=r"\(layer1, 4\)"):
         clado.solve(sens, avg_bits=4)
     plan = clado.solve(sens, avg_bits=4, forbid={"layer1": 4})
@@ -349,9 +348,7 @@ def test_not_finite_is_named_and_can_be_forbidden(value: float) -> None:
     assert plan.bits["layer1"] != 4
     crossed = sens.interaction.copy()
     crossed[0, 10] = crossed[10, 0] = value
-    sens = Sensitivity(
-        sens.layers, sens.bits, np.abs(instances.sensitivity(0, 4, (2, 4, 8)).delta_loss), crossed, sens.stderr
-    )
+    sens = Sensitivity(sens.candidates, np.abs(instances.sensitivity(0, 4, (2, 4, 8)).delta_loss), crossed, sens.stderr)
     with pytest.raises(CladoError, match=r"\(layer0, 2\), \(layer3, 4\)"):
         clado.solve(sens, avg_bits=4)
 

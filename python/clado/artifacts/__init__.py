@@ -9,8 +9,9 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .plan import PLAN_FILE, Plan
+    from .provenance import Provenance
     from .sensitivity import MATRIX_FILE, Sensitivity
 else:
     __getattr__, __dir__ = door(__name__)
 
-__all__ = ["MATRIX_FILE", "PLAN_FILE", "Plan", "Sensitivity"]
+__all__ = ["MATRIX_FILE", "PLAN_FILE", "Plan", "Provenance", "Sensitivity"]

@@ -1,4 +1,4 @@
-"""The chosen bits per layer, with what is proven about them and every byte that is counted."""
+"""The chosen scheme of every layer, with what is proven about them and every byte that is counted."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..common import CladoError, atomic_file, require
-from ..quant import Layer, Quantizer
+from ..quant import KEPT, Layer, Quantizer, Scheme, stored_bytes
 
-SCHEMA = 1
+SCHEMA = 2
 PLAN_FILE = "plan.json"
 STATUSES = ("optimal", "feasible", "infeasible", "given")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bits per layer.
+    """A scheme per layer.
 
     Attributes:
         layers: the layers in execution order.
-        bits: {layer name: bits}; empty when infeasible.
+        schemes: {layer name: label of its scheme, such as "W4A16"}, or bits for it; empty when infeasible.
         status: "optimal" (the bound closes), "feasible", "infeasible" (proven), or "given" (not solved for, e.g. uniform).
         objective: predicted loss increase ½xᵀGx in nats under ``objective_name``.
         bound: no plan within the budgets has a lower objective; same units and same objective.
@@ -38,7 +38,7 @@ class Plan:
     """
 
     layers: tuple[Layer, ...]
-    bits: dict[str, int]
+    schemes: dict[str, str]
     status: str
     objective: float = math.nan
     bound: float = -math.inf
@@ -52,24 +52,17 @@ class Plan:
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
-        names = {layer.name for layer in self.layers}
-        require(
-            not self.bits or set(self.bits) == names,
-            "plan",
-            "bits",
-            "name every layer once",
-            f"{len(self.bits)} of {len(names)}",
-        )
-        require(
-            all(isinstance(b, int) and not isinstance(b, bool) and 2 <= b <= 8 for b in self.bits.values()),
-            "plan",
-            "bits",
-            "lie in 2..8",
-            self.bits,
-        )
-        require(
-            bool(self.bits) == (self.status != "infeasible"), "plan", "bits", "be there unless infeasible", self.status
-        )
+        names, given = {layer.name for layer in self.layers}, dict(self.schemes)
+        count = f"{len(given)} of {len(names)}"
+        require(not given or set(given) == names, "plan", "schemes", "name every layer once", count)
+        object.__setattr__(self, "schemes", {name: Scheme.of(scheme).label for name, scheme in given.items()})
+        there = bool(given) == (self.status != "infeasible")
+        require(there, "plan", "schemes", "be there unless infeasible", self.status)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """{layer name: bits of its weight's codes}; empty when infeasible."""
+        return {name: Scheme.of(label).bits for name, label in self.schemes.items()}
 
     @property
     def gap(self) -> float:
@@ -78,7 +71,9 @@ class Plan:
 
     @property
     def layer_bytes(self) -> dict[str, int]:
-        return {layer.name: self.quantizer.storage_bytes(layer.shape, self.bits[layer.name]) for layer in self.layers}
+        """{layer name: bytes of packed codes and scales}."""
+        chosen = self.schemes
+        return {layer.name: stored_bytes(layer, Scheme.of(chosen[layer.name]), self.quantizer) for layer in self.layers}
 
     @property
     def size_bytes(self) -> int:
@@ -88,9 +83,8 @@ class Plan:
     @property
     def avg_bits(self) -> float:
         """Bits per weight, codes alone."""
-        return sum(self.bits[layer.name] * layer.numel for layer in self.layers) / sum(
-            layer.numel for layer in self.layers
-        )
+        bits = self.bits
+        return sum(bits[layer.name] * layer.numel for layer in self.layers) / sum(layer.numel for layer in self.layers)
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite are written as null."""
@@ -101,7 +95,8 @@ class Plan:
             "objective": _finite(self.objective),
             "bound": _finite(self.bound),
         }
-        if self.bits:
+        if self.schemes:
+            data["bits"] = self.bits  # derived, for readers of the file, like the bytes
             data["layer_bytes"] = self.layer_bytes
         return json.dumps(data, indent=1, allow_nan=False)
 
@@ -114,14 +109,17 @@ class Plan:
         """
         try:
             data = json.loads(text, parse_constant=_refuse)
-            require(isinstance(data, dict) and "bits" in data, "plan", "file", "be a clado plan", "another file")
-            require(data.get("schema") == SCHEMA, "plan", "schema", f"be {SCHEMA}", data.get("schema"))
-            for name in ("bits", "values", "usage", "fingerprint", "info"):
+            plan = isinstance(data, dict) and ("schemes" in data or "bits" in data)
+            require(plan, "plan", "file", "be a clado plan", "another file")
+            schema = data.get("schema")
+            require(schema in (1, SCHEMA), "plan", "schema", f"be 1 or {SCHEMA}", schema)
+            data = _of_schema_1(data) if schema == 1 else data
+            for name in ("schemes", "values", "usage", "fingerprint", "info"):
                 require(isinstance(data[name], dict), "plan", name, "be an object", type(data[name]).__name__)
             layers = tuple(_layer(item) for item in data["layers"])
             return Plan(
                 layers,
-                data["bits"],
+                data["schemes"],
                 data["status"],
                 math.nan if data["objective"] is None else float(data["objective"]),
                 -math.inf if data["bound"] is None else float(data["bound"]),
@@ -131,7 +129,7 @@ class Plan:
                 Quantizer(**data["quantizer"]),
                 data["fingerprint"],
                 data["info"],
-                data.get("activations", {}),
+                data["activations"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):
@@ -158,6 +156,14 @@ class Plan:
             return Plan.from_json(source.read_text())
         except UnicodeDecodeError:
             raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
+
+
+def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan of schema 1 as one of schema 2: its bits become schemes."""
+    activations = data.get("activations", {})
+    inputs = activations["bits"] if activations else KEPT
+    schemes = {name: Scheme(bits, inputs).label for name, bits in data["bits"].items()}
+    return {**data, "schemes": schemes, "activations": activations}
 
 
 def _layer(item: dict[str, Any]) -> Layer:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, require
-from ..quant import Layer, Quantizer, check_bits, same_layer
+from ..quant import KEPT, Candidates, Layer, Quantizer, Scheme, candidates_of
+from .provenance import Provenance
 
-SCHEMA = 1
+SCHEMA = 2
 MATRIX_FILE = "sensitivity.safetensors"
+Schemes = Sequence[Scheme | str | int] | Mapping[str, Sequence[Scheme | str | int]]
 _TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
 
 
@@ -24,39 +26,33 @@ _TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
 class Sensitivity:
     """Loss increases of every candidate and every pair of candidates, averaged over the sensitivity set.
 
-    With L layers and |B| bit-widths there are V = L·|B| candidates, layer-major, bits ascending.
-
     Attributes:
-        layers: L layers in the order the network runs them.
-        bits: ascending candidate bit-widths, each in 2..8.
+        candidates: V candidates, layer-major.
         delta_loss: ``[V]`` float64, single loss increase ΔL in nats.
         interaction: ``[V, V]`` float64, symmetric Ω in nats; zero within a layer and on the diagonal.
         stderr: ``[V, V]`` float64, standard error of ΔL on the diagonal and of Ω off it; NaN where unknown.
         num_samples: size of the sensitivity set.
         quantizer: the settings under which the weights were perturbed.
-        info: estimator, loss, precision, seed, work in forward-equivalents, seconds, warnings.
+        provenance: how it was measured, as far as later stages decide by it.
+        notes: work in forward-equivalents, seconds, warnings: what is worth knowing beside.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
-        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.quant); empty: float.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
+        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.quant); empty: float.
     """
 
-    layers: tuple[Layer, ...]
-    bits: tuple[int, ...]
+    candidates: Candidates
     delta_loss: NDArray[np.float64]
     interaction: NDArray[np.float64]
     stderr: NDArray[np.float64]
     num_samples: int = 0
     quantizer: Quantizer = field(default_factory=Quantizer)
-    info: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+    notes: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     activations: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        require(len(self.layers) > 0, "sensitivity", "layers", "not be empty", "no layer")
-        names = [layer.name for layer in self.layers]
-        require(len(set(names)) == len(names), "sensitivity", "layers", "have distinct names", names)
         size = self.num_candidates
         for name, shape in (("delta_loss", (size,)), ("interaction", (size, size)), ("stderr", (size, size))):
             array = getattr(self, name)
@@ -64,9 +60,29 @@ class Sensitivity:
             require(array.dtype == np.float64, "sensitivity", name, "be float64", array.dtype)
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """L layers in the order the network runs them."""
+        return self.candidates.layers
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The weights' bit-widths that occur, ascending."""
+        return self.candidates.bits
+
+    @property
     def num_candidates(self) -> int:
         """V."""
-        return len(self.layers) * len(self.bits)
+        return len(self.candidates)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """All that is known of how it was measured: provenance and notes; notes alone for scores from elsewhere."""
+        if not self.provenance.known:
+            return dict(self.notes)
+        known = self.provenance.to_json()
+        known["dropped"] = [[layer, Scheme.of(label).bits] for layer, label in self.provenance.dropped]
+        known["corrected_pairs"] = [list(pair) for pair in self.provenance.corrected_pairs]
+        return {**known, **self.notes}
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -80,30 +96,18 @@ class Sensitivity:
         """``[V]`` mask of the candidates whose losses are finite: all but dropped ones."""
         return np.isfinite(self.delta_loss)
 
-    def index(self, layer: str, bits: int) -> int:
-        """Row of candidate (layer, bits)."""
-        names = [item.name for item in self.layers]
-        require(layer in names, "sensitivity", "layer", f"be one of {len(names)} known layers", repr(layer))
-        require(bits in self.bits, "sensitivity", "bits", f"be one of {self.bits}", bits)
-        return names.index(layer) * len(self.bits) + self.bits.index(bits)
+    def index(self, layer: str, scheme: Scheme | str | int) -> int:
+        """Row of candidate (layer, scheme): a scheme, its label, or the weight's bits."""
+        return self.candidates.index(layer, scheme)
 
-    def one_hot(self, choice: dict[str, int]) -> NDArray[np.float64]:
-        """x of a choice {layer: bits} that names every layer."""
-        require(
-            set(choice) == {layer.name for layer in self.layers},
-            "sensitivity",
-            "choice",
-            "name every layer once",
-            f"{len(choice)} layers",
-        )
-        x = np.zeros(self.num_candidates)
-        x[[self.index(layer, bits) for layer, bits in choice.items()]] = 1
-        return x
+    def one_hot(self, choice: Mapping[str, Scheme | str | int]) -> NDArray[np.float64]:
+        """x of a choice {layer: scheme} that names every layer."""
+        return self.candidates.one_hot(choice)
 
-    def predict(self, choice: dict[str, int]) -> float:
-        """Predicted loss increase ½ xᵀGx of a choice {layer: bits}, in nats."""
-        taken = np.flatnonzero(
-            self.one_hot(choice)
+    def predict(self, choice: Mapping[str, Scheme | str | int]) -> float:
+        """Predicted loss increase ½ xᵀGx of a choice {layer: scheme}, in nats."""
+        taken = self.candidates.indices(
+            choice
         )  # entries of dropped candidates are NaN: only those that are meant count
         return float(0.5 * self.matrix[np.ix_(taken, taken)].sum())
 
@@ -114,14 +118,16 @@ class Sensitivity:
         bits: Sequence[int] = (2, 4, 8),
         stderr: NDArray[np.float64] | None = None,
         quantizer: Quantizer | None = None,
+        schemes: Schemes | Sequence[Sequence[Scheme | str | int]] | None = None,
     ) -> Sensitivity:
         """Wrap scores from elsewhere.
 
         Args:
             matrix: G, ``[V, V]``, symmetric: 2ΔL on the diagonal, Ω off it.
             layers: (name, numel) pairs or :class:`Layer` in candidate order.
-            bits: ascending bit-widths.
+            bits: ascending bit-widths of every layer.
             stderr: ``[V, V]`` standard errors as in :class:`Sensitivity`; None when unknown.
+            schemes: instead of ``bits``: schemes of every layer, {pattern: schemes}, or a list of them for each layer.
 
         Raises:
             CladoError: wrong shape, non-finite or asymmetric entries, nonzero entries inside a layer.
@@ -130,7 +136,8 @@ class Sensitivity:
         known = tuple(
             item if isinstance(item, Layer) else Layer(item[0], "linear", (1, int(item[1])), 0) for item in layers
         )
-        size = len(known) * len(bits)
+        candidates = _candidates(known, bits if schemes is None else schemes)
+        size = len(candidates)
         require(given.shape == (size, size), "from_matrix", "matrix", f"have shape {(size, size)}", given.shape)
         require(bool(np.isfinite(given).all()), "from_matrix", "matrix", "be finite", "NaN or infinity")
         scale = np.abs(given).max(initial=0.0)
@@ -143,7 +150,7 @@ class Sensitivity:
         )
         interaction = (given + given.T) / 2
         np.fill_diagonal(interaction, 0.0)
-        inside = same_layer(len(known), len(bits))
+        inside = candidates.same_layer
         require(
             not interaction[inside].any(),
             "from_matrix",
@@ -159,9 +166,7 @@ class Sensitivity:
             "be symmetric",
             "an asymmetric one",
         )
-        return Sensitivity(
-            known, tuple(bits), np.diag(given) / 2, interaction, errors, quantizer=quantizer or Quantizer()
-        )
+        return Sensitivity(candidates, np.diag(given) / 2, interaction, errors, quantizer=quantizer or Quantizer())
 
     @staticmethod
     def merge(parts: Sequence[Sensitivity]) -> Sensitivity:
@@ -178,7 +183,7 @@ class Sensitivity:
         require(len(parts) > 0, "merge", "parts", "be at least one sensitivity", "none")
         first = parts[0]
         for part in parts:
-            for name in ("bits", "layers", "quantizer"):
+            for name in ("candidates", "quantizer"):
                 same = getattr(part, name) == getattr(first, name)
                 require(same, "merge", "parts", f"have the same {name}", "others")
             known = part.num_samples > 0 and len(part.sample_digests) == part.num_samples
@@ -188,7 +193,7 @@ class Sensitivity:
             for name in ("weights", "settings"):
                 same = part.fingerprint.get(name) == first.fingerprint.get(name)
                 require(same, "merge", "parts", f"be of the same {name}", "others")
-            alone = not part.info.get("corrected_pairs")
+            alone = not part.provenance.corrected_pairs
             require(alone, "merge", "parts", "be merged before clado.correct, not after", "corrected pairs")
         digests = np.concatenate([part.sample_digests for part in parts])
         shared = sum(len(np.unique(part.sample_digests)) for part in parts) - len(np.unique(digests))
@@ -200,33 +205,28 @@ class Sensitivity:
         deviation = (np.stack([part._deviation for part in parts]) + counts * (means - mean) ** 2).sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             stderr = np.sqrt(deviation / (total - 1.0) / total) if total > 1 else np.full_like(mean, np.nan)
-        stderr[same_layer(len(first.layers), len(first.bits)) & ~np.eye(len(stderr), dtype=bool)] = 0.0
+        stderr[first.candidates.same_layer & ~np.eye(len(stderr), dtype=bool)] = 0.0
         loss = np.diag(mean).copy()
         np.fill_diagonal(mean, 0.0)
-        work = sum(part.info.get("forward_equivalents", 0.0) * part.num_samples for part in parts) / total
-        info = {
-            **first.info,
+        work = sum(part.notes.get("forward_equivalents", 0.0) * part.num_samples for part in parts) / total
+        notes = {
+            **first.notes,
             "forward_equivalents": work,
-            "seconds": sum(part.info.get("seconds", 0.0) for part in parts),
-            "warnings": list(dict.fromkeys(w for part in parts for w in part.info.get("warnings", []))),
-            "dropped": [
-                list(item) for item in dict.fromkeys(tuple(d) for p in parts for d in p.info.get("dropped", []))
-            ],
+            "seconds": sum(part.notes.get("seconds", 0.0) for part in parts),
+            "warnings": list(dict.fromkeys(w for part in parts for w in part.notes.get("warnings", []))),
             "merged": [part.num_samples for part in parts],
         }
-        fingerprint = {**first.fingerprint, "data": data_digest(digests)}
-        return Sensitivity(
-            first.layers,
-            first.bits,
-            loss,
-            mean,
-            stderr,
-            total,
-            first.quantizer,
-            info,
-            fingerprint,
-            digests,
-            first.activations,
+        dropped = tuple(dict.fromkeys(pair for part in parts for pair in part.provenance.dropped))
+        return replace(
+            first,
+            delta_loss=loss,
+            interaction=mean,
+            stderr=stderr,
+            num_samples=total,
+            provenance=replace(first.provenance, dropped=dropped),
+            notes=notes,
+            fingerprint={**first.fingerprint, "data": data_digest(digests)},
+            sample_digests=digests,
         )
 
     @property
@@ -250,10 +250,11 @@ class Sensitivity:
         header = {
             "schema": SCHEMA,
             "layers": [asdict(layer) for layer in self.layers],
-            "bits": self.bits,
+            "schemes": [[scheme.label for scheme in schemes] for schemes in self.candidates.schemes],
             "num_samples": self.num_samples,
             "quantizer": self.quantizer.to_json(),
-            "info": self.info,
+            "provenance": self.provenance.to_json(),
+            "notes": self.notes,
             "fingerprint": self.fingerprint,
             "activations": self.activations,
         }
@@ -278,24 +279,51 @@ class Sensitivity:
                 metadata = file.metadata() or {}
                 header = json.loads(metadata.get("clado.sensitivity", "null"))
                 require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
-                require(header.get("schema") == SCHEMA, "load", "schema", f"be {SCHEMA}", header.get("schema"))
+                schema = header.get("schema")
+                require(schema in (1, SCHEMA), "load", "schema", f"be 1 or {SCHEMA}", schema)
+                header = _of_schema_1(header) if schema == 1 else header
                 arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
             layers = tuple(
                 Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
                 for item in header["layers"]
             )
             return Sensitivity(
-                layers,
-                tuple(header["bits"]),
+                _candidates(layers, header["schemes"]),
                 **arrays,
                 num_samples=header["num_samples"],
                 quantizer=Quantizer(**header["quantizer"]),
-                info=header["info"],
+                provenance=Provenance.from_json(header["provenance"]),
+                notes=header["notes"],
                 fingerprint=header["fingerprint"],
-                activations=header.get("activations", {}),
+                activations=header["activations"],
             )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
+
+
+def _candidates(layers: tuple[Layer, ...], schemes: Any) -> Candidates:
+    """From one list of schemes, {pattern: schemes}, or a list for each layer."""
+    if isinstance(schemes, Mapping) or not all(isinstance(item, (list, tuple)) for item in schemes):
+        return candidates_of(layers, schemes)
+    return Candidates(layers, tuple(tuple(map(Scheme.of, own)) for own in schemes))
+
+
+def _of_schema_1(header: dict[str, Any]) -> dict[str, Any]:
+    """A header of schema 1 as one of schema 2: the same integer widths for every layer, all in ``info``."""
+    activations = header.get("activations", {})
+    inputs = activations["bits"] if activations else KEPT
+    labels = [Scheme(bits, inputs).label for bits in header["bits"]]
+    info = dict(header["info"])
+    known = {name: info.pop(name, None) for name in ("estimator", "loss", "precision")}
+    dropped = [[layer, Scheme(bits, inputs).label] for layer, bits in info.pop("dropped", [])]
+    lists = {"float_layers": info.pop("float_layers", {}), "corrected_pairs": info.pop("corrected_pairs", [])}
+    return {
+        **header,
+        "schemes": [labels] * len(header["layers"]),
+        "provenance": {**known, **lists, "dropped": dropped},
+        "notes": info,
+        "activations": activations,
+    }
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

@@ -110,7 +110,7 @@ def solve(
 
     sens, wishes = Sensitivity.load(run), _wishes(options)
     asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
-    known = not asked or sens.info.get("loss") != "user"
+    known = not asked or sens.provenance.loss != "user"
     must = "be one of clado's own for --rerank, --refine and --correct"
     require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
     if correct is not None:

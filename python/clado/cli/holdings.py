@@ -33,7 +33,7 @@ def _plan(path: Path) -> str:
 
 
 def _matrix(sens: Sensitivity) -> str:
-    exact = len(sens.info.get("corrected_pairs", []))
+    exact = len(sens.provenance.corrected_pairs)
     return f"{len(sens.layers)} layers" + (f", {exact:,} exact pairs" if exact else "")
 
 

@@ -167,9 +167,9 @@ def _profile(options: dict[str, Any]) -> None:
         return
     seen = skip + sens.num_samples
     write_note(folder, spec, options["data"], seen, options["seed"], command_line(), loss_func=options["loss_func"])
-    for warning in sens.info["warnings"]:
+    for warning in sens.notes["warnings"]:
         click.echo(f"warning: {warning}", err=True)
-    info = sens.info
+    info = sens.notes
     click.echo(
         f"{len(sens.layers)} layers, {sens.num_candidates} candidates, {sens.num_samples} samples, "
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"

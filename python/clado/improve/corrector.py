@@ -90,7 +90,7 @@ def correct(
             :func:`clado.profile` and :func:`clado.solve`.
     """
     require(rounds >= 1, "correct", "rounds", "be at least 1", rounds)
-    made = sens.info.get("estimator")
+    made = sens.provenance.estimator
     require(made == "logit", "correct", "sens", "be measured by the logit estimator", made)
     count = max(2, sens.num_samples // 8) if num_samples is None else num_samples
     require(2 <= count <= sens.num_samples, "correct", "num_samples", f"lie in 2..{sens.num_samples}", count)
@@ -99,12 +99,12 @@ def correct(
     others = int((~np.isin(digests, sens.sample_digests)).sum())
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
-    skipped = [f"re:^{re.escape(name)}$" for name in sens.info.get("float_layers", {})]
+    skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
     options = with_defaults(
         bits=sens.bits,
         estimator="corrected",
-        loss=sens.info["loss"],
-        precision=sens.info["precision"],
+        loss=sens.provenance.loss,
+        precision=sens.provenance.precision,
         num_samples=count,
         exact_samples=count,
         forward_step=forward_step,
@@ -115,8 +115,8 @@ def correct(
         device=device,
     )
     options = replace(options, quantizer=sens.quantizer)
-    uniform = {layer.name: sens.bits[0] for layer in sens.layers}
-    check_fit(model, Plan(sens.layers, uniform, "given", fingerprint=sens.fingerprint), "correct")
+    first = sens.candidates.choice(sens.candidates.starts[:-1])
+    check_fit(model, Plan(sens.layers, first, "given", fingerprint=sens.fingerprint), "correct")
     with full_precision(), torch.no_grad():
         run = PairRun(model, held, sens, options)
         return _correct(run, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
@@ -128,7 +128,7 @@ def _correct(
     """Every rank measures; rank 0 solves, and tells the others what it found."""
     ranks, count = Ranks(run.device), len(sens.layers)
     known = np.zeros((sens.num_candidates,) * 2, dtype=bool)
-    for v, w in sens.info.get("corrected_pairs", []):
+    for v, w in sens.provenance.corrected_pairs:
         known[v, w] = True
     history: list[dict[str, Any]] = []
     plans: list[Plan] = []
@@ -163,7 +163,7 @@ def _correct(
 
 def _rows(sens: Sensitivity, plan: Plan) -> list[int]:
     """The plan's candidate of every layer."""
-    return [sens.index(layer.name, plan.bits[layer.name]) for layer in sens.layers]
+    return sens.candidates.indices(plan.schemes).tolist()
 
 
 def _measured(run: PairRun, ranks: Ranks, folder: Path | None, verbose: bool) -> Sums:
@@ -186,8 +186,9 @@ def _put(sens: Sensitivity, sums: Sums, rows: list[int], later: Later) -> Sensit
         if np.isfinite(mean[i, j]):
             for v, w in ((rows[i], rows[j]), (rows[j], rows[i])):
                 interaction[v, w], stderr[v, w] = mean[i, j], error[i, j]
-    done = [*sens.info.get("corrected_pairs", []), *([rows[i], rows[j]] for i, j in pairs)]
-    return replace(sens, interaction=interaction, stderr=stderr, info={**sens.info, "corrected_pairs": done})
+    done = (*sens.provenance.corrected_pairs, *((rows[i], rows[j]) for i, j in pairs))
+    provenance = replace(sens.provenance, corrected_pairs=done)
+    return replace(sens, interaction=interaction, stderr=stderr, provenance=provenance)
 
 
 def _keep(sens: Sensitivity, folder: Path | None) -> None:
@@ -201,7 +202,7 @@ def _keep(sens: Sensitivity, folder: Path | None) -> None:
 def _best(sens: Sensitivity, plans: list[Plan]) -> Plan:
     """Of plans whose pairs are measured, all but the last, the least under the matrix as it is now; the last one's bound."""
     last = plans[-1]
-    priced = [(given_plan(sens, plan.bits, last.objective_name), plan) for plan in plans[:-1]]
+    priced = [(given_plan(sens, plan.schemes, last.objective_name), plan) for plan in plans[:-1]]
     price, plan = min(priced, key=lambda pair: pair[0].objective)
     return replace(plan, status="feasible", objective=price.objective, values=price.values, bound=last.bound)
 

@@ -197,7 +197,7 @@ class _Ground:
             sums.pair += total.cpu()
             sums.pair_squared += squares.cpu()
             sums.samples += len(logits)
-        delta_loss, interaction, stderr = entries(sums, len(self.variants), len(self.sens.bits))
+        delta_loss, interaction, stderr = entries(sums, self.sens.candidates)
         around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
         return around, loss / sums.samples
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Sensitivity
 from ..common import CladoError, require
-from ..quant import Layer, same_layer
+from ..quant import Candidates, Layer
 from .unpickle import TORCH_ZIP_ENTRY, Inert, _value, existing, load_restricted
 
 Sizes = Mapping[str, int]
@@ -208,9 +208,10 @@ def _additive(scores: Mapping[str, Mapping[int, float]], sizes: Sizes, macs: Siz
 def _from_joint(joint: NDArray[np.float64], layers: list[tuple[str, int]], bits: list[int]) -> Sensitivity:
     single = np.diag(joint)
     matrix = joint - single[:, None] - single[None, :]
-    matrix[same_layer(len(layers), len(bits))] = 0
+    known = [Layer(name, "linear", (1, numel), 0) for name, numel in layers]
+    matrix[Candidates.uniform(known, bits).same_layer] = 0
     np.fill_diagonal(matrix, 2 * single)
-    return Sensitivity.from_matrix(matrix, layers, bits)
+    return Sensitivity.from_matrix(matrix, known, bits)
 
 
 def _sized(layers: list[str], sizes: Sizes) -> list[tuple[str, int]]:

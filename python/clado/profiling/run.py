@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..artifacts import MATRIX_FILE, Sensitivity
+from ..artifacts import MATRIX_FILE, Provenance, Sensitivity
 from ..common import (
     CladoError,
     check_targets,
@@ -47,7 +47,7 @@ from ..graph import (
     plain_call,
 )
 from ..graph.capture import capture
-from ..quant import Activations, calibrate, quantize_activations, quantized_variants
+from ..quant import KEPT, Activations, Candidates, Scheme, calibrate, quantize_activations, quantized_variants
 from .checkpoint import Checkpoint, check_writable, recorded, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later, expected_work
@@ -277,6 +277,12 @@ class Run:
         options = self.options
         layers, quantizer = self.executor.layers, options.quantizer
         return quantized_variants(self.model, layers, options.bits, quantizer, self.device, self.dtype)
+
+    @property
+    def candidates_of(self) -> Candidates:
+        """What is measured."""
+        inputs = self.options.act_bits or KEPT
+        return Candidates.uniform(self.executor.layers, [Scheme(b, inputs) for b in self.options.bits])
 
     @property
     def width(self) -> int:
@@ -523,7 +529,8 @@ class Run:
             "data": data_digest(checkpoint.digests.numpy()),
             "settings": digest(self.settings),
         }
-        result = assemble(sums, self.executor.layers, options.bits, options.quantizer, fingerprint, checkpoint.digests)
+        provenance = Provenance(options.estimator, options.loss, str(self.settings["products"]), self.executor.skipped)
+        result = assemble(sums, self.candidates_of, options.quantizer, provenance, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples:
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
         if len(checkpoint.pieces) > 1:
@@ -532,11 +539,8 @@ class Run:
                 f"memory changed: samples and perturbations at a time were {shown}; last digits depend on it"
             )
         result = replace(result, activations=self.activations)
-        result.info["warnings"] = self.notes + result.info["warnings"]
-        result.info.update(
-            estimator=options.estimator,
-            loss=options.loss,
-            precision=self.settings["products"],
+        result.notes["warnings"] = self.notes + result.notes["warnings"]
+        result.notes.update(
             **self.probed,
             batch_size=self.size,
             device=self.device.type,
@@ -545,7 +549,6 @@ class Run:
             expected_forward_equivalents=self.total_work(sums.samples) / sums.samples,
             exact_samples=int(sums.residual_samples) or None,
             seconds=time.perf_counter() - self.started,
-            float_layers=self.executor.skipped,
         )
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifacts import Sensitivity
-from ..quant import Layer, Quantizer, same_layer
+from ..artifacts import Provenance, Sensitivity
+from ..quant import Candidates, Quantizer
 from .share import Share
 
 
@@ -79,32 +79,38 @@ TENSORS = tuple(f.name for f in fields(Sums) if f.name != "samples")  # in the o
 
 def assemble(
     sums: Sums,
-    layers: Sequence[Layer],
-    bits: tuple[int, ...],
+    candidates: Candidates,
     quantizer: Quantizer,
+    provenance: Provenance,
     fingerprint: dict[str, str],
     digests: Tensor,
 ) -> Sensitivity:
-    delta_loss, interaction, stderr = entries(sums, len(layers), len(bits))
+    """The matrix of sums over samples; candidates whose loss is not finite are dropped by name."""
+    delta_loss, interaction, stderr = entries(sums, candidates)
     dropped = _drop(delta_loss, interaction, stderr)
-    result = Sensitivity(
-        tuple(layers), bits, delta_loss, interaction, stderr, sums.samples, quantizer, {}, fingerprint, digests.numpy()
+    pairs = tuple((candidates.layers[candidates.layer_of[v]].name, candidates.flat[v].label) for v in dropped)
+    return Sensitivity(
+        candidates,
+        delta_loss,
+        interaction,
+        stderr,
+        num_samples=sums.samples,
+        quantizer=quantizer,
+        provenance=replace(provenance, dropped=pairs),
+        notes={"warnings": [f"dropped {candidates.label(v)}: its loss is NaN or infinite" for v in dropped]},
+        fingerprint=fingerprint,
+        sample_digests=digests.numpy(),
     )
-    names = [f"{layers[v // len(bits)].name} at {bits[v % len(bits)]} bits" for v in dropped]
-    result.info["dropped"] = [[layers[v // len(bits)].name, bits[v % len(bits)]] for v in dropped]
-    result.info["warnings"] = [f"dropped {name}: its loss is NaN or infinite" for name in names]
-    return result
 
 
-def entries(sums: Sums, layers: int, widths: int) -> tuple[Any, Any, Any]:
-    """(ΔL ``[V]``, Ω ``[V, V]``, standard errors ``[V, V]`` as in :class:`Sensitivity`) of so many layers and widths."""
+def entries(sums: Sums, candidates: Candidates) -> tuple[Any, Any, Any]:
+    """(ΔL ``[V]``, Ω ``[V, V]``, standard errors ``[V, V]`` as in :class:`Sensitivity`)."""
     interaction, stderr = mean_and_error(_symmetric(sums.pair), _symmetric(sums.pair_squared), sums.samples)
     if int(sums.residual_samples):
         interaction, stderr = corrected_entries(sums, interaction, stderr, sums.samples)
     delta_loss, loss_error = mean_and_error(sums.loss.numpy(), sums.loss_squared.numpy(), sums.samples)
-    inside = same_layer(layers, widths)
-    interaction[inside] = 0.0
-    stderr[inside] = 0.0
+    interaction[candidates.same_layer] = 0.0
+    stderr[candidates.same_layer] = 0.0
     np.fill_diagonal(stderr, loss_error)
     return delta_loss, interaction, stderr
 

@@ -9,7 +9,7 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import Activations, calibrate, quantize_activations
-    from .candidates import check_bits, same_layer
+    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, stored_bytes
     from .layers import Layer, ignored, layer_name, storage
     from .quantizer import PACKED, SCALE, ZERO_POINT, Quantizer
     from .weights import quantized_variants
@@ -17,18 +17,22 @@ else:
     __getattr__, __dir__ = door(__name__)
 
 __all__ = [
+    "KEPT",
     "PACKED",
     "SCALE",
     "ZERO_POINT",
     "Activations",
+    "Candidates",
     "Layer",
     "Quantizer",
+    "Scheme",
     "calibrate",
+    "candidates_of",
     "check_bits",
     "ignored",
     "layer_name",
     "quantize_activations",
     "quantized_variants",
-    "same_layer",
     "storage",
+    "stored_bytes",
 ]

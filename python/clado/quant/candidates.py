@@ -1,23 +1,246 @@
-"""Candidates: a layer at a bit-width."""
+"""Candidates: what a plan chooses between. A candidate is a layer under a scheme; layers may have different lists."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import require
+from ..common import CladoError, require
+from .layers import Layer
+from .quantizer import Quantizer
+
+_LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
+KEPT = 16  # bits of an input that is not rounded, in a scheme's label
 
 
-def same_layer(num_layers: int, num_bits: int) -> NDArray[np.bool_]:
-    """``[V, V]`` mask of candidate pairs that belong to one layer."""
-    layer = np.repeat(np.arange(num_layers), num_bits)
-    return layer[:, None] == layer[None, :]
+@dataclass(frozen=True, order=True)
+class Scheme:
+    """A layer's number formats.
+
+    Attributes:
+        bits: of a weight's codes.
+        input_bits: to which the layer's input is rounded; 16: not at all.
+    """
+
+    bits: int
+    input_bits: int = KEPT
+
+    def __post_init__(self) -> None:
+        known = type(self.bits) is int and 2 <= self.bits <= 8
+        require(known, "scheme", "bits", "lie in 2..8", repr(self.bits))
+
+    @staticmethod
+    def of(given: Scheme | str | int) -> Scheme:
+        """From a label such as ``W4A16``, or from the bits of a weight.
+
+        Raises:
+            CladoError: another label.
+        """
+        if isinstance(given, Scheme):
+            return given
+        if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
+            return Scheme(int(given))
+        found = _LABEL.fullmatch(given) if isinstance(given, str) else None
+        require(found is not None, "scheme", "label", "be one of W2A16 … W8A16 (W4A8: 8-bit inputs)", repr(given))
+        assert found is not None
+        return Scheme(int(found[1]), int(found[2]))
+
+    @property
+    def label(self) -> str:
+        return f"W{self.bits}A{self.input_bits}"
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of a model, layer-major, each layer's by ascending bits.
+
+    Attributes:
+        layers: L layers in the order the network runs them.
+        schemes: per layer its schemes, at least one.
+    """
+
+    layers: tuple[Layer, ...]
+    schemes: tuple[tuple[Scheme, ...], ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.layers) > 0, "candidates", "layers", "not be empty", "no layer")
+        names = [layer.name for layer in self.layers]
+        require(len(set(names)) == len(names), "candidates", "layers", "have distinct names", names)
+        lists = f"{len(self.schemes)} lists for {len(names)} layers"
+        require(len(self.schemes) == len(names), "candidates", "schemes", "hold a list for every layer", lists)
+        for name, schemes in zip(names, self.schemes, strict=True):
+            ascending = len(schemes) > 0 and list(schemes) == sorted(set(schemes))
+            must = "be distinct ones of ascending bits, at least one"
+            require(ascending, "candidates", f"schemes of {name}", must, [s.label for s in schemes])
+
+    @staticmethod
+    def uniform(layers: Iterable[Layer], schemes: Iterable[Scheme | str | int]) -> Candidates:
+        """The same schemes for every layer."""
+        own, same = tuple(layers), tuple(Scheme.of(scheme) for scheme in schemes)
+        return Candidates(own, (same,) * len(own))
+
+    def __len__(self) -> int:
+        """V."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Candidates of each layer."""
+        return tuple(len(schemes) for schemes in self.schemes)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """``[L + 1]``: layer k has the candidates ``starts[k]`` to ``starts[k + 1] - 1``."""
+        return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+
+    @cached_property
+    def layer_of(self) -> NDArray[np.int64]:
+        """``[V]``: the layer of each candidate."""
+        return np.repeat(np.arange(len(self.layers), dtype=np.int64), self.counts)
+
+    @cached_property
+    def flat(self) -> tuple[Scheme, ...]:
+        """The V schemes."""
+        return tuple(scheme for schemes in self.schemes for scheme in schemes)
+
+    @cached_property
+    def same_layer(self) -> NDArray[np.bool_]:
+        """``[V, V]`` mask of candidate pairs that belong to one layer."""
+        return self.layer_of[:, None] == self.layer_of[None, :]
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The weights' bit-widths that occur, ascending."""
+        return tuple(sorted({scheme.bits for scheme in self.flat}))
+
+    @cached_property
+    def weight_bits(self) -> NDArray[np.int64]:
+        """``[V]``: bits per weight, codes alone."""
+        return np.array([scheme.bits for scheme in self.flat], np.int64)
+
+    @cached_property
+    def code_bits(self) -> NDArray[np.int64]:
+        """``[V]``: bits of all the layer's codes."""
+        return np.array([layer.numel for layer in self.layers], np.int64)[self.layer_of] * self.weight_bits
+
+    @cached_property
+    def numel(self) -> int:
+        """Weights of all layers."""
+        return sum(layer.numel for layer in self.layers)
+
+    def stored_bytes(self, quantizer: Quantizer) -> NDArray[np.int64]:
+        """``[V]``: bytes of packed codes and scales."""
+        pairs = zip(self.layer_of, self.flat, strict=True)
+        return np.array([stored_bytes(self.layers[k], scheme, quantizer) for k, scheme in pairs], np.int64)
+
+    def bitops(self, act_bits: int) -> NDArray[np.int64]:
+        """``[V]``: multiply-adds × bits of the weight × ``act_bits``, for one sample."""
+        macs = np.array([layer.macs for layer in self.layers], np.int64)
+        return macs[self.layer_of] * act_bits * self.weight_bits
+
+    def block(self, k: int) -> slice:
+        """The candidates of layer ``k``."""
+        return slice(int(self.starts[k]), int(self.starts[k + 1]))
+
+    def position(self, layer: str) -> int:
+        """k of a layer's name."""
+        names = self._positions
+        require(layer in names, "sensitivity", "layer", f"be one of {len(names)} known layers", repr(layer))
+        return names[layer]
+
+    def index(self, layer: str, scheme: Scheme | str | int) -> int:
+        """v of (layer, scheme)."""
+        k = self.position(layer)
+        known, wanted = self.schemes[k], self._scheme(layer, scheme)
+        number = isinstance(scheme, int)
+        listed = tuple(own.bits for own in known) if number else ", ".join(own.label for own in known)
+        fits = wanted in known
+        require(fits, "sensitivity", "bits" if number else "scheme", f"be one of {listed}", scheme)
+        assert wanted is not None
+        return int(self.starts[k]) + known.index(wanted)
+
+    def has(self, layer: str, scheme: Scheme | str | int) -> bool:
+        """Whether (layer, scheme) is a candidate."""
+        return layer in self._positions and self._scheme(layer, scheme) in self.schemes[self._positions[layer]]
+
+    def label(self, v: int) -> str:
+        """``layer at 4 bits``."""
+        return f"{self.layers[self.layer_of[v]].name} at {self.flat[v]}"
+
+    def indices(self, choice: Mapping[str, Scheme | str | int]) -> NDArray[np.int64]:
+        """``[L]``: v of every layer of a choice that names every layer once."""
+        names = [layer.name for layer in self.layers]
+        count = f"{len(choice)} layers"
+        require(set(choice) == set(names), "sensitivity", "choice", "name every layer once", count)
+        return np.array([self.index(name, choice[name]) for name in names], np.int64)
+
+    def one_hot(self, choice: Mapping[str, Scheme | str | int]) -> NDArray[np.float64]:
+        """x ``[V]`` of a choice that names every layer once."""
+        x = np.zeros(len(self))
+        x[self.indices(choice)] = 1
+        return x
+
+    def choice(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, str]:
+        """{layer: label} of ``[L]`` candidates, one of every layer."""
+        pairs = zip(self.layers, indices, strict=True)
+        return {layer.name: self.flat[int(v)].label for layer, v in pairs}
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {layer.name: k for k, layer in enumerate(self.layers)}
+
+    def _scheme(self, layer: str, given: Scheme | str | int) -> Scheme | None:
+        """What is meant; bits alone mean the layer's only scheme of that many, None where that is none."""
+        if not isinstance(given, (Scheme, str)):
+            same = [scheme for scheme in self.schemes[self._positions[layer]] if scheme.bits == given]
+            return same[0] if len(same) == 1 else None
+        return Scheme.of(given)
+
+
+def stored_bytes(layer: Layer, scheme: Scheme, quantizer: Quantizer) -> int:
+    """Bytes of a layer's packed codes and scales."""
+    return quantizer.storage_bytes(layer.shape, scheme.bits)
 
 
 def check_bits(bits: Sequence[int]) -> None:
+    """Raise unless ``bits`` are candidate widths."""
     ascending = (
         len(bits) > 0 and all(isinstance(b, int) and 2 <= b <= 8 for b in bits) and list(bits) == sorted(set(bits))
     )
     require(ascending, "bits", "bits", "be distinct ascending widths in 2..8", tuple(bits))
+
+
+def candidates_of(
+    layers: Sequence[Layer], schemes: Sequence[Scheme | str | int] | Mapping[str, Sequence[Scheme | str | int]]
+) -> Candidates:
+    """Candidates of layers from one list of schemes, or from a list per pattern: the first that fits a layer's name counts.
+
+    Raises:
+        CladoError: a layer that no pattern fits, a pattern that fits no layer.
+    """
+    import fnmatch
+
+    if not isinstance(schemes, Mapping):
+        return Candidates.uniform(layers, _sorted(schemes))
+    taken: list[tuple[Scheme, ...]] = []
+    unused = set(schemes)
+    for layer in layers:
+        found = next((p for p in schemes if fnmatch.fnmatchcase(layer.name, p)), None)
+        if found is None:
+            raise CladoError(f"profile: schemes must have a pattern for every layer, got none for {layer.name}")
+        unused.discard(found)
+        taken.append(_sorted(schemes[found]))
+    require(not unused, "profile", "schemes", "hold patterns that fit a layer first", sorted(unused)[:3])
+    return Candidates(tuple(layers), tuple(taken))
+
+
+def _sorted(schemes: Sequence[Scheme | str | int]) -> tuple[Scheme, ...]:
+    return tuple(sorted(Scheme.of(scheme) for scheme in schemes))

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 
 from ..artifacts import Plan, Sensitivity
-from ..quant import same_layer
 from .style import Spec, decades, figure, note, rounded, rule
 
 STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
@@ -132,7 +131,7 @@ def heaviest_layers(sens: Sensitivity, count: int) -> list[int]:
 
 def steps(sens: Sensitivity) -> list[float]:
     """Thresholds of the diverging colours: ±t, ±√10·t, …, the largest near the top percent of the entries."""
-    outside = ~same_layer(len(sens.layers), len(sens.bits))
+    outside = ~sens.candidates.same_layer
     entries = np.abs(np.concatenate([sens.interaction[outside], sens.delta_loss]))
     entries = entries[np.isfinite(entries) & (entries > 0)]
     top = float(np.quantile(entries, 0.99)) if len(entries) else 1.0
@@ -272,7 +271,7 @@ def relative_errors(sens: Sensitivity) -> dict[str, float]:
     then the interactions of layers that share a bit-width; parts that drown in noise or are unknown are left out."""
     width = len(sens.bits)
     kind = np.tile(np.arange(width), len(sens.layers))
-    outside = ~same_layer(len(sens.layers), width)
+    outside = ~sens.candidates.same_layer
     parts = {"one layer": (sens.delta_loss, np.diag(sens.stderr))}
     for m, bits in enumerate(sens.bits):
         pick = outside & (kind[:, None] == m) & (kind[None, :] == m)

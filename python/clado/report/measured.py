@@ -40,10 +40,11 @@ def uniform_plans(sens: Sensitivity) -> list[Plan]:
 def plan_of(sens: Sensitivity, widths: Sequence[int]) -> Plan:
     """A plan of the given bits in layer order."""
     bits = {layer.name: int(width) for layer, width in zip(sens.layers, widths, strict=True)}
+    chosen = sens.candidates.indices(bits)
     objective = sens.predict(bits)
     return Plan(
         sens.layers,
-        bits,
+        sens.candidates.choice(chosen),
         "given",
         objective,
         quantizer=sens.quantizer,
@@ -75,7 +76,7 @@ def measure(
     Raises:
         CladoError: as :func:`clado.rerank`.
     """
-    increases = loss_increases(model, heldout, plans, sens.info.get("loss", "kl"), device, verbose)
+    increases = loss_increases(model, heldout, plans, sens.provenance.loss or "kl", device, verbose)
     return [
         {
             "bits": list(plan.bits.values()),

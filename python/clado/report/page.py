@@ -13,7 +13,6 @@ import numpy as np
 
 from ..artifacts import Plan, Sensitivity
 from ..common import atomic_file, require
-from ..quant import same_layer
 from ..runs import versions
 from ..solver import negative_mass
 from .contents import Contents, gather
@@ -166,7 +165,7 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
 
 def clear_share(sens: Sensitivity) -> float | None:
     """Share of the interactions beyond two standard errors; None where these are unknown."""
-    outside = np.triu(~same_layer(len(sens.layers), len(sens.bits)))
+    outside = np.triu(~sens.candidates.same_layer)
     value, error = np.abs(sens.interaction[outside]), sens.stderr[outside]
     known = np.isfinite(error) & np.isfinite(value)
     return float((value[known] > 2 * error[known]).mean()) if known.any() else None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Sensitivity
 from ..common import CladoError, require
+from ..quant import Scheme
 
 MIB = 2**20
 Table = Mapping[str, Mapping[int, float]]
@@ -75,30 +76,29 @@ def make_budgets(
     act_bits: int = 32,
 ) -> list[Budget]:
     """Rows of the budgets that are given; see :func:`clado.solve` for their units."""
-    layers, bits = sens.layers, np.array(sens.bits, dtype=np.int64)
-    numel = np.array([layer.numel for layer in layers], dtype=np.int64)
-    macs = np.array([layer.macs for layer in layers], dtype=np.int64)
-    stored = np.array([sens.quantizer.storage_bytes(layer.shape, b) for layer in layers for b in sens.bits], np.int64)
+    candidates = sens.candidates
+    stored = candidates.stored_bytes(sens.quantizer)
+    macs = any(layer.macs for layer in sens.layers)
     require(isinstance(act_bits, int) and 1 <= act_bits <= 32, "solve", "act_bits", "lie in 1..32", act_bits)
-    require(bitops is None or bool(macs.any()), "solve", "bitops", "come with layers whose macs are known", "no macs")
+    require(bitops is None or macs, "solve", "bitops", "come with layers whose macs are known", "no macs")
     rows: list[tuple[str, Any, NDArray[np.int64], Fraction]] = [
-        ("avg_bits", avg_bits, np.outer(numel, bits).ravel(), Fraction(max(1, int(numel.sum())))),
+        ("avg_bits", avg_bits, candidates.code_bits, Fraction(max(1, candidates.numel))),
         ("size_mb", size_mb, stored, Fraction(MIB)),
         ("size_bytes", size_bytes, stored, Fraction(1)),
-        ("bitops", bitops, np.outer(macs * act_bits, bits).ravel(), Fraction(1)),
+        ("bitops", bitops, candidates.bitops(act_bits), Fraction(1)),
     ]
     budgets = [_whole_budget(name, limit, use, units) for name, limit, use, units in rows if limit is not None]
     if latency_ms is not None:
         require(latency is not None, "solve", "latency", "be given with latency_ms", None)
         assert latency is not None
         table = latency if isinstance(latency, Mapping) else read_latency(latency)
-        whole = {name for name in (layer.name for layer in layers) if set(table.get(name, ())) >= set(sens.bits)}
-        missing = [layer.name for layer in layers if layer.name not in whole]
+        own = {layer.name: {s.bits for s in row} for layer, row in zip(sens.layers, candidates.schemes, strict=True)}
+        missing = [name for name, widths in own.items() if not set(table.get(name, ())) >= widths]
         require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
-        known = {name: table[name] for name in whole}
+        known = {name: table[name] for name in own}
         budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, latency_ms)))
-    own = read_constraints(constraints) if isinstance(constraints, (str, os.PathLike)) else constraints
-    budgets += [_real_budget(sens, constraint) for constraint in own]
+    given = read_constraints(constraints) if isinstance(constraints, (str, os.PathLike)) else constraints
+    budgets += [_real_budget(sens, constraint) for constraint in given]
     need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms or constraints"
     require(bool(budgets), "solve", "budget", need, "none")
     names = [budget.name for budget in budgets]
@@ -167,10 +167,12 @@ def _real_budget(sens: Sensitivity, constraint: LinearConstraint) -> Budget:
     real = np.zeros(sens.num_candidates)
     for layer, row in constraint.coefficients.items():
         for bits, value in row.items():
-            if bits in sens.bits:
-                real[sens.index(layer, bits)] = value
+            k = sens.candidates.position(layer)
+            for v, scheme in enumerate(sens.candidates.schemes[k], int(sens.candidates.starts[k])):
+                if scheme.bits == bits:
+                    real[v] = value
     require(bool(np.isfinite(real).all()), "solve", name, "have finite coefficients", "NaN or infinity")
-    largest = np.abs(real).reshape(len(sens.layers), -1).max(axis=1).sum()
+    largest = np.maximum.reduceat(np.abs(real), sens.candidates.starts[:-1]).sum()
     exponent = 50 - math.frexp(max(largest, 1e-300))[1]
     use = np.array([round(Fraction(value) * Fraction(2) ** exponent) for value in real], dtype=np.int64)
     # Half a unit of rounding per layer; a limit beyond every sum is cut to stay within int64.
@@ -186,34 +188,34 @@ def _check_limit(name: str, limit: Any, positive: bool) -> None:
 
 def allowed_candidates(
     sens: Sensitivity,
-    pin: Mapping[str, int] | None,
-    forbid: Mapping[str, int | Sequence[int]] | None,
+    pin: Mapping[str, Scheme | str | int] | None,
+    forbid: Mapping[str, Any] | None,
     min_bits: int | Mapping[str, int] | None,
     max_bits: int | Mapping[str, int] | None,
 ) -> NDArray[np.bool_]:
     """``[V]`` mask of the candidates that pins, bans and limits per layer leave over."""
     names = [layer.name for layer in sens.layers]
-    width = np.tile(np.array(sens.bits), len(names))
+    width = sens.candidates.weight_bits
     allowed = np.ones(sens.num_candidates, dtype=bool)
     for name, chosen in dict(pin or {}).items():
-        allowed[_candidates(sens, name)] &= np.arange(len(sens.bits)) == sens.index(name, chosen) % len(sens.bits)
+        block = _block(sens, name)
+        allowed[block] &= np.arange(block.start, block.stop) == sens.index(name, chosen)
     for name, widths in dict(forbid or {}).items():
-        for bits in [widths] if isinstance(widths, int) else widths:
-            allowed[sens.index(name, bits)] = False
+        for scheme in [widths] if isinstance(widths, (int, str, Scheme)) else widths:
+            allowed[sens.index(name, scheme)] = False
     for sign, limit, argument in ((1, min_bits, "min_bits"), (-1, max_bits, "max_bits")):
         per_layer = dict.fromkeys(names, limit) if isinstance(limit, int) else dict(limit or {})
         for name, bits in per_layer.items():
             require(isinstance(bits, int), "solve", argument, "hold whole widths", repr(bits))
-            allowed[_candidates(sens, name)] &= sign * width[_candidates(sens, name)] >= sign * bits
+            allowed[_block(sens, name)] &= sign * width[_block(sens, name)] >= sign * bits
     for name in names:
-        left = bool(allowed[_candidates(sens, name)].any())
+        left = bool(allowed[_block(sens, name)].any())
         require(left, "solve", "pin, forbid, min_bits and max_bits", f"leave layer {name!r} a width", "none")
     return allowed
 
 
-def _candidates(sens: Sensitivity, name: str) -> slice:
-    first = sens.index(name, sens.bits[0])
-    return slice(first, first + len(sens.bits))
+def _block(sens: Sensitivity, name: str) -> slice:
+    return sens.candidates.block(sens.candidates.position(name))
 
 
 def layer_groups(sens: Sensitivity, shared_layers: Sequence[Sequence[str]]) -> NDArray[np.int64]:
@@ -222,7 +224,7 @@ def layer_groups(sens: Sensitivity, shared_layers: Sequence[Sequence[str]]) -> N
     leader = list(range(len(names)))
     for group in shared_layers:
         require(not isinstance(group, str), "solve", "shared_layers", "hold groups of layer names", repr(group))
-        members = sorted(sens.index(name, sens.bits[0]) // len(sens.bits) for name in group)
+        members = sorted(sens.candidates.position(name) for name in group)
         heads = {leader[i] for i in members}
         leader = [min(heads) if head in heads else head for head in leader]
     return np.unique(leader, return_inverse=True)[1].astype(np.int64)

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..artifacts import Plan, Sensitivity
 from ..common import require
-from ..quant import same_layer
 from .objectives import NAMES, errors_known
 from .session import Solver
 
@@ -28,13 +27,13 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     """
     require("objective" not in arguments, "shortlist", "objective", "be left out: every one is tried", "one")
     require(near >= 0, "shortlist", "near", "not be negative", near)
-    known = errors_known(sens.stderr, same_layer(len(sens.layers), len(sens.bits)))
+    known = errors_known(sens.stderr, sens.candidates.same_layer)
     names = ["original", *(name for name in NAMES if name != "original" and (name != "shrunk" or known))]
     solver = Solver(sens)
     plans = [solver.solve(objective=name, time_limit=time_limit / len(names), **arguments) for name in names]
-    if not plans[0].bits:
+    if not plans[0].schemes:
         return plans[:1]
     steering = ("gap", "threads", "seed", "solver")
     wishes = {name: value for name, value in arguments.items() if name not in steering}
     plans += solver.near(plans[0], near, **wishes)
-    return list({tuple(plan.bits.values()): plan for plan in reversed(plans)}.values())[::-1]
+    return list({tuple(plan.schemes.values()): plan for plan in reversed(plans)}.values())[::-1]

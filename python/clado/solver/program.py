@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common import require
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -122,25 +124,74 @@ def _least_value_with(program: Program) -> NDArray[np.float64]:
     return half + others.sum(axis=1)
 
 
-def merged(program: Program, keep: NDArray[np.int64], groups: NDArray[np.int64]) -> tuple[Program, NDArray[np.int64]]:
-    """The program over groups of layers that take the same candidate number, and which of its candidates are left.
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A program over groups of layers that take the same scheme.
 
-    What two layers of a group do to each other goes to the diagonal. ``program`` has equally many candidates in every
-    layer; ``groups`` is ``[L]`` and numbers the groups from 0 in the order of their first layers.
+    Attributes:
+        program: over the groups; what two layers of a group do to each other is on its diagonal.
+        keep: its candidates that are left.
+        members: ``[V', L]``: the candidate of each layer under a candidate of its group, -1 for layers of other groups; None
+            where every layer is a group.
+    """
+
+    program: Program
+    keep: NDArray[np.int64]
+    members: NDArray[np.int64] | None
+
+    def spread(self, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[L]`` candidates of the layers from those of the groups."""
+        return choice if self.members is None else self.members[choice].max(axis=0)
+
+    def gather(self, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Candidates of the groups from ``[L]`` of the layers: that of a group's first layer, or the group's first one."""
+        if self.members is None:
+            return choice
+        found = []
+        for first, last in zip(self.program.starts[:-1], self.program.starts[1:], strict=True):
+            leader = int(np.argmax(self.members[first] >= 0))
+            same = np.flatnonzero(self.members[first:last, leader] == choice[leader])
+            found.append(first + (same[0] if len(same) else 0))
+        return np.array(found, np.int64)
+
+
+def merged(program: Program, keep: NDArray[np.int64], groups: NDArray[np.int64], schemes: NDArray[np.int64]) -> Merged:
+    """The program over groups of layers that take the same scheme, and which of its candidates are left.
+
+    Args:
+        groups: ``[L]``, numbers the groups from 0 in the order of their first layers.
+        schemes: ``[V]``, numbers the candidates' schemes.
+
+    Raises:
+        CladoError: layers of one group without a scheme in common.
     """
     if len(groups) == groups[-1] + 1 == program.num_layers:
-        return program, keep
-    count = program.size // program.num_layers
-    target = np.repeat(groups * count, count) + np.tile(np.arange(count), program.num_layers)
-    size = (int(groups.max()) + 1) * count
+        return Merged(program, keep, None)
+    columns, group = [], []
+    for number in range(int(groups.max()) + 1):
+        layers = np.flatnonzero(groups == number)
+        lists = [
+            dict(zip(schemes[program.layer == i], np.flatnonzero(program.layer == i), strict=True)) for i in layers
+        ]
+        common = [scheme for scheme in lists[0] if all(scheme in own for own in lists)]
+        require(bool(common), "solve", "shared_layers", "have a scheme in common", f"none for {len(layers)} of them")
+        for scheme in common:
+            column = np.full(program.num_layers, -1, np.int64)
+            column[layers] = [own[scheme] for own in lists]
+            columns.append(column)
+            group.append(number)
+    members, layer = np.stack(columns), np.array(group, np.int64)
+    there, target = members[members >= 0], np.nonzero(members >= 0)[0]
+    size = len(members)
     matrix, rows = np.zeros((size, size)), np.zeros((len(program.rows), size), np.int64)
-    np.add.at(matrix, (target[:, None], target[None, :]), program.matrix)
+    order = np.argsort(there)
+    there, target = there[order], target[order]
+    np.add.at(matrix, (target[:, None], target[None, :]), program.matrix[np.ix_(there, there)])
     for row, old in zip(rows, program.rows, strict=True):
-        np.add.at(row, target, old)
-    layer = np.repeat(np.arange(size // count), count)
+        np.add.at(row, target, old[there])
     matrix[(layer[:, None] == layer[None, :]) & ~np.eye(size, dtype=bool)] = 0
     banned = np.ones(program.size, dtype=bool)
     banned[keep] = False
     left = np.ones(size, dtype=bool)
-    left[target[banned]] = False
-    return Program(matrix, layer, rows, program.limits), np.flatnonzero(left)
+    left[target[banned[there]]] = False
+    return Merged(Program(matrix, layer, rows, program.limits), np.flatnonzero(left), members)

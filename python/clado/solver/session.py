@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
 from ..common import CladoError, require
-from ..quant import same_layer
+from ..quant import Scheme
 from . import scip
 from .budgets import Budget, LinearConstraint, Table, allowed_candidates, check_minimum, layer_groups, make_budgets
 from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted, tightened
 from .native import blas_threads
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
-from .program import Program, merged, within_reach
+from .program import Merged, Program, merged, within_reach
 from .shift import ConvexForm, linear_form
 
 Choice = NDArray[np.int64]
@@ -118,7 +118,8 @@ class Solver:
         must = "be a Sensitivity (of a run directory: clado.Sensitivity.load)"
         require(isinstance(sens, Sensitivity), "solve", "sens", must, type(sens).__name__)
         self.sens = sens
-        self.layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
+        self.layer = sens.candidates.layer_of
+        self.schemes = np.unique([str(scheme.label) for scheme in sens.candidates.flat], return_inverse=True)[1]
         self._matrices: dict[str, NDArray[np.float64]] = {}
         self._mass: float | None = None
         self._forms: dict[Any, dict[bytes, list[ConvexForm]]] = {}
@@ -153,7 +154,7 @@ class Solver:
             self._report_eigenvalues(time_limit)
             answer = self._answer(asked, effort, start)
             if answer.choice is None:
-                note = _conflict(asked.program, asked.keep, asked.groups, asked.budgets, effort)
+                note = _conflict(self._merged(asked), asked.budgets, effort)
                 plan = self._infeasible(objective, note)
             else:
                 plan = self._plan(asked, answer)
@@ -180,19 +181,17 @@ class Solver:
             pin, forbid, min_bits, max_bits, shared_layers, budget_arguments: as they were given to :meth:`solve`.
         """
         asked = self._ask(plan.objective_name, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
-        small, keep = merged(asked.program, asked.keep, asked.groups)
-        best = _chosen(self.sens, plan, asked.groups)
-        found = _neighbours(small, keep, best, count)
-        wide = len(self.sens.bits)
-        spread = [np.arange(len(asked.groups)) * wide + choice[asked.groups] % wide for choice in found]
-        return [self._plan(asked, Answer(choice, plan.bound, "near")) for choice in spread]
+        small = self._merged(asked)
+        best = small.gather(self.sens.candidates.indices(plan.schemes))
+        found = _neighbours(small.program, small.keep, best, count)
+        return [self._plan(asked, Answer(small.spread(choice), plan.bound, "near")) for choice in found]
 
     def _ask(self, objective: str, limits: tuple, shared_layers: Sequence[Sequence[str]], budgets: dict) -> _Asked:
         """A question in numbers; refuses what cannot be meant."""
         require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
         rows = make_budgets(self.sens, **budgets)
         keep = np.flatnonzero(allowed_candidates(self.sens, *limits))
-        dropped = [self.sens.index(layer, bits) for layer, bits in self.sens.info.get("dropped", ())]
+        dropped = [self.sens.index(layer, scheme) for layer, scheme in self.sens.provenance.dropped]
         keep = np.setdiff1d(keep, np.array(dropped, dtype=keep.dtype))
         for budget in rows:
             check_minimum(budget, self.layer, keep)
@@ -207,10 +206,11 @@ class Solver:
 
     def _answer(self, asked: _Asked, effort: Effort, start: Plan | None) -> Answer:
         """Solve over groups of layers; the choice comes back over layers."""
-        small, keep = merged(asked.program, asked.keep, asked.groups)
+        merge = self._merged(asked)
+        small, keep = merge.program, merge.keep
         begin = None
-        if start is not None and list(start.bits) == [layer.name for layer in self.sens.layers]:
-            begin = _chosen(self.sens, start, asked.groups)
+        if start is not None and list(start.schemes) == [layer.name for layer in self.sens.layers]:
+            begin = merge.gather(self._start(start))
         if len(np.unique(small.layer[keep])) < small.num_layers:
             return Answer(None, math.inf, "presolve")
         if effort.solver == "heuristic":
@@ -218,10 +218,18 @@ class Solver:
             answer = _what_if(small, keep, effort, begin, self._forms.setdefault(key, {}))
         else:
             answer = certify(small, keep, effort, begin)
-        if answer.choice is None:
-            return answer
-        count = len(self.sens.bits)
-        return replace(answer, choice=np.arange(len(asked.groups)) * count + answer.choice[asked.groups] % count)
+        return answer if answer.choice is None else replace(answer, choice=merge.spread(answer.choice))
+
+    def _merged(self, asked: _Asked) -> Merged:
+        return merged(asked.program, asked.keep, asked.groups, self.schemes)
+
+    def _start(self, plan: Plan) -> Choice:
+        """``[L]`` candidates of a plan to begin with; a layer's first one where it was not measured at the plan's."""
+        own = self.sens.candidates
+        taken = [
+            own.index(n, s) if own.has(n, s) else int(own.starts[k]) for k, (n, s) in enumerate(plan.schemes.items())
+        ]
+        return np.array(taken, np.int64)
 
     def refresh(self, keep: Choice) -> None:
         """Drop what was computed for another set of candidates that are not finite."""
@@ -234,7 +242,7 @@ class Solver:
             original = self.sens.matrix
             original[self._dropped, :] = 0
             original[:, self._dropped] = 0
-            inside = same_layer(len(self.sens.layers), len(self.sens.bits))
+            inside = self.sens.candidates.same_layer
             self._matrices[name] = objective_matrix(original, self.sens.stderr, inside, name)
         return self._matrices[name]
 
@@ -245,7 +253,7 @@ class Solver:
             self._matrix("clipped")
 
     def values(self, choice: Choice, objective: str) -> dict[str, float]:
-        inside = same_layer(len(self.sens.layers), len(self.sens.bits))
+        inside = self.sens.candidates.same_layer
         known = {"shrunk": errors_known(self.sens.stderr, inside), "clipped": "clipped" in self._matrices}
         names = [name for name in NAMES if name == objective or known.get(name, True)]
         return {name: float(self._matrix(name)[np.ix_(choice, choice)].sum() / 2) for name in names}
@@ -260,7 +268,7 @@ class Solver:
         info = {"solver": answer.solver, "relative_gap": gap, "negative_eigenvalue_share": self._mass}
         return Plan(
             layers=sens.layers,
-            bits={layer.name: sens.bits[v % len(sens.bits)] for layer, v in zip(sens.layers, choice, strict=True)},
+            schemes=sens.candidates.choice(choice),
             status="optimal" if gap <= CLOSED else "feasible",
             objective=value,
             bound=bound,
@@ -276,7 +284,7 @@ class Solver:
     def _infeasible(self, objective: str, reason: str) -> Plan:
         return Plan(
             layers=self.sens.layers,
-            bits={},
+            schemes={},
             status="infeasible",
             objective_name=objective,
             quantizer=self.sens.quantizer,
@@ -304,13 +312,6 @@ def _what_if(
         for old in list(forms)[:-MOST_FORMS]:
             del forms[old]
     return certify(program, keep, effort, start, [form for pair in forms.values() for form in pair])
-
-
-def _chosen(sens: Sensitivity, plan: Plan, groups: Choice) -> Choice:
-    """Candidates of a plan over groups of layers; a group takes its first member's width."""
-    widths = np.array([sens.bits.index(b) if b in sens.bits else 0 for b in plan.bits.values()])
-    leaders = np.unique(groups, return_index=True)[1]
-    return np.arange(len(leaders)) * len(sens.bits) + widths[leaders]
 
 
 def _neighbours(program: Program, keep: Choice, choice: Choice, count: int) -> list[Choice]:
@@ -342,19 +343,21 @@ def _neighbours(program: Program, keep: Choice, choice: Choice, count: int) -> l
     return out
 
 
-def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "original", **budgets: Any) -> Plan:
-    """A plan of the given bits, priced but not solved for: uniform widths, or one of the user's own.
+def given_plan(
+    sens: Sensitivity, bits: Mapping[str, Scheme | str | int], objective: str = "original", **budgets: Any
+) -> Plan:
+    """A plan of the given schemes, priced but not solved for: uniform widths, or one of the user's own.
 
     Args:
         sens: the sensitivity matrix.
-        bits: {layer: bits}, every layer.
+        bits: {layer: bits, or label of a scheme}, every layer.
         objective: what ``objective`` of the plan is measured by.
         **budgets: budgets of :func:`clado.solve` whose use is reported; they need not hold.
 
     Raises:
         CladoError: a layer without bits, a width that was not measured, NaN or infinity in the matrix.
     """
-    choice = np.flatnonzero(sens.one_hot(dict(bits)))
+    choice = sens.candidates.indices(bits)
     solver = Solver(sens)
     solver.refresh(choice)
     rows = make_budgets(sens, **budgets) if budgets else []
@@ -362,7 +365,7 @@ def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "ori
     values = solver.values(choice, objective)
     return Plan(
         layers=sens.layers,
-        bits={layer.name: int(bits[layer.name]) for layer in sens.layers},
+        schemes=sens.candidates.choice(choice),
         status="given",
         objective=values[objective],
         objective_name=objective,
@@ -385,7 +388,8 @@ def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:
     if inner.any():
         own = keep[np.diag(inner)]
         worst = own if len(own) else keep[inner.any(axis=1)]
-        names = [f"({sens.layers[v // len(sens.bits)].name}, {sens.bits[v % len(sens.bits)]})" for v in worst]
+        flat, layer = sens.candidates.flat, sens.candidates.layer_of
+        names = [f"({sens.layers[layer[v]].name}, {flat[v].bits})" for v in worst]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CladoError(
             f"solve: matrix must be finite at every allowed candidate, got NaN or infinity at (layer, bits) "
@@ -396,9 +400,9 @@ def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:
     return dropped
 
 
-def _conflict(program: Program, keep: Choice, groups: Choice, budgets: list[Budget], effort: Effort) -> str:
+def _conflict(merge: Merged, budgets: list[Budget], effort: Effort) -> str:
     """Which budget would have to give, and to what, for the others to hold."""
-    whole, keep = merged(program, keep, groups)
+    whole, keep = merge.program, merge.keep
     needs = []
     for k, budget in enumerate(budgets):
         others = np.arange(len(budgets)) != k

@@ -1,0 +1,42 @@
+"""Where a sensitivity matrix comes from: what later stages decide by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a matrix was measured.
+
+    Attributes:
+        estimator: its name; None for scores from elsewhere.
+        loss: "kl", "cross_entropy", or "user" for a function of the user's.
+        precision: of the matrix products.
+        float_layers: {layer that was kept in float: why}.
+        dropped: (layer, label of the scheme) of candidates whose loss was not finite.
+        corrected_pairs: (v, w) whose interaction :func:`clado.correct` measured exactly.
+    """
+
+    estimator: str | None = None
+    loss: str | None = None
+    precision: str | None = None
+    float_layers: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[tuple[str, str], ...] = ()
+    corrected_pairs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether the matrix was measured by :func:`clado.profile`."""
+        return self.estimator is not None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Provenance:
+        """Inverse of :meth:`to_json`, by way of JSON."""
+        pairs = tuple((int(v), int(w)) for v, w in data["corrected_pairs"])
+        dropped = tuple((str(layer), str(label)) for layer, label in data["dropped"])
+        return Provenance(**{**data, "dropped": dropped, "corrected_pairs": pairs})
