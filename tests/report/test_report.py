@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import clado
 from clado import CladoError, Sensitivity, solve, write_figures, write_report
+from clado.artifacts import Provenance
 from clado.cli import main
 from clado.report import agreement, gather, matrix_figures, random_plans, style, uniform_plans
 from clado.report.page import readable_bytes
@@ -192,7 +193,7 @@ def test_dropped_candidates_are_left_out(tmp_path: Path) -> None:
     whole = Sensitivity.from_matrix(matrix, [("stem", 96), ("head", 32)], stderr=np.full((6, 6), 0.01))
     loss, pairs = whole.delta_loss.copy(), whole.interaction.copy()
     loss[0], pairs[0], pairs[:, 0] = np.nan, np.nan, np.nan
-    sens = replace(whole, delta_loss=loss, interaction=pairs, num_samples=8, info={"dropped": [["stem", 2]]})
+    sens = replace(whole, delta_loss=loss, interaction=pairs, num_samples=8, provenance=Provenance("logit", dropped=(("stem", "W2A16"),)))
     assert sens.predict({"stem": 4, "head": 2}) == whole.predict({"stem": 4, "head": 2}) == 1.5
     assert np.isnan(sens.predict({"stem": 2, "head": 2}))
     sens.save(tmp_path)
@@ -216,7 +217,7 @@ def test_small_parts() -> None:
     records = [{"predicted": x, "increase": 2 * x} for x in (0.1, 0.2, 0.4)]
     assert agreement(records) == pytest.approx({"rank_correlation": 1, "ratio": 2, "ratio_low": 2, "ratio_high": 2})
     assert agreement(records[:2]) == {}
-    assert set(style.PALETTES["light"]) == set(figures.PALETTES["dark"])
+    assert set(style.PALETTES["light"]) == set(style.PALETTES["dark"])
 
 
 def test_map_of_a_large_net_shows_the_heaviest_layers() -> None:
