@@ -270,7 +270,7 @@ def test_help_is_fast_and_teaches() -> None:
 def test_profiling_needs_neither_timm_nor_scip() -> None:
     code = """
 import sys
-sys.modules["timm"] = sys.modules["pyscipopt"] = sys.modules["scs"] = None
+sys.modules["timm"] = sys.modules["pyscipopt"] = None
 import torch, clado
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
 print(len(clado.profile(model, [torch.randn(4, 4)], quantize_ends=True, verbose=False).layers))
@@ -281,7 +281,7 @@ print(len(clado.profile(model, [torch.randn(4, 4)], quantize_ends=True, verbose=
 def test_kernels_need_torch_alone() -> None:
     code = """
 import sys
-for name in ("timm", "pyscipopt", "scs", "scipy", "rich", "click", "safetensors", "clado"):
+for name in ("timm", "pyscipopt", "scipy", "rich", "click", "safetensors", "clado"):
     sys.modules[name] = None
 import torch, clado_ext
 print(clado_ext.pack(torch.zeros(1, 8, dtype=torch.int8), 4).shape[1])

@@ -5,7 +5,7 @@ Everything that other packages use is named here; :func:`door` is how a package 
 
 from typing import TYPE_CHECKING
 
-from .door import door
+from .doors import door
 
 if TYPE_CHECKING:
     from .batches import check_targets, moved_to, split_batch, two_samples
