@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import clado
-from clado.graph import Captured, CarriedExecutor, Executor, Runner, carried
-from clado.graph.capture import capture
+from clado.graph import Runner, carried_rules
+from clado.graph.capture import Captured, capture
+from clado.graph.carried import CarriedExecutor
+from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.estimators import singles
 from clado.profiling.losses import LogitLoss
@@ -92,7 +94,7 @@ def test_differences_are_right_at_every_width(name: str) -> None:
     captured, variants, x, wanted = setting(name)
     plain = worst(deltas(Executor(captured), variants, x.clone()), wanted)
     for precision, limit in LIMITS.items():
-        errors = worst(deltas(CarriedExecutor(captured, precision, x.device), variants, x), wanted)
+        errors = worst(deltas(CarriedExecutor(captured, precision), variants, x), wanted)
         # The mixture's sort, maximum and gates have no rule: f(x + d) − f(x) rounds relative to x, as a plain forward does.
         assert max(errors) < (max(2 * limit, 2e-3) if name == "mixture" else limit), (precision, errors)
         if precision == "float32" and name != "mixture":
@@ -102,16 +104,14 @@ def test_differences_are_right_at_every_width(name: str) -> None:
 @torch.no_grad()
 def test_what_nobody_reads_any_more_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     captured, variants, x, _ = setting("vit")
-    executor = CarriedExecutor(
-        replace(captured, layers=captured.layers[:1], sources=captured.sources[:1]), "tf32", x.device
-    )
-    last, seen = executor._last_uses(), []
+    executor = CarriedExecutor(captured, "tf32").only([0])
+    last, seen = executor.cuts.last_uses(), []
     whole = CarriedExecutor._difference
 
-    def watched(self: CarriedExecutor, node: Any, values: Any, state: Any) -> Any:
+    def watched(self: CarriedExecutor, node: Any, at: Any, overrides: Any) -> Any:
         seen.append(node)
-        assert all(last[held] >= captured.nodes.index(node) for held in values)
-        return whole(self, node, values, state)
+        assert all(last[held] >= captured.nodes.index(node) for held in at.d)
+        return whole(self, node, at, overrides)
 
     monkeypatch.setattr(CarriedExecutor, "_difference", watched)
     deltas(executor, variants, x)
@@ -121,17 +121,17 @@ def test_what_nobody_reads_any_more_is_freed(monkeypatch: pytest.MonkeyPatch) ->
 @torch.no_grad()
 def test_a_residual_sum_with_its_norm_gives_the_bits_of_both_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     captured, variants, x, _ = setting("vit")
-    calls, fuse = [], carried._add_and_norm
+    calls, fuse = [], carried_rules.add_and_norm
 
     def watched(*given: Any) -> Any:
         calls.append(fuse(*given))
         return calls[-1]
 
-    monkeypatch.setattr(carried, "_add_and_norm", watched)
-    together = deltas(CarriedExecutor(captured, "bfloat16", x.device), variants, x)
+    monkeypatch.setattr(carried_rules, "add_and_norm", watched)
+    together = deltas(CarriedExecutor(captured, "bfloat16"), variants, x)
     assert sum(found is not None for found in calls) > len(captured.layers)
-    monkeypatch.setattr(carried, "_add_and_norm", lambda *a: None)
-    apart = deltas(CarriedExecutor(captured, "bfloat16", x.device), variants, x)
+    monkeypatch.setattr(carried_rules, "add_and_norm", lambda *a: None)
+    apart = deltas(CarriedExecutor(captured, "bfloat16"), variants, x)
     assert torch.equal(together, apart)
 
 
@@ -141,9 +141,7 @@ def test_pairs_and_tied_weights_carry_too(name: str) -> None:
     captured, variants, x, _ = setting(name)
     wanted = ESTIMATORS["exact"](Executor(captured), variants, x, LogitLoss(None), lambda: None)
     for precision, limit in (("float32", 1e-3), ("tf32", 3e-2)):
-        got = ESTIMATORS["exact"](
-            CarriedExecutor(captured, precision, x.device), variants, x, LogitLoss(None), lambda: None
-        )
+        got = ESTIMATORS["exact"](CarriedExecutor(captured, precision), variants, x, LogitLoss(None), lambda: None)
         assert relative(got.pair.numpy(), wanted.pair.numpy()) < limit
 
 
@@ -170,7 +168,7 @@ def test_errors_beyond_the_sampling_noise_give_float32(monkeypatch: pytest.Monke
     model, x, _ = net_and_data("vit", 6)
     plain = profile(model, [x], batch_size=6, verbose=False)
     round_all = lambda self, t: torch.sign(t).bfloat16()  # noqa: E731  a precision worse than the noise of six samples
-    monkeypatch.setattr("clado.graph.carried.Precision.operand", round_all)
+    monkeypatch.setattr("clado.graph.precision.Precision.operand", round_all)
     sens = profile(model, [x], precision="bfloat16", batch_size=6, verbose=False)
     assert sens.info["precision"] == "float32"
     assert "float32 instead of bfloat16: the probe's error" in sens.info["warnings"][0]

@@ -43,14 +43,14 @@ def sometimes(net: Any, x: Tensor) -> Tensor:
 CASES = {
     "dropout": (
         lambda net, x: F.dropout(x, 0.5, training=True),
-        r"draw nothing at random .*bernoulli_ at test_trial\.py",
+        r"draw nothing at random .*bernoulli_ at test_forward\.py",
     ),
-    "noise": (lambda net, x: x + torch.randn_like(x), r"draw nothing at random .*randn_like at test_trial\.py"),
+    "noise": (lambda net, x: x + torch.randn_like(x), r"draw nothing at random .*randn_like at test_forward\.py"),
     "sometimes": (sometimes, "draw nothing at random .*got a draw"),
-    "statistics": (statistics, r"no statistics over the batch .*batch_norm at test_trial\.py"),
+    "statistics": (statistics, r"no statistics over the batch .*batch_norm at test_forward\.py"),
     "buffers": (counted, "leave its buffers unchanged in eval mode, got changes of norm.num_batches_tracked"),
     "batch mean": (lambda net, x: x - x.mean(0), "treat samples independently"),
-    "error": (lambda net, x: {}["x"], r"run on batches of data_loader, .* got KeyError: 'x' at test_trial\.py"),
+    "error": (lambda net, x: {}["x"], r"run on batches of data_loader, .* got KeyError: 'x' at test_forward\.py"),
     "part in train mode": (lambda net, x: net.norm.train()(x), "statistics over the batch|eval mode"),
 }
 
@@ -88,7 +88,7 @@ def test_a_users_loss_that_fails_is_one_line() -> None:
         return {"logits": output}["boxes"]
 
     with pytest.raises(
-        clado.CladoError, match=r"loss_func must take \(output, batch\), got .* at test_trial\.py"
+        clado.CladoError, match=r"loss_func must take \(output, batch\), got .* at test_forward\.py"
     ) as caught:
         profile(model, [torch.randn(4, *shape)], estimator="diagonal", loss_func=loss, verbose=False)
     assert "\n" not in str(caught.value)

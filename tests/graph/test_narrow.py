@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clado.graph import Executor, WholeExecutor
 from clado.graph.capture import capture
+from clado.graph.executor import Executor
+from clado.graph.whole_forwards import WholeForwards
 from clado.profiling import profile
 
 TOKENS, WIDTH, HEADS = 7, 8, 2
@@ -74,7 +75,7 @@ def executor_of(model: nn.Module, x: Tensor) -> Executor:
 def rows(executor: Executor, layer: str) -> int:
     """Positions at which the layer's product runs."""
     k = [found.name for found in executor.layers].index(layer)
-    return executor.captured.nodes[executor._starts[k]].meta["val"].shape[1]
+    return executor.captured.nodes[executor.cuts.starts[k]].meta["val"].shape[1]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_last_block_computes_what_is_read(attention: str, read: str) -> None:
     wanted = {"first": 1, "last": 1, "two": 2, "two apart": 5}[read]
     assert [rows(executor, f"blocks.1.{name}") for name in ("proj", "up", "down")] == [wanted] * 3
     assert rows(executor, "blocks.1.qkv") == rows(executor, "blocks.0.down") == TOKENS
-    whole = WholeExecutor(model, x[:2])
+    whole = WholeForwards(model, x[:2])
     assert [layer.macs for layer in executor.layers] == [
         layer.macs for layer in whole.layers
     ]  # the model's, not the graph's

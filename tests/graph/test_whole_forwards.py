@@ -64,5 +64,5 @@ class Drawing(nn.Module):
 
 
 def test_chance_is_refused() -> None:
-    with pytest.raises(clado.CladoError, match=r"draw nothing at random .* got bernoulli_ at test_whole\.py"):
+    with pytest.raises(clado.CladoError, match=r"draw nothing at random .* got bernoulli_ at test_whole_forwards\.py"):
         profile(Drawing().eval(), [torch.randn(4, 4)], BITS, verbose=False)

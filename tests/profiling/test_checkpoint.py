@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 import clado
 from clado.artifacts import Sensitivity
-from clado.graph import Captured
-from clado.graph.capture import capture
-from clado.profiling import checkpoint, plan_run, profile, run, with_defaults
+from clado.graph.capture import Captured, capture
+from clado.profiling import checkpoint, open_run, plan_run, profile, run, with_defaults
+from clado.quant import quantized_variants
 from tests.models import tiny_vit
 
 # Forks a profile again and again from one warm process and kills each at a random moment of its measuring, a few chunks on
@@ -29,8 +29,7 @@ KILLS = """
 import os, random, shutil, signal, sys, time, torch
 import numpy as np
 torch.set_num_threads(1)  # no OpenMP team may exist at a fork
-from clado.checkpoint import Checkpoint
-from clado.profiler import profile
+from clado.profiling import Checkpoint, profile
 from clado.artifacts import Sensitivity
 from tests.models import tiny_vit
 
@@ -82,7 +81,7 @@ def data() -> tuple[torch.nn.Module, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One torch.export for all runs of the same model: it takes longer than the runs."""
-    monkeypatch.setattr(run, "capture", lambda model, example, *rest: captured(model.head.weight.dtype))
+    monkeypatch.setattr("clado.graph.open.capture", lambda model, example, *rest: captured(model.head.weight.dtype))
 
 
 @cache
@@ -148,8 +147,8 @@ def test_interrupted_run_goes_on_and_does_not_repeat(
 @torch.no_grad()
 def half_the_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
     """A cap under which eight samples can't advance together."""
-    ready = run.Run(model, [x], with_defaults(batch_size=8))
-    return ready.fixed_bytes() + (ready.chunk_bytes() or 0) // 2
+    pieces = open_run(model, [x], with_defaults(batch_size=8)).pieces
+    return pieces.fixed_bytes() + (pieces.chunk_bytes() or 0) // 2
 
 
 def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
@@ -335,14 +334,14 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
 def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = data()
     sound = profile(model, [x], verbose=False)
-    make = run.quantized_variants
+    make = quantized_variants
 
     def broken(*arguments: object) -> list[list[torch.Tensor]]:
         variants = make(*arguments)  # type: ignore[arg-type]
         variants[2][1] = torch.full_like(variants[2][1], float("inf"))
         return variants
 
-    monkeypatch.setattr(run, "quantized_variants", broken)
+    monkeypatch.setattr("clado.profiling.open.quantized_variants", broken)
     found = profile(model, [x], verbose=False)
     name, bad = found.layers[2].name, 2 * 3 + 1
     assert found.info["dropped"] == [[name, 4]]

@@ -12,19 +12,17 @@ import torch
 from clado.artifacts import Sensitivity
 from clado.common import CladoError, digest
 from clado.improve import correct
-from clado.profiling import ESTIMATORS, Ranks, Run, Share, profile, with_defaults
-from clado.profiling.estimators import expected_work
-from clado.profiling.share import split
+from clado.profiling import ESTIMATORS, Ranks, open_run, profile, with_defaults
+from clado.profiling.share import Share, split
+from clado.profiling.work import expected_work
 from tests.models import tiny_vit
 
 # argv: folder, [[estimator, samples], …], the last rank dies at so many chunks. Every rank saves what it was given.
 SCRIPT = """
 import json, os, sys, time, torch
 torch.set_num_threads(1)
-from clado.distributed import torchrun_group
-from clado.profiler import profile
-from clado.profiling import Run
-from clado.corrector import correct
+from clado.improve import correct
+from clado.profiling import Run, profile, torchrun_group
 from tests.profiling.test_distributed import data, SETTINGS, WISHES
 
 folder, runs, last = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
@@ -141,17 +139,18 @@ def test_fewer_chunks_than_ranks_are_shared() -> None:
     model, loader = data()
     options = with_defaults(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
     with torch.no_grad():
-        run = Run(model, loader, options)  # five chunks
-    assert [run.members(world, 0) for world in (1, 5, 10)] == [1, 1, 2]
-    assert run.members(4, 0) > 1  # one rank each would leave three idle in the second of two rounds
-    assert run.members(4, 12) > 1  # two chunks are left
-    assert run.members(2, 16) == 2
+        run = open_run(model, loader, options)  # five chunks
+    work, count = run.work, run.stream.expected
+    assert [work.members(world, count, 0) for world in (1, 5, 10)] == [1, 1, 2]
+    assert work.members(4, count, 0) > 1  # one rank each would leave three idle in the second of two rounds
+    assert work.members(4, count, 12) > 1  # two chunks are left
+    assert work.members(2, count, 16) == 2
 
 
 def test_shared_work_is_that_of_the_longest_share() -> None:
     suffix = [1.0, 0.7, 0.4, 0.1]
     for estimator in ESTIMATORS:
-        whole, half = (expected_work(estimator, 1.0, suffix, 3, members) for members in (1, 2))
+        whole, half = (expected_work(estimator, 1.0, suffix, [3] * 4, members) for members in (1, 2))
         assert whole / 2 < half < whole
     assert Share().own(3, lambda: [1.0, 2.0, 3.0]) == [0, 1, 2]
 

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clado
 from clado.artifacts import Sensitivity
-from clado.graph import CarriedExecutor, Executor
 from clado.graph.capture import capture
+from clado.graph.carried import CarriedExecutor
+from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.losses import LogitLoss, UserLoss
 from clado.quant import Quantizer, quantized_variants
@@ -335,7 +336,7 @@ def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precisio
 
         moved = replace(captured, constants={node: on_gpu(value) for node, value in captured.constants.items()})
         carried = precision == "bfloat16"
-        executor = CarriedExecutor(moved, precision, torch.device("cuda")) if carried else Executor(moved)
+        executor = CarriedExecutor(moved, precision) if carried else Executor(moved)
         executor._flops, executor._forward_flops = [1.0] * len(executor._flops), 1.0
         weights, batch = pytree.tree_map(on_gpu, (variants, x))
         loss: Any = LogitLoss(None)

@@ -13,13 +13,11 @@ import pytest
 import torch
 
 import clado
-from clado.graph import Captured
-from clado.graph.capture import capture
-from clado.profiling import Run, plan_run, profile, with_defaults
-from clado.profiling import run as run_module
+from clado.graph.capture import Captured, capture
+from clado.graph.rehearsal import LiveBytes
+from clado.profiling import ESTIMATORS, Run, open_run, plan_run, profile, with_defaults
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
-from clado.profiling.memory import LiveBytes
 from tests.models import tiny_vit
 
 SAMPLES = 12
@@ -34,21 +32,21 @@ def net() -> tuple[torch.nn.Module, torch.Tensor, Captured]:
 
 @pytest.fixture(autouse=True)
 def captured_once(net: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(run_module, "capture", lambda *_: net[2])
+    monkeypatch.setattr("clado.graph.open.capture", lambda *_: net[2])
     with torch.no_grad():
         yield
 
 
 def run(net: Any, **arguments: Any) -> Run:
-    return Run(net[0], [net[1]], with_defaults(**{"scale_steps": 1, **arguments}))
+    return open_run(net[0], [net[1]], with_defaults(**{"scale_steps": 1, **arguments}))
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "corrected", "exact"])
 def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> None:
     ready = run(net, estimator=estimator, batch_size=SAMPLES)
-    planned = ready.chunk_bytes()
+    planned = ready.pieces.chunk_bytes()
     with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
-        run_module.ESTIMATORS[estimator](ready.executor, ready.variants, net[1], LogitLoss(None), lambda: None)
+        ESTIMATORS[estimator](ready.runner, ready.variants, net[1], LogitLoss(None), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
 
 
@@ -73,9 +71,8 @@ def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() 
 GROWTH = """
 import torch
 from pathlib import Path
-from clado.heap import heap
-from clado.profiler import with_defaults
-from clado.profiling import Run
+from clado.profiling import open_run, with_defaults
+from clado.profiling.heap import heap
 from torch.nn import GELU, Linear, Sequential
 
 def resident(line):
@@ -86,9 +83,9 @@ parts = [Sequential(Linear(64, 64 * k), GELU(), Linear(64 * k, 64)) for k in ran
 net = Sequential(*parts, Linear(64, 4))
 settings = dict(batch_size=8192, num_samples=8192, quantize_ends=True, scale_steps=1)
 with heap(keep=False), torch.no_grad():
-    run = Run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
-    planned = run.fixed_bytes() + run.chunk_bytes()
-    before = resident("VmRSS") - run.fixed_bytes()
+    run = open_run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
+    planned = run.pieces.fixed_bytes() + run.pieces.chunk_bytes()
+    before = resident("VmRSS") - run.pieces.fixed_bytes()
     run.measure(verbose=False)
 print(planned, resident("VmHWM") - before)
 """
@@ -104,15 +101,15 @@ def test_under_a_cap_the_process_grows_by_what_is_planned() -> None:
 
 def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(net: Any) -> None:
     free = run(net, batch_size=SAMPLES)
-    fixed, need = free.fixed_bytes(), free.chunk_bytes()
+    fixed, need = free.pieces.fixed_bytes(), free.pieces.chunk_bytes()
     assert need is not None
     half = run(net, max_memory=fixed + need // 2)
-    assert half.together < SAMPLES
-    assert half.fixed_bytes() + (half.chunk_bytes() or 0) <= fixed + need // 2
+    assert half.pieces.together < SAMPLES
+    assert half.pieces.fixed_bytes() + (half.pieces.chunk_bytes() or 0) <= fixed + need // 2
     one = run(net, batch_size=1)
-    one.executor.stack = 2  # type: ignore[attr-defined]
-    narrow = run(net, max_memory=fixed + (one.chunk_bytes() or 0))
-    assert (narrow.together, narrow.executor.stack) == (1, 2)  # type: ignore[attr-defined]
+    one.runner.stack = 2
+    narrow = run(net, max_memory=fixed + (one.pieces.chunk_bytes() or 0))
+    assert narrow.pieces.now == [1, 2]
     whole, small = free.measure(False), narrow.measure(False)
     assert np.abs(small.interaction - whole.interaction).max() < 1e-5 * np.abs(whole.interaction).max()
     with pytest.raises(clado.CladoError, match="max_memory must hold the weights"):
@@ -121,7 +118,7 @@ def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(
 
 def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = run(net, batch_size=SAMPLES)
-    measure, calls = run_module.ESTIMATORS["logit"], []
+    measure, calls = ESTIMATORS["logit"], []
 
     def limited(executor: Any, variants: Any, batch: Any, *rest: Any) -> Any:
         calls.append(len(batch))
@@ -129,8 +126,8 @@ def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return measure(executor, variants, batch, *rest)
 
-    monkeypatch.setitem(run_module.ESTIMATORS, "logit", limited)
-    ready.together = 5
+    monkeypatch.setitem(ESTIMATORS, "logit", limited)
+    ready.pieces.together = 5
     found = ready.measure(False)
     assert calls == [5, 5, 3, 3, 1]  # the first five are not measured again
     assert found.num_samples == SAMPLES
@@ -141,7 +138,7 @@ def test_an_estimator_that_never_fits_is_one_line(net: Any, monkeypatch: pytest.
     def never(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.\nframes")
 
-    monkeypatch.setitem(run_module.ESTIMATORS, "logit", never)
+    monkeypatch.setitem(ESTIMATORS, "logit", never)
     with pytest.raises(clado.CladoError, match="must have memory for one sample") as caught:
         run(net).measure(False)
     assert "\n" not in str(caught.value)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.artifacts import Sensitivity
-from clado.graph import Executor
-from clado.graph.capture import capture
+from clado.graph import open_runner
 from clado.profiling import Run, profile
 from clado.quant import Quantizer
 from tests.models import small_cnn, timm_model, tiny_vit
@@ -173,11 +172,11 @@ def test_work_is_counted_in_forward_equivalents() -> None:
     model, x, _ = net_and_data("vit")
     logit = profile(model, [x], estimator="logit", verbose=False)
     exact = profile(model, [x], estimator="exact", verbose=False)
-    executor = Executor(capture(model, x[:2]))
-    executor.self_test(x[:2], model)
-    suffix, width = executor.suffix_share, len(exact.bits)
+    with torch.no_grad():
+        runner = open_runner(model, x)
+    suffix, width = runner.suffix_share, len(exact.bits)
     pairs = width**2 * sum(j * share for j, share in enumerate(suffix))
-    assert logit.info["forward_equivalents"] == pytest.approx(executor.forward_share + width * sum(suffix))
+    assert logit.info["forward_equivalents"] == pytest.approx(runner.forward_share + width * sum(suffix))
     assert exact.info["forward_equivalents"] == pytest.approx(exact.info["expected_forward_equivalents"])
     walks = 2 + 2 * width * sum(suffix)  # of the single perturbations, and of the prefixes that pairs share
     assert pairs < exact.info["forward_equivalents"] < pairs + walks

@@ -22,11 +22,8 @@ from .forward import ForwardStep, Step, check_eval
 from .narrow import narrow
 
 aten = torch.ops.aten
-_KINDS: dict[Any, str] = {
-    aten.linear.default: "linear",
-    aten.conv2d.default: "conv2d",
-    aten.conv2d.padding: "conv2d",
-}
+CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+_KINDS: dict[Any, str] = {aten.linear.default: "linear", **dict.fromkeys(CONVOLUTIONS, "conv2d")}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,39 +103,17 @@ def check_eval(model: nn.Module) -> None:
     )
 
 
-def check_output(output: Any, loss: str) -> int:
-    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
-    leaves = pytree.tree_leaves(output)
-    if loss == "user":
-        return 0
-    fits = isinstance(output, Tensor) and output.dim() == 2
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
-    finite = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
-    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
-    return int(output.shape[1])
-
-
 def plain_call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def first_of_batch(model: nn.Module, batch: Any) -> Any:
-    """The forward step of a batch that is the input, or (input, …)."""
-    return model(batch if isinstance(batch, Tensor) else batch[0])
-
-
-def check_module(model: nn.Module) -> None:
-    """Raise unless ``model`` is a module with weights that have values."""
+def check_model(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module with weights, none of them NaN or infinite."""
     require(isinstance(model, nn.Module), "profile", "model", "be a torch.nn.Module", type(model).__name__)
     first = next(model.parameters(), None)
     require(first is not None, "profile", "model", "have weights to quantize", "none")
     assert first is not None
     require(first.device.type != "meta", "profile", "model", "have weights with values", "weights on the meta device")
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise when a parameter or buffer of ``model`` holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             require(bool(torch.isfinite(tensor).all()), "profile", f"weight {name}", "be finite", "NaN or infinity")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +15,15 @@ from torch.utils import _pytree as pytree
 
 from ..common import require
 from ..quant import Layer, ignored, layer_name, storage
-from .executor import Objective, _close, _tensors
-from .forward import ForwardStep, Step, check_eval, generator_states
+from .executor import gradients
+from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
+from .runner import Objective, Runner, Variants
+from .streams import close, tensors
 
 
 @dataclass(frozen=True)
 class WholeState:
-    """Where an :class:`Executor`'s state has live values, this one has the batch, and at the end the outputs.
+    """Where a graph's state has live values, this one has the batch, and at the end the outputs.
 
     Attributes:
         weights: per stream {layer: its perturbed weight}.
@@ -36,14 +40,20 @@ class WholeState:
         return len(self.weights)
 
 
-class WholeExecutor:
-    """The methods of an :class:`~clado.graph.Executor`, by whole forwards with weights swapped by ``functional_call``.
+class WholeForwards:
+    """A :class:`Runner` by whole forwards, with weights swapped by ``functional_call``.
 
     Attributes:
         layers: Linear and Conv2d modules' weights in the order they first run.
         skipped: layers kept in float, with the reason.
         work: forwards done so far times samples.
     """
+
+    stack: int | None = None
+    stacks = False
+    kept: tuple[Tensor, ...] = ()
+    sample_bytes = None
+    forward_share = 1.0
 
     def __init__(
         self,
@@ -52,12 +62,13 @@ class WholeExecutor:
         ignore: Sequence[str] = (),
         quantize_ends: bool = False,
         forward_step: ForwardStep | None = None,
+        note: str | None = None,
     ) -> None:
         check_eval(model)
-        self.work = 0.0
+        self.work, self.note = 0.0, note
         self._device = next(model.parameters()).device
-        self._step = Step(model, forward_step or _call).eval()
-        self._modules: list[list[nn.Module]] = []
+        self._step = Step(model, forward_step or plain_call).eval()
+        self._base: dict[str, Tensor] = {}  # clean weights other than the model's, by parameter
         found, modules = self._find_layers(model, example)
         self.skipped = ignored(found, ignore, quantize_ends)
         kept = [k for k, layer in enumerate(found) if layer.name not in self.skipped]
@@ -74,11 +85,7 @@ class WholeExecutor:
         """Nothing is shared: every layer's suffix is the whole forward."""
         return [1.0] * self.num_layers
 
-    @property
-    def forward_share(self) -> float:
-        return 1.0
-
-    def slope_share(self, width: int) -> list[float]:
+    def slope_share(self, counts: Sequence[int]) -> list[float]:
         return [0.0] * self.num_layers
 
     def start(self, batch: Any) -> WholeState:
@@ -110,11 +117,11 @@ class WholeExecutor:
     def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
         return finished.sub_(logits)
 
-    def products(self, state: WholeState, variants: Sequence[Sequence[Tensor]], objective: Objective) -> Tensor:
-        """As :meth:`Executor.products`; what each layer's change does to its output is computed per variant."""
+    def products(self, state: WholeState, variants: Variants, objective: Objective) -> Tensor:
+        """As :meth:`Runner.products`; what each layer's change does to its output is computed per variant."""
         first = state.position // 2
-        shape = self.num_layers - first, len(variants[0]), state.streams, state.samples
-        out = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        starts = [0, *itertools.accumulate(len(own) for own in variants[first:])]
+        out = torch.zeros(starts[-1], state.streams, state.samples, dtype=torch.float64, device=self._device)
         taps: list[tuple[int, int, nn.Module, Tensor, Tensor]] = []
         results = []
         for stream, own in enumerate(state.weights):
@@ -129,14 +136,31 @@ class WholeExecutor:
                 results.append(self._forward(state.batch, own, state.samples))
         with torch.enable_grad():
             total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))  # type: ignore[arg-type]
-        found = torch.autograd.grad(total, [tap[-1] for tap in taps], allow_unused=True)
+        found = gradients(total, [tap[-1] for tap in taps])
         for (stream, layer, module, x, _), gradient in zip(taps, found, strict=True):
-            for m, variant in enumerate(variants[layer] if gradient is not None else ()):
-                change = _apply(module, x, variant - module.weight)  # type: ignore[operator]
+            clean: Any = self._base.get(self.layers[layer].names[0], module.weight)
+            if gradient is None:
+                continue
+            for m, variant in enumerate(variants[layer]):
+                change = _apply(module, x, variant - clean)
                 value = (change * gradient).reshape(state.samples, -1).sum(1)
-                out[layer - first, m, stream] += value.to("cpu", torch.float64)
+                out[starts[layer - first] + m, stream] += value.to("cpu", torch.float64)
         self.work += 2 * state.streams * state.samples
         return out
+
+    def rebase(self, weights: Mapping[int, Tensor]) -> None:
+        self._base = {**self._base, **self._named(weights)}
+
+    def only(self, layers: Sequence[int]) -> WholeForwards:
+        made = copy.copy(self)
+        made.layers, made._modules = tuple(self.layers[k] for k in layers), [self._modules[k] for k in layers]
+        made.work = 0.0
+        return made
+
+    def rehearsed(
+        self, measure: Callable[[Runner, Variants, Any], object], variants: Variants, example: Any, samples: int
+    ) -> None:
+        """Nobody knows: the model's own code runs."""
 
     def self_test(self, batch: Any, rtol: float = 1e-3) -> Any:
         """Check that samples do not mix and that nothing is drawn at random; returns the clean output.
@@ -147,8 +171,8 @@ class WholeExecutor:
         whole, again = (self._forward(batch, {}, 0) for _ in range(2))
         alone = self._forward(pytree.tree_map(lambda leaf: leaf[:1], batch), {}, 0)
         same = all(
-            _close(a, b, rtol) and (a.dim() == 0 or _close(a[:1], c, rtol))
-            for a, b, c in zip(*map(_tensors, (whole, again, alone)), strict=True)
+            close(a, b, rtol) and (a.dim() == 0 or close(a[:1], c, rtol))
+            for a, b, c in zip(*map(tensors, (whole, again, alone)), strict=True)
         )
         require(
             same,
@@ -160,11 +184,15 @@ class WholeExecutor:
         self.work = 0.0
         return whole
 
+    def _named(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Every parameter of the layers with its weight."""
+        return {name: weight for k, weight in weights.items() for name in self.layers[k].names}
+
     def _forward(self, batch: Any, own: dict[int, Tensor], samples: int) -> Any:
         self.work += samples
-        weights = {f"model.{name}": weight for k, weight in own.items() for name in self.layers[k].names}
+        weights = {f"model.{name}": weight for name, weight in {**self._base, **self._named(own)}.items()}
         before = generator_states(self._device)
-        output = torch.func.functional_call(self._step, weights, (batch,)) if own else self._step(batch)
+        output = torch.func.functional_call(self._step, weights, (batch,)) if weights else self._step(batch)
         drawn = generator_states(self._device) != before  # on these data, where a first forward drew nothing
         require(not drawn, "capture", "model", "draw nothing at random in eval mode (dropout, noise)", "a draw")
         return output
@@ -216,10 +244,6 @@ class WholeExecutor:
             for key, used in modules.items()
         ]
         return layers, list(modules.values())
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
 
 
 def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,19 @@ from ..common import require
 from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
 from ..profiling import (
-    Checkpoint,
     Later,
-    Loss,
-    Options,
+    PairTask,
     Ranks,
     Run,
     SampleStream,
-    Share,
     Sums,
-    corrected,
     corrected_entries,
+    open_run,
     recorded,
     sample_digests,
     with_defaults,
     writing,
 )
-from ..quant import Activations
 from ..solver import given_plan, solve
 
 FOLDER = "pairs"  # in a run directory: the running sums of a round
@@ -83,7 +79,7 @@ def correct(
     Returns:
         The matrix, with the pairs that were measured in ``info["corrected_pairs"]``, and the plan: of least objective among
         those whose pairs are all measured. ``plan.info["correct"]`` lists the rounds, ``plan.info["stands"]`` says whether
-        the program has no better one.
+        the program has no better one, ``plan.info["correct_note"]`` where there was no graph.
 
     Raises:
         CladoError: no budget, another model or other samples than those of ``sens``, a matrix of another estimator, as
@@ -118,12 +114,20 @@ def correct(
     first = sens.candidates.choice(sens.candidates.starts[:-1])
     check_fit(model, Plan(sens.layers, first, "given", fingerprint=sens.fingerprint), "correct")
     with full_precision(), torch.no_grad():
-        run = PairRun(model, held, sens, options)
-        return _correct(run, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
+        run = open_run(model, [held], options, task=PairTask(sens.activations))
+        found, wanted = ([layer.name for layer in layers] for layers in (run.runner.layers, sens.layers))
+        require(found == wanted, "correct", "model", "have the layers of sens", f"{len(found)} layers")
+        return _correct(run, held, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
 
 
 def _correct(
-    run: PairRun, sens: Sensitivity, rounds: int, folder: Path | None, verbose: bool, arguments: dict[str, Any]
+    run: Run,
+    held: Any,
+    sens: Sensitivity,
+    rounds: int,
+    folder: Path | None,
+    verbose: bool,
+    arguments: dict[str, Any],
 ) -> tuple[Sensitivity, Plan]:
     """Every rank measures; rank 0 solves, and tells the others what it found."""
     ranks, count = Ranks(run.device), len(sens.layers)
@@ -143,18 +147,21 @@ def _correct(
         history.append({"objective": plans[-1].objective if plans else None, "pairs": missing})
         if missing == 0 or left == 0:
             break
-        run.choose(rows, later, f"correct ({missing:,} pairs)")
+        task = PairTask(sens.activations, rows, later, f"correct ({missing:,} pairs)")
+        run.take(task, SampleStream([held], run.options.num_samples))
         sums = _measured(run, ranks, folder, verbose)
         known[np.ix_(rows, rows)] = True
         if ranks.writes:
             sens = _put(sens, sums, rows, later)
-            history[-1]["forward_equivalents"] = run.executor.work / run.measured
+            history[-1]["forward_equivalents"] = run.runner.work / run.measured
             _keep(sens, folder)
     if not ranks.writes:
         return ranks.receive(Sensitivity.load, MATRIX_FILE), ranks.receive(Plan.load, PLAN_FILE)
     stands = missing == 0
     plan = plans[-1] if stands else _best(sens, plans)
-    notes = {"correct": history, "stands": stands, "correct_samples": run.options.num_samples}
+    notes: dict[str, Any] = {"correct": history, "stands": stands, "correct_samples": run.options.num_samples}
+    if run.runner.note is not None:
+        notes["correct_note"] = run.runner.note
     plan = replace(plan, info={**plan.info, **notes})
     ranks.send(sens.save)
     ranks.send(plan.save)
@@ -166,12 +173,12 @@ def _rows(sens: Sensitivity, plan: Plan) -> list[int]:
     return sens.candidates.indices(plan.schemes).tolist()
 
 
-def _measured(run: PairRun, ranks: Ranks, folder: Path | None, verbose: bool) -> Sums:
+def _measured(run: Run, ranks: Ranks, folder: Path | None, verbose: bool) -> Sums:
     """Sums of a round; those of an interrupted one, and no other, are gone on with."""
     place = None if folder is None or not ranks.writes else folder / FOLDER
     if place is not None and recorded(place) != json.loads(json.dumps(run.settings)):
         shutil.rmtree(place, ignore_errors=True)
-    checkpoint = Checkpoint(place, run.settings, run.size, run.candidates)
+    checkpoint = run.checkpoint(place)
     run.gather(ranks, checkpoint, 0, verbose)
     return checkpoint.total
 
@@ -205,34 +212,3 @@ def _best(sens: Sensitivity, plans: list[Plan]) -> Plan:
     priced = [(given_plan(sens, plan.schemes, last.objective_name), plan) for plan in plans[:-1]]
     price, plan = min(priced, key=lambda pair: pair[0].objective)
     return replace(plan, status="feasible", objective=price.objective, values=price.values, bound=last.bound)
-
-
-class PairRun(Run):
-    """A run over one width per layer and some of the pairs, again and again."""
-
-    def __init__(self, model: nn.Module, held: Any, sens: Sensitivity, options: Options) -> None:
-        self._held, self._ranges = held, sens.activations
-        super().__init__(model, [held], options)
-        found, wanted = ([layer.name for layer in layers] for layers in (self.executor.layers, sens.layers))
-        require(found == wanted, "correct", "model", "have the layers of sens", f"{len(found)} layers")
-        self._every, self._alone = self.variants, dict(self.settings)
-
-    @property
-    def width(self) -> int:
-        return 1
-
-    def choose(self, rows: Sequence[int], later: Later, title: str) -> None:
-        """Take these candidates, one of every layer, and these pairs of them from now on."""
-        flat = [variant for own in self._every for variant in own]
-        self.variants = [[flat[v]] for v in rows]
-        self.later, self.title = later, title
-        self.settings = {**self._alone, "candidates": list(rows), "pairs": [list(behind) for behind in later]}
-        self.stream = SampleStream([self._held], self.options.num_samples)
-        self.stream.peek()
-        self.executor.work, self.measured = 0.0, 0
-
-    def _calibrate(self, verbose: bool) -> Activations:
-        return self._ranges
-
-    def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
-        return corrected(self.executor, self.variants, batch, loss, tick, share, self.later)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 import clado_ext
 
 from ..artifacts import Plan, Sensitivity
-from ..common import check_targets, moved_to, progress_bar, require, split_batch, two_samples
+from ..common import check_targets, moved_to, progress_bar, require, split_batch
 from ..deploy import check_fit
-from ..graph import Executor, converted, full_precision
-from ..graph.capture import capture
+from ..graph import converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
 from ..quant import quantize_activations
 from ..solver import LinearConstraint, Solver, given_plan
@@ -69,7 +68,7 @@ def refine(
     Returns:
         The best plan measured, priced under ``sens`` and with status "given": a bound under ``sens`` says nothing about a
         measured loss. ``info["refine"]`` lists the rounds: loss increase, plans measured, layers
-        changed; ``info["refine_forward_equivalents"]`` is their cost.
+        changed; ``info["refine_forward_equivalents"]`` is their cost, ``info["refine_note"]`` says where there was no graph.
 
     Raises:
         CladoError: no budget, a plan without bits or of other layers, bad data, as :func:`clado.profile` and
@@ -116,7 +115,9 @@ def refine(
     budgets = {k: v for k, v in arguments.items() if k in _BUDGETS}
     result = given_plan(sens, best, **budgets)
     note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
-    note["refine_forward_equivalents"] = ground.executor.work / len(inputs)
+    note["refine_forward_equivalents"] = ground.runner.work / len(inputs)
+    if ground.runner.note is not None:
+        note["refine_note"] = ground.runner.note
     return replace(result, info=note)
 
 
@@ -142,7 +143,7 @@ def _proposals(around: Sensitivity, best: dict[str, int], seconds: float, argume
 
 
 class _Ground:
-    """The captured model under any bits: its loss, and the matrix around it.
+    """The model under any bits: its loss, and the matrix around it.
 
     Attributes:
         target: probabilities ``[N, C]`` float64 the loss refers to; constant: what they add to it, ``[N]``.
@@ -154,17 +155,14 @@ class _Ground:
         self.inputs = moved_to(inputs, first.device, first.dtype)
         if sens.activations:
             model = quantize_activations(model, sens.activations)
-        example = two_samples(self.inputs)
-        captured = capture(model, example, (), quantize_ends=True)
-        self.executor = Executor(captured)
-        self.executor.self_test(example)
-        position = {layer.name: k for k, layer in enumerate(captured.layers)}
+        self.runner = open_runner(model, self.inputs, quantize_ends=True, op="refine")
+        position = {layer.name: k for k, layer in enumerate(self.runner.layers)}
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.variants = [list(sens.quantizer.fake_quant(weights[layer.names[0]], sens.bits)) for layer in sens.layers]
-        parts = [self.executor.clean(self.executor.start(part)) for part in self.inputs.split(chunk)]
+        parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(chunk)]
         clean = torch.cat(parts).double().log_softmax(1)
         check_targets(targets, clean.shape[1])
         self.target = clean.exp() if targets is None else nn.functional.one_hot(targets, clean.shape[1]).to(clean)
@@ -173,7 +171,7 @@ class _Ground:
     def loss(self, bits: dict[str, int]) -> float:
         """Mean loss increase over the float model."""
         self._stand_on(bits)
-        parts = [self.executor.clean(self.executor.start(part)) for part in self.inputs.split(self.chunk)]
+        parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(self.chunk)]
         return (self.constant - (self.target * torch.cat(parts).double().log_softmax(1)).sum(1)).mean().item()
 
     def matrix(self, bits: dict[str, int]) -> tuple[Sensitivity, float]:
@@ -182,11 +180,11 @@ class _Ground:
         sums, loss = Sums.zeros(self.sens.num_candidates), 0.0
         for first in range(0, len(self.inputs), self.chunk):
             part = slice(first, first + self.chunk)
-            state, finished = self.executor.start(self.inputs[part]), []
+            state, finished = self.runner.start(self.inputs[part]), []
             for k, variants in zip(self.position, self.variants, strict=True):
-                state = self.executor.advance(state, k)
-                finished.append(self.executor.finish(self.executor.fork(state, k, variants)))
-            logits = self.executor.clean(state)
+                state = self.runner.advance(state, k)
+                finished.append(self.runner.finish(self.runner.fork(state, k, variants)))
+            logits = self.runner.clean(state)
             delta = torch.cat(finished).sub_(logits)
             total, squares = clado_ext.pairwise_ce(logits, delta)
             now, change = logits.double().log_softmax(1), delta.double()
@@ -202,6 +200,6 @@ class _Ground:
         return around, loss / sums.samples
 
     def _stand_on(self, bits: dict[str, int]) -> None:
-        sources, widths = self.executor.captured.sources, self.sens.bits
+        widths = self.sens.bits
         chosen = zip(self.position, self.variants, bits.values(), strict=True)
-        self.executor.rebase({node: own[widths.index(b)] for k, own, b in chosen for node in sources[k]})
+        self.runner.rebase({k: own[widths.index(b)] for k, own, b in chosen})

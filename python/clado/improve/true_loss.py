@@ -23,11 +23,9 @@ from ..common import (
     require,
     said,
     split_batch,
-    two_samples,
 )
 from ..deploy import apply, check_fit
-from ..graph import Executor, State, converted, full_precision
-from ..graph.capture import capture
+from ..graph import Runner, full_precision, open_runner
 from ..profiling import LOSSES
 from ..quant import Quantizer
 
@@ -202,6 +200,19 @@ def _outputs(
     return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
 
 
+def _runner(
+    model: nn.Module, batch: Any, plans: Sequence[Plan], device: torch.device, dtype: torch.dtype
+) -> Runner | None:
+    """What runs the model under one plan after the other; None where it does not know every weight of the plans."""
+    inputs = split_batch(batch, "evaluate")[0]
+    try:
+        runner = open_runner(model, inputs, quantize_ends=True, device=device, dtype=dtype, stacked=False, op="rerank")
+    except CladoError:  # none of the layers that a runner knows
+        return None
+    known = {layer.name for layer in runner.layers}
+    return runner if all(known.issuperset(plan.bits) for plan in plans) else None
+
+
 def _plan_outputs(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -217,24 +228,21 @@ def _plan_outputs(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     with torch.inference_mode(), full_precision():
-        moved = converted(model, place, dtype)
-        first = split_batch(batches[0], "evaluate")[0]
-        try:
-            executor = Executor(capture(moved, moved_to(two_samples(first), place, dtype), (), quantize_ends=True))
-        except CladoError:  # not exportable: whole forwards
+        runner = _runner(model, batches[0], plans, place, dtype)
+        if runner is None:
             return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
+        layers = runner.layers
         weights = dict(model.named_parameters(remove_duplicate=False))
-        layers = executor.captured.layers
         parts: list[list[Tensor]] = [[] for _ in plans]
 
         @cache
         def variant(k: int, quantizer: Quantizer, bits: int) -> Tensor:
             return quantizer.fake_quant(weights[layers[k].names[0]], (bits,))[0].to(place, dtype)
 
-        def walk(state: State, k: int, members: list[int]) -> None:
-            state = executor.advance(state, k)
-            if k == executor.num_layers:
-                logits = executor.finish(state)[0].double().cpu()
+        def walk(state: Any, k: int, members: list[int]) -> None:
+            state = runner.advance(state, k)
+            if k == runner.num_layers:
+                logits = runner.finish(state)[0].double().cpu()
                 for m in members:
                     parts[m].append(logits)
                 return
@@ -242,12 +250,12 @@ def _plan_outputs(
             for m in members:
                 groups.setdefault((plans[m].quantizer, plans[m].bits.get(layers[k].name)), []).append(m)
             for (quantizer, bits), group in groups.items():
-                planned = state if bits is None else executor.fork(state, k, [variant(k, quantizer, bits)])
+                planned = state if bits is None else runner.fork(state, k, [variant(k, quantizer, bits)])
                 walk(planned, k + 1, group)
 
         with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
             for k, item in enumerate(batches):
                 inputs = split_batch(item, "evaluate")[0]
-                walk(executor.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
+                walk(runner.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
                 show(k + 1)
     return [torch.cat(part) for part in parts]

@@ -10,15 +10,14 @@ from ..common import door
 if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
-    from .estimators import ESTIMATORS, Later, corrected
-    from .losses import Loss
+    from .estimators import ESTIMATORS
+    from .open import open_run
     from .options import LOSSES, Options
     from .profiler import plan_run, profile, with_defaults
-    from .run import Run
-    from .run_plan import RunPlan
+    from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
-    from .share import Share
     from .sums import Sums, corrected_entries, entries
+    from .work import Later, RunPlan
 else:
     __getattr__, __dir__ = door(__name__)
 
@@ -28,18 +27,17 @@ __all__ = [
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",
-    "Loss",
     "Options",
+    "PairTask",
     "Ranks",
     "Run",
     "RunPlan",
     "SampleStream",
-    "Share",
     "Sums",
-    "corrected",
     "corrected_entries",
     "entries",
     "is_writer",
+    "open_run",
     "plan_run",
     "profile",
     "read_progress",

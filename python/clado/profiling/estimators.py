@@ -17,14 +17,13 @@ from torch import Tensor
 
 import clado_ext
 
-from ..graph import Runner
+from ..graph import Runner, Variants
 from .losses import LogitLoss, Loss, UserLoss
-from .share import Share, longest
+from .share import Share
 from .sums import Sums
+from .work import Later, every_pair, gradient_work, pair_work, single_work
 
-Variants = Sequence[Sequence[Tensor]]
 Tick = Callable[[], None]
-Later = Sequence[Sequence[int]]
 ALONE = Share()
 
 
@@ -99,22 +98,26 @@ def gradient(executor: Runner, variants: Variants, batch: Any, loss: Loss, tick:
         return (outputs * slope).sum()
 
     samples = state.samples
+    slope: Tensor | None = None
     if isinstance(loss, LogitLoss) and loss.target is None:  # the KL divergence to the clean logits has no slope there
         reached["logits"] = executor.clean(executor.start(batch))
-        base, slope = reached["logits"].new_zeros(1, samples), torch.zeros(1, 1, 1, samples)
+        base = reached["logits"].new_zeros(1, samples)
     else:
         slope = executor.products(state, variants, objective)
         base = reached["losses"]
     increase = torch.zeros(count, samples, dtype=torch.float64, device=base.device)
     sums = Sums.zeros(count, base.device)
-    costs = partial(_gradient_work, executor.suffix_share, executor.slope_share(width), width)
+    counts = [len(weights) for weights in variants]
+    costs = partial(gradient_work, executor.suffix_share, executor.slope_share(counts), counts)
     for i in share.own(executor.num_layers, costs):
         state = executor.advance(state, i)
         branch = executor.fork(state, i, variants[i])
         own = slice(i * width, (i + 1) * width)
         if i + 1 < executor.num_layers:
-            slopes = executor.products(executor.advance(branch, i + 1), variants, objective)  # [j, bits of j, of i, N]
-            omega = (slopes - slope[i + 1 :] if slope.shape[0] > 1 else slopes).flatten(0, 1).transpose(0, 1)
+            slopes = executor.products(
+                executor.advance(branch, i + 1), variants, objective
+            )  # [V behind i, bits of i, N]
+            omega = (slopes if slope is None else slopes - slope[(i + 1) * width :]).transpose(0, 1)
             sums.pair[own, (i + 1) * width :] = omega.sum(-1)
             sums.pair_squared[own, (i + 1) * width :] = omega.square().sum(-1)
         else:
@@ -136,58 +139,6 @@ ESTIMATORS: dict[str, Estimator] = {
 CLOSED_FORM = ("logit", "corrected")  # these need logits and the KL divergence or the cross-entropy
 
 
-def expected_work(
-    estimator: str,
-    whole: float,
-    suffix: Sequence[float],
-    width: int,
-    members: int = 1,
-    later: Later | None = None,
-    slopes: Sequence[float] = (),
-) -> float:
-    """Forward-equivalents per sample.
-
-    Args:
-        whole, suffix: the share of the model's own forward that a clean pass takes, and what of it lies behind each layer's cut.
-        width: candidates of a layer.
-        members: ranks that share a chunk; the work is that of the one that has most to do.
-        later: as for :func:`corrected`.
-        slopes: :meth:`~clado.graph.Executor.slope_share`, for ``gradient``.
-    """
-    if estimator == "gradient":  # one clean forward and backward
-        return 2 * whole + longest(_gradient_work(suffix, slopes or [0.0] * len(suffix), width), members)
-    work = whole + longest(_single_work(suffix, width), members)
-    if estimator in ("diagonal", "logit"):
-        return work
-    later = every_pair(len(suffix)) if later is None else later
-    # The pairs walk the prefix once more, up to the cut of the last layer that has one behind it.
-    walk = max((whole - share for share, behind in zip(suffix, later, strict=True) if behind), default=0.0)
-    return work + walk + longest(_pair_work(suffix, width, later), members)
-
-
-def every_pair(layers: int) -> Later:
-    """For every layer all layers behind it."""
-    return [range(i + 1, layers) for i in range(layers)]
-
-
-def _single_work(suffix: Sequence[float], width: int) -> list[float]:
-    """Forward-equivalents of each layer's perturbations."""
-    return [width * share for share in suffix]
-
-
-def _pair_work(suffix: Sequence[float], width: int, later: Later) -> list[float]:
-    """Forward-equivalents of all pairs whose first layer is i, for every i; each walks up to its last layer's cut."""
-    walks = (suffix[i] - suffix[max(behind)] if behind else 0.0 for i, behind in enumerate(later))
-    pairs = (width * sum(suffix[j] for j in behind) for behind in later)
-    return [width * (walk + rest) for walk, rest in zip(walks, pairs, strict=True)]
-
-
-def _gradient_work(suffix: Sequence[float], slopes: Sequence[float], width: int) -> list[float]:
-    """As for pairs, by one backward by the inputs and one by the weights, from the next layer on."""
-    behind = [2 * after + more for after, more in zip(suffix[1:], slopes[1:], strict=True)]
-    return [width * (share + rest) for share, rest in zip(suffix, [*behind, 0.0], strict=True)]
-
-
 def singles(
     executor: Runner, variants: Variants, batch: Any, loss: Loss, tick: Tick, share: Share = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +149,7 @@ def singles(
     """
     state, finished = executor.start(batch), []
     width = len(variants[0])
-    own = share.own(executor.num_layers, lambda: _single_work(executor.suffix_share, width))
+    own = share.own(executor.num_layers, lambda: single_work(executor.suffix_share, [width] * executor.num_layers))
     for k in own:
         state = executor.advance(state, k)
         for part in _stacks(executor, variants[k]):
@@ -241,7 +192,8 @@ def _pairs(
 
     state = executor.start(batch)
     behind = every_pair(executor.num_layers) if later is None else later
-    for i in share.own(executor.num_layers, lambda: _pair_work(executor.suffix_share, width, behind)):
+    counts = [len(weights) for weights in variants]
+    for i in share.own(executor.num_layers, lambda: pair_work(executor.suffix_share, counts, behind)):
         if not behind[i]:
             continue
         own = blocks[i]
@@ -263,7 +215,7 @@ def _pairs(
 
 def _stacks(executor: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """As many variants of a layer at a time as the executor may stack."""
-    size = getattr(executor, "stack", None) or len(variants)
+    size = executor.stack or len(variants)
     return (variants[k : k + size] for k in range(0, len(variants), size))
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..graph import Captured, CarriedExecutor, Executor
-from .estimators import ESTIMATORS, Variants, singles
+from ..common import moved_to
+from ..graph import PRECISIONS, Runner, Variants, in_precision
+from .estimators import ESTIMATORS, singles
 from .losses import LogitLoss, Loss
 
 
@@ -28,7 +26,7 @@ LAYERS, SAMPLES = 6, 4
 
 
 def probe(
-    captured: Captured,
+    runner: Runner,
     variants: Variants,
     batch: Any,
     make_loss: Callable[[Any], Loss],
@@ -39,7 +37,7 @@ def probe(
     """Errors of a carried precision against a float64 run of the same estimator.
 
     Args:
-        captured: the float32 graph; ``variants``: its quantized weights.
+        runner: the float32 graph; ``variants``: its quantized weights.
         batch: a few samples.
         make_loss: the loss on a batch of either precision.
         estimator: which one; "corrected" is probed by its dearer half, "exact".
@@ -51,25 +49,19 @@ def probe(
         standard errors of the run over the same norm; ``delta_error``: {bits index: relative error of δ, worst candidate};
         ``good``: whether both errors are below the noise.
     """
-    count = len(captured.layers)
+    count = runner.num_layers
     chosen = sorted({round(k * (count - 1) / max(1, LAYERS - 1)) for k in range(min(LAYERS, count))})
-    few = replace(
-        captured,
-        layers=tuple(captured.layers[k] for k in chosen),
-        sources=tuple(captured.sources[k] for k in chosen),
-    )
-    device = variants[0][0].device
+    few, device = runner.only(chosen), variants[0][0].device
     name = "exact" if estimator == "corrected" else estimator
     runs = []
-    for executor, dtype in (
-        (CarriedExecutor(few, precision, device), torch.float32),
-        (Executor(replace(few, constants=_to(few.constants, torch.float64))), torch.float64),
-    ):
+    for tried in (precision, "float64"):
+        dtype, twin = PRECISIONS[tried], in_precision(few, tried)
+        assert twin is not None  # there is a graph
         mine = [[weight.to(dtype) for weight in variants[k]] for k in chosen]
-        inputs = _to(batch, dtype)
+        inputs = moved_to(batch, device, dtype)
         loss = make_loss(inputs)
-        delta = singles(executor, mine, inputs, loss, _nothing)[2] if isinstance(loss, LogitLoss) else None
-        runs.append((ESTIMATORS[name](executor, mine, inputs, loss, _nothing), delta))
+        delta = singles(twin, mine, inputs, loss, _nothing)[2] if isinstance(loss, LogitLoss) else None
+        runs.append((ESTIMATORS[name](twin, mine, inputs, loss, _nothing), delta))
     (low, low_delta), (high, high_delta) = runs
     result: dict[str, Any] = {"precision": precision, "layers": len(chosen), "samples": high.samples}
     for item, got, wanted, squares in (
@@ -94,13 +86,6 @@ def probe(
     if result["loss_noise"] == float("inf"):  # a single sample says nothing about noise
         result["loss_noise"] = result["pair_noise"] = None
     return result
-
-
-def _to(nest: Any, dtype: torch.dtype) -> Any:
-    def convert(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return {k: convert(v) for k, v in nest.items()} if isinstance(nest, dict) else pytree.tree_map(convert, nest)
 
 
 def _nothing() -> None:

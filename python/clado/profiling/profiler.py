@@ -15,9 +15,9 @@ from ..common import require
 from ..graph import ForwardStep, full_precision
 from .heap import heap
 from .losses import LossFunc
+from .open import open_run
 from .options import Options
-from .run import Run
-from .run_plan import RunPlan
+from .work import RunPlan
 
 
 def profile(
@@ -99,7 +99,7 @@ def profile(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "data_loader", "verbose")}
     with heap(keep=max_memory is None), full_precision(), torch.no_grad():
-        return Run(model, data_loader, Options.of(**arguments), verbose).measure(verbose)
+        return open_run(model, data_loader, Options.of(**arguments), verbose).measure(verbose)
 
 
 def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> RunPlan:
@@ -109,7 +109,7 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], **options: Any) -> Ru
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
     with heap(keep=options.get("max_memory") is None), full_precision(), torch.no_grad():
-        return Run(model, data_loader, with_defaults(**options), options.get("verbose", False)).plan()
+        return open_run(model, data_loader, with_defaults(**options), options.get("verbose", False)).plan()
 
 
 def with_defaults(**given: Any) -> Options:

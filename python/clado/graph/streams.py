@@ -1,0 +1,62 @@
+"""Values of several streams side by side: where the batch dimension lies, putting together, taking apart, comparing.
+
+``meta`` is what torch.export knows of a value: a tensor, or a tuple of tensors, of symbolic shape. The one symbolic size is that
+of the batch; a value without it is the same under every stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def batch_dim(meta: Tensor) -> int | None:
+    """The dimension that counts samples, from the symbolic shape."""
+    symbolic = [d for d, size in enumerate(meta.shape) if isinstance(size, torch.SymInt)]
+    return symbolic[0] if symbolic else None
+
+
+def stacked(parts: Sequence[Any], meta: Any) -> Any:
+    """The streams' values one after the other along the batch dimension."""
+    if isinstance(meta, (tuple, list)):
+        return tuple(stacked([part[k] for part in parts], m) for k, m in enumerate(meta))
+    dim = batch_dim(meta)
+    return parts[0] if dim is None or len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def of_stream(value: Any, meta: Any, stream: int, streams: int) -> Any:
+    """One stream's part of a stacked value."""
+    if isinstance(meta, (tuple, list)):
+        return tuple(of_stream(v, m, stream, streams) for v, m in zip(value, meta, strict=True))
+    dim = batch_dim(meta)
+    if dim is None:
+        return value
+    size = value.shape[dim] // streams
+    return value.narrow(dim, stream * size, size)
+
+
+def rows(tensor: Tensor, meta: Tensor, count: int) -> Tensor:
+    """``[count, T, K]`` of a tensor whose batch dimension is that of ``meta`` and holds a multiple of the rows."""
+    dim = batch_dim(meta)
+    assert dim is not None
+    return tensor.movedim(dim, 0).reshape(count, -1, tensor.shape[-1] if dim != tensor.dim() - 1 else 1)
+
+
+def tensors(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)]
+
+
+def close(got: Any, wanted: Any, rtol: float) -> bool:
+    """Whether values agree to ``rtol`` of the largest finite one."""
+    if isinstance(wanted, (tuple, list)):
+        return all(close(g, w, rtol) for g, w in zip(got, wanted, strict=True))
+    if got.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point() or wanted.numel() == 0:
+        return torch.equal(got, wanted)
+    largest = torch.where(torch.isfinite(wanted), wanted, 0).abs().max().item()
+    return torch.allclose(got, wanted, rtol=0, atol=rtol * largest, equal_nan=True)

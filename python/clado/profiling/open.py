@@ -1,0 +1,210 @@
+"""From a model, data and options to a run that is ready to be measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..common import code_digest, digest, progress_bar, require, two_samples, weights_digest
+from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
+from ..quant import KEPT, Activations, Candidates, Scheme, calibrate, quantize_activations, quantized_variants
+from .checkpoint import recorded
+from .options import Options
+from .pieces import Pieces, default_batch
+from .probe import SAMPLES, auto_precision, probe
+from .reader import Reader, first_of_batch
+from .run import PairTask, Run
+from .samples import SampleStream
+
+# Samples that calibrate activations at most; steps of the moving average over them, and samples of a step at least.
+ACT_SAMPLES, ACT_STEPS, ACT_BATCH = 1024, 32, 8
+
+
+def open_run(
+    model: nn.Module, data_loader: Iterable[Any], options: Options, verbose: bool = False, task: PairTask | None = None
+) -> Run:
+    """Look at the data, calibrate inputs, open a runner, probe a low precision, and fit chunks to memory.
+
+    What is not asked for stays as an interrupted run in ``options.output_dir`` had it.
+
+    Raises:
+        CladoError: as :func:`clado.profile`; nothing is written.
+    """
+    started = time.perf_counter()
+    check_model(model)
+    stream = SampleStream(data_loader, options.num_samples, options.seed)
+    first = stream.peek(SAMPLES)
+    _check_batch(first, options)
+    known = recorded(options.output_dir)
+    device = options.device or next(model.parameters()).device
+    if options.precision == "auto":
+        options = replace(options, precision=auto_precision(device, options.estimator))
+    reader = Reader(options, device, PRECISIONS[options.precision])
+    inputs, targets = reader.parts(first)
+    labelled = options.loss != "cross_entropy" or targets is not None
+    require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+
+    act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
+    ranges = _ranges(model, stream, reader, act_samples, verbose) if task is None else task.ranges
+    if ranges:
+        model = quantize_activations(model, ranges)
+    runner = open_runner(
+        model,
+        inputs,
+        ignore=options.ignore,
+        quantize_ends=options.quantize_ends,
+        forward_step=reader.step,
+        device=device,
+        dtype=reader.dtype,
+    )
+    example = two_samples(reader.moved(inputs))
+    reader = replace(reader, classes=check_output(_output(runner, example), options.loss))
+
+    inputs_as = options.act_bits or KEPT
+    candidates = Candidates.uniform(runner.layers, [Scheme(bits, inputs_as) for bits in options.bits])
+
+    @cache
+    def every() -> list[list[Tensor]]:
+        return quantized_variants(model, plain.layers, options.bits, options.quantizer, device, reader.dtype)
+
+    notes = [] if runner.note is None else [runner.note]
+    plain, probed = runner, dict[str, Any]()
+    if options.precision in LOW_PRECISIONS:
+        runner, probed = _lowered(plain, every, first, reader, stream.expected, known.get("products"), notes)
+    low = runner is not plain
+    widest = max(candidates.counts) if task is None else 1
+    size = options.batch_size or known.get("batch_size") or default_batch(runner, widest, options.estimator, device)
+    few = options.exact_samples or known.get("exact_samples") or max(2, stream.expected // 8)
+    pieces = Pieces(
+        runner,
+        options.estimator,
+        every if task is None else lambda: task.of(every()),
+        widest,
+        [*model.parameters(), *model.buffers()],
+        example,
+        reader.unlabelled_loss,
+        reader.classes,
+        size,
+    )
+    pieces.fit(options.max_memory, device)
+    if options.batch_size is None and "batch_size" not in known:
+        size = pieces.together
+    exact_samples = few if options.estimator == "corrected" else None
+    settings = {
+        "weights": weights_digest(model),
+        "layers": digest([asdict(layer) for layer in runner.layers]),
+        "bits": options.bits,
+        "estimator": options.estimator,
+        "exact_samples": exact_samples,
+        "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
+        "forward_step": code_digest(options.forward_step),
+        "precision": options.precision,
+        "products": options.precision if low or options.precision not in LOW_PRECISIONS else "float32",
+        "batch_size": size,
+        "quantizer": options.quantizer.to_json(),
+        "act_bits": options.act_bits,
+        "act_samples": act_samples if ranges else None,
+        "act_ranges": digest(ranges) if ranges else None,
+        "device": device.type,
+    }
+    return Run(
+        runner,
+        reader,
+        options,
+        stream,
+        candidates,
+        every,
+        pieces,
+        size,
+        exact_samples,
+        settings,
+        ranges,
+        notes,
+        probed,
+        started,
+        task,
+    )
+
+
+def _check_batch(first: Any, options: Options) -> None:
+    plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
+    must = "be given for batches that are neither inputs nor (inputs, …)"
+    require(plain or not options.whole_batches, "profile", "forward_step", must, type(first).__name__)
+
+
+def _output(runner: Runner, example: Any) -> Any:
+    output = runner.outputs(runner.start(example))[0]
+    runner.work = 0.0
+    return output
+
+
+def check_output(output: Any, loss: str) -> int:
+    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
+    if loss == "user":
+        return 0
+    fits = isinstance(output, Tensor) and output.dim() == 2
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
+    finite = bool(torch.isfinite(output).all())
+    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
+    return int(output.shape[1])
+
+
+def _ranges(model: nn.Module, stream: SampleStream, reader: Reader, samples: int, verbose: bool) -> Activations:
+    """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
+    options = reader.options
+    if options.act_bits is None:
+        return {}
+    with progress_bar("calibrate", samples, "samples", verbose) as show:
+
+        def batches() -> Iterator[Any]:
+            size, done = max(ACT_BATCH, -(-samples // ACT_STEPS)), 0
+            for part in stream.early(samples, size):
+                yield reader.moved(reader.parts(part)[0])
+                done += size
+                show(done)
+
+        moved, forward = converted(model, reader.device, reader.dtype), reader.step or first_of_batch
+        return calibrate(moved, batches(), forward, options.act_bits, options.ignore, options.quantize_ends)
+
+
+def _lowered(
+    runner: Runner,
+    variants: Any,
+    first: Any,
+    reader: Reader,
+    num_samples: int,
+    decided: str | None,
+    notes: list[str],
+) -> tuple[Runner, dict[str, Any]]:
+    """The runner that carries differences where a probe finds its errors below the sampling noise, and the probe.
+
+    ``decided``: what an earlier call of this run found; a run keeps to it.
+    """
+    precision = reader.options.precision
+    low = in_precision(runner, precision)
+    if low is None:
+        reason = "differences are carried through a graph, and there is none"
+        notes.append(f"float32 instead of {precision}: {reason}")
+        return runner, {}
+    inputs, targets = reader.parts(first)
+
+    def loss(batch: Any) -> Any:
+        return reader.loss(batch, targets, len(pytree.tree_leaves(batch)[0]))
+
+    given: Variants = variants()
+    found = probe(runner, given, reader.moved(inputs), loss, reader.options.estimator, precision, num_samples)
+    if found["good"] if decided is None else decided == precision:
+        return low, {"probe": found}
+    notes.append(
+        f"float32 instead of {precision}: the probe's error of ΔL is {found['loss_error']:.1e} and of Ω "
+        f"{found['pair_error']:.1e}, the sampling noise {found['loss_noise']:.1e} and {found['pair_noise']:.1e}"
+    )
+    return runner, {"probe": found}
