@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import clado
-from clado.digits import load_model
 from tests.models import random_plan
 
-from .nets import Unexportable, cnn, images, vit
+from .nets import Unexportable, cnn, digits_vit, images, vit
 
 
 def work_of(sens: clado.Sensitivity) -> float:
@@ -41,6 +40,11 @@ def codes_of(quantizer: clado.Quantizer, weight: Tensor, bits: int) -> dict[str,
     """Codes, scales and zero points of a weight."""
     found = quantizer.quantize(weight, bits)._asdict()
     return {name: part for name, part in found.items() if part is not None}
+
+
+def values_of(quantizer: clado.Quantizer, weight: Tensor, bits: tuple[int, ...]) -> Tensor:
+    """A weight quantized and dequantized at every width."""
+    return quantizer.fake_quant(weight, bits)
 
 
 # Other machines sum matrix products in another order, and an interaction is a small difference of losses. Measured between
@@ -143,13 +147,8 @@ def same(one: clado.Sensitivity, other: clado.Sensitivity) -> None:
 
 
 @cache
-def digits_net() -> nn.Module:
-    return load_model()
-
-
-@cache
-def small(name: str) -> nn.Module:
-    return {"cnn": cnn, "vit": vit, "whole": lambda: Unexportable(cnn()).eval()}[name]()
+def net_of(name: str) -> nn.Module:
+    return {"digits": digits_vit, "cnn": cnn, "vit": vit, "whole": lambda: Unexportable(cnn()).eval()}[name]()
 
 
 def profiled(model: nn.Module, loader: Any, bits: tuple[int, ...] = (2, 3, 8), **options: Any) -> clado.Sensitivity:
@@ -161,12 +160,12 @@ def profiled(model: nn.Module, loader: Any, bits: tuple[int, ...] = (2, 3, 8), *
 def digits_matrix(**options: Any) -> clado.Sensitivity:
     """The digits ViT without its ends, at widths 2, 4, 8."""
     options = {"bits": (2, 4, 8), "quantize_ends": False, "num_samples": 4, **options}
-    return profiled(digits_net(), [images(4)], **options)
+    return profiled(net_of("digits"), [images(4)], **options)
 
 
 @cache
 def small_matrix(net: str = "cnn", **options: Any) -> clado.Sensitivity:
-    return profiled(small(net), [images(8)], **options)
+    return profiled(net_of(net), [images(8)], **options)
 
 
 def loss_per_sample(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -180,7 +179,7 @@ def forward_of_dict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def user_matrix(estimator: str) -> Found:
     x, y = images(8)
     options: dict[str, Any] = {"loss_func": loss_per_sample, "forward_step": forward_of_dict, "estimator": estimator}
-    return matrix(profiled(small("cnn"), [{"image": x, "label": y}], **options))
+    return matrix(profiled(net_of("cnn"), [{"image": x, "label": y}], **options))
 
 
 def interrupted() -> Found:
@@ -195,14 +194,14 @@ def interrupted() -> Found:
 
     with folder() as place:
         try:
-            profiled(small("cnn"), failing(), output_dir=place / "run", **options)
+            profiled(net_of("cnn"), failing(), output_dir=place / "run", **options)
         except (OSError, clado.CladoError):
             assert list((place / "run").iterdir()), "nothing was kept"
         else:
             raise AssertionError("the run was not interrupted")
-        resumed = profiled(small("cnn"), batches, output_dir=place / "run", **options)
+        resumed = profiled(net_of("cnn"), batches, output_dir=place / "run", **options)
         same(resumed, clado.Sensitivity.load(place / "run"))
-    same(resumed, profiled(small("cnn"), batches, **options))
+    same(resumed, profiled(net_of("cnn"), batches, **options))
     return matrix(resumed)
 
 
@@ -210,14 +209,14 @@ def grown() -> Found:
     """A run of four samples that is asked for eight."""
     options: dict[str, Any] = {"batch_size": 2}
     with folder() as place:
-        profiled(small("cnn"), [images(8)], num_samples=4, output_dir=place, **options)
-        sens = profiled(small("cnn"), [images(8)], output_dir=place, **options)
-    same(sens, profiled(small("cnn"), [images(8)], **options))
+        profiled(net_of("cnn"), [images(8)], num_samples=4, output_dir=place, **options)
+        sens = profiled(net_of("cnn"), [images(8)], output_dir=place, **options)
+    same(sens, profiled(net_of("cnn"), [images(8)], **options))
     return matrix(sens)
 
 
 def merged() -> Found:
-    parts = [profiled(small("cnn"), [images(count, first)], num_samples=count) for first, count in ((0, 5), (5, 3))]
+    parts = [profiled(net_of("cnn"), [images(count, first)], num_samples=count) for first, count in ((0, 5), (5, 3))]
     return matrix(clado.Sensitivity.merge(parts))
 
 
@@ -297,7 +296,7 @@ def listed() -> Found:
 
 def reranked(loss: str, **options: Any) -> Found:
     """The held-out loss of every plan of a shortlist; which of them are on it, floats decide."""
-    best = clado.rerank(small("cnn"), [images(20, 100)], list(shortlisted(**options)), loss)
+    best = clado.rerank(net_of("cnn"), [images(20, 100)], list(shortlisted(**options)), loss)
     rows = noted(best, "rerank")
     found = plans({"best": best}, STEPS if options else SUMS)
     found.floats["loss_increase"] = np.array([rows[0]["loss_increase"]])
@@ -307,7 +306,7 @@ def reranked(loss: str, **options: Any) -> Found:
 
 def corrected() -> Found:
     sens, plan = clado.correct(
-        small("cnn"),
+        net_of("cnn"),
         [images(8)],
         small_matrix(),
         num_samples=5,
@@ -325,7 +324,7 @@ def corrected() -> Found:
 def refined() -> Found:
     sens = small_matrix()
     start = clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
-    plan = clado.refine(small("cnn"), [images(8)], sens, start, rounds=2, batch_size=5, avg_bits=3.5, verbose=False)
+    plan = clado.refine(net_of("cnn"), [images(8)], sens, start, rounds=2, batch_size=5, avg_bits=3.5, verbose=False)
     found = plans({"plan": plan})
     found.floats["start"] = np.array([noted(plan, "refine")[0]["loss_increase"]])
     found.local |= {name: noted(plan, name) for name in ("refine", "refine_loss", "refine_forward_equivalents")}
@@ -333,8 +332,8 @@ def refined() -> Found:
 
 
 def evaluated() -> Found:
-    plan = random_plan(small("vit"), clado.Quantizer(scale_steps=20))
-    scores = [clado.evaluate(model, [images(20)]) for model in (small("vit"), clado.apply(small("vit"), plan))]
+    plan = random_plan(net_of("vit"), clado.Quantizer(scale_steps=20))
+    scores = [clado.evaluate(model, [images(20)]) for model in (net_of("vit"), clado.apply(net_of("vit"), plan))]
     return Found(floats={f"losses {k}": score.losses.numpy() for k, score in enumerate(scores)})
 
 
@@ -351,20 +350,20 @@ QUANTIZERS = {
 def quantized(name: str) -> Found:
     """Codes, scales and zero points at all widths, and the values in every dtype."""
     quantizer, found = QUANTIZERS[name], Found()
-    for key, weight in small("vit").named_parameters():
+    for key, weight in net_of("vit").named_parameters():
         if weight.dim() in (2, 4):
             for bits in range(2, 9):
                 parts = codes_of(quantizer, weight.detach(), bits)
                 found.exact |= {f"{key} {bits} {part}": digest(value) for part, value in parts.items()}
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
-                values = quantizer.fake_quant(weight.detach().to(dtype), (2, 3, 8))
+                values = values_of(quantizer, weight.detach().to(dtype), (2, 3, 8))
                 found.exact[f"{key} {dtype}"] = digest(values)
     return found
 
 
 def applied(net: str, name: str) -> Found:
-    plan = random_plan(small(net), QUANTIZERS[name])
-    return Found({"state": digests(clado.apply(small(net), plan).state_dict())})
+    plan = random_plan(net_of(net), QUANTIZERS[name])
+    return Found({"state": digests(clado.apply(net_of(net), plan).state_dict())})
 
 
 def rounding() -> Found:
@@ -373,10 +372,10 @@ def rounding() -> Found:
     plan = clado.given_plan(sens, {layer.name: sens.bits[k % 3] for k, layer in enumerate(sens.layers)})
     x, _ = images(4)
     with folder() as place, torch.no_grad():
-        clado.export(small("vit"), plan, place / "out")
-        loaded = [clado.load(place / "out", small("vit"), packed=packed)(x) for packed in (False, True)]
-        outputs = clado.apply(small("vit"), plan)(x)
-        plain = clado.apply(small("vit"), random_plan(small("vit"), plan.quantizer))(x)
+        clado.export(net_of("vit"), plan, place / "out")
+        loaded = [clado.load(place / "out", net_of("vit"), packed=packed)(x) for packed in (False, True)]
+        outputs = clado.apply(net_of("vit"), plan)(x)
+        plain = clado.apply(net_of("vit"), random_plan(net_of("vit"), plan.quantizer))(x)
     assert all(torch.equal(outputs, again) for again in loaded)
     return Found(floats={"outputs": outputs.double().numpy(), "plain": plain.double().numpy()}, tolerance=STEPS)
 
@@ -391,7 +390,7 @@ def written(model: nn.Module, plan: clado.Plan, place: Path, *arguments: Any, **
 
 
 def own_export(net: str, name: str) -> Found:
-    model, plan = small(net), random_plan(small(net), QUANTIZERS[name])
+    model, plan = net_of(net), random_plan(net_of(net), QUANTIZERS[name])
     with folder() as place:
         sizes = written(model, plan, place / "out")
         held = digests(load_file(place / "out" / "model.safetensors"))
@@ -405,7 +404,7 @@ def own_export(net: str, name: str) -> Found:
 
 
 def compressed(name: str, odd_widths: str | None) -> Found:
-    model, bits = small("vit"), (2, 4, 8) if odd_widths is None else range(2, 9)
+    model, bits = net_of("vit"), (2, 4, 8) if odd_widths is None else range(2, 9)
     plan = random_plan(model, QUANTIZERS[name], bits)
     with folder() as place:
         sizes = written(model, plan, place / "out", "compressed-tensors", odd_widths=odd_widths)
@@ -419,7 +418,7 @@ def onnx_graph(net: str, plan: clado.Plan, exact_ranges: bool = True, **options:
     import onnx
 
     with folder() as place:
-        sizes = written(small(net), plan, place / "out", "onnx", example=images(2)[0], **options)
+        sizes = written(net_of(net), plan, place / "out", "onnx", example=images(2)[0], **options)
         graph = onnx.load(place / "out" / "model.onnx").graph
     found = Found({"bytes": sizes})
     ours = (
@@ -443,12 +442,12 @@ def _raw(onnx: Any, tensor: Any) -> bytes:
 
 
 def onnx_export(net: str, name: str) -> Found:
-    return onnx_graph(net, random_plan(small(net), QUANTIZERS[name]))
+    return onnx_graph(net, random_plan(net_of(net), QUANTIZERS[name]))
 
 
 def onnx_given_ranges(net: str) -> Found:
     """Inputs rounded to 8 bits in ranges of the caller."""
-    plan = random_plan(small(net), QUANTIZERS["channel"], (4, 8))
+    plan = random_plan(net_of(net), QUANTIZERS["channel"], (4, 8))
     return onnx_graph(net, plan, activations={layer.name: (-1.5, 2.25 + k) for k, layer in enumerate(plan.layers)})
 
 
@@ -466,8 +465,12 @@ ESTIMATORS = ("diagonal", "logit", "gradient", "corrected", "exact")
 
 
 def _digits(estimator: str) -> Found:
-    """The last three of eight blocks where every pair takes a forward."""
-    pairs = {"bits": (2, 4), "exact_samples": 2, "ignore": FIRST_BLOCKS} if estimator in ("corrected", "exact") else {}
+    """The last three of eight blocks where pairs are measured."""
+    pairs = (
+        {"bits": (2, 4), "exact_samples": 2, "ignore": FIRST_BLOCKS}
+        if estimator in ("gradient", "corrected", "exact")
+        else {}
+    )
     return matrix(digits_matrix(estimator=estimator, **pairs))
 
 

@@ -1,4 +1,7 @@
-"""The nets of the record. Their weights come from integers alone, so that they are the same bits on every machine."""
+"""The nets of the record and of the golden sets, and their data: the same bits on every machine, and for good.
+
+The weights come from integers alone; torch's own generators round differently where the processor has other instructions.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clado.digits import load_data
+from clado.digits import load_data, load_model
 from tests.models import small_cnn, tiny_vit
 
 
@@ -18,6 +21,11 @@ def cnn() -> nn.Module:
 def vit() -> nn.Module:
     """Two blocks; images ``[N, 1, 8, 8]``, ten classes."""
     return exact(tiny_vit()[0])
+
+
+def digits_vit() -> nn.Module:
+    """The trained ViT of eight blocks on the digits."""
+    return load_model()
 
 
 class Unexportable(nn.Module):
@@ -38,10 +46,7 @@ def images(count: int, first: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """``model`` with new weights and statistics: whole thousandths, scaled by what IEEE arithmetic rounds correctly.
-
-    torch's own generators round differently where the processor has other vector instructions.
-    """
+    """``model`` with new weights and statistics: whole thousandths, scaled by what IEEE arithmetic rounds correctly."""
     numbers = np.random.default_rng(0)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
