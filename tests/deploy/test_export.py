@@ -155,7 +155,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.modules["torch"] = None  # not needed here
-from clado.files import atomic_folder
+from clado.common.files import atomic_folder
 step, calls = int(sys.argv[2]), 0
 
 def audit(event, arguments):

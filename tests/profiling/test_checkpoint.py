@@ -335,14 +335,14 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
 def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = data()
     sound = profile(model, [x], verbose=False)
-    make = run.quantized_variants
+    make = run.variants
 
     def broken(*arguments: object) -> list[list[torch.Tensor]]:
         variants = make(*arguments)  # type: ignore[arg-type]
         variants[2][1] = torch.full_like(variants[2][1], float("inf"))
         return variants
 
-    monkeypatch.setattr(run, "quantized_variants", broken)
+    monkeypatch.setattr(run, "variants", broken)
     found = profile(model, [x], verbose=False)
     name, bad = found.layers[2].name, 2 * 3 + 1
     assert found.info["dropped"] == [[name, 4]]

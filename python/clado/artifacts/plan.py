@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import CladoError, atomic_file, require
-from ..quant import Layer, Quantizer
+from ..quant import ActivationRanges, Layer, Quantizer
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
@@ -33,7 +33,7 @@ class Plan:
         layer_bytes: {layer name: bytes of packed codes and scales}.
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
-        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; empty: not at all.
+        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
         info: solver, seconds, what else is worth knowing.
     """
 
@@ -48,7 +48,7 @@ class Plan:
     quantizer: Quantizer = field(default_factory=Quantizer)
     fingerprint: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    activations: dict[str, Any] = field(default_factory=dict)
+    activations: ActivationRanges | None = None
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
@@ -100,6 +100,7 @@ class Plan:
             "quantizer": self.quantizer.to_json(),
             "objective": _finite(self.objective),
             "bound": _finite(self.bound),
+            "activations": self.activations.to_json() if self.activations else {},
         }
         if self.bits:
             data["layer_bytes"] = self.layer_bytes
@@ -131,7 +132,7 @@ class Plan:
                 Quantizer(**data["quantizer"]),
                 data["fingerprint"],
                 data["info"],
-                data.get("activations", {}),
+                ActivationRanges.from_json(data.get("activations", {})),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):

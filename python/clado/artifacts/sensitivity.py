@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, require
-from ..quant import Layer, Quantizer, check_bits, same_layer
+from ..quant import ActivationRanges, Layer, Quantizer, check_bits, same_layer
 
 SCHEMA = 1
 MATRIX_FILE = "sensitivity.safetensors"
@@ -36,7 +36,7 @@ class Sensitivity:
         quantizer: the settings under which the weights were perturbed.
         info: estimator, loss, precision, seed, work in forward-equivalents, seconds, warnings.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
-        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.quant); empty: float.
+        activations: how the layers' inputs are rounded; None: they stay float.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
     """
 
@@ -50,7 +50,7 @@ class Sensitivity:
     info: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    activations: dict[str, Any] = field(default_factory=dict)
+    activations: ActivationRanges | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -255,7 +255,7 @@ class Sensitivity:
             "quantizer": self.quantizer.to_json(),
             "info": self.info,
             "fingerprint": self.fingerprint,
-            "activations": self.activations,
+            "activations": self.activations.to_json() if self.activations else {},
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(target) as temporary:
@@ -292,7 +292,7 @@ class Sensitivity:
                 quantizer=Quantizer(**header["quantizer"]),
                 info=header["info"],
                 fingerprint=header["fingerprint"],
-                activations=header.get("activations", {}),
+                activations=ActivationRanges.from_json(header.get("activations", {})),
             )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None

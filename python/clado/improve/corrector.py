@@ -41,7 +41,7 @@ from ..profiling import (
     with_defaults,
     writing,
 )
-from ..quant import Activations
+from ..quant import ActivationRanges
 from ..solver import given_plan, solve
 
 FOLDER = "pairs"  # in a run directory: the running sums of a round
@@ -230,7 +230,7 @@ class PairRun(Run):
         self.stream.peek()
         self.executor.work, self.measured = 0.0, 0
 
-    def _calibrate(self, verbose: bool) -> Activations:
+    def _calibrate(self, verbose: bool) -> ActivationRanges | None:
         return self._ranges
 
     def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:

@@ -29,7 +29,7 @@ from ..deploy import apply, check_fit
 from ..graph import Executor, State, converted, full_precision
 from ..graph.capture import capture
 from ..profiling import LOSSES
-from ..quant import Quantizer
+from ..quant import Quantizer, variants
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,12 @@ def _plan_outputs(
             executor = Executor(capture(moved, moved_to(two_samples(first), place, dtype), (), quantize_ends=True))
         except CladoError:  # not exportable: whole forwards
             return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
-        weights = dict(model.named_parameters(remove_duplicate=False))
         layers = executor.captured.layers
         parts: list[list[Tensor]] = [[] for _ in plans]
 
         @cache
         def variant(k: int, quantizer: Quantizer, bits: int) -> Tensor:
-            return quantizer.fake_quant(weights[layers[k].names[0]], (bits,))[0].to(place, dtype)
+            return variants(model, (layers[k],), [[bits]], quantizer, place, dtype)[0][0]
 
         def walk(state: State, k: int, members: list[int]) -> None:
             state = executor.advance(state, k)

@@ -47,7 +47,7 @@ from ..graph import (
     plain_call,
 )
 from ..graph.capture import capture
-from ..quant import Activations, calibrate, quantize_activations, quantized_variants
+from ..quant import ActivationRanges, calibrate, quantize_activations, variants
 from .checkpoint import Checkpoint, check_writable, recorded, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later, expected_work
@@ -129,7 +129,7 @@ class Run:
             "quantizer": options.quantizer.to_json(),
             "act_bits": options.act_bits,
             "act_samples": self.act_samples if self.activations else None,
-            "act_ranges": digest(self.activations) if self.activations else None,
+            "act_ranges": digest(self.activations.to_json()) if self.activations else None,
             "device": self.device.type,
         }
 
@@ -139,11 +139,11 @@ class Run:
         whole = self.options.whole_batches
         return first_of_batch if self.options.forward_step is None and whole else self.options.forward_step
 
-    def _calibrate(self, verbose: bool) -> Activations:
-        """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
+    def _calibrate(self, verbose: bool) -> ActivationRanges | None:
+        """Ranges of the layers' inputs on the first samples of the set; None for a weight-only run."""
         options = self.options
         if options.act_bits is None:
-            return {}
+            return None
         with progress_bar("calibrate", self.act_samples, "samples", verbose) as show:
 
             def batches() -> Iterator[Any]:
@@ -274,9 +274,8 @@ class Run:
     @cached_property
     def variants(self) -> list[list[Tensor]]:
         """All layers' weights at every bit-width."""
-        options = self.options
-        layers, quantizer = self.executor.layers, options.quantizer
-        return quantized_variants(self.model, layers, options.bits, quantizer, self.device, self.dtype)
+        layers, options = self.executor.layers, self.options
+        return variants(self.model, layers, [options.bits] * len(layers), options.quantizer, self.device, self.dtype)
 
     @property
     def width(self) -> int:

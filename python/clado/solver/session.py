@@ -269,7 +269,7 @@ class Solver:
             usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in asked.budgets},
             quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
-            activations=dict(sens.activations),
+            activations=sens.activations,
             info=info,
         )
 
@@ -370,7 +370,7 @@ def given_plan(sens: Sensitivity, bits: Mapping[str, int], objective: str = "ori
         usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in rows},
         quantizer=sens.quantizer,
         fingerprint=dict(sens.fingerprint),
-        activations=dict(sens.activations),
+        activations=sens.activations,
     )
 
 
