@@ -18,7 +18,7 @@ import torch
 
 import clado
 from bench.harness import machine
-from clado.deploy import predicted_bytes, verify
+from clado.deploy import FORMATS, predicted_bytes, verify
 from clado.quant import Quantizer
 from tests.models import random_plan, timm_model
 
@@ -31,7 +31,6 @@ NETS = (
     "convnext_atto",
 )
 GROUPS = (-1, 32, 128)
-FORMATS = ("safetensors", "compressed-tensors", "onnx")
 
 
 def check(
@@ -39,14 +38,15 @@ def check(
 ) -> dict[str, Any]:
     """One round trip; ``held`` says what the consumer found, ``exact`` whether the predicted bytes were written."""
     plan = random_plan(model, Quantizer(group_size, 2, symmetric), seed=seed)
-    options = {"odd_widths": "dense" if format == "compressed-tensors" else None}
+    every = {"odd_widths": "dense", "example": x}
+    options = {name: value for name, value in every.items() if name in FORMATS[format].takes}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        written = clado.export(model, plan, out, format, example=x, **options)
+        written = clado.export(model, plan, out, format, **options)
         seconds = time.perf_counter() - started
         predicted = predicted_bytes(model, plan, format, **options)
-        held = verify(model, plan, out, format, example=x, **options)
+        held = verify(model, plan, out, format, **options)
     sizes = {"quantized": written.quantized, "leftovers": written.leftovers, "header": written.header}
     exact = (written.quantized, written.leftovers) == predicted
     return {**sizes, "exact": exact, "held": held, "float_layers": len(written.kept), "seconds": round(seconds, 2)}

@@ -29,7 +29,8 @@ from clado.graph.capture import capture
 from clado.profiling.estimators import singles
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
-from clado.quant import Quantizer, quantized_variants
+from clado.quant import Candidates, Quantizer
+from clado.quant import variants as variants_of
 
 BITS = (2, 4, 8)
 LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}
@@ -130,7 +131,7 @@ def main() -> None:
 def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     every = capture(model, x[:2])
     captured = some(every, options.layers)
-    variants = quantized_variants(model, captured.layers, BITS, Quantizer(-1, 95), x.device, torch.float32)
+    variants = variants_of(model, Candidates.uniform(captured.layers, BITS), Quantizer(-1, 95), x.device, torch.float32)
     double = Executor(some(capture(copy.deepcopy(model).double(), x[:2].double()), options.layers))
     wanted = deltas(double, [[w.double() for w in v] for v in variants], x.double())
     plain = Executor(captured)

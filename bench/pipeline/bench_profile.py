@@ -69,7 +69,7 @@ class Loop:
         self.clean = [w.detach().clone() for w in self.weights]
         self.source = [model.get_parameter(layer.names[0]).detach() for layer in sens.layers]
         self.variants = [sens.quantizer.fake_quant(w, sens.bits).to(dtype) for w in self.source]
-        self.scales = [[sens.quantizer.quantize(w, b)[1] for b in sens.bits] for w in self.source]
+        self.scales = [[sens.quantizer.quantize(w, b).scale for b in sens.bits] for w in self.source]
         self.prepare(x.shape[0], x)
 
     def prepare(self, size: int, x: Tensor) -> None:

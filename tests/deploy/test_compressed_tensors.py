@@ -96,7 +96,7 @@ def test_padded_words_hold_whole_codes(bits: int, rows: int, columns: int, seed:
     """The layout to 0.17.1: 32 // bits codes a word, the first one lowest, the rest of the word zero."""
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
     codes = torch.randint(low, high, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    request = Request(nn.Identity(), Plan((), {}, "infeasible"), odd_widths="padded")
+    request = Request(nn.Identity(), Plan((), {}, "infeasible"), ct.Options("padded"))
     packed = ct._pack(request, codes, bits)
     assert packed.dtype == torch.int32
     assert packed.shape == (rows, ct._words(request, columns, bits))

@@ -189,7 +189,7 @@ def test_activations_of_the_plan(tmp_path: Path) -> None:
     plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
     clado.export(model, plan, tmp_path / "out", "onnx", example=x)
     made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
-    assert made.count("QuantizeLinear") == len(plan.activations["ranges"]) > 0
+    assert made.count("QuantizeLinear") == len(plan.activations.ranges) > 0
     assert "within" in verify(model, plan, tmp_path / "out", "onnx", example=x)
     with torch.no_grad():
         wanted, plain = clado.apply(model, plan)(x).numpy(), model(x).numpy()

@@ -20,7 +20,8 @@ from clado.profiling import ESTIMATORS, profile
 from clado.profiling.estimators import singles
 from clado.profiling.losses import LogitLoss
 from clado.profiling.probe import auto_precision
-from clado.quant import Quantizer, quantized_variants
+from clado.quant import Candidates, Quantizer
+from clado.quant import variants as variants_of
 from tests.models import Shape, lively, small_cnn, timm_model, tiny_vit
 from tests.profiling.test_estimators import BITS, TwoHeads
 from tests.profiling.test_profile import net_and_data, relative
@@ -67,7 +68,9 @@ def setting(name: str) -> tuple[Captured, list[list[Tensor]], Tensor, Tensor]:
     model, shape = net(name)
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
     captured = some_layers(capture(model, x[:2], quantize_ends=True))
-    variants = quantized_variants(model, captured.layers, (2, 4, 8), Quantizer(-1, 1), x.device, torch.float32)
+    variants = variants_of(
+        model, Candidates.uniform(captured.layers, (2, 4, 8)), Quantizer(-1, 1), x.device, torch.float32
+    )
     double = Executor(some_layers(capture(copy.deepcopy(model).double(), x[:2].double(), quantize_ends=True)))
     return captured, variants, x, deltas(double, [[w.double() for w in v] for v in variants], x.double())
 

@@ -19,7 +19,7 @@ import clado
 from clado.artifacts import Sensitivity
 from clado.graph.capture import Captured, capture
 from clado.profiling import checkpoint, open_run, plan_run, profile, run, with_defaults
-from clado.quant import quantized_variants
+from clado.quant import variants
 from tests.models import tiny_vit
 
 # Forks a profile again and again from one warm process and kills each at a random moment of its measuring, a few chunks on
@@ -334,14 +334,14 @@ def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
 def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = data()
     sound = profile(model, [x], verbose=False)
-    make = quantized_variants
+    make = variants
 
     def broken(*arguments: object) -> list[list[torch.Tensor]]:
-        variants = make(*arguments)  # type: ignore[arg-type]
-        variants[2][1] = torch.full_like(variants[2][1], float("inf"))
-        return variants
+        made = make(*arguments)  # type: ignore[arg-type]
+        made[2][1] = torch.full_like(made[2][1], float("inf"))
+        return made
 
-    monkeypatch.setattr("clado.profiling.open.quantized_variants", broken)
+    monkeypatch.setattr("clado.profiling.open.variants", broken)
     found = profile(model, [x], verbose=False)
     name, bad = found.layers[2].name, 2 * 3 + 1
     assert found.info["dropped"] == [[name, 4]]

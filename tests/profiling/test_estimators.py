@@ -22,7 +22,8 @@ from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.losses import LogitLoss, UserLoss
-from clado.quant import Quantizer, quantized_variants
+from clado.quant import Quantizer
+from clado.quant import variants as variants_of
 from tests.models import lively, tiny_vit
 from tests.profiling.test_profile import net_and_data, plain_loop, relative
 
@@ -142,7 +143,8 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
     double = copy.deepcopy(model).double()
     executor = Executor(capture(double, x[:2].double()))
     executor.self_test(x[:2].double())
-    variants = quantized_variants(model, executor.layers, BITS, sens.quantizer, x.device, torch.float64)
+    candidates = Candidates.uniform(executor.layers, BITS)
+    variants = variants_of(model, candidates, sens.quantizer, x.device, torch.float64)
     with torch.no_grad():
         ones = [
             ESTIMATORS["corrected"](
@@ -328,7 +330,7 @@ def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precisio
     model, shape = tiny_vit()
     x = torch.randn(2, *shape)
     captured = capture(model, x)
-    variants = quantized_variants(model, captured.layers, BITS, Quantizer(), x.device, x.dtype)
+    variants = variants_of(model, Candidates.uniform(captured.layers, BITS), Quantizer(), x.device, x.dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), HostCopies() as copies:
 
         def on_gpu(leaf: Any) -> Any:

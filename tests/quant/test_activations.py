@@ -76,7 +76,7 @@ def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
     x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
     sens = profile(model, [x], estimator="diagonal", bits=(2, 8), act_bits=4, output_dir=tmp_path, verbose=False)
     names = {layer.name for layer in sens.layers}
-    assert set(sens.activations["ranges"]) == names
+    assert set(sens.activations.ranges) == names
     assert not any("whole forwards" in text for text in sens.info["warnings"])  # the rounding is in the graph
     again = clado.Sensitivity.load(tmp_path)
     assert again.activations == sens.activations
@@ -118,9 +118,9 @@ def test_calibration_is_a_moving_average_over_batches() -> None:
     wanted = np.array(best_range(batches[0], 8))
     for batch in batches[1:]:
         wanted = 0.9 * wanted + 0.1 * np.array(best_range(batch, 8))
-    np.testing.assert_allclose(found["ranges"]["0"], wanted, rtol=1e-12)
-    assert list(found["ranges"]) == ["0", "1"]
-    assert list(calibrate(model, batches, lambda m, x: m(x))["ranges"]) == ["0"]  # the classifier's input stays float
+    np.testing.assert_allclose(found.ranges["0"], wanted, rtol=1e-12)
+    assert list(found.ranges) == ["0", "1"]
+    assert list(calibrate(model, batches, lambda m, x: m(x)).ranges) == ["0"]  # the classifier's input stays float
 
 
 class Ends(torch.utils.data.IterableDataset[Tensor]):

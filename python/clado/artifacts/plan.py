@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import CladoError, atomic_file, require
-from ..quant import KEPT, Layer, Quantizer, Scheme, stored_bytes
+from ..quant import KEPT, ActivationRanges, Layer, Quantizer, Scheme, stored_bytes
 
 SCHEMA = 2
 PLAN_FILE = "plan.json"
@@ -33,7 +33,7 @@ class Plan:
         layer_bytes: {layer name: bytes of packed codes and scales}.
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
-        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; empty: not at all.
+        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
         info: solver, seconds, what else is worth knowing.
     """
 
@@ -48,7 +48,7 @@ class Plan:
     quantizer: Quantizer = field(default_factory=Quantizer)
     fingerprint: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    activations: dict[str, Any] = field(default_factory=dict)
+    activations: ActivationRanges | None = None
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
@@ -94,6 +94,7 @@ class Plan:
             "quantizer": self.quantizer.to_json(),
             "objective": _finite(self.objective),
             "bound": _finite(self.bound),
+            "activations": self.activations.to_json() if self.activations else {},
         }
         if self.schemes:
             data["bits"] = self.bits  # derived, for readers of the file, like the bytes
@@ -129,7 +130,7 @@ class Plan:
                 Quantizer(**data["quantizer"]),
                 data["fingerprint"],
                 data["info"],
-                data["activations"],
+                ActivationRanges.from_json(data["activations"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):
@@ -162,7 +163,7 @@ def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of schema 1 as one of schema 2: its bits become schemes."""
     activations = data.get("activations", {})
     inputs = activations["bits"] if activations else KEPT
-    schemes = {name: Scheme(bits, inputs).label for name, bits in data["bits"].items()}
+    schemes = {name: Scheme.of(bits, inputs).label for name, bits in data["bits"].items()}
     return {**data, "schemes": schemes, "activations": activations}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, require
-from ..quant import KEPT, Candidates, Layer, Quantizer, Scheme, candidates_of
+from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Scheme, candidates_of
 from .provenance import Provenance
 
 SCHEMA = 2
@@ -50,7 +50,7 @@ class Sensitivity:
     notes: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    activations: dict[str, Any] = field(default_factory=dict)
+    activations: ActivationRanges | None = None
 
     def __post_init__(self) -> None:
         size = self.num_candidates
@@ -256,7 +256,7 @@ class Sensitivity:
             "provenance": self.provenance.to_json(),
             "notes": self.notes,
             "fingerprint": self.fingerprint,
-            "activations": self.activations,
+            "activations": self.activations.to_json() if self.activations else {},
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(target) as temporary:
@@ -295,7 +295,7 @@ class Sensitivity:
                 provenance=Provenance.from_json(header["provenance"]),
                 notes=header["notes"],
                 fingerprint=header["fingerprint"],
-                activations=header["activations"],
+                activations=ActivationRanges.from_json(header["activations"]),
             )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
@@ -312,10 +312,10 @@ def _of_schema_1(header: dict[str, Any]) -> dict[str, Any]:
     """A header of schema 1 as one of schema 2: the same integer widths for every layer, all in ``info``."""
     activations = header.get("activations", {})
     inputs = activations["bits"] if activations else KEPT
-    labels = [Scheme(bits, inputs).label for bits in header["bits"]]
+    labels = [Scheme.of(bits, inputs).label for bits in header["bits"]]
     info = dict(header["info"])
     known = {name: info.pop(name, None) for name in ("estimator", "loss", "precision")}
-    dropped = [[layer, Scheme(bits, inputs).label] for layer, bits in info.pop("dropped", [])]
+    dropped = [[layer, Scheme.of(bits, inputs).label] for layer, bits in info.pop("dropped", [])]
     lists = {"float_layers": info.pop("float_layers", {}), "corrected_pairs": info.pop("corrected_pairs", [])}
     return {
         **header,

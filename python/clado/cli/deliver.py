@@ -40,7 +40,7 @@ def export(run: str, format_: str, out: str | None, odd_widths: str | None, veri
     model, spec, note = load_run(run)
     plan, target = _chosen(run), out or Path(run) / "out"
     options: dict[str, Any] = {"odd_widths": odd_widths}
-    if format_ == "onnx":
+    if format_ in deploy.FORMATS and "example" in deploy.FORMATS[format_].takes:
         options["example"] = heldout(model, spec, {**note, "num_samples": 0}, None, 2, 2)[0][0]
     written = deploy.export(model, plan, target, format_, **options)
     click.echo(

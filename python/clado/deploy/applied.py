@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import quantize_activations
+from ..quant import Quantized, codes, quantize_activations
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -21,12 +22,17 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         CladoError: a plan that is infeasible or was made for other weights.
     """
     check_fit(model, plan, "apply")
+    return dequantized(model, plan, codes(model, plan))
+
+
+def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> nn.Module:
+    """:func:`apply` with the plan's weights as :func:`clado.quant.codes` gives them."""
     quantized = copy.deepcopy(model)
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for layer in plan.layers:
             weight = parameters[layer.names[0]]
-            weight.copy_(plan.quantizer.fake_quant(weight, (plan.bits[layer.name],))[0])
+            weight.copy_(weights[layer.name].values(weight.dtype))
     return quantize_activations(quantized, plan.activations) if plan.activations else quantized
 
 

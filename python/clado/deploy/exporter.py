@@ -6,16 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan
 from ..common import atomic_folder, require
 from .applied import check_fit
-from .formats import FORMATS, Request, compressed_tensors, onnx, safetensors
-
-_WEIGHTS = {safetensors.MODEL_FILE, onnx.MODEL_FILE}
-_FILES = {PLAN_FILE, compressed_tensors.CONFIG_FILE, onnx.MODEL_FILE + ".data", *_WEIGHTS}  # all that an export writes
+from .formats import FORMATS, Request, safetensors
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,7 @@ def export(
     plan: Plan,
     path: str | os.PathLike[str],
     format: str = "safetensors",
-    *,
-    example: Tensor | None = None,
-    odd_widths: str | None = None,
-    activations: Mapping[str, tuple[float, float]] | None = None,
+    **options: Any,
 ) -> Exported:
     """Write the integer weights of a plan to folder ``path``; the folder appears whole or not at all.
 
@@ -54,17 +49,17 @@ def export(
         path: folder to write; an earlier export there, and nothing else, is replaced once the new one is complete.
         format: "safetensors" (every width, read by :func:`load`), "compressed-tensors" (Linear layers alone, read by vLLM and
             transformers) or "onnx" (the whole graph, run by onnxruntime).
-        example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
-        activations: for "onnx": {layer: (least, largest value of its input)}; those inputs are quantized to 8 bits, asymmetric,
-            one scale each.
-        odd_widths: for "compressed-tensors" and 3, 5, 6, 7 bits: "dense" for its readers from 0.18.0 on, "padded" to 0.17.1.
+        **options: of the format.
+            example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
+            activations: for "onnx": {layer: (least, largest value of its input)}; those inputs are quantized to 8 bits,
+            asymmetric, one scale each.
+            odd_widths: for "compressed-tensors" and 3, 5, 6, 7 bits: "dense" for its readers from 0.18.0 on, "padded" to 0.17.1.
 
     Raises:
-        CladoError: an unknown format, a plan for other weights or one that does not go into the format, or a path that holds
-            something else.
+        CladoError: an unknown format or option, a plan for other weights or one that does not go into the format, or a
+            path that holds something else.
     """
-    require(activations is None or format == "onnx", "export", "activations", "be left out unless for onnx", format)
-    request = replace(_request(model, plan, format, example, odd_widths), activations=activations)
+    request = _request(model, plan, format, options)
     target = Path(path)
     _check_replaceable(target)
     with atomic_folder(target) as folder:
@@ -76,14 +71,12 @@ def export(
     return Exported(target, quantized, leftovers, files - quantized - leftovers, kept)
 
 
-def predicted_bytes(
-    model: nn.Module, plan: Plan, format: str = "safetensors", *, odd_widths: str | None = None
-) -> tuple[int, int]:
+def predicted_bytes(model: nn.Module, plan: Plan, format: str = "safetensors", **options: Any) -> tuple[int, int]:
     """Bytes of (packed codes and scales, what stays float) that an export will take, from shapes alone.
 
     Args and errors as :func:`export`.
     """
-    return FORMATS[format].predict(_request(model, plan, format, None, odd_widths))
+    return FORMATS[format].predict(_request(model, plan, format, options))
 
 
 def verify(
@@ -91,14 +84,12 @@ def verify(
     plan: Plan,
     path: str | os.PathLike[str],
     format: str = "safetensors",
-    *,
-    example: Tensor | None = None,
-    odd_widths: str | None = None,
+    **options: Any,
 ) -> str:
     """Read an export with a consumer of its format and compare with :func:`apply`.
 
     Args:
-        model, plan, format, example, odd_widths: as given to :func:`export`.
+        model, plan, format, options: as given to :func:`export`.
         path: the folder it wrote.
 
     Returns:
@@ -107,7 +98,7 @@ def verify(
     Raises:
         CladoError: a difference, or a consumer that is not installed.
     """
-    return FORMATS[format].verify(_request(model, plan, format, example, odd_widths), Path(path))
+    return FORMATS[format].verify(_request(model, plan, format, options), Path(path))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -> nn.Module:
@@ -129,11 +120,27 @@ def _check_replaceable(target: Path) -> None:
     must = "be new, empty or an earlier export without other files"
     require(target.is_dir() or not target.exists(), "export", "path", must, f"a file {target}")
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    lost = held - _FILES or (set() if held & _WEIGHTS else held)
+    ours = {PLAN_FILE, *(name for format in FORMATS.values() for name in format.files)}
+    exported = any(format.files[0] in held for format in FORMATS.values())
+    lost = held - ours or (set() if exported else held)
     require(not lost, "export", "path", must, f"{target}, which holds {', '.join(sorted(lost)[:3])}")
 
 
-def _request(model: nn.Module, plan: Plan, format: str, example: Tensor | None, odd_widths: str | None) -> Request:
+def _request(model: nn.Module, plan: Plan, format: str, options: Mapping[str, Any]) -> Request[Any]:
     require(format in FORMATS, "export", "format", f"be one of {', '.join(FORMATS)}", repr(format))
+    given = _given(format, options)
     check_fit(model, plan, "export")
-    return Request(model, plan, example, odd_widths)
+    return Request(model, plan, FORMATS[format].options(**given))
+
+
+def _given(format: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None; each must be one of the format's."""
+    owners: dict[str, list[str]] = {}
+    for name, known in FORMATS.items():
+        for option in known.takes:
+            owners.setdefault(option, []).append(name)
+    for option, value in options.items():
+        require(option in owners, "export", "options", f"be among {', '.join(owners)}", repr(option))
+        own = value is None or format in owners[option]
+        require(own, "export", option, f"be left out unless for {' or '.join(owners[option])}", format)
+    return {option: value for option, value in options.items() if value is not None}

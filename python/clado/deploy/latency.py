@@ -7,17 +7,19 @@ import csv
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Sensitivity
+from ..artifacts import Plan, Sensitivity
 from ..common import atomic_file, progress_bar, require
-from ..quant import Layer
+from ..quant import Layer, Scheme, codes
 from .nn import quantized_kind
+
+Calls = list[tuple[nn.Module, Any]]  # modules with the arguments they were called with
 
 
 def time_layers(
@@ -46,16 +48,11 @@ def time_layers(
     table: dict[str, dict[int, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
-            runs = [
-                [
-                    (quantized_kind(type(module)).from_float(module, sens.quantizer, bits), arguments)
-                    for module, arguments in inputs[layer.name]
-                ]
-                for bits in sens.bits
-            ]
+            schemes = sens.candidates.schemes[sens.candidates.position(layer.name)]
+            runs = [_packed(model, sens, layer, scheme, inputs[layer.name]) for scheme in schemes]
             times = [_once(run, batch.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
             table[layer.name] = {
-                bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, bits in enumerate(sens.bits)
+                scheme.bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, scheme in enumerate(schemes)
             }
             show(done)
     return table
@@ -71,9 +68,9 @@ def write_latency(table: dict[str, dict[int, float]], path: str | os.PathLike[st
     return target
 
 
-def _inputs(model: nn.Module, layers: tuple[Layer, ...], batch: Tensor) -> dict[str, list[tuple[nn.Module, Any]]]:
+def _inputs(model: nn.Module, layers: tuple[Layer, ...], batch: Tensor) -> dict[str, Calls]:
     """For each layer the modules that use it, with the arguments of each call in one forward."""
-    seen: dict[str, list[tuple[nn.Module, Any]]] = {layer.name: [] for layer in layers}
+    seen: dict[str, Calls] = {layer.name: [] for layer in layers}
     handles = []
     for layer in layers:
         owners = {id(m): m for m in (model.get_submodule(name.rpartition(".")[0]) for name in layer.names)}
@@ -97,7 +94,16 @@ def _inputs(model: nn.Module, layers: tuple[Layer, ...], batch: Tensor) -> dict[
     return seen
 
 
-def _record(calls: list[tuple[nn.Module, Any]]) -> Callable[[nn.Module, Any], None]:
+def _packed(model: nn.Module, sens: Sensitivity, layer: Layer, scheme: Scheme, calls: Calls) -> Calls:
+    """The calls of a layer with its weight packed under a scheme."""
+    alone = Plan((layer,), {layer.name: scheme.label}, "given", quantizer=sens.quantizer)
+    found = codes(model, alone)[layer.name]
+    number, packed = found.number, found.packed()
+    kinds = ((quantized_kind(type(module)), module, arguments) for module, arguments in calls)
+    return [(kind.from_packed(module, sens.quantizer, number, packed), arguments) for kind, module, arguments in kinds]
+
+
+def _record(calls: Calls) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, arguments: Any) -> None:
         bare = copy.copy(module)
         bare._forward_pre_hooks = type(module._forward_pre_hooks)()
@@ -106,7 +112,7 @@ def _record(calls: list[tuple[nn.Module, Any]]) -> Callable[[nn.Module, Any], No
     return hook
 
 
-def _once(run: Sequence[tuple[nn.Module, Any]], device: torch.device) -> float:
+def _once(run: Calls, device: torch.device) -> float:
     """Seconds of one pass through all calls of a layer."""
     _wait(device)
     started = time.perf_counter()

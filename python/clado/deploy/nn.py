@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require
-from ..quant import Layer, Quantizer
+from ..quant import Layer, Number, Quantized, Quantizer, Scheme, codes
+from .applied import check_fit, dequantized
 
 
 class _Packed(nn.Module):
@@ -19,11 +20,12 @@ class _Packed(nn.Module):
     Attributes:
         weight_packed: int32 ``[rows, words]``, codes of ``bits`` each as :func:`clado_ext.pack` lays them.
         weight_scale: float32 ``[rows, groups]``.
+        number: the format of the codes.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
-    bits: int
+    number: Number
     quantizer: Quantizer
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
@@ -37,30 +39,40 @@ class _Packed(nn.Module):
             quantizer: settings of the quantization.
             bits: 2 to 8.
         """
-        return cls.from_packed(source, quantizer, bits, quantizer.pack(_weight_of(source), bits))
+        layer = Layer("weight", "", tuple(_weight_of(source).shape), 0, ("weight",))
+        alone = Plan((layer,), {"weight": Scheme.of(bits).label}, "given", quantizer=quantizer)
+        quantized = codes(source, alone)["weight"]
+        return cls.from_packed(source, quantizer, quantized.number, quantized.packed())
 
     @classmethod
-    def from_packed(cls, source: nn.Module, quantizer: Quantizer, bits: int, packed: Mapping[str, Tensor]) -> _Packed:
-        """:meth:`from_float` with the tensors that :meth:`clado.Quantizer.pack` gave; the weight itself is not read."""
+    def from_packed(
+        cls, source: nn.Module, quantizer: Quantizer, number: Number, packed: Mapping[str, Tensor]
+    ) -> _Packed:
+        """:meth:`from_float` with the tensors of :meth:`Quantized.packed`; the weight of ``source`` is not read."""
         weight = _weight_of(source)
         module = cls.__new__(cls)
         module.__dict__ = {name: copy.copy(value) for name, value in source.__dict__.items()}
         del module._parameters["weight"]
-        module.bits, module.quantizer = bits, quantizer
+        module.number, module.quantizer = number, quantizer
         module.weight_shape, module.weight_dtype = tuple(weight.shape), weight.dtype
         for name, part in packed.items():
             module.register_buffer(name, part)
         return module
 
     @property
+    def bits(self) -> int:
+        """Stored bits of an element."""
+        return self.number.bits
+
+    @property
     def weight(self) -> Tensor:
         """The dequantized weight: bit for bit what :func:`clado.apply` evaluates."""
-        quantized = self.quantizer.unpack(self.packed(), self.bits, self.weight_shape)
-        return self.quantizer.dequantize(quantized, self.weight_shape, self.weight_dtype)
+        codes, scales = self.number.unpack(self.packed(), self.weight_shape, self.quantizer)
+        return self.number.decode(codes, scales, self.weight_dtype).view(self.weight_shape)
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        return {name: getattr(self, name) for name in self.quantizer.packed_shapes(self.weight_shape, self.bits)}
+        return {name: getattr(self, name) for name in self.number.stored(self.weight_shape, self.quantizer)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.bits}, group_size={self.quantizer.group_size}"
@@ -89,31 +101,30 @@ def pack_model(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
     """
-    from .applied import apply
-
-    packed, weights = apply(model, plan), dict(model.named_parameters(remove_duplicate=False))
-    for layer in plan.layers:
-        bits = plan.bits[layer.name]
-        replace_layer(packed, layer, plan.quantizer, bits, plan.quantizer.pack(weights[layer.names[0]], bits))
+    check_fit(model, plan, "apply")
+    weights = codes(model, plan)
+    packed = dequantized(model, plan, weights)
+    replace_layers(packed, plan, weights)
     return packed
 
 
-def replace_layer(
-    model: nn.Module, layer: Layer, quantizer: Quantizer, bits: int, packed: Mapping[str, Tensor]
-) -> None:
-    """Put packed modules in place of the Linear and Conv2d modules of ``model`` that own the weight of ``layer``."""
-    owners = {
-        path: model.get_submodule(path)
-        for path, _, leaf in (n.rpartition(".") for n in layer.names)
-        if leaf == "weight"
-    }
-    made: dict[int, _Packed] = {}
-    for path, source in owners.items():
-        if isinstance(source, (nn.Linear, nn.Conv2d)):
-            if id(source) not in made:
-                packed = {name: part.to(source.weight.device) for name, part in packed.items()}
-                made[id(source)] = quantized_kind(type(source)).from_packed(source, quantizer, bits, packed)
-            model.set_submodule(path, made[id(source)])
+def replace_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> None:
+    """Put packed modules in place of the Linear and Conv2d modules of ``model`` that own the weights of a plan."""
+    for layer in plan.layers:
+        number, packed = weights[layer.name].number, weights[layer.name].packed()  # the layer's modules share these
+        owners = {
+            path: model.get_submodule(path)
+            for path, _, leaf in (n.rpartition(".") for n in layer.names)
+            if leaf == "weight"
+        }
+        made: dict[int, _Packed] = {}
+        for path, source in owners.items():
+            if isinstance(source, (nn.Linear, nn.Conv2d)):
+                if id(source) not in made:
+                    packed = {name: part.to(source.weight.device) for name, part in packed.items()}
+                    kind = quantized_kind(type(source))
+                    made[id(source)] = kind.from_packed(source, plan.quantizer, number, packed)
+                model.set_submodule(path, made[id(source)])
 
 
 def packed_bytes(model: nn.Module) -> int:

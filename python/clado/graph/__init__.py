@@ -1,6 +1,6 @@
 """A model that runs under many perturbations at once: captured as a graph, or by whole forwards.
 
-Other packages open a runner and see no more of it than the :class:`Runner` protocol; nodes and states stay inside.
+Other packages get a finished runner and see no more of it than the :class:`Runner` protocol; nodes and states stay inside.
 """
 
 from typing import TYPE_CHECKING

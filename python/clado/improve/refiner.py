@@ -23,7 +23,7 @@ from ..common import check_targets, moved_to, progress_bar, require, split_batch
 from ..deploy import check_fit
 from ..graph import converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
-from ..quant import quantize_activations
+from ..quant import quantize_activations, variants
 from ..solver import LinearConstraint, Solver, given_plan
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
@@ -160,8 +160,7 @@ class _Ground:
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        self.variants = [list(sens.quantizer.fake_quant(weights[layer.names[0]], sens.bits)) for layer in sens.layers]
+        self.variants = variants(model, sens.candidates, sens.quantizer, first.device, first.dtype)
         parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(chunk)]
         clean = torch.cat(parts).double().log_softmax(1)
         check_targets(targets, clean.shape[1])
@@ -181,9 +180,9 @@ class _Ground:
         for first in range(0, len(self.inputs), self.chunk):
             part = slice(first, first + self.chunk)
             state, finished = self.runner.start(self.inputs[part]), []
-            for k, variants in zip(self.position, self.variants, strict=True):
+            for k, own in zip(self.position, self.variants, strict=True):
                 state = self.runner.advance(state, k)
-                finished.append(self.runner.finish(self.runner.fork(state, k, variants)))
+                finished.append(self.runner.finish(self.runner.fork(state, k, own)))
             logits = self.runner.clean(state)
             delta = torch.cat(finished).sub_(logits)
             total, squares = clado_ext.pairwise_ce(logits, delta)

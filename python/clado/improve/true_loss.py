@@ -27,7 +27,7 @@ from ..common import (
 from ..deploy import apply, check_fit
 from ..graph import Runner, full_precision, open_runner
 from ..profiling import LOSSES
-from ..quant import Quantizer
+from ..quant import Candidates, Quantizer, variants
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def rerank(
         CladoError: no plans, no data, or no targets for the cross-entropy.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
-    distinct = list({tuple(plan.bits.items()): plan for plan in reversed(plans)}.values())[::-1]
+    distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
     increases = loss_increases(model, heldout, distinct, loss, device)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
@@ -210,7 +210,7 @@ def _runner(
     except CladoError:  # none of the layers that a runner knows
         return None
     known = {layer.name for layer in runner.layers}
-    return runner if all(known.issuperset(plan.bits) for plan in plans) else None
+    return runner if all(known.issuperset(plan.schemes) for plan in plans) else None
 
 
 def _plan_outputs(
@@ -232,12 +232,11 @@ def _plan_outputs(
         if runner is None:
             return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
         layers = runner.layers
-        weights = dict(model.named_parameters(remove_duplicate=False))
         parts: list[list[Tensor]] = [[] for _ in plans]
 
         @cache
-        def variant(k: int, quantizer: Quantizer, bits: int) -> Tensor:
-            return quantizer.fake_quant(weights[layers[k].names[0]], (bits,))[0].to(place, dtype)
+        def variant(k: int, quantizer: Quantizer, scheme: str) -> Tensor:
+            return variants(model, Candidates.uniform((layers[k],), (scheme,)), quantizer, place, dtype)[0][0]
 
         def walk(state: Any, k: int, members: list[int]) -> None:
             state = runner.advance(state, k)
@@ -248,9 +247,9 @@ def _plan_outputs(
                 return
             groups: dict[Any, list[int]] = {}
             for m in members:
-                groups.setdefault((plans[m].quantizer, plans[m].bits.get(layers[k].name)), []).append(m)
-            for (quantizer, bits), group in groups.items():
-                planned = state if bits is None else runner.fork(state, k, [variant(k, quantizer, bits)])
+                groups.setdefault((plans[m].quantizer, plans[m].schemes.get(layers[k].name)), []).append(m)
+            for (quantizer, scheme), group in groups.items():
+                planned = state if scheme is None else runner.fork(state, k, [variant(k, quantizer, scheme)])
                 walk(planned, k + 1, group)
 
         with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:

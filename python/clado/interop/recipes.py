@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifacts import Plan
 from ..common import CladoError, require
-from ..quant import Layer
+from ..quant import Layer, modules
 
 
 def plain(plan: Plan) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         CladoError: a plan without bits; so do all functions here.
     """
     quantizer = plan.quantizer
-    bits = {module: plan.bits[layer.name] for layer in _layers(plan) for module in _modules(layer)}
+    bits = {module: plan.bits[layer.name] for layer in _layers(plan) for module in modules(layer)}
     return {"bits": bits, "group_size": quantizer.group_size, "symmetric": quantizer.symmetric}
 
 
@@ -42,7 +42,7 @@ def torchao(plan: Plan) -> Any:
         spread = PerAxis(0) if group is None else PerGroup(group)
         dtype = getattr(torch, f"int{plan.bits[layer.name]}")
         config = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=spread, mapping_type=kind)
-        configs |= dict.fromkeys(_modules(layer), config)
+        configs |= dict.fromkeys(modules(layer), config)
     return FqnToConfig(configs)
 
 
@@ -64,34 +64,29 @@ def modelopt(plan: Plan) -> dict[str, Any]:
     for layer in _layers(plan):
         group = _group(plan, layer) if layer.kind == "linear" else None
         spread: dict[str, Any] = {"axis": 0} if group is None else {"block_sizes": {-1: group, "type": "static"}}
-        for module in _modules(layer):
+        for module in modules(layer):
             cfg = {"num_bits": plan.bits[layer.name], **spread}
             entries.append({"quantizer_name": f"{module}.weight_quantizer", "cfg": cfg})
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
 def quanto(plan: Plan) -> list[dict[str, Any]]:
-    """Keyword arguments for one ``optimum.quanto.quantize(model, **call)`` per width, then ``freeze(model)``.
+    """Keyword arguments for one ``optimum.quanto.quantize``, one call per width, then ``freeze(model)``.
 
     Raises:
         CladoError: widths other than 2, 4 and 8: quanto has no others.
     """
-    modules: dict[int, list[str]] = {}
+    named: dict[int, list[str]] = {}
     for layer in _layers(plan):
-        modules.setdefault(plan.bits[layer.name], []).extend(_modules(layer))
-    odd = sorted(set(modules) - {2, 4, 8})
+        named.setdefault(plan.bits[layer.name], []).extend(modules(layer))
+    odd = sorted(set(named) - {2, 4, 8})
     require(not odd, "recipe", "plan", "keep to 2, 4 and 8 bits for quanto", f"{', '.join(map(str, odd))} bits")
-    return [{"weights": f"qint{bits}", "include": names} for bits, names in sorted(modules.items())]
+    return [{"weights": f"qint{bits}", "include": names} for bits, names in sorted(named.items())]
 
 
 def _layers(plan: Plan) -> tuple[Layer, ...]:
     require(bool(plan.bits), "recipe", "plan", "hold bits for every layer", f"a plan that is {plan.status}")
     return plan.layers
-
-
-def _modules(layer: Layer) -> list[str]:
-    """Modules that own the weight; layers of imported scores name none but themselves."""
-    return [name.removesuffix(".weight") for name in layer.names or (layer.name,)]
 
 
 def _group(plan: Plan, layer: Layer) -> int | None:

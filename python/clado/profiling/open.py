@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..common import code_digest, digest, progress_bar, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
-from ..quant import KEPT, Activations, Candidates, Scheme, calibrate, quantize_activations, quantized_variants
+from ..quant import KEPT, ActivationRanges, Candidates, Scheme, calibrate, quantize_activations, variants
 from .checkpoint import recorded
 from .options import Options
 from .pieces import Pieces, default_batch
@@ -68,11 +68,11 @@ def open_run(
     reader = replace(reader, classes=check_output(_output(runner, example), options.loss))
 
     inputs_as = options.act_bits or KEPT
-    candidates = Candidates.uniform(runner.layers, [Scheme(bits, inputs_as) for bits in options.bits])
+    candidates = Candidates.uniform(runner.layers, [Scheme.of(bits, inputs_as) for bits in options.bits])
 
     @cache
     def every() -> list[list[Tensor]]:
-        return quantized_variants(model, plain.layers, options.bits, options.quantizer, device, reader.dtype)
+        return variants(model, candidates, options.quantizer, device, reader.dtype)
 
     notes = [] if runner.note is None else [runner.note]
     plain, probed = runner, dict[str, Any]()
@@ -111,7 +111,7 @@ def open_run(
         "quantizer": options.quantizer.to_json(),
         "act_bits": options.act_bits,
         "act_samples": act_samples if ranges else None,
-        "act_ranges": digest(ranges) if ranges else None,
+        "act_ranges": digest(ranges.to_json()) if ranges else None,
         "device": device.type,
     }
     return Run(
@@ -157,11 +157,13 @@ def check_output(output: Any, loss: str) -> int:
     return int(output.shape[1])
 
 
-def _ranges(model: nn.Module, stream: SampleStream, reader: Reader, samples: int, verbose: bool) -> Activations:
-    """Ranges of the layers' inputs on the first samples of the set; empty for a weight-only run."""
+def _ranges(
+    model: nn.Module, stream: SampleStream, reader: Reader, samples: int, verbose: bool
+) -> ActivationRanges | None:
+    """Ranges of the layers' inputs on the first samples of the set; None for a weight-only run."""
     options = reader.options
     if options.act_bits is None:
-        return {}
+        return None
     with progress_bar("calibrate", samples, "samples", verbose) as show:
 
         def batches() -> Iterator[Any]:

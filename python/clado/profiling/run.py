@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..artifacts import MATRIX_FILE, Provenance, Sensitivity
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
-from ..quant import Activations, Candidates
+from ..quant import ActivationRanges, Candidates
 from .checkpoint import Checkpoint, check_writable, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS
@@ -40,7 +40,7 @@ class PairTask:
         title: of the progress bar.
     """
 
-    ranges: Activations
+    ranges: ActivationRanges | None
     rows: Sequence[int] | None = None
     later: Later | None = None
     title: str = "pairs"
@@ -73,7 +73,7 @@ class Run:
         pieces: what is measured at a time of a chunk of ``size`` samples.
         exact_samples: how many samples pay for exact pairs; None: all.
         own_settings: JSON values by name that decide the result.
-        ranges: of the layers' inputs; empty for a weight-only run.
+        ranges: of the layers' inputs; None for a weight-only run.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
         task: what is measured instead of all candidates and pairs.
@@ -90,7 +90,7 @@ class Run:
     size: int
     exact_samples: int | None
     own_settings: dict[str, Any]
-    ranges: Activations
+    ranges: ActivationRanges | None
     notes: list[str]
     probed: dict[str, Any]
     started: float

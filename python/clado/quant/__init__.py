@@ -8,31 +8,40 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .activations import Activations, calibrate, quantize_activations
+    from .activations import ActivationRanges, calibrate, quantize_activations
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, stored_bytes
-    from .layers import Layer, ignored, layer_name, storage
-    from .quantizer import PACKED, SCALE, ZERO_POINT, Quantizer
-    from .weights import quantized_variants
+    from .layers import Layer, ignored, layer_name, modules, storage
+    from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
+    from .quantizer import Quantizer
+    from .rounding import ROUNDINGS, Rounding
+    from .weights import codes, variants
 else:
     __getattr__, __dir__ = door(__name__)
 
 __all__ = [
     "KEPT",
+    "NUMBERS",
     "PACKED",
+    "ROUNDINGS",
     "SCALE",
     "ZERO_POINT",
-    "Activations",
+    "ActivationRanges",
     "Candidates",
     "Layer",
+    "Number",
+    "Quantized",
     "Quantizer",
+    "Rounding",
     "Scheme",
     "calibrate",
     "candidates_of",
     "check_bits",
+    "codes",
     "ignored",
     "layer_name",
+    "modules",
     "quantize_activations",
-    "quantized_variants",
     "storage",
     "stored_bytes",
+    "variants",
 ]

@@ -8,18 +8,60 @@ graph and every estimator measures weights under quantized activations.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common import require
+from ..common import CladoError, require
 from .layers import Layer, ignored
 
 # Share of the old range in the moving average, shrink factors tried, elements of a tensor that are looked at.
 MOMENTUM, STEPS, ELEMENTS = 0.9, 95, 1 << 16
-Activations = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ActivationRanges:
+    """How the inputs of layers are rounded: to 2^bits levels over a range that holds zero.
+
+    Attributes:
+        bits: 2..8.
+        ranges: {module: (lowest, highest)}; inputs of other modules stay float.
+    """
+
+    bits: int
+    ranges: Mapping[str, tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        known = type(self.bits) is int and 2 <= self.bits <= 8
+        require(known, "activations", "bits", "lie in 2..8", repr(self.bits))
+        for name, (low, high) in self.ranges.items():
+            sound = math.isfinite(high - low) and low <= 0 <= high
+            require(sound, "activations", f"range of {name}", "be finite and hold 0", (low, high))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bits": self.bits, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}
+
+    @staticmethod
+    def from_json(data: Any) -> ActivationRanges | None:
+        """Inverse of :meth:`to_json`; None for the empty object, which stands for inputs that stay float.
+
+        Raises:
+            CladoError: anything else.
+        """
+        if data == {}:
+            return None
+        try:
+            ranges = {name: (float(low), float(high)) for name, (low, high) in data["ranges"].items()}
+            return ActivationRanges(data["bits"], ranges)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, CladoError):
+                raise
+            must = "hold bits and a range for each layer"
+            raise CladoError(f"activations: file must {must}, got {type(error).__name__}: {error}") from None
 
 
 def calibrate(
@@ -29,7 +71,7 @@ def calibrate(
     bits: int = 8,
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
-) -> Activations:
+) -> ActivationRanges:
     """Ranges of the inputs of all Linear and Conv2d modules that run.
 
     Args:
@@ -40,7 +82,7 @@ def calibrate(
         ignore, quantize_ends: layers whose inputs stay float, as for the weights.
 
     Returns:
-        {"bits": bits, "ranges": {module name: [lowest, highest]}}, zero inside every range.
+        The ranges by module, zero inside each.
     """
     require(isinstance(bits, int) and 2 <= bits <= 8, "profile", "act_bits", "be None or lie in 2..8", bits)
     ranges: dict[str, tuple[float, float]] = {}
@@ -65,7 +107,7 @@ def calibrate(
         for hook in hooks:
             hook.remove()
     keep = ignored(list(kinds.values()), ignore, quantize_ends)
-    return {"bits": bits, "ranges": {name: list(pair) for name, pair in ranges.items() if name not in keep}}
+    return ActivationRanges(bits, {name: pair for name, pair in ranges.items() if name not in keep})
 
 
 def best_range(x: Tensor, bits: int) -> tuple[float, float]:
@@ -92,7 +134,7 @@ def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
     return (steps + (steps.round() - steps).detach()) * scale  # the sum is exact: an integer
 
 
-def quantize_activations(model: nn.Module, activations: Mapping[str, Any]) -> nn.Module:
+def quantize_activations(model: nn.Module, activations: ActivationRanges) -> nn.Module:
     """A copy of ``model`` that rounds the inputs of its layers to their ranges; parameters and buffers stay the same.
 
     Raises:
@@ -100,9 +142,9 @@ def quantize_activations(model: nn.Module, activations: Mapping[str, Any]) -> nn
     """
     quantized = copy.deepcopy(model)
     modules = dict(quantized.named_modules())
-    for name, (low, high) in activations["ranges"].items():
+    for name, (low, high) in activations.ranges.items():
         require(name in modules, "activations", "model", f"have a module {name}", "another model")
-        modules[name].register_forward_pre_hook(_rounding(low, high, activations["bits"]))
+        modules[name].register_forward_pre_hook(_rounding(low, high, activations.bits))
     return quantized
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,43 +13,54 @@ from numpy.typing import NDArray
 
 from ..common import CladoError, require
 from .layers import Layer
+from .numbers import NUMBERS, Number, integer
 from .quantizer import Quantizer
 
 _LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
 KEPT = 16  # bits of an input that is not rounded, in a scheme's label
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Scheme:
     """A layer's number formats.
 
     Attributes:
-        bits: of a weight's codes.
+        weight: name of the weight's format, one of ``NUMBERS``.
         input_bits: to which the layer's input is rounded; 16: not at all.
     """
 
-    bits: int
+    weight: str
     input_bits: int = KEPT
 
     def __post_init__(self) -> None:
-        known = type(self.bits) is int and 2 <= self.bits <= 8
-        require(known, "scheme", "bits", "lie in 2..8", repr(self.bits))
+        known = self.weight in NUMBERS
+        require(known, "scheme", "weight", f"be one of {', '.join(NUMBERS)}", repr(self.weight))
 
     @staticmethod
-    def of(given: Scheme | str | int) -> Scheme:
-        """From a label such as ``W4A16``, or from the bits of a weight.
+    def of(given: Scheme | str | int, input_bits: int = KEPT) -> Scheme:
+        """From a label such as ``W4A16``, or from the bits of an integer weight.
 
         Raises:
-            CladoError: another label.
+            CladoError: another label or width.
         """
         if isinstance(given, Scheme):
             return given
-        if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
-            return Scheme(int(given))
-        found = _LABEL.fullmatch(given) if isinstance(given, str) else None
+        if not isinstance(given, str):
+            return Scheme(integer(given).name, input_bits)
+        found = _LABEL.fullmatch(given)
         require(found is not None, "scheme", "label", "be one of W2A16 … W8A16 (W4A8: 8-bit inputs)", repr(given))
         assert found is not None
-        return Scheme(int(found[1]), int(found[2]))
+        return Scheme(integer(int(found[1])).name, int(found[2]))
+
+    @property
+    def number(self) -> Number:
+        """The weight's format."""
+        return NUMBERS[self.weight]
+
+    @property
+    def bits(self) -> int:
+        """Of an element of the weight, as it is stored."""
+        return self.number.bits
 
     @property
     def label(self) -> str:
@@ -56,6 +68,10 @@ class Scheme:
 
     def __str__(self) -> str:
         return f"{self.bits} bits"
+
+    def __lt__(self, other: Scheme) -> bool:
+        """By stored bits."""
+        return (self.bits, self.weight, self.input_bits) < (other.bits, other.weight, other.input_bits)
 
 
 @dataclass(frozen=True)
@@ -207,7 +223,8 @@ class Candidates:
 
 def stored_bytes(layer: Layer, scheme: Scheme, quantizer: Quantizer) -> int:
     """Bytes of a layer's packed codes and scales."""
-    return quantizer.storage_bytes(layer.shape, scheme.bits)
+    stored = scheme.number.stored(layer.shape, quantizer).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
 
 
 def check_bits(bits: Sequence[int]) -> None:

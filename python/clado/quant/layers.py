@@ -37,6 +37,11 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
+def modules(layer: Layer) -> list[str]:
+    """Modules that own the weight; a layer of imported scores knows no parameters, and is its own."""
+    return [layer_name(parameter) for parameter in layer.names or (layer.name,)]
+
+
 def ignored(layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool) -> dict[str, str]:
     """Names of the layers to keep in float, with the reason."""
     keep: dict[str, str] = {}

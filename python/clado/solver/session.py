@@ -277,7 +277,7 @@ class Solver:
             usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in asked.budgets},
             quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
-            activations=dict(sens.activations),
+            activations=sens.activations,
             info=info,
         )
 
@@ -373,7 +373,7 @@ def given_plan(
         usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in rows},
         quantizer=sens.quantizer,
         fingerprint=dict(sens.fingerprint),
-        activations=dict(sens.activations),
+        activations=sens.activations,
     )
 
 

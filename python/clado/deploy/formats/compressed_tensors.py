@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,30 @@ from torch import Tensor, nn
 from clado_ext import pack, packed_columns
 
 from ...common import CladoError, require
-from ...quant import PACKED, SCALE, ZERO_POINT, Layer
-from .request import Request
+from ...quant import PACKED, SCALE, ZERO_POINT, Layer, modules
+from ..applied import dequantized
+from . import base
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _PLAIN_WIDTHS = (2, 4, 8)
 # The layout of 3, 5, 6 and 7 bits changed under the same format name: dense words from 0.18.0 on, before that as many codes
 # as fit a word whole. 2, 4 and 8 bits are the same in both.
 _VERSIONS = {"dense": "0.18.0", "padded": "0.17.1"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose."""
+
+    odd_widths: str | None = field(
+        default=None,
+        metadata={
+            "help": "3, 5, 6 and 7 bits: 'dense' for readers from 0.18.0 on, 'padded' to 0.17.1; None refuses them"
+        },
+    )
+
+
+Request = base.Request[Options]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
@@ -38,14 +55,14 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     for layer in quantized:
         bits = request.plan.bits[layer.name]
         parts = _parts(request, layer)
-        tensors |= {f"{module}.{part}": value.clone() for module in _modules(layer) for part, value in parts.items()}
+        tensors |= {f"{module}.{part}": value.clone() for module in modules(layer) for part, value in parts.items()}
         group = groups.setdefault(str(_scheme(request, layer, bits)), _group(_scheme(request, layer, bits)))
-        group["targets"] += _modules(layer)
+        group["targets"] += modules(layer)
     leftovers = request.leftovers({name for layer in quantized for name in layer.names})
     save_file(tensors | leftovers, folder / MODEL_FILE, metadata={"format": "pt"})
     config = {
         "quant_method": "compressed-tensors",
-        "version": _VERSIONS[request.odd_widths or "dense"],
+        "version": _VERSIONS[request.options.odd_widths or "dense"],
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": _ignored(request.model, quantized),
@@ -71,15 +88,15 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     Raises:
         CladoError: no layer left, or a width whose layout depends on the reader's version and no choice of it.
     """
-    modules = dict(request.model.named_modules(remove_duplicate=False))
+    known = dict(request.model.named_modules(remove_duplicate=False))
     quantized: list[Layer] = []
     stays: list[Layer] = []
     for layer in request.plan.layers:
-        owners = [modules.get(name.removesuffix(".weight")) for name in layer.names]
+        owners = [known.get(module) for module in modules(layer)]
         (quantized if all(isinstance(owner, nn.Linear) for owner in owners) else stays).append(layer)
     some = "a plan of convolutions alone"
     require(len(quantized) > 0, "export", "plan", "hold Linear layers for compressed-tensors", some)
-    choice = request.odd_widths
+    choice = request.options.odd_widths
     require(choice in (None, *_VERSIONS), "export", "odd_widths", f"be one of {', '.join(_VERSIONS)}", repr(choice))
     odd = sorted({request.plan.bits[layer.name] for layer in quantized} - set(_PLAIN_WIDTHS))
     must = (
@@ -116,10 +133,8 @@ def decompressed(folder: Path, model: nn.Module) -> nn.Module:
 
 
 def verify(request: Request, folder: Path) -> str:
-    from ..applied import apply
-
     quantized, stays = split(request)
-    read, wanted = decompressed(folder, request.model), apply(request.model, request.plan)
+    read, wanted = decompressed(folder, request.model), dequantized(request.model, request.plan, request.codes)
     for layer in request.plan.layers:
         source = request.model if layer in stays else wanted
         for name in layer.names:
@@ -127,10 +142,6 @@ def verify(request: Request, folder: Path) -> str:
             same = torch.equal(read.get_parameter(name).to(value.device, value.dtype), value)
             require(same, "verify", name, "decompress to the weight of clado.apply", "another weight")
     return f"compressed-tensors decompresses {len(quantized)} layers bit for bit; {len(stays)} stay float"
-
-
-def _modules(layer: Layer) -> list[str]:
-    return [name.removesuffix(".weight") for name in layer.names]
 
 
 def _scheme(request: Request, layer: Layer, bits: int) -> dict[str, Any]:
@@ -155,7 +166,7 @@ def _group(scheme: dict[str, Any]) -> dict[str, Any]:
 
 def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
     bits, quantizer = request.plan.bits[layer.name], request.plan.quantizer
-    found = quantizer.quantize(request.state[layer.names[0]].cpu(), bits)
+    found = request.codes[layer.name]
     codes, scale, zero_point = found.codes.view(layer.shape), found.scale, found.zero_point
     scheme = _scheme(request, layer, bits)
     if scheme["strategy"] == "tensor":
@@ -188,7 +199,7 @@ def _layer_bytes(request: Request, layer: Layer) -> int:
 
 
 def _padded(request: Request, bits: int) -> bool:
-    return request.odd_widths == "padded" and bits not in _PLAIN_WIDTHS
+    return request.options.odd_widths == "padded" and bits not in _PLAIN_WIDTHS
 
 
 def _words(request: Request, columns: int, bits: int) -> int:
@@ -206,6 +217,9 @@ def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
 
 def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:
     """Every Linear and Conv2d that stays float, by name."""
-    packed = {module for layer in quantized for module in _modules(layer)}
-    modules = model.named_modules(remove_duplicate=False)
-    return [name for name, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)) and name not in packed]
+    packed = {module for layer in quantized for module in modules(layer)}
+    every = model.named_modules(remove_duplicate=False)
+    return [name for name, m in every if isinstance(m, (nn.Linear, nn.Conv2d)) and name not in packed]
+
+
+FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, CONFIG_FILE), options=Options, kept=kept)

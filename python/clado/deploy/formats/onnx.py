@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,36 @@ import torch
 from torch import Tensor
 
 from ...common import CladoError, require
-from ...quant import Layer
-from .request import Request
+from ...quant import Layer, modules
+from ..applied import dequantized
+from . import base
 
 MODEL_FILE = "model.onnx"
+_DATA_FILE = f"{MODEL_FILE}.data"
 INPUT, OUTPUT = "input", "logits"
 OPSET, OPSET_INT2 = 21, 25  # int4 came with 21 (IR 10), int2 with 25 (IR 13)
 _IR_VERSION, _IR_VERSION_INT2 = 10, 13
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
 _TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 _TOLERANCE_ACTIVATIONS = 5e-2  # a value beside a tie may take the next of 255 steps, and the layers behind it see that
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose."""
+
+    example: Tensor | None = field(
+        default=None, metadata={"help": "inputs [n, …]: what the graph takes; the batch size stays free"}
+    )
+    activations: Mapping[str, tuple[float, float]] | None = field(
+        default=None,
+        metadata={
+            "help": "{layer: (least, largest value of its input)}: quantized to 8 bits, asymmetric, one scale each"
+        },
+    )
+
+
+Request = base.Request[Options]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
@@ -45,7 +67,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
     model.producer_name = "clado"
     written = sum(model.graph.initializers[name].const_value.nbytes for name in quantized), leftovers
-    ir.save(model, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data" if sum(written) > _LARGEST_FILE else None)
+    ir.save(model, folder / MODEL_FILE, external_data=_DATA_FILE if sum(written) > _LARGEST_FILE else None)
     return written
 
 
@@ -55,10 +77,8 @@ def predict(request: Request) -> tuple[int, int]:
 
 
 def verify(request: Request, folder: Path) -> str:
-    from ..applied import apply
-
     example = _example(request)
-    wanted = apply(request.model, request.plan)
+    wanted = dequantized(request.model, request.plan, request.codes)
     with torch.no_grad():
         logits = torch.cat([wanted(example), wanted(example[:1])]).double().cpu().numpy()
     found = np.concatenate([run(folder, example), run(folder, example[:1])])
@@ -101,7 +121,7 @@ def _import_ir() -> Any:
 
 
 def _example(request: Request) -> Tensor:
-    example = request.example
+    example = request.options.example
     require(example is not None, "export", "example", "be given for onnx: inputs [n, …]", "none")
     assert example is not None
     first = next(request.model.parameters())
@@ -187,16 +207,16 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
 def _ranges(request: Request) -> list[tuple[Layer, float, float]]:
     """Layers whose inputs are quantized, with the range given for each, or else calibrated with the plan."""
     plan, planned = request.plan, {layer.name: layer for layer in request.plan.layers}
-    if request.activations is not None:
-        unknown = sorted(set(request.activations) - set(planned))
+    if request.options.activations is not None:
+        unknown = sorted(set(request.options.activations) - set(planned))
         require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
-        return [(planned[name], *pair) for name, pair in request.activations.items()]
+        return [(planned[name], *pair) for name, pair in request.options.activations.items()]
     if not plan.activations:
         return []
-    require(plan.activations["bits"] == 8, "export", "act_bits", "be 8 for onnx", plan.activations["bits"])
-    owner = {name.removesuffix(".weight"): layer for layer in plan.layers for name in layer.names}
+    require(plan.activations.bits == 8, "export", "act_bits", "be 8 for onnx", plan.activations.bits)
+    owner = {module: layer for layer in plan.layers for module in modules(layer)}
     found: dict[str, tuple[Layer, float, float]] = {}
-    for module, (low, high) in plan.activations["ranges"].items():
+    for module, (low, high) in plan.activations.ranges.items():
         layer = owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
         same = layer.name not in found or found[layer.name][1:] == (low, high)
         require(
@@ -268,7 +288,7 @@ def _dequantized(ir: Any, graph: Any, request: Request, layer: Layer, transposed
     dequantized as [out, inputs] and reshaped.
     """
     quantizer, bits = request.plan.quantizer, request.plan.bits[layer.name]
-    found = quantizer.quantize(request.state[layer.names[0]].cpu(), bits)
+    found = request.codes[layer.name]
     blocked = found.scale.shape[1] > 1
     matrix = transposed or blocked
     codes = found.codes.view(layer.shape[0], -1) if matrix else found.codes.view(layer.shape)
@@ -322,3 +342,6 @@ def _clean(model: Any) -> None:
     onnxscript.optimizer.fold_constants(model)
     onnxscript.optimizer.remove_unused_nodes(model)
     ClearMetadataAndDocStringPass()(model)
+
+
+FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, _DATA_FILE), options=Options)

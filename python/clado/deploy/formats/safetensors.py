@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 
 from ...artifacts import Plan
 from ...common import CladoError, digest, require, tensor_digest
-from ...quant import Layer, quantize_activations
-from .request import Request
+from ...quant import Layer, Quantized, quantize_activations
+from ..applied import dequantized
+from ..nn import replace_layers
+from . import base
 
 SCHEMA = 2
 MODEL_FILE = "model.safetensors"
 _HEADER = "clado.model"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+
+Request = base.Request[base.NoOptions]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
@@ -27,8 +32,8 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     plan, state = request.plan, request.state
     tensors: dict[str, Tensor] = {}
     for layer in plan.layers:
-        packed = plan.quantizer.pack(state[layer.names[0]], plan.bits[layer.name])
-        tensors |= {f"{layer.name}.{part}": value.cpu() for part, value in packed.items()}
+        packed = request.codes[layer.name].packed()
+        tensors |= {f"{layer.name}.{part}": value for part, value in packed.items()}
     clash = [name for name in tensors if name in state]
     require(not clash, "export", "model", "have no tensors named like packed weights", clash[:1])
     leftovers = request.leftovers(_covered(plan))
@@ -47,10 +52,8 @@ def predict(request: Request) -> tuple[int, int]:
 
 
 def verify(request: Request, folder: Path) -> str:
-    from ..applied import apply
-
     again = load(folder, request.model).state_dict()
-    wanted = apply(request.model, request.plan).state_dict()
+    wanted = dequantized(request.model, request.plan, request.codes).state_dict()
     same = all(torch.equal(again[name], value.to(again[name].device)) for name, value in wanted.items())
     require(same, "verify", "export", "load back to the weights of clado.apply", "other weights")
     return "loaded back bit for bit"
@@ -58,31 +61,20 @@ def verify(request: Request, folder: Path) -> str:
 
 def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
     """See :func:`clado.load`."""
-    import copy
-
-    from ..nn import replace_layer
-
     plan, dtypes, tensors = read(folder)
     loaded = copy.deepcopy(model)
     state = {name: value for name, value in loaded.state_dict().items() if isinstance(value, Tensor)}
-    layers: list[tuple[Layer, dict[str, Tensor]]] = []
+    held = {layer.name: _taken(plan, layer, tensors) for layer in plan.layers}
     values: dict[str, Tensor] = {}
     for layer in plan.layers:
-        bits = plan.bits[layer.name]
-        parts = {part: tensors.pop(f"{layer.name}.{part}") for part in plan.quantizer.packed_shapes(layer.shape, bits)}
-        layers.append((layer, parts))
-        weight = plan.quantizer.dequantize(
-            plan.quantizer.unpack(parts, bits, layer.shape), layer.shape, dtypes[layer.name]
-        )
-        values |= dict.fromkeys(layer.names, weight)
+        values |= dict.fromkeys(layer.names, held[layer.name].values(dtypes[layer.name]))
     values |= tensors
     _fit(values, state)
     with torch.no_grad():
         for name, value in values.items():
             state[name].copy_(value)
     if packed:
-        for layer, parts in layers:
-            replace_layer(loaded, layer, plan.quantizer, plan.bits[layer.name], parts)
+        replace_layers(loaded, plan, held)
     return quantize_activations(loaded, plan.activations) if plan.activations else loaded
 
 
@@ -113,10 +105,16 @@ def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]
         raise CladoError(f"load: file must be a whole clado export, got {path} ({reason})") from None
 
 
+def _taken(plan: Plan, layer: Layer, tensors: dict[str, Tensor]) -> Quantized:
+    """A layer's weight out of the tensors of a file, which lose its parts."""
+    bits = plan.bits[layer.name]
+    parts = {part: tensors.pop(f"{layer.name}.{part}") for part in plan.quantizer.stored(layer.shape, bits)}
+    return plan.quantizer.unpack(parts, bits, layer.shape)
+
+
 def _check_layer(plan: Plan, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
-    for part, shape in plan.quantizer.packed_shapes(layer.shape, plan.bits[layer.name]).items():
+    for part, (shape, wanted) in plan.quantizer.stored(layer.shape, plan.bits[layer.name]).items():
         found = tensors.get(f"{layer.name}.{part}")
-        wanted = torch.float32 if part.endswith("scale") else torch.int32
         got = "none" if found is None else f"{found.dtype} {tuple(found.shape)}"
         fits = found is not None and tuple(found.shape) == shape and found.dtype == wanted
         require(fits, "load", f"{layer.name}.{part}", f"be {wanted} {shape}", got)
@@ -140,3 +138,6 @@ def _fit(values: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         fits = known.shape == value.shape and known.dtype == value.dtype
         must = f"be {value.dtype} {tuple(value.shape)}"
         require(fits, "load", f"model's {name}", must, f"{known.dtype} {tuple(known.shape)}")
+
+
+FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE,), options=base.NoOptions)

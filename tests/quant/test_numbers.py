@@ -1,0 +1,112 @@
+"""Number formats: what they give is what they store, byte for byte, and one more is one class and one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import clado
+from clado.deploy import pack_model, predicted_bytes, verify
+from clado.quant import NUMBERS, Quantized, Quantizer
+from clado.quant.numbers import Integer, Scales, Stored, integer
+from tests.models import random_plan, small_cnn
+
+
+def weight(dtype: torch.dtype) -> Tensor:
+    """Awkward sizes, a row of zeros, values that round to zero from below."""
+    found = torch.randn(13, 5, 4, generator=torch.Generator().manual_seed(0))
+    found[3] = 0
+    found[4, 1:] = -1e-6
+    return found.to(dtype)
+
+
+@pytest.mark.parametrize("name", list(NUMBERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", [Quantizer(), Quantizer(0, 3), Quantizer(7, 3, False), Quantizer(64, 1, False)])
+def test_codes_stand_for_the_nearest_values_and_are_stored_as_told(
+    name: str, dtype: torch.dtype, quantizer: Quantizer
+) -> None:
+    number, w = NUMBERS[name], weight(dtype)
+    matrix = quantizer.matrix(w)
+    scales = number.scales(matrix, quantizer)
+    codes, nearest = number.encode(matrix, scales), number.nearest(matrix, scales)
+    decoded = number.decode(codes, scales, dtype)
+    assert decoded.dtype == nearest.dtype == dtype
+    assert torch.equal(decoded.view(torch.uint8), nearest.view(torch.uint8))  # the sign of zero too
+    found = Quantized(number, tuple(w.shape), codes, scales)
+    packed = found.packed()
+    told = number.stored(tuple(w.shape), quantizer)
+    assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in packed.items()} == told
+    assert sum(tensor.nbytes for tensor in packed.values()) == quantizer.storage_bytes(w.shape, number.bits)
+    again, scales_again = number.unpack(packed, tuple(w.shape), quantizer)
+    assert torch.equal(again, codes)
+    assert torch.equal(scales_again.scale, scales.scale)
+    assert scales_again.group_size == scales.group_size
+    assert torch.equal(found.values(dtype), nearest.view(w.shape))
+
+
+def test_names_and_unknown_widths() -> None:
+    assert [(name, number.name, number.bits) for name, number in NUMBERS.items()] == [
+        (f"int{bits}", f"int{bits}", bits) for bits in range(2, 9)
+    ]
+    for bits in (1, 9, 2.5):
+        with pytest.raises(clado.CladoError, match=r"quantizer: bits must lie in 2\.\.8, got"):
+            integer(bits)  # type: ignore[arg-type]
+    assert integer(5) == Integer(5)
+
+
+class Bytes:
+    """A toy: steps of the largest value's 127th part, one byte each, and no zero point."""
+
+    name, bits = "bytes", 8
+
+    def scales(self, matrix: Tensor, quantizer: Quantizer) -> Scales:
+        return Scales((matrix.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-9), None, -1)
+
+    def encode(self, matrix: Tensor, scales: Scales) -> Tensor:
+        return (matrix.float() / scales.scale).round().to(torch.int8)
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+        return (codes * scales.scale).to(dtype)
+
+    def nearest(self, matrix: Tensor, scales: Scales) -> Tensor:
+        return self.decode(self.encode(matrix, scales), scales, matrix.dtype)
+
+    def stored(self, shape: tuple[int, ...], quantizer: Quantizer) -> Stored:
+        return {"weight_bytes": ((shape[0], math.prod(shape[1:])), torch.int8), "steps": ((shape[0], 1), torch.float32)}
+
+    def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight_bytes": codes, "steps": scales.scale}
+
+    def unpack(
+        self, packed: Mapping[str, Tensor], shape: tuple[int, ...], quantizer: Quantizer
+    ) -> tuple[Tensor, Scales]:
+        return packed["weight_bytes"], Scales(packed["steps"], None, -1)
+
+
+@torch.no_grad()
+def test_another_format_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a profile to a verified export, packed in memory too, without another change."""
+    monkeypatch.setitem(NUMBERS, "int8", Bytes())
+    model, shape = small_cnn()
+    x = torch.randn(6, *shape)
+    sens = clado.profile(model, [x], bits=(4, 8), estimator="diagonal", verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    small = clado.apply(model, plan)
+    for layer in plan.layers:
+        w = model.get_parameter(layer.names[0]).flatten(1)
+        step = (w.abs().amax(1, keepdim=True) / 127).clamp_min(1e-9)
+        assert torch.equal(small.get_parameter(layer.names[0]).flatten(1), (w / step).round() * step)
+    written = clado.export(model, plan, tmp_path / "out")
+    assert written.quantized == predicted_bytes(model, plan)[0] == sum(x.numel + 4 * x.shape[0] for x in plan.layers)
+    assert verify(model, plan, tmp_path / "out") == "loaded back bit for bit"
+    for packed in (clado.load(tmp_path / "out", model, packed=True), pack_model(model, plan)):
+        assert torch.equal(packed(x), small(x))
+        assert packed.first.weight_bytes.dtype == torch.int8
+    other = random_plan(model, Quantizer(), (4,))  # formats live side by side
+    assert clado.export(model, other, tmp_path / "other").quantized == predicted_bytes(model, other)[0]
