@@ -22,7 +22,7 @@ from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.losses import LogitLoss, UserLoss
-from clado.quant import Quantizer
+from clado.quant import Candidates, Quantizer
 from clado.quant import variants as variants_of
 from tests.models import lively, tiny_vit
 from tests.profiling.test_profile import net_and_data, plain_loop, relative

@@ -46,11 +46,12 @@ class Scheme:
         if isinstance(given, Scheme):
             return given
         if not isinstance(given, str):
-            return Scheme(integer(given).name, input_bits)
+            integer(given)
+            return Scheme(f"int{given}", input_bits)
         found = _LABEL.fullmatch(given)
         require(found is not None, "scheme", "label", "be one of W2A16 … W8A16 (W4A8: 8-bit inputs)", repr(given))
         assert found is not None
-        return Scheme(integer(int(found[1])).name, int(found[2]))
+        return Scheme(f"int{found[1]}", int(found[2]))
 
     @property
     def number(self) -> Number:
