@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from bench.harness import machine
 from bench.pipeline.bench_profile import build
-from clado.graph import Captured, CarriedExecutor, Executor, Runner, full_precision
-from clado.graph.capture import capture
+from clado.graph import Runner, full_precision
+from clado.graph.capture import Captured, capture
+from clado.graph.carried import CarriedExecutor
+from clado.graph.executor import Executor
 from clado.profiling.estimators import singles
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
@@ -137,14 +139,15 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
     plain = Executor(captured)
     found = {"float32, plain forward": errors(deltas(plain, variants, x), wanted)}
     for precision in ("float32", "tf32", "bfloat16"):
-        got = errors(deltas(CarriedExecutor(captured, precision, x.device), variants, x), wanted)
+        got = errors(deltas(CarriedExecutor(captured, precision), variants, x), wanted)
         found[f"{precision}, carried"] = got
         if max(got["worst"]) > LIMITS.get(precision, 1e-3):
             raise SystemExit(f"bench_precision: {precision} must stay below its limit, got {got}")
 
     x = x[: options.timed_samples]
     plain.self_test(x[:2], model)
-    low = CarriedExecutor(captured, "bfloat16", x.device, plain)
+    low = CarriedExecutor(captured, "bfloat16", plain.cuts)
+    low.take_costs(plain)
     whole = Executor(every)
     whole.self_test(x[:2], model)
     evaluated = sum(whole.suffix_share) * len(BITS)
@@ -152,7 +155,7 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
     timed: dict[str, Timed | Plain] = {
         "float32": Timed(plain, variants, x),
         "bfloat16, carried": Timed(low, variants, x),
-        "carried, clean forward": Clean(CarriedExecutor(captured, "bfloat16", x.device), variants, x),
+        "carried, clean forward": Clean(CarriedExecutor(captured, "bfloat16"), variants, x),
         "float32, plain forward": Plain(model, x),
         "bfloat16, plain forward": Plain(half, x.bfloat16()),
     }

@@ -35,12 +35,13 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import clado
 from bench.harness import machine, times
 from clado.artifacts import Sensitivity
-from clado.graph import Executor, full_precision
-from clado.graph.capture import capture
+from clado.graph import full_precision, open_runner
+from clado.graph.cuts import Cuts
 from clado.profiling import Run
 from clado.profiling.heap import heap
 
@@ -110,7 +111,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self.model = self.measuring = 0.0
         self.patches = [
-            mock.patch.object(Executor, "_build", self._timed_segments(Executor._build)),
+            mock.patch.object(Cuts, "_build", self._timed_segments(Cuts._build)),
             mock.patch.object(Run, "gather", self._timed_gather(Run.gather)),
         ]
         for patch in self.patches:
@@ -159,7 +160,7 @@ def spread_out(model: nn.Module, x: Tensor, count: int | None) -> list[str]:
     """Layers to ignore, so that about `count` evenly spaced ones are left."""
     if count is None:
         return []
-    names = [layer.name for layer in capture(model, x[:2]).layers]
+    names = [layer.name for layer in open_runner(model, x, stacked=False).layers]
     kept = set(names[:: max(1, len(names) // count)])
     return [name for name in names if name not in kept]
 
@@ -329,9 +330,10 @@ def matrix_rate(device: str, precision: str) -> float:
 def prefixes(model: nn.Module, x: Tensor, width: int, ignore: list[str]) -> tuple[float, float]:
     """(Σ over pairs of the share of a forward behind the later layer's cut: what `exact` cannot go below by prefixes; flops of
     a forward of one sample)."""
-    executor = Executor(capture(model, x[:2], ignore))
-    executor.self_test(x[:2], model)
-    return width**2 * sum(j * share for j, share in enumerate(executor.suffix_share)), executor._forward_flops
+    runner = open_runner(model, x, ignore=ignore)
+    with FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    return width**2 * sum(j * share for j, share in enumerate(runner.suffix_share)), counter.get_total_flops()
 
 
 def show(result: dict[str, Any]) -> None:

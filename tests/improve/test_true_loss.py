@@ -91,3 +91,26 @@ def test_rerank_of_a_model_that_cannot_be_exported() -> None:
     best = clado.rerank(model, [x], plans)
     assert best.bits == {"first": 8, "second": 8}
     assert best.info["rerank_decided"]
+
+
+def test_rerank_quantizes_weights_that_are_no_layer_of_the_graph() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv1d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.first(x[:, None]).relu().mean(2))
+
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(20, 8)
+    layers = [clado.Layer("first", "conv1d", (4, 1, 3), 0, ("first.weight",))]
+    layers += [clado.Layer("head", "linear", (3, 4), 0, ("head.weight",))]
+    sens = clado.Sensitivity.from_matrix(np.diag([4.0, 2, 1, 4, 2, 1]), layers)
+    plans = [clado.given_plan(sens, {"first": bits, "head": 8}) for bits in (2, 8)]
+    rows = clado.rerank(model, [x], plans).info["rerank"]
+    clean = model(x).double().log_softmax(1)
+    for row, plan in zip(rows, reversed(plans), strict=True):
+        logs = clado.apply(model, plan)(x).double().log_softmax(1)
+        wanted = (clean.exp() * (clean - logs)).sum(1).mean().item()
+        assert row["loss_increase"] == pytest.approx(wanted, rel=1e-3, abs=1e-9)

@@ -267,6 +267,25 @@ def test_models_of_several_inputs_and_outputs(estimator: str) -> None:
         assert relative(sens.interaction, omega) < 1e-9
 
 
+def test_gradient_of_a_loss_that_the_last_layers_do_not_reach() -> None:
+    torch.manual_seed(0)
+    model = lively(TwoHeads()).eval()
+    batch = {"image": torch.randn(5, 1, 6, 6), "gain": torch.rand(5) + 0.5}
+    sens = profile(
+        model,
+        [batch],
+        BITS,
+        estimator="gradient",
+        quantize_ends=True,
+        loss_func=lambda output, _: output["boxes"].square().sum(-1),
+        forward_step=lambda m, b: m(b["image"], b["gain"]),
+        verbose=False,
+    )
+    assert [layer.name for layer in sens.layers][-1] == "map"
+    assert np.abs(sens.interaction[-2:]).max() == 0
+    assert np.abs(sens.interaction).max() > 0
+
+
 def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
     """The closed form plus the residual: 8-bit pairs are right too, which differences of float32 losses are not."""
     model, x, y = net_and_data("vit")
