@@ -28,7 +28,7 @@ from clado.graph import Runner, full_precision
 from clado.graph.capture import Captured, capture
 from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
-from clado.profiling.estimators import singles
+from clado.profiling.estimators.base import singles
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
 from clado.quant import Candidates, Quantizer

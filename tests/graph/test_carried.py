@@ -17,7 +17,7 @@ from clado.graph.capture import Captured, capture
 from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
-from clado.profiling.estimators import singles
+from clado.profiling.estimators.base import singles
 from clado.profiling.losses import LogitLoss
 from clado.profiling.probe import auto_precision
 from clado.quant import Candidates, Quantizer
@@ -142,9 +142,9 @@ def test_a_residual_sum_with_its_norm_gives_the_bits_of_both_apart(monkeypatch: 
 @torch.no_grad()
 def test_pairs_and_tied_weights_carry_too(name: str) -> None:
     captured, variants, x, _ = setting(name)
-    wanted = ESTIMATORS["exact"](Executor(captured), variants, x, LogitLoss(None), lambda: None)
+    wanted = ESTIMATORS["exact"].run(Executor(captured), variants, x, LogitLoss(None), lambda: None)
     for precision, limit in (("float32", 1e-3), ("tf32", 3e-2)):
-        got = ESTIMATORS["exact"](CarriedExecutor(captured, precision), variants, x, LogitLoss(None), lambda: None)
+        got = ESTIMATORS["exact"].run(CarriedExecutor(captured, precision), variants, x, LogitLoss(None), lambda: None)
         assert relative(got.pair.numpy(), wanted.pair.numpy()) < limit
 
 

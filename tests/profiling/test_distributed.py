@@ -13,8 +13,8 @@ from clado.artifacts import Sensitivity
 from clado.common import CladoError, digest
 from clado.improve import correct
 from clado.profiling import ESTIMATORS, Ranks, open_run, profile, with_defaults
+from clado.profiling.estimators import Passes
 from clado.profiling.share import Share, split
-from clado.profiling.work import expected_work
 from tests.models import tiny_vit
 
 # argv: folder, [[estimator, samples], …], the last rank dies at so many chunks. Every rank saves what it was given.
@@ -150,7 +150,7 @@ def test_fewer_chunks_than_ranks_are_shared() -> None:
 def test_shared_work_is_that_of_the_longest_share() -> None:
     suffix = [1.0, 0.7, 0.4, 0.1]
     for estimator in ESTIMATORS:
-        whole, half = (expected_work(estimator, 1.0, suffix, [3] * 4, members) for members in (1, 2))
+        whole, half = (ESTIMATORS[estimator].work(Passes(1.0, suffix, [3] * 4, members)) for members in (1, 2))
         assert whole / 2 < half < whole
     assert Share().own(3, lambda: [1.0, 2.0, 3.0]) == [0, 1, 2]
 

@@ -147,7 +147,7 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
     variants = variants_of(model, candidates, sens.quantizer, x.device, torch.float64)
     with torch.no_grad():
         ones = [
-            ESTIMATORS["corrected"](
+            ESTIMATORS["corrected"].run(
                 executor,
                 variants,
                 x[k : k + 1].double(),
@@ -364,7 +364,7 @@ def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precisio
         if estimator == "user loss":
             estimator, loss = "exact", UserLoss(lambda output, batch: output.square().sum(-1), batch, 2)
         copies.found.clear()
-        sums = ESTIMATORS[estimator](executor, weights, batch, loss, lambda: None)
+        sums = ESTIMATORS[estimator].run(executor, weights, batch, loss, lambda: None)
         assert copies.found == []
         assert sums.pair.device.type == sums.loss.device.type == "cuda"
         assert sums.cpu().pair.device.type == "cpu"

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> No
     ready = run(net, estimator=estimator, batch_size=SAMPLES)
     planned = ready.pieces.chunk_bytes()
     with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
-        ESTIMATORS[estimator](ready.runner, ready.variants, net[1], LogitLoss(None), lambda: None)
+        ESTIMATORS[estimator].run(ready.runner, ready.variants, net[1], LogitLoss(None), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
 
 
@@ -118,7 +119,7 @@ def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(
 
 def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = run(net, batch_size=SAMPLES)
-    measure, calls = ESTIMATORS["logit"], []
+    measure, calls = ESTIMATORS["logit"].run, []
 
     def limited(executor: Any, variants: Any, batch: Any, *rest: Any) -> Any:
         calls.append(len(batch))
@@ -126,7 +127,7 @@ def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return measure(executor, variants, batch, *rest)
 
-    monkeypatch.setitem(ESTIMATORS, "logit", limited)
+    monkeypatch.setitem(ESTIMATORS, "logit", replace(ESTIMATORS["logit"], run=limited))
     ready.pieces.together = 5
     found = ready.measure(False)
     assert calls == [5, 5, 3, 3, 1]  # the first five are not measured again
@@ -138,7 +139,7 @@ def test_an_estimator_that_never_fits_is_one_line(net: Any, monkeypatch: pytest.
     def never(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.\nframes")
 
-    monkeypatch.setitem(ESTIMATORS, "logit", never)
+    monkeypatch.setitem(ESTIMATORS, "logit", replace(ESTIMATORS["logit"], run=never))
     with pytest.raises(clado.CladoError, match="must have memory for one sample") as caught:
         run(net).measure(False)
     assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from ..common import code_digest, digest, progress_bar, require, two_samples, we
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
 from ..quant import KEPT, ActivationRanges, Candidates, Scheme, calibrate, quantize_activations, variants
 from .checkpoint import recorded
+from .estimators import ESTIMATORS
 from .options import Options
 from .pieces import Pieces, default_batch
 from .probe import SAMPLES, auto_precision, probe
@@ -96,7 +97,7 @@ def open_run(
     pieces.fit(options.max_memory, device)
     if options.batch_size is None and "batch_size" not in known:
         size = pieces.together
-    exact_samples = few if options.estimator == "corrected" else None
+    exact_samples = few if ESTIMATORS[options.estimator].residual else None
     settings = {
         "weights": weights_digest(model),
         "layers": digest([asdict(layer) for layer in runner.layers]),

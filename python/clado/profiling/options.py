@@ -14,7 +14,7 @@ import torch
 from ..common import USABLE, require, usable
 from ..graph import LOW_PRECISIONS, PRECISIONS, ForwardStep
 from ..quant import Quantizer, check_bits
-from .estimators import CLOSED_FORM, ESTIMATORS
+from .estimators import ESTIMATORS
 from .losses import LossFunc
 
 LOSSES = ("kl", "cross_entropy")
@@ -50,11 +50,11 @@ class Options:
             value = getattr(self, name)
             require(value in known, "profile", name, f"be one of {', '.join(known)}", repr(value))
         if self.loss_func is not None:
-            usable = [name for name in ESTIMATORS if name not in CLOSED_FORM]
+            usable = [name for name, known in ESTIMATORS.items() if not known.needs_logits]
             must = f"be one of {', '.join(usable)} with loss_func"
             require(self.estimator in usable, "profile", "estimator", must, self.estimator)
         must = "be float32 or float64 for the gradient estimator (a backward carries no differences)"
-        carries = self.estimator != "gradient" or self.precision not in LOW_PRECISIONS
+        carries = ESTIMATORS[self.estimator].carries or self.precision not in LOW_PRECISIONS
         require(carries, "profile", "precision", must, repr(self.precision))
         for name in ("num_samples", "exact_samples", "batch_size", "max_memory", "act_samples"):
             value = getattr(self, name)

@@ -106,11 +106,11 @@ class Pieces:
     def chunk_bytes(self) -> int | None:
         """Peak bytes of live values while samples advance together, weights and variants aside; None where nobody knows."""
         variants, samples, name, runner = self.variants(), self.together, self.estimator, self.runner
-        pairs = name in ("exact", "corrected")
+        pairs = ESTIMATORS[name].pairs
         chosen = _telling(runner.layers) if pairs else list(range(runner.num_layers))
 
         def measure(runner: Runner, variants: Variants, batch: Any) -> None:
-            ESTIMATORS[name](runner, variants, batch, self.make_loss(batch, samples), lambda: None)
+            ESTIMATORS[name].run(runner, variants, batch, self.make_loss(batch, samples), lambda: None)
 
         few = runner.only(chosen) if pairs else runner
         peak = few.rehearsed(measure, [variants[k] for k in chosen], self.example, samples)
@@ -126,7 +126,7 @@ def default_batch(runner: Runner, widest: int, estimator: str, device: torch.dev
     """Samples per chunk: as many as keep the largest stacked activation within the device's budget."""
     if runner.sample_bytes is None:
         return 32
-    streams = widest * widest if estimator in ("exact", "corrected") else widest
+    streams = widest * widest if ESTIMATORS[estimator].pairs else widest
     budget = _STACK_BYTES.get(device.type, _STACK_BYTES["cuda"])
     return int(min(256, max(1, budget // (streams * runner.sample_bytes))))
 
@@ -144,7 +144,7 @@ def disk_bytes(candidates: int, samples: int, estimator: str) -> int:
 def sums_bytes(candidates: int, estimator: str) -> int:
     sums = Sums.zeros(1)
     parts = sum(1 for value in vars(sums).values() if isinstance(value, Tensor) and value.dim() == 2 and value.numel())
-    parts += 4 if estimator == "corrected" else 0
+    parts += 4 if ESTIMATORS[estimator].residual else 0
     return 8 * (parts * candidates**2 + 2 * candidates)
 
 

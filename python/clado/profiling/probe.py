@@ -9,7 +9,8 @@ import torch
 
 from ..common import moved_to
 from ..graph import PRECISIONS, Runner, Variants, in_precision
-from .estimators import ESTIMATORS, singles
+from .estimators import ESTIMATORS
+from .estimators.base import blocks, singles
 from .losses import LogitLoss, Loss
 
 
@@ -19,7 +20,7 @@ def auto_precision(device: torch.device, estimator: str) -> str:
         units = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if units and estimator in ("logit", "diagonal") else "float32"
+    return "bfloat16" if units and ESTIMATORS[estimator].carries and not ESTIMATORS[estimator].pairs else "float32"
 
 
 LAYERS, SAMPLES = 6, 4
@@ -40,19 +41,19 @@ def probe(
         runner: the float32 graph; ``variants``: its quantized weights.
         batch: a few samples.
         make_loss: the loss on a batch of either precision.
-        estimator: which one; "corrected" is probed by its dearer half, "exact".
+        estimator: which one; some are probed by another (:class:`Estimator`).
         precision: "tf32" or "bfloat16".
         num_samples: samples of the run to come: its sampling noise is what an error must stay below.
 
     Returns:
         ``loss_error``, ``pair_error``: relative errors (Frobenius) of ΔL and Ω; ``loss_noise``, ``pair_noise``: expected
-        standard errors of the run over the same norm; ``delta_error``: {bits index: relative error of δ, worst candidate};
-        ``good``: whether both errors are below the noise.
+        standard errors of the run over the same norm; ``delta_error``: relative error of δ of the worst candidate, by its
+        place in its layer's list; ``good``: whether both errors are below the noise.
     """
     count = runner.num_layers
     chosen = sorted({round(k * (count - 1) / max(1, LAYERS - 1)) for k in range(min(LAYERS, count))})
     few, device = runner.only(chosen), variants[0][0].device
-    name = "exact" if estimator == "corrected" else estimator
+    name = ESTIMATORS[estimator].probed_by or estimator
     runs = []
     for tried in (precision, "float64"):
         dtype, twin = PRECISIONS[tried], in_precision(few, tried)
@@ -61,7 +62,7 @@ def probe(
         inputs = moved_to(batch, device, dtype)
         loss = make_loss(inputs)
         delta = singles(twin, mine, inputs, loss, _nothing)[2] if isinstance(loss, LogitLoss) else None
-        runs.append((ESTIMATORS[name](twin, mine, inputs, loss, _nothing), delta))
+        runs.append((ESTIMATORS[name].run(twin, mine, inputs, loss, _nothing), delta))
     (low, low_delta), (high, high_delta) = runs
     result: dict[str, Any] = {"precision": precision, "layers": len(chosen), "samples": high.samples}
     for item, got, wanted, squares in (
@@ -77,11 +78,12 @@ def probe(
         result[f"{item}_error"] = ((got - wanted) * upper).norm().item() / norm
         result[f"{item}_noise"] = noise if high.samples > 1 else float("inf")
     if low_delta is not None and high_delta is not None:
-        width = len(variants[0])
         errors = (low_delta.double() - high_delta).flatten(1).norm(dim=1) / high_delta.flatten(1).norm(dim=1).clamp(
             min=1e-300
         )
-        result["delta_error"] = [errors[m::width].max().item() for m in range(width)]
+        own = [errors[block] for block in blocks([variants[k] for k in chosen])]
+        widest = max(map(len, own))
+        result["delta_error"] = [max(e[m].item() for e in own if len(e) > m) for m in range(widest)]
     result["good"] = all(result[f"{item}_error"] <= result[f"{item}_noise"] for item in ("loss", "pair"))
     if result["loss_noise"] == float("inf"):  # a single sample says nothing about noise
         result["loss_noise"] = result["pair_noise"] = None

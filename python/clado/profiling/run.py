@@ -152,7 +152,7 @@ class Run:
             candidates=count_v,
             samples=count,
             finished=finished,
-            evaluations=1 + count_v + (pairs if options.estimator in ("exact", "corrected") else 0),
+            evaluations=1 + count_v + (pairs if ESTIMATORS[options.estimator].pairs else 0),
             forward_equivalents=work.total(count),
             seconds=left / self._throughput() if left else 0.0,
             batch_size=self.size,
@@ -294,8 +294,8 @@ class Run:
 
     def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
         """This share's sums over samples that advance together."""
-        some = {} if self.task is None else {"later": self.task.later}
-        return ESTIMATORS[name](self.runner, self.variants, batch, loss, tick, share, **some)
+        later = None if self.task is None else self.task.later
+        return ESTIMATORS[name].run(self.runner, self.variants, batch, loss, tick, share, later)
 
     def _halve(self, samples: int, error: BaseException) -> None:
         """After an allocation failed: half the samples, or half the perturbations, at a time."""

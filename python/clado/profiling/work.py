@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from ..graph import Runner
-from .share import longest
+from .estimators import ESTIMATORS, Later, Passes
 
-Later = Sequence[Sequence[int]]
 # How much longer a chunk is thought to take where ranks share it: they wait for each other.
 _SHARING = 1.05
 
@@ -21,7 +20,7 @@ class Work:
     Attributes:
         runner: whose shares of a forward are counted.
         counts: candidates of each layer.
-        main, exact_samples: the estimator, and how many samples pay for it; None: all. Others are measured by "logit".
+        main, exact_samples: the estimator, and how many samples pay for it; None: all.
         size: samples of a chunk.
         later: for every layer the layers behind it that it is paired with; None: all of them.
     """
@@ -35,7 +34,8 @@ class Work:
 
     def estimator(self, first: int) -> str:
         """What the chunk that starts at a sample is measured by."""
-        return self.main if self.exact_samples is None or first < self.exact_samples else "logit"
+        pays = self.exact_samples is None or first < self.exact_samples
+        return self.main if pays else ESTIMATORS[self.main].otherwise or self.main
 
     def of_chunk(self, first: int, samples: int) -> float:
         return samples * self._cost(self.estimator(first), 1)
@@ -61,65 +61,15 @@ class Work:
         return sum(max(work[a : a + groups]) for a in range(0, len(work), groups))
 
     def _costs(self, members: int) -> dict[str, float]:
-        return {name: self._cost(name, members) for name in (self.main, "logit")}
+        names = {self.main, ESTIMATORS[self.main].otherwise or self.main}
+        return {name: self._cost(name, members) for name in names}
 
     def _cost(self, estimator: str, members: int) -> float:
         """Per sample, of the rank that has most to do where so many share them."""
-        slopes = self.runner.slope_share(self.counts) if estimator == "gradient" else ()
-        shares = self.runner.forward_share, self.runner.suffix_share
-        return expected_work(estimator, *shares, self.counts, members, self.later, slopes)
-
-
-def expected_work(
-    estimator: str,
-    whole: float,
-    suffix: Sequence[float],
-    counts: Sequence[int],
-    members: int = 1,
-    later: Later | None = None,
-    slopes: Sequence[float] = (),
-) -> float:
-    """Forward-equivalents per sample.
-
-    Args:
-        whole, suffix: the share of the model's own forward that a clean pass takes, and what of it lies behind each layer's cut.
-        counts: candidates of each layer.
-        members: ranks that share a chunk; the work is that of the one that has most to do.
-        later: as for :class:`Work`.
-        slopes: :meth:`~clado.graph.Runner.slope_share`, for ``gradient``.
-    """
-    if estimator == "gradient":  # one clean forward and backward
-        return 2 * whole + longest(gradient_work(suffix, slopes or [0.0] * len(suffix), counts), members)
-    work = whole + longest(single_work(suffix, counts), members)
-    if estimator in ("diagonal", "logit"):
-        return work
-    later = every_pair(len(suffix)) if later is None else later
-    # The pairs walk the prefix once more, up to the cut of the last layer that has one behind it.
-    walk = max((whole - share for share, behind in zip(suffix, later, strict=True) if behind), default=0.0)
-    return work + walk + longest(pair_work(suffix, counts, later), members)
-
-
-def every_pair(layers: int) -> Later:
-    """For every layer all layers behind it."""
-    return [range(i + 1, layers) for i in range(layers)]
-
-
-def single_work(suffix: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """Forward-equivalents of each layer's perturbations."""
-    return [count * share for count, share in zip(counts, suffix, strict=True)]
-
-
-def pair_work(suffix: Sequence[float], counts: Sequence[int], later: Later) -> list[float]:
-    """Forward-equivalents of all pairs whose first layer is i, for every i; each walks up to its last layer's cut."""
-    walks = (suffix[i] - suffix[max(behind)] if behind else 0.0 for i, behind in enumerate(later))
-    pairs = (sum(counts[j] * suffix[j] for j in behind) for behind in later)
-    return [count * (walk + rest) for count, walk, rest in zip(counts, walks, pairs, strict=True)]
-
-
-def gradient_work(suffix: Sequence[float], slopes: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """As for pairs, by one backward by the inputs and one by the weights, from the next layer on."""
-    behind = [2 * after + more for after, more in zip(suffix[1:], slopes[1:], strict=True)]
-    return [count * (share + rest) for count, share, rest in zip(counts, suffix, [*behind, 0.0], strict=True)]
+        runner = self.runner
+        shares = runner.forward_share, runner.suffix_share
+        passes = Passes(*shares, self.counts, members, self.later, lambda: runner.slope_share(self.counts))
+        return ESTIMATORS[estimator].work(passes)
 
 
 @dataclass(frozen=True)
