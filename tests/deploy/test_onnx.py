@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import nn
 import clado
 from clado.deploy import predicted_bytes, verify
 from clado.deploy.formats import onnx as writer
-from clado.quant import Quantizer
-from tests.models import random_plan, small_cnn, tiny_vit
+from clado.quant import Quantizer, calibrate
+from tests.models import lively, random_plan, small_cnn, tiny_vit
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 # Both sides sum float32 products, in another order.
 TOLERANCE = 1e-5
 
@@ -195,3 +196,80 @@ def test_activations_of_the_plan(tmp_path: Path) -> None:
         wanted, plain = clado.apply(model, plan)(x).numpy(), model(x).numpy()
     found = writer.run(tmp_path / "out", x)
     assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()
+
+
+class Chained(nn.Module):
+    """Layers that onnxruntime would fuse with the rounding behind them: convolutions, rank 3 without bias, rank 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)
+        self.first, self.second = nn.Linear(32, 45, bias=False), nn.Linear(45, 40, bias=False)
+        self.third, self.head = nn.Linear(40, 24), nn.Linear(24, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.stem(x).relu()).relu().flatten(2).transpose(1, 2)  # [N, 25, 32]
+        return self.head(self.third(self.second(self.first(x)).relu().mean(1)).relu())
+
+
+def rounded_plan(model: nn.Module, x: torch.Tensor, quantizer: Quantizer, bits: int) -> clado.Plan:
+    activations = calibrate(model, [x], lambda model, batch: model(batch))
+    return replace(random_plan(model, quantizer, (bits,)), activations=activations)
+
+
+def optimized(folder: Path) -> Any:
+    """The graph that onnxruntime runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(str(folder / writer.MODEL_FILE), options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimized.onnx").graph
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(8, -1, True), (8, -1, False), (8, 16, True), (7, 0, False), (2, -1, False)]
+)
+@pytest.mark.parametrize("kind", [Awkward, Chained])
+def test_rounded_inputs_before_every_layout(
+    kind: type[nn.Module], bits: int, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = lively(kind()).eval()
+    x = torch.randn(8, *((3, 37) if kind is Awkward else (3, 9, 9)))
+    plan = rounded_plan(model, x, Quantizer(group_size, 2, symmetric), bits)
+    written = clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, "onnx")
+    with torch.no_grad():
+        wanted = clado.apply(model, plan)(x).numpy()
+        plain = clado.apply(model, replace(plan, activations={}))(x).numpy()
+    found = writer.run(tmp_path / "out", x)
+    assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()
+    integer = {node.op_type for node in optimized(tmp_path / "out").node if node.op_type.startswith(("Q", "MatMulI"))}
+    assert integer - {"QuantizeLinear"} <= {"QLinearMatMul", "MatMulIntegerToFloat"}
+    assert (len(integer) > 1) == (bits > 4 and group_size <= 0)
+
+
+def product_without_vnni(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """uint8 [n, k] by codes [k, m]: int8 ones by vpmaddubsw, whose sums of two products end at 16 bits; uint8 ones exact."""
+    products = x[:, :, None].astype(np.int32) * w.astype(np.int32)
+    pairs = products[:, ::2] + products[:, 1::2]
+    return (np.clip(pairs, -(2**15), 2**15 - 1) if w.dtype == np.int8 else pairs).sum(1)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_integer_products_are_exact_on_processors_without_vnni(bits: int, tmp_path: Path) -> None:
+    model, shape = tiny_vit()
+    x = torch.randn(4, *shape)
+    clado.export(model, rounded_plan(model, x, Quantizer(), bits), tmp_path / "out", "onnx", example=x)
+    graph = optimized(tmp_path / "out")
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [held[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(weights) == 8  # all of the blocks
+    for codes in weights:
+        inputs = np.random.default_rng(0).integers(128, 256, (4, codes.shape[0]), np.uint8)
+        exact = inputs.astype(np.int32) @ codes.astype(np.int32)
+        assert np.array_equal(product_without_vnni(inputs, codes), exact)
+        if bits == 8:  # as signed codes they would not be
+            signed = (codes.astype(np.int16) - 128).astype(np.int8)
+            exact = inputs.astype(np.int32) @ signed.astype(np.int32)
+            assert np.abs(product_without_vnni(inputs, signed) - exact).max() > 0.01 * np.abs(exact).max()

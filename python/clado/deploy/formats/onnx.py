@@ -2,6 +2,10 @@
 
 The graph comes from torch's exporter; its weights are quantized by name. 2, 4 and 8 bits have types of their own, the
 other widths are stored as int8.
+
+Behind rounded inputs onnxruntime (1.32) puts integer kernels in the place of float ones. Without VNNI those for int8 weights
+add two products in 16 bits, which 255 · 128 + 255 · 128 overflows: codes of 8 bits lie 128 higher there, as uint8, whose kernels
+are exact everywhere. Narrower codes fit. Where the kernels differ from DequantizeLinear a Flatten keeps them away.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...common import CladoError, require
-from ...quant import Layer, modules
+from ...quant import Layer, Quantized, modules
 from ..applied import dequantized
 from . import base
 
@@ -58,10 +62,11 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
     model = _export(request).model
     quantized: set[str] = set()
-    for layer, low, high in _ranges(request):
+    ranges = _ranges(request)
+    for layer, low, high in ranges.values():
         _quantize_inputs(ir, model.graph, layer, low, high)
     for layer in request.plan.layers:
-        quantized |= _quantize(ir, model.graph, request, layer)
+        quantized |= _quantize(ir, model.graph, request, layer, layer.name in ranges)
     leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
     _clean(model)
     model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
@@ -72,7 +77,8 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
 
 
 def predict(request: Request) -> tuple[int, int]:
-    counted = sum(_layer_bytes(request, layer) for layer in request.plan.layers)
+    ranges = _ranges(request)
+    counted = sum(_layer_bytes(request, layer, layer.name in ranges) for layer in request.plan.layers)
     return counted, sum(request.state[name].nbytes for name in _floating(request))
 
 
@@ -170,31 +176,48 @@ def _container(bits: int) -> int:
     return bits if bits in (2, 4, 8) else 8
 
 
-def _layer_bytes(request: Request, layer: Layer) -> int:
+def _blocked(request: Request, layer: Layer) -> bool:
+    """More than one scale in a row."""
+    return request.plan.quantizer.groups(layer.shape) > 1
+
+
+def _unsigned(request: Request, layer: Layer, rounded: bool) -> bool:
+    """Whether codes lie 128 higher: all matrices that a kernel might take, so that shapes alone give the bytes."""
+    wide = request.plan.bits[layer.name] == 8
+    return rounded and wide and len(layer.shape) == 2 and not _blocked(request, layer)
+
+
+def _layer_bytes(request: Request, layer: Layer, rounded: bool) -> int:
     """Codes, scales and zero points; elements below a byte are packed without gaps, tensors end on a whole byte."""
     rows, groups = request.plan.quantizer.rows_columns(layer.shape)[0], request.plan.quantizer.groups(layer.shape)
     width = _container(request.plan.bits[layer.name])
-    zeros = 0 if request.plan.quantizer.symmetric else math.ceil(rows * groups * width / 8)
+    has_zeros = not request.plan.quantizer.symmetric or _unsigned(request, layer, rounded)
+    zeros = math.ceil(rows * groups * width / 8) if has_zeros else 0
     return math.ceil(layer.numel * width / 8) + 4 * rows * groups + zeros
 
 
-def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
+def _quantize(ir: Any, graph: Any, request: Request, layer: Layer, rounded: bool) -> set[str]:
     """Put DequantizeLinear in the place of a weight; returns the names of the initializers it reads.
 
     onnxruntime fuses DequantizeLinear and MatMul where the weight lies as [in, out]. With 2 bits it reads that layout wrong
     when ``out`` is no multiple of 4 (1.32), and DequantizeLinear → Transpose → MatMul is wrong in other ways; there the
     weight lies as [out, in] and multiplies from the left.
+
+    Its integer kernels round the biases of Conv and Gemm, overlook blocks and know one scale for a left factor: where the inputs
+    are ``rounded``, only a MatMul by [in, out] in whole bytes may become one.
     """
     uses = list(_weight(graph, layer).uses())
     turned = [use.node for use in uses if _feeds_matmul_alone(use.node)]
-    from_left = len(turned) < len(uses) or (request.plan.bits[layer.name] == 2 and layer.shape[0] % 4 != 0)
-    made: set[str] = set()
-    if turned and not from_left:
-        value, made = _dequantized(ir, graph, request, layer, transposed=True)
+    bits = request.plan.bits[layer.name]
+    transposed = 0 < len(turned) == len(uses) and (bits != 2 or layer.shape[0] % 4 == 0)
+    apart = rounded and not (transposed and _container(bits) == 8 and not _blocked(request, layer))
+    found = request.codes[layer.name]
+    found = _shifted(found) if _unsigned(request, layer, rounded) else found
+    value, made = _dequantized(ir, graph, request, layer, found, transposed, apart)
+    if transposed:
         for node in turned:
             node.outputs[0].replace_all_uses_with(value)
     else:
-        value, made = _dequantized(ir, graph, request, layer, transposed=False)
         for use in uses:
             if use.node not in turned:
                 use.node.replace_input_with(use.idx, value)
@@ -204,15 +227,15 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
     return made
 
 
-def _ranges(request: Request) -> list[tuple[Layer, float, float]]:
-    """Layers whose inputs are quantized, with the range given for each, or else calibrated with the plan."""
+def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
+    """Layers whose inputs are quantized, by name, with the range given for each, or else calibrated with the plan."""
     plan, planned = request.plan, {layer.name: layer for layer in request.plan.layers}
     if request.options.activations is not None:
         unknown = sorted(set(request.options.activations) - set(planned))
         require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
-        return [(planned[name], *pair) for name, pair in request.options.activations.items()]
+        return {name: (planned[name], *pair) for name, pair in request.options.activations.items()}
     if not plan.activations:
-        return []
+        return {}
     require(plan.activations.bits == 8, "export", "act_bits", "be 8 for onnx", plan.activations.bits)
     owner = {module: layer for layer in plan.layers for module in modules(layer)}
     found: dict[str, tuple[Layer, float, float]] = {}
@@ -224,7 +247,7 @@ def _ranges(request: Request) -> list[tuple[Layer, float, float]]:
         )
         if high > low:
             found[layer.name] = (layer, low, high)
-    return list(found.values())
+    return found
 
 
 def _weight(graph: Any, layer: Layer) -> Any:
@@ -247,12 +270,8 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
     scale = np.float32((high - low) / 255)
     users = [use.node for use in _weight(graph, layer).uses()]
     turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
-    settings = []
-    for part, array in (("input_scale", np.array(scale)), ("input_zero_point", np.array(zero))):
-        tensor = ir.Tensor(array, name=f"{layer.name}.{part}")
-        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(value)
-        settings.append(value)
+    parts = {"input_scale": np.array(scale), "input_zero_point": np.array(zero)}
+    settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}.{part}")) for part, array in parts.items()]
     for node in [*(node for node in users if node.op_type in ("Conv", "Gemm")), *turned]:
         x = node.inputs[0]
         codes = ir.Node("", "QuantizeLinear", [x, *settings])
@@ -281,53 +300,70 @@ def _multiply_from_left(ir: Any, graph: Any, matmul: Any, weight: Any) -> None:
     out.replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
 
 
-def _dequantized(ir: Any, graph: Any, request: Request, layer: Layer, transposed: bool) -> tuple[Any, set[str]]:
+def _shifted(found: Quantized) -> Quantized:
+    """Codes and zero points 0 … 255 for the same weight."""
+    zero_point = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point
+    codes, zeros = ((part.short() + 128).to(torch.uint8) for part in (found.codes, zero_point))
+    return replace(found, codes=codes, scales=found.scales._replace(zero_point=zeros))
+
+
+def _dequantized(
+    ir: Any, graph: Any, request: Request, layer: Layer, found: Quantized, transposed: bool, apart: bool
+) -> tuple[Any, set[str]]:
     """The output of a DequantizeLinear that gives a layer's weight, and the names of its initializers.
 
     Codes lie as [out, …], or as [in, out] when ``transposed``. Groups of a convolution run over its flattened inputs: they are
-    dequantized as [out, inputs] and reshaped.
+    dequantized as [out, inputs] and reshaped. ``apart``: through a Flatten of two axes, which changes nothing and stops fusion.
     """
-    quantizer, bits = request.plan.quantizer, request.plan.bits[layer.name]
-    found = request.codes[layer.name]
-    blocked = found.scale.shape[1] > 1
-    matrix = transposed or blocked
-    codes = found.codes.view(layer.shape[0], -1) if matrix else found.codes.view(layer.shape)
-
-    def placed(part: Tensor) -> np.ndarray[Any, Any]:
-        """Scales or zero points in the shape DequantizeLinear wants: a scalar, one per row, or [rows, groups]."""
-        shaped = part if blocked else part.view(-1) if quantizer.group_size != 0 else part.view(())
-        return (shaped.T if transposed and blocked else shaped).contiguous().numpy()
-
-    container = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[_container(bits)]
-    numpy_type = container.numpy()
-    parts = {
-        "weight_codes": ((codes.T if transposed else codes).contiguous().numpy().astype(numpy_type), container),
-        "weight_scale": (placed(found.scale), ir.DataType.FLOAT),
-    }
-    if found.zero_point is not None:
-        parts["weight_zero_point"] = (placed(found.zero_point).astype(numpy_type), container)
-    values = []
-    for part, (array, dtype) in parts.items():
-        tensor = ir.Tensor(array, dtype=dtype, name=f"{layer.name}.{part}")
-        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-        graph.register_initializer(value)
-        values.append(value)
+    blocked = _blocked(request, layer)
+    matrix = transposed or blocked or apart
+    shape = (layer.shape[0], math.prod(layer.shape[1:])) if matrix else layer.shape
+    values = [_initializer(ir, graph, part) for part in _parts(ir, request, layer, found, shape, transposed)]
     axis = int(transposed) if not blocked else int(not transposed)
     attributes = [ir.Attr("axis", ir.AttributeType.INT, axis)]
     if blocked:
-        attributes.append(ir.Attr("block_size", ir.AttributeType.INT, quantizer.group_size))
+        attributes.append(ir.Attr("block_size", ir.AttributeType.INT, request.plan.quantizer.group_size))
     nodes = [ir.Node("", "DequantizeLinear", values, attributes)]
-    if blocked and len(layer.shape) > 2:
-        shape = ir.Tensor(np.array(layer.shape, np.int64), name=f"{layer.name}.weight_shape")
-        value = ir.Value(name=shape.name, shape=shape.shape, type=ir.TensorType(ir.DataType.INT64), const_value=shape)
-        graph.register_initializer(value)
-        nodes.append(ir.Node("", "Reshape", [nodes[0].outputs[0], value]))
+    if apart:
+        nodes.append(ir.Node("", "Flatten", [nodes[-1].outputs[0]]))
+    if len(shape) < len(layer.shape):
+        dims = ir.Tensor(np.array(layer.shape, np.int64), name=f"{layer.name}.weight_shape")
+        nodes.append(ir.Node("", "Reshape", [nodes[-1].outputs[0], _initializer(ir, graph, dims)]))
     for node in nodes:
         node.outputs[0].dtype = ir.DataType.FLOAT
-    dims = tuple(reversed(layer.shape)) if transposed else layer.shape
-    nodes[-1].outputs[0].shape = ir.Shape(dims)
+    nodes[-1].outputs[0].shape = ir.Shape(tuple(reversed(layer.shape)) if transposed else layer.shape)
     graph.insert_before(graph[0], nodes)
     return nodes[-1].outputs[0], {value.name for value in values}
+
+
+def _parts(
+    ir: Any, request: Request, layer: Layer, found: Quantized, shape: tuple[int, ...], transposed: bool
+) -> list[Any]:
+    """Codes, scales and zero points as DequantizeLinear wants them.
+
+    Scales and zero points: a scalar, one per row, or [rows, groups].
+    """
+    blocked, per_tensor = _blocked(request, layer), request.plan.quantizer.group_size == 0
+
+    def placed(part: Tensor) -> np.ndarray[Any, Any]:
+        shaped = part if blocked else part.view(()) if per_tensor else part.view(-1)
+        return (shaped.T if transposed and blocked else shaped).contiguous().numpy()
+
+    signed = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[_container(request.plan.bits[layer.name])]
+    container = ir.DataType.UINT8 if found.codes.dtype == torch.uint8 else signed
+    codes = found.codes.view(shape)
+    arrays = {"weight_codes": (codes.T if transposed else codes).contiguous().numpy().astype(container.numpy())}
+    arrays["weight_scale"] = placed(found.scale)
+    if found.zero_point is not None:
+        arrays["weight_zero_point"] = placed(found.zero_point).astype(container.numpy())
+    kinds = {name: ir.DataType.FLOAT if name == "weight_scale" else container for name in arrays}
+    return [ir.Tensor(array, dtype=kinds[name], name=f"{layer.name}.{name}") for name, array in arrays.items()]
+
+
+def _initializer(ir: Any, graph: Any, tensor: Any) -> Any:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _clean(model: Any) -> None:
