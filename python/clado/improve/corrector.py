@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,8 @@ def correct(
         ignore=skipped,
         quantize_ends=True,
         device=device,
+        **asdict(sens.quantizer),
     )
-    options = replace(options, quantizer=sens.quantizer)
     first = sens.candidates.choice(sens.candidates.starts[:-1])
     check_fit(model, Plan(sens.layers, first, "given", fingerprint=sens.fingerprint), "correct")
     with full_precision(), torch.no_grad():
