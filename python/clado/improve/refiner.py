@@ -25,7 +25,7 @@ from ..graph import Executor, converted, full_precision
 from ..graph.capture import capture
 from ..profiling import LOSSES, SampleStream, Sums, entries
 from ..quant import quantize_activations
-from ..solver import LinearConstraint, Solver, given_plan
+from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
 
@@ -113,21 +113,18 @@ def refine(
                 if not better:
                     break
                 best = winner
-    budgets = {k: v for k, v in arguments.items() if k in _BUDGETS}
+    budgets = {k: v for k, v in arguments.items() if k in BUDGETS}
     result = given_plan(sens, best, **budgets)
     note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
     note["refine_forward_equivalents"] = ground.executor.work / len(inputs)
     return replace(result, info=note)
 
 
-_BUDGETS = ("avg_bits", "size_mb", "size_bytes", "bitops", "latency_ms", "latency", "act_bits", "constraints")
-
-
 def _proposals(around: Sensitivity, best: dict[str, int], seconds: float, arguments: dict) -> list[dict[str, int]]:
     """Distinct solutions near and far: without a limit on the layers that change, and within each of ``RADII``."""
     solver = Solver(around)
     start = given_plan(around, best)
-    own = tuple(arguments.get("constraints", ()))
+    own = SolveOptions(constraints=arguments.get("constraints", ())).constraints  # a file's, too
     moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in best.items()}
     asked = [("original", None), ("shrunk", None), *(("original", radius) for radius in RADII)]
     found = []
