@@ -193,7 +193,13 @@ def test_dropped_candidates_are_left_out(tmp_path: Path) -> None:
     whole = Sensitivity.from_matrix(matrix, [("stem", 96), ("head", 32)], stderr=np.full((6, 6), 0.01))
     loss, pairs = whole.delta_loss.copy(), whole.interaction.copy()
     loss[0], pairs[0], pairs[:, 0] = np.nan, np.nan, np.nan
-    sens = replace(whole, delta_loss=loss, interaction=pairs, num_samples=8, provenance=Provenance("logit", dropped=(("stem", "W2A16"),)))
+    sens = replace(
+        whole,
+        delta_loss=loss,
+        interaction=pairs,
+        num_samples=8,
+        provenance=Provenance("logit", dropped=(("stem", "W2A16"),)),
+    )
     assert sens.predict({"stem": 4, "head": 2}) == whole.predict({"stem": 4, "head": 2}) == 1.5
     assert np.isnan(sens.predict({"stem": 2, "head": 2}))
     sens.save(tmp_path)
