@@ -77,13 +77,6 @@ def main() -> None:
     """
 
 
-def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
-
-
 def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     known = value is None or 0 < value < math.inf
     require(known, op_of(ctx), parameter.opts[0].removeprefix("--"), "be a positive number", value)

@@ -9,63 +9,16 @@ from typing import Any
 import click
 
 from ..common import CladoError, require
-from .base import COUNT, SEED, command_line, main, positive
+from ..solver import AXES, SolveOptions
+from . import fields
+from .base import COUNT, command_line, main
 
-
-def wishes(command: Any) -> Any:
-    """Options that solve and pareto share."""
-    for option in reversed(
-        (
-            click.option("--latency", help="Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
-            click.option(
-                "--objective", default="original", show_default=True, help="original, clipped, shrunk or diagonal."
-            ),
-            click.option(
-                "--pin", multiple=True, metavar="LAYER=BITS", help="Keep a layer at a width. May be repeated."
-            ),
-            click.option("--forbid", multiple=True, metavar="LAYER=BITS", help="Leave a width out. May be repeated."),
-            click.option("--min-bits", type=COUNT, help="Least bits of every layer."),
-            click.option("--max-bits", type=COUNT, help="Most bits of every layer."),
-            click.option(
-                "--shared",
-                multiple=True,
-                metavar="LAYER,LAYER",
-                help="Layers that take the same bits. May be repeated.",
-            ),
-            click.option("--solver", default="auto", show_default=True, help="auto, bnb, scip or heuristic."),
-            click.option("--time-limit", default=60.0, callback=positive, show_default=True, help="Seconds."),
-            click.option("--gap", default=0.0, show_default=True, help="Stop once this relative gap is proven."),
-            click.option(
-                "--threads",
-                type=COUNT,
-                default=1,
-                show_default=True,
-                help="Of the linear algebra behind the bound.",
-            ),
-            click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random."),
-            click.option(
-                "--act-bits",
-                type=COUNT,
-                default=32,
-                show_default=True,
-                help="Width of activations in --bitops.",
-            ),
-            click.option(
-                "--constraints", help="JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
 
 
 @main.command()
 @click.argument("run")
-@click.option("--avg-bits", type=float, help="Bits per weight, codes alone.")
-@click.option("--size-mb", type=float, help="MiB of packed codes and scales.")
-@click.option("--size-bytes", type=float, help="Bytes of packed codes and scales.")
-@click.option("--bitops", type=float, help="Sum of macs x bits x act-bits for one sample.")
-@click.option("--latency-ms", type=float, help="Sum of the --latency table.")
+@fields.options(SolveOptions, only=AXES)
 @click.option(
     "--rerank",
     type=click.IntRange(min=0),
@@ -108,7 +61,7 @@ def solve(
     from ..solver import solve as choose
     from .tables import show_plan
 
-    sens, wishes = Sensitivity.load(run), _wishes(options)
+    sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
     asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
     known = not asked or sens.provenance.loss != "user"
     must = "be one of clado's own for --rerank, --refine and --correct"
@@ -152,7 +105,7 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
 
     if plot is not None:
         check_path(plot)
-    plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **_wishes(options))
+    plans = frontier(Sensitivity.load(run), avg_bits=_points(avg_bits), **fields.values(SolveOptions, options))
     write_json(Path(run) / "pareto.json", [json.loads(plan.to_json()) for plan in plans])
     table = Table(box=None, header_style="bold")
     for name in ("budget", "bits", "bytes", "loss increase", "no plan below", "status"):
@@ -262,24 +215,6 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: st
     lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
     click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
     return best
-
-
-def _wishes(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of clado.solve from the options of the command line."""
-    forbid: dict[str, list[int]] = {}
-    for layer, bits in _layer_bits("forbid", options.pop("forbid")):
-        forbid.setdefault(layer, []).append(bits)
-    pin = dict(_layer_bits("pin", options.pop("pin")))
-    shared = [group.split(",") for group in options.pop("shared")]
-    constraints = options.pop("constraints") or ()
-    return {**options, "pin": pin, "forbid": forbid, "shared_layers": shared, "constraints": constraints}
-
-
-def _layer_bits(option: str, values: tuple[str, ...]) -> list[tuple[str, int]]:
-    for value in values:
-        layer, _, bits = value.rpartition("=")
-        require(bool(layer) and bits.isdigit(), "solve", option, "read LAYER=BITS", repr(value))
-    return [(value.rpartition("=")[0], int(value.rpartition("=")[2])) for value in values]
 
 
 def _points(text: str) -> list[float]:

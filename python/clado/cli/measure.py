@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from ..common import require
-from .base import COUNT, SEED, comma_ints, command_line, main, named_folder, new_run, positive
+from ..profiling import Options
+from . import fields
+from .base import COUNT, command_line, main, named_folder, new_run
 
 
 @main.command()
@@ -33,13 +35,7 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option("--num-classes", type=click.IntRange(min=0), help="Classes of the head, as timm takes it.")
 @click.option("--img-size", type=COUNT, help="Image size, as timm takes it.")
 @click.option("--data", required=True, help="Image folder (one subfolder per class), timm:…, hf:…, own (see above).")
-@click.option(
-    "--nsamples",
-    type=COUNT,
-    default=512,
-    show_default=True,
-    help="Images of the sensitivity set; ask for more later.",
-)
+@fields.option(Options, "num_samples")
 @click.option(
     "--skip",
     type=click.IntRange(min=0),
@@ -49,49 +45,9 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode images."
 )
-@click.option("--bits", default="2,4,8", show_default=True, callback=comma_ints, help="Candidate widths.")
-@click.option("--estimator", default="logit", show_default=True, help="logit, gradient, corrected, exact, diagonal.")
-@click.option("--loss", default="kl", show_default=True, help="kl or cross_entropy.")
-@click.option(
-    "--loss-func",
-    metavar="MODULE:FUNCTION",
-    help="Instead of --loss: your function(output, batch), a loss per sample; for exact, gradient, diagonal.",
-)
-@click.option(
-    "--forward-step", metavar="MODULE:FUNCTION", help="Your function(model, batch) that runs the model on a batch."
-)
-@click.option("--precision", default="float32", show_default=True, help="float32, tf32, bfloat16, float64 or auto.")
-@click.option(
-    "--group-size",
-    type=click.IntRange(min=-1),
-    default=-1,
-    show_default=True,
-    help="-1 per channel, 0 per tensor, g inputs per scale.",
-)
-@click.option(
-    "--act-bits",
-    type=COUNT,
-    help="Also round the layers' inputs, to so many bits; weights only when left out.",
-)
-@click.option(
-    "--act-samples",
-    type=COUNT,
-    help="Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out.",
-)
-@click.option("--asymmetric", is_flag=True, help="A zero point with every scale.")
-@click.option("--ignore", multiple=True, help="Layers to keep in float: pattern, or re:regex. May be repeated.")
-@click.option("--quantize-ends", is_flag=True, help="Also quantize the first convolution and the classifier.")
-@click.option("--batch-size", type=COUNT, help="Samples of a chunk, the unit that is kept; chosen when left out.")
-@click.option(
-    "--max-memory",
-    type=float,
-    callback=positive,
-    help="GiB of weights, their variants and live values that must not be exceeded.",
-)
-@click.option("--device", help="cpu or cuda; where the model is when left out.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Which images come first.")
+@fields.options(Options, but=("num_samples", "output_dir"))
 @click.option("--dry-run", is_flag=True, help="Print work, time, memory and disk; measure and write nothing.")
-@click.option("--output-dir", required=True, callback=named_folder, help="Run directory to write, or to go on with.")
+@fields.option(Options, "output_dir")
 def profile(**options: Any) -> None:
     """Measure the sensitivity matrix of a model.
 
@@ -120,7 +76,7 @@ def profile(**options: Any) -> None:
 def _profile(options: dict[str, Any]) -> None:
     from ..profiling import is_writer, plan_run
     from ..profiling import profile as measure
-    from ..runs import ModelSpec, build_data, build_model, named, write_note
+    from ..runs import ModelSpec, build_data, build_model, write_note
 
     options["pretrained"] = {None: False, "hub": True}.get(options["pretrained"], options["pretrained"])
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
@@ -128,33 +84,7 @@ def _profile(options: dict[str, Any]) -> None:
     skip, workers = options["skip"], options["workers"]
     data = build_data(options["data"], model, spec, options["batch_size"] or 32, options["seed"], skip, workers)
     folder = Path(options["output_dir"])
-    kept = (
-        "estimator",
-        "loss",
-        "precision",
-        "group_size",
-        "ignore",
-        "quantize_ends",
-        "act_bits",
-        "act_samples",
-        "batch_size",
-        "device",
-        "seed",
-        "bits",
-    )
-    limit = options["max_memory"]
-    own = {
-        name: options[name] and named("profile", name.replace("_", "-"), options[name])
-        for name in ("loss_func", "forward_step")
-    }
-    arguments = {
-        **own,
-        "num_samples": options["nsamples"],
-        "symmetric": not options["asymmetric"],
-        "max_memory": None if limit is None else int(limit * 2**30),
-        "output_dir": folder,
-        **{name: options[name] for name in kept},
-    }
+    arguments = fields.values(Options, options)
     if options["dry_run"]:
         plan = plan_run(model, data, **arguments, verbose=is_writer())
         if is_writer():

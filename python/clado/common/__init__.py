@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .doors import door
 
 if TYPE_CHECKING:
+    from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
     from .batches import check_targets, moved_to, split_batch, two_samples
     from .devices import USABLE, usable
     from .errors import CladoError, here, is_out_of_memory, require, said
@@ -19,9 +20,15 @@ else:
 
 __all__ = [
     "USABLE",
+    "About",
+    "Arguments",
+    "Check",
     "CladoError",
+    "Line",
+    "argument",
     "atomic_file",
     "atomic_folder",
+    "check_known",
     "check_targets",
     "code_digest",
     "data_digest",
@@ -30,10 +37,12 @@ __all__ = [
     "here",
     "is_out_of_memory",
     "moved_to",
+    "one_of",
     "progress_bar",
     "require",
     "said",
     "split_batch",
+    "takes",
     "tensor_digest",
     "two_samples",
     "usable",

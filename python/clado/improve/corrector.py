@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,12 @@ def correct(
         ignore=skipped,
         quantize_ends=True,
         device=device,
+        **asdict(sens.quantizer),
     )
-    options = replace(options, quantizer=sens.quantizer)
     first = sens.candidates.choice(sens.candidates.starts[:-1])
     check_fit(model, Plan(sens.layers, first, "given", fingerprint=sens.fingerprint), "correct")
     with full_precision(), torch.no_grad():
-        run = open_run(model, [held], options, task=PairTask(sens.activations))
-        found, wanted = ([layer.name for layer in layers] for layers in (run.runner.layers, sens.layers))
-        require(found == wanted, "correct", "model", "have the layers of sens", f"{len(found)} layers")
+        run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations))
         return _correct(run, held, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
 
 
@@ -147,7 +145,7 @@ def _correct(
         history.append({"objective": plans[-1].objective if plans else None, "pairs": missing})
         if missing == 0 or left == 0:
             break
-        task = PairTask(sens.activations, rows, later, f"correct ({missing:,} pairs)")
+        task = PairTask(sens.candidates, sens.activations, rows, later, f"correct ({missing:,} pairs)")
         run.take(task, SampleStream([held], run.options.num_samples))
         sums = _measured(run, ranks, folder, verbose)
         known[np.ix_(rows, rows)] = True

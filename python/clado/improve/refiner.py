@@ -23,8 +23,8 @@ from ..common import check_targets, moved_to, progress_bar, require, split_batch
 from ..deploy import check_fit
 from ..graph import converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
-from ..quant import quantize_activations, variants
-from ..solver import LinearConstraint, Solver, given_plan
+from ..quant import Scheme, quantize_activations, variants
+from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
 
@@ -95,16 +95,16 @@ def refine(
             targets if loss != "kl" else None,
             batch_size,
         )
-        starts = [{layer.name: plan.bits[layer.name] for layer in sens.layers} for plan in plans]
-        known = {tuple(bits.values()): ground.loss(bits) for bits in starts} if len(starts) > 1 else {}
-        best, history = min(starts, key=lambda bits: known.get(tuple(bits.values()), 0.0)), []
+        starts = [{layer.name: plan.schemes[layer.name] for layer in sens.layers} for plan in plans]
+        known = {tuple(schemes.values()): ground.loss(schemes) for schemes in starts} if len(starts) > 1 else {}
+        best, history = min(starts, key=lambda schemes: known.get(tuple(schemes.values()), 0.0)), []
         with progress_bar("refine", rounds, "rounds", verbose) as show:
             for done in range(1, rounds + 1):
                 around, value = ground.matrix(best)
                 known[tuple(best.values())] = value
                 found = [p for p in _proposals(around, best, time_limit, arguments) if tuple(p.values()) not in known]
-                known |= {tuple(bits.values()): ground.loss(bits) for bits in found}
-                winner = min(found, key=lambda bits: known[tuple(bits.values())], default=best)
+                known |= {tuple(schemes.values()): ground.loss(schemes) for schemes in found}
+                winner = min(found, key=lambda schemes: known[tuple(schemes.values())], default=best)
                 better = known[tuple(winner.values())] < value
                 changed = sum(winner[name] != best[name] for name in best) if better else 0
                 history.append({"loss_increase": value, "measured": len(found), "changed": changed})
@@ -112,7 +112,7 @@ def refine(
                 if not better:
                     break
                 best = winner
-    budgets = {k: v for k, v in arguments.items() if k in _BUDGETS}
+    budgets = {k: v for k, v in arguments.items() if k in BUDGETS}
     result = given_plan(sens, best, **budgets)
     note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
     note["refine_forward_equivalents"] = ground.runner.work / len(inputs)
@@ -121,15 +121,15 @@ def refine(
     return replace(result, info=note)
 
 
-_BUDGETS = ("avg_bits", "size_mb", "size_bytes", "bitops", "latency_ms", "latency", "act_bits", "constraints")
-
-
-def _proposals(around: Sensitivity, best: dict[str, int], seconds: float, arguments: dict) -> list[dict[str, int]]:
+def _proposals(
+    around: Sensitivity, best: dict[str, str], seconds: float, arguments: dict[str, Any]
+) -> list[dict[str, str]]:
     """Distinct solutions near and far: without a limit on the layers that change, and within each of ``RADII``."""
     solver = Solver(around)
     start = given_plan(around, best)
-    own = tuple(arguments.get("constraints", ()))
-    moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in best.items()}
+    own = SolveOptions(constraints=arguments.get("constraints", ())).constraints  # a file's, too
+    taken = {name: Scheme.of(scheme).bits for name, scheme in best.items()}
+    moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in taken.items()}
     asked = [("original", None), ("shrunk", None), *(("original", radius) for radius in RADII)]
     found = []
     for objective, radius in asked:
@@ -138,12 +138,12 @@ def _proposals(around: Sensitivity, best: dict[str, int], seconds: float, argume
         limit = () if radius is None else (LinearConstraint("changed layers", moves, radius),)
         wishes = {"solver": "heuristic", **arguments, "constraints": own + limit, "start": start}
         plan = solver.solve(objective=objective, time_limit=seconds / len(asked), **wishes)
-        found.append(plan.bits)
-    return list({tuple(bits.values()): bits for bits in found if bits and bits != best}.values())
+        found.append(plan.schemes)
+    return list({tuple(schemes.values()): schemes for schemes in found if schemes and schemes != best}.values())
 
 
 class _Ground:
-    """The model under any bits: its loss, and the matrix around it.
+    """The model under any schemes: its loss, and the matrix around it.
 
     Attributes:
         target: probabilities ``[N, C]`` float64 the loss refers to; constant: what they add to it, ``[N]``.
@@ -167,15 +167,15 @@ class _Ground:
         self.target = clean.exp() if targets is None else nn.functional.one_hot(targets, clean.shape[1]).to(clean)
         self.constant = (self.target * clean).sum(1)
 
-    def loss(self, bits: dict[str, int]) -> float:
+    def loss(self, schemes: dict[str, str]) -> float:
         """Mean loss increase over the float model."""
-        self._stand_on(bits)
+        self._stand_on(schemes)
         parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(self.chunk)]
         return (self.constant - (self.target * torch.cat(parts).double().log_softmax(1)).sum(1)).mean().item()
 
-    def matrix(self, bits: dict[str, int]) -> tuple[Sensitivity, float]:
-        """The matrix around ``bits``, in closed form (docs/numerics.md) about the plan's own logits, and the loss there."""
-        self._stand_on(bits)
+    def matrix(self, schemes: dict[str, str]) -> tuple[Sensitivity, float]:
+        """The matrix around ``schemes``, in closed form (docs/numerics.md) about the plan's own logits, and the loss there."""
+        self._stand_on(schemes)
         sums, loss = Sums.zeros(self.sens.num_candidates), 0.0
         for first in range(0, len(self.inputs), self.chunk):
             part = slice(first, first + self.chunk)
@@ -198,7 +198,8 @@ class _Ground:
         around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
         return around, loss / sums.samples
 
-    def _stand_on(self, bits: dict[str, int]) -> None:
-        widths = self.sens.bits
-        chosen = zip(self.position, self.variants, bits.values(), strict=True)
-        self.runner.rebase({k: own[widths.index(b)] for k, own, b in chosen})
+    def _stand_on(self, schemes: dict[str, str]) -> None:
+        candidates = self.sens.candidates
+        places = candidates.indices(schemes) - candidates.starts[:-1]
+        chosen = zip(self.position, self.variants, places, strict=True)
+        self.runner.rebase({k: own[place] for k, own, place in chosen})

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..common import code_digest, digest, progress_bar, require, two_samples, weights_digest
+from ..common import digest, progress_bar, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
-from ..quant import KEPT, ActivationRanges, Candidates, Scheme, calibrate, quantize_activations, variants
+from ..quant import ActivationRanges, calibrate, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
 from .options import Options
@@ -68,8 +68,7 @@ def open_run(
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(runner, example), options.loss))
 
-    inputs_as = options.act_bits or KEPT
-    candidates = Candidates.uniform(runner.layers, [Scheme.of(bits, inputs_as) for bits in options.bits])
+    candidates = options.candidates(runner.layers) if task is None else _of_task(task, runner)
 
     @cache
     def every() -> list[list[Tensor]]:
@@ -101,19 +100,14 @@ def open_run(
     settings = {
         "weights": weights_digest(model),
         "layers": digest([asdict(layer) for layer in runner.layers]),
-        "bits": options.bits,
-        "estimator": options.estimator,
-        "exact_samples": exact_samples,
-        "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
-        "forward_step": code_digest(options.forward_step),
-        "precision": options.precision,
         "products": options.precision if low or options.precision not in LOW_PRECISIONS else "float32",
-        "batch_size": size,
-        "quantizer": options.quantizer.to_json(),
-        "act_bits": options.act_bits,
-        "act_samples": act_samples if ranges else None,
         "act_ranges": digest(ranges.to_json()) if ranges else None,
-        "device": device.type,
+        **options.settings(
+            exact_samples=exact_samples,
+            batch_size=size,
+            act_samples=act_samples if ranges else None,
+            device=device.type,
+        ),
     }
     return Run(
         runner,
@@ -138,6 +132,13 @@ def _check_batch(first: Any, options: Options) -> None:
     plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
     must = "be given for batches that are neither inputs nor (inputs, …)"
     require(plain or not options.whole_batches, "profile", "forward_step", must, type(first).__name__)
+
+
+def _of_task(task: PairTask, runner: Runner) -> Candidates:
+    """The task's candidates, whose layers must be the runner's."""
+    found, wanted = ([layer.name for layer in layers] for layers in (runner.layers, task.candidates.layers))
+    require(found == wanted, "correct", "model", "have the layers of sens", f"{len(found)} layers")
+    return task.candidates
 
 
 def _output(runner: Runner, example: Any) -> Any:

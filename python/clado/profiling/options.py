@@ -1,99 +1,348 @@
-"""The arguments of a profile, checked."""
+"""The arguments of a profile: nothing else lists them, and reading them needs no torch."""
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
+from ..common import Arguments, Check, Line, argument, one_of, require
 
-from ..common import USABLE, require, usable
-from ..graph import LOW_PRECISIONS, PRECISIONS, ForwardStep
-from ..quant import Quantizer, check_bits
-from .estimators import ESTIMATORS
-from .losses import LossFunc
+if TYPE_CHECKING:
+    import torch
+
+    from ..graph import ForwardStep
+    from ..quant import Candidates, Layer, Quantizer
+    from .losses import LossFunc
 
 LOSSES = ("kl", "cross_entropy")
+WIDTHS = (2, 4, 8)  # where neither bits nor schemes are given
+
+
+def _estimators() -> tuple[str, ...]:
+    from .estimators import ESTIMATORS
+
+    return tuple(ESTIMATORS)
+
+
+def _precisions() -> tuple[str, ...]:
+    from ..graph import PRECISIONS
+
+    return (*PRECISIONS, "auto")
+
+
+def _usable(device: Any) -> bool:
+    from ..common import usable
+
+    return usable(device)
+
+
+def _must_be_usable() -> str:
+    from ..common import USABLE
+
+    return USABLE
+
+
+def _torch_device(device: Any) -> torch.device:
+    import torch
+
+    return torch.device(device)
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, numbers.Integral) and least <= int(value) <= most
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
+def _patterns(schemes: Any) -> dict[str, tuple[str, ...]]:
+    """{pattern: labels} of what :func:`profile` takes as ``schemes``."""
+    from ..quant import KEPT, Scheme
+
+    kept = {}
+    for pattern, given in (schemes if isinstance(schemes, Mapping) else {"*": schemes}).items():
+        require(_listed(given), "profile", "schemes", "hold lists of labels such as W4A16", repr(given))
+        found = sorted(Scheme.of(scheme) for scheme in given)
+        labels = tuple(scheme.label for scheme in found)
+        require(0 < len(set(found)) == len(found), "profile", "schemes", "be distinct, at least one of a layer", labels)
+        rounded = [scheme.label for scheme in found if scheme.input_bits != KEPT]
+        must = "leave the layers' inputs in float, as W4A16 does; act_bits rounds those of all layers"
+        require(not rounded, "profile", "schemes", must, ", ".join(rounded))
+        kept[str(pattern)] = labels
+    require(len(kept) > 0, "profile", "schemes", "hold a list of labels at least", "none")
+    return kept
+
+
+COUNT = Check(lambda value: _whole(value, 1, 2**63 - 1), "be a whole number from 1 up", str)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Arguments):
     """The arguments of :func:`profile`, checked."""
 
-    bits: tuple[int, ...]
-    estimator: str
-    loss: str
-    loss_func: LossFunc | None
-    forward_step: ForwardStep | None
-    precision: str
-    num_samples: int
-    exact_samples: int | None
-    batch_size: int | None
-    max_memory: int | None
-    quantizer: Quantizer
-    act_bits: int | None
-    act_samples: int | None
-    ignore: tuple[str, ...]
-    quantize_ends: bool
-    output_dir: Path | None
-    device: torch.device | None
-    seed: int
+    op: ClassVar[str] = "profile"
+
+    bits: tuple[int, ...] = argument(
+        None,
+        "candidate bit-widths of every layer, each in 2..8; None: 2, 4 and 8, unless ``schemes`` are given.",
+        Line("--bits", "widths", "Candidate widths; 2,4,8 when left out."),
+        check=Check(lambda value: isinstance(value, Iterable), "be a sequence of widths", str),
+        kept=lambda value: tuple(sorted(value)),
+        takes="Sequence[int] | None",
+        setting="bits",
+    )
+    _: KW_ONLY
+    schemes: dict[str, tuple[str, ...]] | None = argument(
+        None,
+        "instead of ``bits``: labels of schemes such as ``W4A16``, or {pattern: labels} for layers whose lists differ; the first "
+        "fnmatch pattern that fits a layer's name counts, and every layer needs one.",
+        Line("--schemes", "labels", "Instead of --bits: candidate schemes, such as W2A16,W4A16."),
+        check=Check(_listed, "be labels such as W4A16, or {pattern: labels}"),
+        kept=_patterns,
+        takes="Sequence[str] | Mapping[str, Sequence[str]] | None",
+        setting="schemes",
+    )
+    estimator: str = argument(
+        "logit",
+        '"logit" (all interactions from single perturbations, closed form), "exact" (every pair by a forward: the paper), '
+        '"diagonal" (no interactions), "gradient" (the upstream layer perturbed, the downstream one linearised: one backward '
+        'per candidate), "corrected" (the closed form on all samples, and the exact residual on ``exact_samples`` of them).',
+        Line("--estimator", "text", "logit, gradient, corrected, exact, diagonal."),
+        check=one_of(_estimators),
+        setting="estimator",
+    )
+    loss: str = argument(  # checked beside loss_func, in whose presence it is "user"
+        "kl",
+        '"kl" to the clean logits (needs no targets) or "cross_entropy" (the paper).',
+        Line("--loss", "text", "kl or cross_entropy."),
+        setting="loss",
+    )
+    loss_func: LossFunc | None = argument(
+        None,
+        "instead of ``loss``, ``loss_func(output, batch)``: a loss per sample ``[n]``, or the batch's mean (then called sample "
+        'by sample); for models of any output, under "exact", "gradient" and "diagonal". Differentiable in the output for '
+        '"gradient".',
+        Line(
+            "--loss-func",
+            "function",
+            "Instead of --loss: your function(output, batch), a loss per sample; for exact, gradient, diagonal.",
+        ),
+        setting="loss",
+    )
+    forward_step: ForwardStep | None = argument(
+        None,
+        "``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.",
+        Line("--forward-step", "function", "Your function(model, batch) that runs the model on a batch."),
+        setting="forward_step",
+    )
+    precision: str = argument(
+        "float32",
+        '"float32" (TF32 off), "float64", or with the differences to the clean forward carried through the graph '
+        '(docs/numerics.md) "tf32" or "bfloat16" matrix products. The latter are probed against float64 on a few layers and '
+        'samples; the errors are in ``info["probe"]``, and where they exceed the sampling noise the run is float32, with a '
+        'warning. "auto" takes bfloat16 for "logit" and "diagonal" where the device has matrix units for it (measured: 1.9 '
+        "times float32 on a Xeon with AMX), else float32. Losses and sums are float64 always.",
+        Line("--precision", "text", "float32, tf32, bfloat16, float64 or auto."),
+        check=one_of(_precisions),
+        setting="precision",
+    )
+    num_samples: int = argument(
+        1024,
+        "how many samples of the loader to use; fewer are taken, with a warning, when it ends early.",
+        Line("--nsamples", "count", "Images of the sensitivity set; ask for more later.", default=512),
+        check=COUNT,
+        kept=operator.index,
+    )
+    exact_samples: int | None = argument(
+        None,
+        'for "corrected": samples (rounded up to whole chunks) on which every pair is evaluated; None: an eighth.',
+        "an eighth serves; `clado solve --correct` pays for the pairs that a plan takes",
+        check=COUNT,
+        kept=operator.index,
+        setting="exact_samples",
+    )
+    group_size: int = argument(  # this one and the next two are checked by the quantizer that they make
+        -1,
+        "-1 one scale per output channel, 0 one per tensor, g > 0 one per g inputs.",
+        Line("--group-size", "group", "-1 per channel, 0 per tensor, g inputs per scale."),
+        setting="quantizer",
+    )
+    scale_steps: int = argument(
+        95,
+        "shrink factors tried per scale (95: the paper's code; 1: absmax).",
+        "the paper's number serves",
+        setting="quantizer",
+    )
+    symmetric: bool = argument(
+        True,
+        "codes are steps around zero; False adds a zero point to every scale.",
+        Line("--asymmetric", "unless", "A zero point with every scale."),
+        setting="quantizer",
+    )
+    act_bits: int | None = argument(
+        None,
+        "also round the inputs of the layers to so many bits, on per-tensor asymmetric ranges calibrated on the first "
+        "``act_samples``; the loss is then measured from the float weights under rounded inputs. None: weights only.",
+        Line("--act-bits", "count", "Also round the layers' inputs, to so many bits; weights only when left out."),
+        check=Check(lambda value: _whole(value, 2, 8), "be None or lie in 2..8", str),
+        kept=operator.index,
+        setting="act_bits",
+    )
+    act_samples: int | None = argument(
+        None,
+        "samples that calibrate the ranges, read before the run; None: all, 1,024 at most (the paper's number), or as many as an "
+        "interrupted run in ``output_dir``.",
+        Line(
+            "--act-samples",
+            "count",
+            "Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out.",
+        ),
+        check=COUNT,
+        kept=operator.index,
+        setting="act_samples",
+    )
+    ignore: tuple[str, ...] = argument(
+        (),
+        "layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.",
+        Line("--ignore", "several", "Layers to keep in float: pattern, or re:regex. May be repeated."),
+        check=Check(_listed, "be a sequence of patterns"),
+        kept=tuple,
+        takes="Sequence[str]",
+    )
+    quantize_ends: bool = argument(
+        False,
+        "also quantize a first convolution and the classifier.",
+        Line("--quantize-ends", "switch", "Also quantize the first convolution and the classifier."),
+    )
+    batch_size: int | None = argument(
+        None,
+        "samples of a chunk: they are measured together and kept together; None chooses by the size of the activations, or what "
+        "an interrupted run in ``output_dir`` chose.",
+        Line("--batch-size", "count", "Samples of a chunk, the unit that is kept; chosen when left out."),
+        check=COUNT,
+        kept=operator.index,
+        setting="batch_size",
+    )
+    max_memory: int | None = argument(
+        None,
+        "bytes of weights, variants and live values on the device that must not be exceeded: fewer samples, and then fewer "
+        "perturbations, advance together. None: what is free on a GPU. A chunk that runs out of memory all the same is measured "
+        "again in halves. On a CPU freed memory is then returned to the system at once, so that the process keeps to it; without "
+        "a cap it may grow by a few times its live values.",
+        Line("--max-memory", "GiB", "GiB of weights, their variants and live values that must not be exceeded."),
+        check=COUNT,
+        kept=operator.index,
+    )
+    device: torch.device | None = argument(
+        None,
+        "where to run; None: where the model is.",
+        Line("--device", "text", "cpu or cuda; where the model is when left out."),
+        check=Check(_usable, _must_be_usable, str),
+        kept=_torch_device,
+        takes="str | torch.device | None",
+        setting="device",
+    )
+    seed: int = argument(
+        0,
+        "fixes torch's generator while ``data_loader`` is read, so that a shuffling loader gives the same samples.",
+        Line("--seed", "seed", "Which images come first."),
+        check=Check(lambda value: _whole(value, -(2**63), 2**64 - 1), "be a whole number of 64 bits", str),
+        kept=operator.index,
+    )
+    output_dir: Path | None = argument(
+        None,
+        "run directory; the result is saved there, chunk by chunk: the same call after an interruption goes on to the same bits, "
+        "after the end it loads the result. A directory of another run is refused.",
+        Line("--output-dir", "folder", "Run directory to write, or to go on with.", required=True),
+        check=Check(lambda value: isinstance(value, (str, os.PathLike)) and str(value) != "", "be a folder"),
+        kept=Path,
+        takes="str | os.PathLike[str] | None",
+    )
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        losses = LOSSES if self.loss_func is None else ("user",)
-        for name, known in (("estimator", tuple(ESTIMATORS)), ("loss", losses), ("precision", (*PRECISIONS, "auto"))):
-            value = getattr(self, name)
-            require(value in known, "profile", name, f"be one of {', '.join(known)}", repr(value))
-        if self.loss_func is not None:
-            usable = [name for name, known in ESTIMATORS.items() if not known.needs_logits]
-            must = f"be one of {', '.join(usable)} with loss_func"
-            require(self.estimator in usable, "profile", "estimator", must, self.estimator)
+        super().__post_init__()
+        self._check_candidates()
+        self._check_loss()
+        self._check_precision()
+        _ = self.quantizer  # refuses what it cannot be
+
+    def _check_candidates(self) -> None:
+        """Either bits or schemes; what is given as neither holds no bits."""
+        from ..quant import check_bits
+
+        if self.schemes is None:
+            object.__setattr__(self, "bits", WIDTHS if self.bits is None else self.bits)
+            check_bits(self.bits)
+            return
+        object.__setattr__(self, "bits", self.bits or ())
+        require(not self.bits, "profile", "bits", "be left out with schemes", self.bits)
+        require(self.act_bits is None, "profile", "act_bits", "be left out with schemes", self.act_bits)
+
+    def _check_loss(self) -> None:
+        from .estimators import ESTIMATORS
+
+        if self.loss_func is None:
+            require(self.loss in LOSSES, "profile", "loss", f"be one of {', '.join(LOSSES)}", repr(self.loss))
+            return
+        object.__setattr__(self, "loss", "user")
+        usable = [name for name, known in ESTIMATORS.items() if not known.needs_logits]
+        must = f"be one of {', '.join(usable)} with loss_func"
+        require(self.estimator in usable, "profile", "estimator", must, self.estimator)
+
+    def _check_precision(self) -> None:
+        from ..graph import LOW_PRECISIONS
+        from .estimators import ESTIMATORS
+
         must = "be float32 or float64 for the gradient estimator (a backward carries no differences)"
         carries = ESTIMATORS[self.estimator].carries or self.precision not in LOW_PRECISIONS
         require(carries, "profile", "precision", must, repr(self.precision))
-        for name in ("num_samples", "exact_samples", "batch_size", "max_memory", "act_samples"):
-            value = getattr(self, name)
-            fits = value is None or (isinstance(value, (int, np.integer)) and int(value) >= 1)
-            require(fits, "profile", name, "be a whole number from 1 up", value)
-        seeds = isinstance(self.seed, (int, np.integer)) and -(2**63) <= int(self.seed) < 2**64
-        require(seeds, "profile", "seed", "be a whole number of 64 bits", self.seed)
 
-    @staticmethod
-    def of(
-        *,
-        bits: Sequence[int],
-        loss: str,
-        loss_func: LossFunc | None,
-        group_size: int,
-        scale_steps: int,
-        symmetric: bool,
-        ignore: Sequence[str],
-        output_dir: str | os.PathLike[str] | None,
-        device: str | torch.device | None,
-        **rest: Any,
-    ) -> Options:
-        """From the arguments of :func:`profile`."""
-        require(isinstance(bits, Iterable), "profile", "bits", "be a sequence of widths", bits)
-        place = output_dir is None or (isinstance(output_dir, (str, os.PathLike)) and str(output_dir) != "")
-        require(place, "profile", "output_dir", "be a folder", repr(output_dir))
-        require(device is None or usable(device), "profile", "device", USABLE, device)
-        return Options(
-            bits=tuple(sorted(bits)),
-            loss=loss if loss_func is None else "user",
-            loss_func=loss_func,
-            quantizer=Quantizer(group_size, scale_steps, symmetric),
-            ignore=tuple(ignore),
-            output_dir=None if output_dir is None else Path(output_dir),
-            device=None if device is None else torch.device(device),
-            **rest,
-        )
+    @property
+    def quantizer(self) -> Quantizer:
+        """How the weights are quantized."""
+        from ..quant import Quantizer
+
+        return Quantizer(self.group_size, self.scale_steps, self.symmetric)
 
     @property
     def whole_batches(self) -> bool:
         """Whether the user's own functions get the loader's batches as they are."""
         return self.loss_func is not None or self.forward_step is not None
+
+    def candidates(self, layers: Sequence[Layer]) -> Candidates:
+        """What is measured on these layers.
+
+        Raises:
+            CladoError: ``schemes`` without a pattern for one of them, or with one for none.
+        """
+        from ..quant import KEPT, Candidates, Scheme, candidates_of
+
+        if self.schemes is not None:
+            return candidates_of(layers, self.schemes)
+        return Candidates.uniform(layers, [Scheme.of(bits, self.act_bits or KEPT) for bits in self.bits])
+
+    def settings(self, **found: Any) -> dict[str, Any]:
+        """What decides the result, as JSON values by name.
+
+        ``found``: what a run found for settings that may be left open: exact_samples, batch_size, act_samples, device.
+        """
+        from ..common import code_digest
+
+        stated = {
+            "loss": self.loss if self.loss_func is None else code_digest(self.loss_func),
+            "forward_step": code_digest(self.forward_step),
+            "quantizer": self.quantizer.to_json(),
+            "device": None if self.device is None else self.device.type,
+            "schemes": None if self.schemes is None else list(map(list, self.schemes.items())),  # their order counts
+        }
+        names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
+        stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
+        if self.schemes is None:
+            del stated["schemes"]  # as in run directories from before there were any
+        return stated

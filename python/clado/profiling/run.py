@@ -34,12 +34,14 @@ class PairTask:
     """One candidate of every layer, and some of the pairs of layers, instead of all.
 
     Attributes:
+        candidates: what they are chosen from.
         ranges: of the layers' inputs; none are calibrated.
         rows: the candidate of every layer; None: not chosen yet.
         later: for every layer the layers behind it that it is paired with.
         title: of the progress bar.
     """
 
+    candidates: Candidates
     ranges: ActivationRanges | None
     rows: Sequence[int] | None = None
     later: Later | None = None

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from .frontier import pareto
     from .objectives import NAMES as OBJECTIVES
     from .objectives import negative_mass, objective_matrix
+    from .options import AXES, BUDGETS, SolveOptions
     from .session import Solver, given_plan, solve
 else:
     __getattr__, __dir__ = door(__name__)
 
 __all__ = [
+    "AXES",
+    "BUDGETS",
     "OBJECTIVES",
     "LinearConstraint",
+    "SolveOptions",
     "Solver",
     "given_plan",
     "negative_mass",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..artifacts import Sensitivity
 from ..common import CladoError, require
 from ..quant import Scheme
+from .options import SolveOptions
 
 MIB = 2**20
 Table = Mapping[str, Mapping[int, float]]
@@ -63,42 +64,29 @@ class Budget:
         return int(value) if value.denominator == 1 and self.units == 1 else float(value)
 
 
-def make_budgets(
-    sens: Sensitivity,
-    *,
-    avg_bits: float | None = None,
-    size_mb: float | None = None,
-    size_bytes: float | None = None,
-    bitops: float | None = None,
-    latency_ms: float | None = None,
-    latency: Table | str | os.PathLike[str] | None = None,
-    constraints: Sequence[LinearConstraint] | str | os.PathLike[str] = (),
-    act_bits: int = 32,
-) -> list[Budget]:
+def make_budgets(sens: Sensitivity, asked: SolveOptions) -> list[Budget]:
     """Rows of the budgets that are given; see :func:`clado.solve` for their units."""
     candidates = sens.candidates
     stored = candidates.stored_bytes(sens.quantizer)
     macs = any(layer.macs for layer in sens.layers)
-    require(isinstance(act_bits, int) and 1 <= act_bits <= 32, "solve", "act_bits", "lie in 1..32", act_bits)
-    require(bitops is None or macs, "solve", "bitops", "come with layers whose macs are known", "no macs")
+    require(asked.bitops is None or macs, "solve", "bitops", "come with layers whose macs are known", "no macs")
     rows: list[tuple[str, Any, NDArray[np.int64], Fraction]] = [
-        ("avg_bits", avg_bits, candidates.code_bits, Fraction(max(1, candidates.numel))),
-        ("size_mb", size_mb, stored, Fraction(MIB)),
-        ("size_bytes", size_bytes, stored, Fraction(1)),
-        ("bitops", bitops, candidates.bitops(act_bits), Fraction(1)),
+        ("avg_bits", asked.avg_bits, candidates.code_bits, Fraction(max(1, candidates.numel))),
+        ("size_mb", asked.size_mb, stored, Fraction(MIB)),
+        ("size_bytes", asked.size_bytes, stored, Fraction(1)),
+        ("bitops", asked.bitops, candidates.bitops(asked.act_bits), Fraction(1)),
     ]
     budgets = [_whole_budget(name, limit, use, units) for name, limit, use, units in rows if limit is not None]
-    if latency_ms is not None:
-        require(latency is not None, "solve", "latency", "be given with latency_ms", None)
+    if asked.latency_ms is not None:
+        latency = asked.latency
         assert latency is not None
         table = latency if isinstance(latency, Mapping) else read_latency(latency)
         own = {layer.name: {s.bits for s in row} for layer, row in zip(sens.layers, candidates.schemes, strict=True)}
         missing = [name for name, widths in own.items() if not set(table.get(name, ())) >= widths]
         require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
         known = {name: table[name] for name in own}
-        budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, latency_ms)))
-    given = read_constraints(constraints) if isinstance(constraints, (str, os.PathLike)) else constraints
-    budgets += [_real_budget(sens, constraint) for constraint in given]
+        budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, asked.latency_ms)))
+    budgets += [_real_budget(sens, constraint) for constraint in asked.constraints]
     need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms or constraints"
     require(bool(budgets), "solve", "budget", need, "none")
     names = [budget.name for budget in budgets]
@@ -152,7 +140,6 @@ def read_constraints(path: str | os.PathLike[str]) -> list[LinearConstraint]:
 
 
 def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:
-    _check_limit(name, limit, positive=True)
     whole = Fraction(limit if isinstance(limit, (int, Fraction)) else float(limit)) * units
     nearest = round(whole)
     # A limit that was computed in floating point from a use must allow that use.
@@ -163,7 +150,8 @@ def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction
 def _real_budget(sens: Sensitivity, constraint: LinearConstraint) -> Budget:
     """Real coefficients in units of a power of two so small that rounding stays below 1e-14 of the largest sum."""
     name, limit = constraint.name, constraint.limit
-    _check_limit(name, limit, positive=False)
+    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool) and math.isfinite(limit)
+    require(number, "solve", name, "have a finite limit", repr(limit))
     real = np.zeros(sens.num_candidates)
     for layer, row in constraint.coefficients.items():
         for bits, value in row.items():
@@ -180,33 +168,20 @@ def _real_budget(sens: Sensitivity, constraint: LinearConstraint) -> Budget:
     return Budget(name, use, max(-(2**60), min(whole, 2**60)), Fraction(2) ** exponent, limit)
 
 
-def _check_limit(name: str, limit: Any, positive: bool) -> None:
-    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool) and math.isfinite(limit)
-    must = "be a positive finite number" if positive else "have a finite limit"
-    require(number and (not positive or limit > 0), "solve", name, must, repr(limit))
-
-
-def allowed_candidates(
-    sens: Sensitivity,
-    pin: Mapping[str, Scheme | str | int] | None,
-    forbid: Mapping[str, Any] | None,
-    min_bits: int | Mapping[str, int] | None,
-    max_bits: int | Mapping[str, int] | None,
-) -> NDArray[np.bool_]:
+def allowed_candidates(sens: Sensitivity, asked: SolveOptions) -> NDArray[np.bool_]:
     """``[V]`` mask of the candidates that pins, bans and limits per layer leave over."""
     names = [layer.name for layer in sens.layers]
     width = sens.candidates.weight_bits
     allowed = np.ones(sens.num_candidates, dtype=bool)
-    for name, chosen in dict(pin or {}).items():
+    for name, chosen in (asked.pin or {}).items():
         block = _block(sens, name)
         allowed[block] &= np.arange(block.start, block.stop) == sens.index(name, chosen)
-    for name, widths in dict(forbid or {}).items():
+    for name, widths in (asked.forbid or {}).items():
         for scheme in [widths] if isinstance(widths, (int, str, Scheme)) else widths:
             allowed[sens.index(name, scheme)] = False
-    for sign, limit, argument in ((1, min_bits, "min_bits"), (-1, max_bits, "max_bits")):
-        per_layer = dict.fromkeys(names, limit) if isinstance(limit, int) else dict(limit or {})
+    for sign, limit in ((1, asked.min_bits), (-1, asked.max_bits)):
+        per_layer = limit if isinstance(limit, Mapping) else {} if limit is None else dict.fromkeys(names, limit)
         for name, bits in per_layer.items():
-            require(isinstance(bits, int), "solve", argument, "hold whole widths", repr(bits))
             allowed[_block(sens, name)] &= sign * width[_block(sens, name)] >= sign * bits
     for name in names:
         left = bool(allowed[_block(sens, name)].any())
@@ -223,7 +198,6 @@ def layer_groups(sens: Sensitivity, shared_layers: Sequence[Sequence[str]]) -> N
     names = [layer.name for layer in sens.layers]
     leader = list(range(len(names)))
     for group in shared_layers:
-        require(not isinstance(group, str), "solve", "shared_layers", "hold groups of layer names", repr(group))
         members = sorted(sens.candidates.position(name) for name in group)
         heads = {leader[i] for i in members}
         leader = [min(heads) if head in heads else head for head in leader]

@@ -33,7 +33,5 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     plans = [solver.solve(objective=name, time_limit=time_limit / len(names), **arguments) for name in names]
     if not plans[0].schemes:
         return plans[:1]
-    steering = ("gap", "threads", "seed", "solver")
-    wishes = {name: value for name, value in arguments.items() if name not in steering}
-    plans += solver.near(plans[0], near, **wishes)
+    plans += solver.near(plans[0], near, **arguments)
     return list({tuple(plan.schemes.values()): plan for plan in reversed(plans)}.values())[::-1]

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..artifacts import Plan, Sensitivity
-from ..common import require
+from ..common import check_known, require
 from .certify import CLOSED
+from .options import AXES, SolveOptions
 from .session import Solver
-
-AXES = ("avg_bits", "size_mb", "size_bytes", "bitops", "latency_ms")
 
 
 def pareto(
@@ -41,6 +40,7 @@ def pareto(
         CladoError: as :func:`clado.solve`; not exactly one budget that is a non-empty sequence.
     """
     started = time.monotonic()
+    check_known("pareto", arguments, SolveOptions.about())
     budgets = {"avg_bits": avg_bits, **{name: arguments.pop(name, None) for name in AXES[1:]}}
     axes = [name for name, value in budgets.items() if isinstance(value, Sequence) and not isinstance(value, str)]
     single = [f"{name}={value}" for name, value in budgets.items() if value is not None]

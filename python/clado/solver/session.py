@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
-from ..common import CladoError, require
+from ..common import CladoError, check_known, require, takes
 from ..quant import Scheme
 from . import scip
-from .budgets import Budget, LinearConstraint, Table, allowed_candidates, check_minimum, layer_groups, make_budgets
-from .certify import CLOSED, SOLVERS, Answer, Effort, certify, reference, shifted, tightened
+from .budgets import Budget, allowed_candidates, check_minimum, layer_groups, make_budgets
+from .certify import CLOSED, Answer, Effort, certify, reference, shifted, tightened
 from .native import blas_threads
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
+from .options import BUDGETS, SolveOptions
 from .program import Merged, Program, merged, within_reach
 from .shift import ConvexForm, linear_form
 
@@ -30,57 +30,13 @@ MOST_FORMS = 6  # limits whose convex forms are kept
 EIGEN_SHARE = 0.1  # of the time limit that eigenvalues may take for what is only reported
 
 
-def solve(
-    sens: Sensitivity,
-    avg_bits: float | None = None,
-    size_mb: float | None = None,
-    size_bytes: float | None = None,
-    bitops: float | None = None,
-    latency_ms: float | None = None,
-    *,
-    latency: Table | str | os.PathLike[str] | None = None,
-    constraints: Sequence[LinearConstraint] | str | os.PathLike[str] = (),
-    objective: str = "original",
-    pin: Mapping[str, int] | None = None,
-    forbid: Mapping[str, int | Sequence[int]] | None = None,
-    min_bits: int | Mapping[str, int] | None = None,
-    max_bits: int | Mapping[str, int] | None = None,
-    shared_layers: Sequence[Sequence[str]] = (),
-    act_bits: int = 32,
-    start: Plan | None = None,
-    time_limit: float = 60.0,
-    gap: float = 0.0,
-    threads: int = 1,
-    seed: int = 0,
-    solver: str = "auto",
-) -> Plan:
+@takes(SolveOptions)
+def solve(sens: Sensitivity, options: SolveOptions) -> Plan:
     """Choose bits per layer: least predicted loss increase ½ xᵀGx within every budget that is given.
 
     Args:
         sens: the sensitivity matrix.
-        avg_bits: upper bound on Σ bits·weights / Σ weights.
-        size_mb: upper bound on the exported bytes of the layers (codes and scales) in MiB (2**20 bytes).
-        size_bytes: the same in bytes.
-        bitops: upper bound on Σ macs·bits·act_bits for one sample.
-        latency_ms: upper bound on the sum of ``latency``.
-        latency: {layer: {bits: ms}}, or a file that :func:`clado.solver.budgets.read_latency` reads.
-        constraints: linear constraints of your own, or a file that :func:`clado.solver.budgets.read_constraints` reads.
-        objective: "original", "clipped", "shrunk" or "diagonal"; see :func:`clado.solver.objectives.objective_matrix`.
-        pin: {layer: bits} that must be taken.
-        forbid: {layer: bits or several bits} that must not be taken.
-        min_bits: least bits, for all layers or {layer: bits}.
-        max_bits: most bits, likewise.
-        shared_layers: groups of layer names that take the same bits.
-        act_bits: width of the activations in ``bitops``; 32 while they stay float.
-        start: a plan to begin with, where it is feasible; the answer is never worse.
-        time_limit: seconds of wall time.
-        gap: stop once the relative gap is proven to be at most this: objective − bound over the larger of |objective|
-            and the sum of the magnitudes of the single increases.
-        threads: of the dense linear algebra behind the bound; one is fastest up to a few hundred candidates.
-        seed: of everything random; the same call gives the same plan unless the time limit ended it.
-        solver: "bnb" (heuristics, semidefinite bound, native branch and bound), "scip" (SCIP in place of the last),
-            "heuristic" (heuristics and bound only), "auto" (SCIP where nothing interacts, else bnb: SCIP on what bnb left
-            open after its time was never seen to lower the gap).
+        options: the arguments of :class:`SolveOptions`.
 
     Returns:
         Plan: "optimal" when the relative gap is at most 1e-6, else "feasible", with a bound that holds for the stated
@@ -91,8 +47,7 @@ def solve(
         CladoError: no budget, a budget below its minimum, a layer or width that is unknown, NaN or infinity in the
             matrix at a candidate that is allowed, an unknown objective or solver.
     """
-    arguments = dict(locals())
-    return Solver(arguments.pop("sens")).solve(**arguments)
+    return Solver(sens).answer(options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,72 +80,47 @@ class Solver:
         self._forms: dict[Any, dict[bytes, list[ConvexForm]]] = {}
         self._dropped: NDArray[np.bool_] = np.zeros(0, dtype=bool)
 
-    def solve(
-        self,
-        *,
-        objective: str = "original",
-        pin: Mapping[str, int] | None = None,
-        forbid: Mapping[str, int | Sequence[int]] | None = None,
-        min_bits: int | Mapping[str, int] | None = None,
-        max_bits: int | Mapping[str, int] | None = None,
-        shared_layers: Sequence[Sequence[str]] = (),
-        start: Plan | None = None,
-        time_limit: float = 60.0,
-        gap: float = 0.0,
-        threads: int = 1,
-        seed: int = 0,
-        solver: str = "auto",
-        **budget_arguments: Any,
-    ) -> Plan:
+    @takes(SolveOptions)
+    def solve(self, options: SolveOptions) -> Plan:
         """See :func:`clado.solve`."""
+        return self.answer(options)
+
+    def answer(self, options: SolveOptions) -> Plan:
+        """The plan for a question that is an object already."""
         started = time.monotonic()
-        require(solver in SOLVERS, "solve", "solver", f"be one of {SOLVERS}", repr(solver))
-        require(math.isfinite(time_limit) and time_limit > 0, "solve", "time_limit", "be positive seconds", time_limit)
-        require(math.isfinite(gap) and gap >= 0, "solve", "gap", "be non-negative", gap)
-        require(isinstance(threads, int) and threads >= 1, "solve", "threads", "be a whole number from 1 up", threads)
-        effort = Effort(started + time_limit, gap, seed, solver)
-        with blas_threads(threads):
-            asked = self._ask(objective, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
-            self._report_eigenvalues(time_limit)
-            answer = self._answer(asked, effort, start)
+        effort = Effort(started + options.time_limit, options.gap, options.seed, options.solver)
+        with blas_threads(options.threads):
+            asked = self._ask(options.objective, options)
+            self._report_eigenvalues(options.time_limit)
+            answer = self._answer(asked, effort, options.start)
             if answer.choice is None:
                 note = _conflict(self._merged(asked), asked.budgets, effort)
-                plan = self._infeasible(objective, note)
+                plan = self._infeasible(options.objective, note)
             else:
                 plan = self._plan(asked, answer)
         plan.info["seconds"] = time.monotonic() - started
         return plan
 
-    def near(
-        self,
-        plan: Plan,
-        count: int,
-        *,
-        pin: Mapping[str, int] | None = None,
-        forbid: Mapping[str, int | Sequence[int]] | None = None,
-        min_bits: int | Mapping[str, int] | None = None,
-        max_bits: int | Mapping[str, int] | None = None,
-        shared_layers: Sequence[Sequence[str]] = (),
-        **budget_arguments: Any,
-    ) -> list[Plan]:
+    @takes(SolveOptions)
+    def near(self, plan: Plan, count: int, options: SolveOptions) -> list[Plan]:
         """The ``count`` best plans within the budgets that differ from ``plan`` in one or two layers (or shared groups).
 
         Args:
-            plan: an answer of :meth:`solve` to the same budgets and wishes; its objective orders the others.
+            plan: an answer of :meth:`solve` to the same budgets and limits; its objective orders the others.
             count: how many at most.
-            pin, forbid, min_bits, max_bits, shared_layers, budget_arguments: as they were given to :meth:`solve`.
+
+        The other arguments are those that were given to :meth:`solve`; only budgets and limits count.
         """
-        asked = self._ask(plan.objective_name, (pin, forbid, min_bits, max_bits), shared_layers, budget_arguments)
+        asked = self._ask(plan.objective_name, options)
         small = self._merged(asked)
         best = small.gather(self.sens.candidates.indices(plan.schemes))
         found = _neighbours(small.program, small.keep, best, count)
         return [self._plan(asked, Answer(small.spread(choice), plan.bound, "near")) for choice in found]
 
-    def _ask(self, objective: str, limits: tuple, shared_layers: Sequence[Sequence[str]], budgets: dict) -> _Asked:
+    def _ask(self, objective: str, options: SolveOptions) -> _Asked:
         """A question in numbers; refuses what cannot be meant."""
-        require(objective in NAMES, "solve", "objective", f"be one of {NAMES}", repr(objective))
-        rows = make_budgets(self.sens, **budgets)
-        keep = np.flatnonzero(allowed_candidates(self.sens, *limits))
+        rows = make_budgets(self.sens, options)
+        keep = np.flatnonzero(allowed_candidates(self.sens, options))
         dropped = [self.sens.index(layer, scheme) for layer, scheme in self.sens.provenance.dropped]
         keep = np.setdiff1d(keep, np.array(dropped, dtype=keep.dtype))
         for budget in rows:
@@ -202,7 +132,7 @@ class Solver:
             np.stack([budget.use for budget in rows]),
             np.array([budget.limit for budget in rows], dtype=np.int64),
         )
-        return _Asked(objective, rows, program, keep, layer_groups(self.sens, shared_layers))
+        return _Asked(objective, rows, program, keep, layer_groups(self.sens, options.shared_layers))
 
     def _answer(self, asked: _Asked, effort: Effort, start: Plan | None) -> Answer:
         """Solve over groups of layers; the choice comes back over layers."""
@@ -360,7 +290,8 @@ def given_plan(
     choice = sens.candidates.indices(bits)
     solver = Solver(sens)
     solver.refresh(choice)
-    rows = make_budgets(sens, **budgets) if budgets else []
+    check_known("given_plan", budgets, BUDGETS)
+    rows = make_budgets(sens, SolveOptions(**budgets)) if budgets else []
     solver._report_eigenvalues(60.0)
     values = solver.values(choice, objective)
     return Plan(
