@@ -1,4 +1,4 @@
-"""Branch and bound for the integer quadratic program of bit-width selection."""
+"""Branch and bound for the integer quadratic program that chooses a candidate for every layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._program import check_program, check_values, program_addresses
 from ._registry import checked, define, require
-from .iqp_search import check_program, check_values, program_addresses
 
 
 @checked
@@ -58,7 +58,7 @@ def iqp_prove(
     origin = torch.zeros_like(linear) if point is None else point
     taken = linear.new_empty(0) if removed is None else removed
     form = (quadratic, linear, multipliers, given, origin, taken, constant, slack)
-    return torch.ops.clado.iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
+    return _iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
 
 
 def _allocate(
@@ -132,7 +132,7 @@ def _launch(
         choice.fill_(-1)
 
 
-define(
+_iqp_prove = define(
     "iqp_prove(Tensor matrix, Tensor starts, Tensor rows, Tensor limits, Tensor quadratic, Tensor linear, "
     "Tensor multipliers, Tensor start, Tensor point, Tensor removed, float constant, float slack, "
     "float tolerance, int nodes, float seconds) -> (Tensor, Tensor, Tensor)",

@@ -167,6 +167,39 @@ def carried(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterato
                 yield run
 
 
+def programs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    """Ragged layers, of one candidate to many; nothing here has a CUDA kernel."""
+    for counts in ((1,), (3, 1, 8), (9, 2, 40), (64, 1), (5,) * 20) if ON_CPU else ():
+        layers, size = len(counts), sum(counts)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        matrix = draw.standard_normal((size, size))
+        matrix += matrix.T
+        layer = np.repeat(np.arange(layers), counts)
+        matrix[layer[:, None] == layer[None, :]] = 0
+        matrix[np.diag_indices(size)] = 4
+        rows = draw.integers(0, 100, (2, size))
+        limits = np.full(2, 50 * layers)
+
+        def run(
+            threads: int,
+            arrays: tuple[np.ndarray, ...] = (matrix, starts, rows, limits),
+            shape: tuple[int, int, int] = (layers, 2, size),
+        ) -> list[np.ndarray]:
+            layers, budgets, size = shape
+            program = (*(at(x) for x in arrays), layers, budgets)
+            shift = max(0.0, -float(np.linalg.eigvalsh(arrays[0])[0]))
+            quadratic, linear = arrays[0] + shift * np.eye(size), np.full(size, -shift / 2)
+            zeros, removed = np.zeros(size), np.zeros((size, size))
+            choice, alive, outcome = np.full(layers, -1), np.zeros(size, np.uint8), np.zeros(3)
+            found = native.iqp_search_cpu(*program, at(choice), 1, 2000, 60.0, -np.inf)
+            form = (at(quadratic), at(linear), at(zeros), at(removed), at(zeros), 0.0, 1e-9)
+            start = choice.copy() if found else np.full(layers, -1)
+            native.iqp_prove_cpu(*program, *form, at(start), at(alive), at(outcome), 1e-6, 200, 60.0)
+            return [choice, start, alive, outcome]
+
+        yield run
+
+
 def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]], tuple[int, ...]]:
     """The kernels, what sets each level or order of theirs, and the thread counts to try at each."""
     module = load(path)
@@ -178,7 +211,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses, carried):
+    for family in (quantization, packing, losses, carried, programs):
         for run in family(native, draw):
             first = None
             for level in levels:

@@ -1,13 +1,12 @@
 #include "iqp_prove/iqp_prove.h"
 
-#include "bindings.h"
+#include "iqp_program.h"
 
 void bind_iqp_prove(py::module_& m) {
   m.def("iqp_prove_cpu", [](Address matrix, Address starts, Address rows, Address limits, int64_t layers, int64_t budgets,
                             Address quadratic, Address linear, Address multipliers, Address removed, Address point, double constant, double slack,
                             Address choice, Address alive, Address outcome, double tolerance, int64_t nodes, double seconds) {
-    const clado::IqpProgram program{as<const double>(matrix), as<const int64_t>(starts), as<const int64_t>(rows),
-                                    as<const int64_t>(limits), layers, budgets};
+    const clado::IqpProgram program = program_of(matrix, starts, rows, limits, layers, budgets);
     const clado::IqpForm form{as<const double>(quadratic), as<const double>(linear), as<const double>(multipliers),
                               as<const double>(removed),         as<const double>(point),  constant, slack};
     const clado::IqpProof proof =
