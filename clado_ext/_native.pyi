@@ -1,6 +1,19 @@
 """Types of the native module. Addresses, sizes, strides and the stream are plain integers; strides count elements."""
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 has_cuda: bool
+
+# Codes of a weight's dtype, and the bit-widths of codes.
+FLOAT32: int
+FLOAT16: int
+BFLOAT16: int
+LEAST_BITS: int
+MOST_BITS: int
+
+# A weight in place: address, dtype, rows, columns, row stride, columns of a group.
+Weight: TypeAlias = tuple[int, int, int, int, int, int]
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
@@ -129,121 +142,78 @@ def carried_softmax_cuda(
 
 # fake_quant
 def fake_quant_cpu(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
     threads: int,
     /,
 ) -> None: ...
 def quantize_weight_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    values: int,
-    sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
+    weight: Weight,
+    bits: Sequence[int],
     steps: int,
-    threads: int,
-    /,
-) -> None: ...
-def quantize_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    codes: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    threads: int,
-    /,
-) -> None: ...
-def fake_quant_cuda(
-    weight: int,
-    dtype: int,
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    block_errors: int,
+    threads: int,
+    /,
+) -> None: ...
+def quantize_cpu(weight: Weight, bits: Sequence[int], scales: int, zeros: int, codes: int, threads: int, /) -> None: ...
+def fake_quant_workspace(rows: int, columns: int, num_bits: int, /) -> int: ...
+def fake_quant_cuda(
+    weight: Weight,
+    bits: Sequence[int],
+    scales: int,
+    zeros: int,
+    values: int,
+    sqerr: int,
+    workspace: int,
     device: int,
     stream: int,
     /,
 ) -> None: ...
 def quantize_weight_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
+    steps: int,
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
+    search_workspace: int,
     workspace: int,
-    block_errors: int,
     device: int,
     stream: int,
     /,
 ) -> None: ...
 def quantize_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
     scales: int,
     zeros: int,
     codes: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
     device: int,
     stream: int,
     /,
 ) -> None: ...
 
 # scale_search
+MOST_STEPS: int  # shrink factors
+
 def scale_search_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
-    threads: int,
-    /,
+    weight: Weight, bits: Sequence[int], steps: int, scales: int, zeros: int, threads: int, /
 ) -> None: ...
 def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
 def scale_search_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
+    steps: int,
     scales: int,
     zeros: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
     workspace: int,
     device: int,
     stream: int,

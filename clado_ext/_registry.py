@@ -40,7 +40,7 @@ def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None
     return getattr(torch.ops.clado, name).default
 
 
-def call(name: str, device: torch.device, *args: int | float | list[int]) -> Any:
+def call(name: str, device: torch.device, *args: int | float | Sequence[int]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device == _CPU or device.type == "cpu":  # the first test is a tenth of the second
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())

@@ -64,17 +64,15 @@ def quantization(
                         zero = np.zeros((3, rows, groups), np.int8) if ranged else None
                         values = np.zeros((3, rows, columns), weight.dtype)
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
-                        sizes = (rows, columns, group, BITS)
-                        native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, STEPS, threads)
-                        native.fake_quant_cpu(
-                            at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads
-                        )
-                        native.quantize_cpu(at(weight), dtype, at(scale), at(zero), at(codes), *sizes, threads)
+                        given = ((at(weight), dtype, rows, columns, columns, group), BITS)
+                        native.scale_search_cpu(*given, STEPS, at(scale), at(zero), threads)
+                        native.fake_quant_cpu(*given, at(scale), at(zero), at(values), at(error), threads)
+                        native.quantize_cpu(*given, at(scale), at(zero), at(codes), threads)
                         outputs = [scale, values, error, *([] if zero is None else [zero])]
                         again = [np.empty_like(x) for x in outputs]
                         at_zero = at(again[3]) if ranged else 0
                         addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
-                        native.quantize_weight_cpu(at(weight), dtype, *addresses, *sizes, STEPS, threads)
+                        native.quantize_weight_cpu(*given, STEPS, *addresses, threads)
                         assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
                         return [*outputs, codes]
 

@@ -23,6 +23,10 @@ T* as(Address address) {
 inline void expect(bool holds, const char* op, const char* must) {
   if (!holds) throw std::invalid_argument(std::string(op) + ": " + must);
 }
+inline void expect_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  throw std::invalid_argument(std::string(op) + ": " + name + " must lie in " + std::to_string(low) + ".." + std::to_string(high));
+}
 inline void expect_sizes(const char* op, std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes) expect(size >= 0, op, "sizes must not be negative");
 }

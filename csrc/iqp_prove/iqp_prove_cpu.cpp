@@ -164,7 +164,7 @@ class Relaxation {
   // Exact enough minimisation over one layer's simplex by pairwise exchanges.
   void update(int64_t i) {
     int64_t* const v = left_.data();
-    double *const h = slope_.data(), *const moved = moved_.data(), *const curve = curve_.data();  // curve: [n, n]
+    double *const h = slope_.data(), *const moved = moved_.data(), *const curve = curve_.data();
     int64_t n = 0;
     for (int64_t c = p_.starts[i]; c < p_.starts[i + 1]; ++c)
       if ((*alive_)[c]) v[n++] = c;
@@ -176,7 +176,7 @@ class Relaxation {
       for (int64_t b = 0; b < n; ++b) {
         double bend = quadratic(v[a])[v[b]];
         for (int64_t r = 0; r < p_.budgets; ++r) bend += stiffness_[r] * use_[r * size_ + v[a]] * use_[r * size_ + v[b]];
-        curve[a * n + b] = bend;
+        curve[b * n + a] = bend;  // by columns, which the exchanges read
       }
     }
     for (int64_t step = 0; step < 3 * n; ++step) {
@@ -187,13 +187,14 @@ class Relaxation {
       }
       const double slope = h[high] - h[low];
       if (slope <= 1e-11 * (std::abs(h[high]) + std::abs(h[low]))) break;
-      const double bend = curve[low * n + low] + curve[high * n + high] - 2 * curve[low * n + high];
+      const double *to = curve + low * n, *from = curve + high * n;
+      const double bend = to[low] + from[high] - 2 * from[low];
       const double full = x_[v[high]];
       const double t = bend * full > slope ? slope / bend : full;
       x_[v[high]] = t == full ? 0 : full - t;
       x_[v[low]] += t;
       moved[high] -= t, moved[low] += t;
-      for (int64_t a = 0; a < n; ++a) h[a] += t * (curve[a * n + low] - curve[a * n + high]);
+      for (int64_t a = 0; a < n; ++a) h[a] += t * (to[a] - from[a]);
     }
     for (int64_t a = 0; a < n; ++a) {
       if (moved[a] == 0) continue;
