@@ -14,6 +14,8 @@ MOST_BITS: int
 
 # A weight in place: address, dtype, rows, columns, row stride, columns of a group.
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
+# Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
+Streams: TypeAlias = tuple[int, int, int, bool, bool]
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
@@ -25,28 +27,14 @@ def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 
 # carried
-def carried_gelu_cpu(
-    clean: int,
-    delta: int,
-    out: int,
-    streams: int,
-    size: int,
-    delta_half: bool,
-    out_half: bool,
-    threads: int,
-    /,
-) -> None: ...
+def carried_gelu_cpu(clean: int, delta: int, out: int, streams: Streams, threads: int, /) -> None: ...
 def carried_layer_norm_cpu(
     clean: int,
     delta: int,
     weight: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    delta_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -57,12 +45,8 @@ def carried_add_layer_norm_cpu(
     weight: int,
     sum: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    branch_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -71,38 +55,19 @@ def carried_softmax_cpu(
     clean: int,
     delta: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     scale: float,
-    delta_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
-def carried_gelu_cuda(
-    clean: int,
-    delta: int,
-    out: int,
-    streams: int,
-    size: int,
-    delta_half: bool,
-    out_half: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def carried_gelu_cuda(clean: int, delta: int, out: int, streams: Streams, device: int, stream: int, /) -> None: ...
 def carried_layer_norm_cuda(
     clean: int,
     delta: int,
     weight: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    delta_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,
@@ -114,12 +79,8 @@ def carried_add_layer_norm_cuda(
     weight: int,
     sum: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    branch_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,
@@ -129,12 +90,8 @@ def carried_softmax_cuda(
     clean: int,
     delta: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     scale: float,
-    delta_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,

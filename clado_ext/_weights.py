@@ -48,7 +48,7 @@ def matrix_shape(weight: Tensor, group_size: int) -> tuple[int, int, int, int]:
 
 
 def given(weight: Tensor, group_size: int) -> tuple[Tensor, _native.Weight]:
-    """How the native functions take a weight, and what has to outlive the call: the weight, or a contiguous copy.
+    """The weight, or a contiguous copy, which has to outlive the call, and how the native functions take it.
 
     No copy is made of a matrix whose rows lie apart, as long as the elements of a row are side by side.
     """

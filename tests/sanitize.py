@@ -151,16 +151,15 @@ def carried(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterato
                     kind, weights = np.uint16 if halves[1] else np.float32, np.exp(clean)
                     gelu, norm = np.zeros(delta.shape, kind), np.zeros(delta.shape, kind)
                     soft = np.zeros((*delta.shape[:-1], 2 * delta.shape[-1]), kind)
-                    native.carried_gelu_cpu(
-                        at(clean), at(delta), at(gelu), delta.shape[0], clean.size, *halves, threads
-                    )
-                    native.carried_layer_norm_cpu(
-                        at(clean), at(delta), at(weight), at(norm), *delta.shape, 1e-5, *halves, threads
-                    )
-                    native.carried_softmax_cpu(
-                        at(clean), at(weights), at(delta), at(soft), *delta.shape, 0.5, *halves, threads
-                    )
-                    return [gelu, norm, soft]
+                    streams = (*delta.shape, *halves)
+                    native.carried_gelu_cpu(at(clean), at(delta), at(gelu), streams, threads)
+                    native.carried_layer_norm_cpu(at(clean), at(delta), at(weight), at(norm), streams, 1e-5, threads)
+                    native.carried_softmax_cpu(at(clean), at(weights), at(delta), at(soft), streams, 0.5, threads)
+                    residual, total = np.ones(delta.shape, np.float32), np.zeros(delta.shape, np.float32)
+                    added = np.zeros(delta.shape, kind)
+                    addresses = (at(clean), at(residual), at(delta), at(weight), at(total), at(added))
+                    native.carried_add_layer_norm_cpu(*addresses, streams, 1e-5, threads)
+                    return [gelu, norm, soft, total, added]
 
                 yield run
 
