@@ -16,6 +16,8 @@ MOST_BITS: int
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
 # Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
 Streams: TypeAlias = tuple[int, int, int, bool, bool]
+# Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
+Changes: TypeAlias = tuple[int, int, int, int, int, bool]
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
@@ -178,31 +180,8 @@ def scale_search_cuda(
 ) -> None: ...
 
 # batched_ce
-def batched_ce_cpu(
-    logits: int,
-    delta: int,
-    target: int,
-    increase: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    threads: int,
-    /,
-) -> bool: ...
-def batched_ce_cuda(
-    logits: int,
-    delta: int,
-    target: int,
-    increase: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def batched_ce_cpu(changes: Changes, target: int, increase: int, threads: int, /) -> bool: ...
+def batched_ce_cuda(changes: Changes, target: int, increase: int, device: int, stream: int, /) -> None: ...
 
 # iqp_prove
 def iqp_prove_cpu(
@@ -245,30 +224,8 @@ def iqp_search_cpu(
 ) -> bool: ...
 
 # pairwise_ce
-def pairwise_ce_cpu(
-    logits: int,
-    delta: int,
-    total: int,
-    squares: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    threads: int,
-    /,
-) -> None: ...
+def pairwise_ce_cpu(changes: Changes, total: int, squares: int, threads: int, /) -> None: ...
 def pairwise_ce_workspace(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
 def pairwise_ce_cuda(
-    logits: int,
-    delta: int,
-    total: int,
-    squares: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    workspace: int,
-    device: int,
-    stream: int,
-    /,
+    changes: Changes, total: int, squares: int, workspace: int, device: int, stream: int, /
 ) -> None: ...

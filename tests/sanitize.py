@@ -122,11 +122,10 @@ def losses(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator
                     n = delta.shape[0]
                     kl, ce = np.zeros(delta.shape[:2]), np.zeros(delta.shape[:2])
                     total, squares = np.zeros((n, n)), np.zeros((n, n))
-                    native.batched_ce_cpu(at(logits), at(delta), 0, at(kl), *delta.shape, double, threads)
-                    assert native.batched_ce_cpu(
-                        at(logits), at(delta), at(target), at(ce), *delta.shape, double, threads
-                    )
-                    native.pairwise_ce_cpu(at(logits), at(delta), at(total), at(squares), *delta.shape, double, threads)
+                    changes = (at(logits), at(delta), *delta.shape, double)
+                    native.batched_ce_cpu(changes, 0, at(kl), threads)
+                    assert native.batched_ce_cpu(changes, at(target), at(ce), threads)
+                    native.pairwise_ce_cpu(changes, at(total), at(squares), threads)
                     return [kl, ce, total, squares]
 
                 yield run

@@ -34,13 +34,6 @@ inline void expect_sizes(const char* op, std::initializer_list<int64_t> sizes) {
 inline void expect_memory(const char* op, int64_t elements, std::initializer_list<Address> addresses) {
   for (const Address address : addresses) expect(elements == 0 || address != 0, op, "addresses must not be null");
 }
-// Both loss ops take [perturbations, samples, classes].
-inline void expect_losses(const char* op, std::initializer_list<Address> addresses, int64_t perturbations, int64_t samples,
-                          int64_t classes) {
-  expect_sizes(op, {perturbations, samples});
-  expect(classes >= 1, op, "classes must be positive");
-  expect_memory(op, perturbations * samples, addresses);
-}
 
 void bind_batched_ce(py::module_& m);
 void bind_bitpack(py::module_& m);

@@ -163,7 +163,7 @@ class AsNative:
     def _workspaces(self, stem: str, args: tuple[Any, ...]) -> list[int]:
         """Bytes of each, as the torch op asks for them."""
         if stem == "pairwise_ce":
-            return [int(self.module.pairwise_ce_workspace(*args[4:8]))]
+            return [int(self.module.pairwise_ce_workspace(*args[0][2:]))]
         if stem == "scale_search":
             return [self._search_workspace(*args[:3])]
         if stem == "fake_quant":
