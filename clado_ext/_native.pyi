@@ -1,4 +1,4 @@
-"""Types of the native module. Addresses, sizes, strides and the stream are plain integers; strides count elements."""
+"""Types of the native module. Addresses, sizes, strides (in elements) and the stream are plain integers, alone or in tuples."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -18,6 +18,10 @@ Weight: TypeAlias = tuple[int, int, int, int, int, int]
 Streams: TypeAlias = tuple[int, int, int, bool, bool]
 # Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
 Changes: TypeAlias = tuple[int, int, int, int, int, bool]
+# An integer quadratic program: addresses of matrix, starts, rows and limits, layers, budgets.
+Program: TypeAlias = tuple[int, int, int, int, int, int]
+# A convex form below it: addresses of quadratic, linear, multipliers, removed (or 0) and point, constant, slack.
+Form: TypeAlias = tuple[int, int, int, int, int, float, float]
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
@@ -185,19 +189,8 @@ def batched_ce_cuda(changes: Changes, target: int, increase: int, device: int, s
 
 # iqp_prove
 def iqp_prove_cpu(
-    matrix: int,
-    starts: int,
-    rows: int,
-    limits: int,
-    layers: int,
-    budgets: int,
-    quadratic: int,
-    linear: int,
-    multipliers: int,
-    removed: int,
-    point: int,
-    constant: float,
-    slack: float,
+    program: Program,
+    form: Form,
     choice: int,
     alive: int,
     outcome: int,
@@ -208,20 +201,7 @@ def iqp_prove_cpu(
 ) -> None: ...
 
 # iqp_search
-def iqp_search_cpu(
-    matrix: int,
-    starts: int,
-    rows: int,
-    limits: int,
-    layers: int,
-    budgets: int,
-    choice: int,
-    seed: int,
-    work: int,
-    seconds: float,
-    target: float,
-    /,
-) -> bool: ...
+def iqp_search_cpu(program: Program, choice: int, seed: int, work: int, seconds: float, target: float, /) -> bool: ...
 
 # pairwise_ce
 def pairwise_ce_cpu(changes: Changes, total: int, squares: int, threads: int, /) -> None: ...

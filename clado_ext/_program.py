@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _native
 from ._registry import require
 
 
@@ -38,9 +39,7 @@ def check_values(op: str, matrix: Tensor, starts: Tensor, choice: Tensor) -> Non
     require(bool(matrix.isfinite().all()), op, "matrix", "be finite", "NaN or infinity")
 
 
-def program_addresses(
-    matrix: Tensor, starts: Tensor, rows: Tensor, limits: Tensor
-) -> tuple[int, int, int, int, int, int]:
-    """First arguments of the native functions, for contiguous tensors."""
+def numbers(matrix: Tensor, starts: Tensor, rows: Tensor, limits: Tensor) -> _native.Program:
+    """A program of contiguous tensors, which have to outlive the call, as the native functions take it."""
     layers, budgets = starts.numel() - 1, rows.shape[0]
     return matrix.data_ptr(), starts.data_ptr(), rows.data_ptr(), limits.data_ptr(), layers, budgets

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._program import check_program, check_values, program_addresses
+from ._program import check_program, check_values, numbers
 from ._registry import checked, define, require
 
 
@@ -124,10 +124,10 @@ def _launch(
     require(finite, "iqp_prove", "quadratic, linear, point and removed", "be finite", "NaN or infinity")
     choice.copy_(start)
     taken = removed.data_ptr() if removed.numel() else 0
-    program = program_addresses(matrix, starts, rows, limits)
-    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
+    program = numbers(matrix, starts, rows, limits)
+    addresses = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
     out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
-    _native.iqp_prove_cpu(*program, *form, constant, slack, *out, tolerance, nodes, seconds)
+    _native.iqp_prove_cpu(program, (*addresses, constant, slack), *out, tolerance, nodes, seconds)
     if int(choice[0]) < 0:
         choice.fill_(-1)
 

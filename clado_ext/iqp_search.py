@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._program import check_program, check_values, program_addresses
+from ._program import check_program, check_values, numbers
 from ._registry import checked, define, require
 
 
@@ -89,9 +89,8 @@ def _launch(
     matrix, starts, rows, limits = (tensor.contiguous() for tensor in (matrix, starts, rows, limits))
     check_values("iqp_search", matrix, starts, start)
     choice.copy_(start)
-    feasible[0] = _native.iqp_search_cpu(
-        *program_addresses(matrix, starts, rows, limits), choice.data_ptr(), seed, work, seconds, target
-    )
+    program = numbers(matrix, starts, rows, limits)
+    feasible[0] = _native.iqp_search_cpu(program, choice.data_ptr(), seed, work, seconds, target)
 
 
 _iqp_search = define(
