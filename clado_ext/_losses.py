@@ -1,10 +1,11 @@
-"""What the loss ops share: checks of logits and logit changes."""
+"""What the loss ops share: checks of logits and logit changes, and how the native module takes them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import _native
 from ._registry import refusal
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -29,3 +30,9 @@ def check_logits(op: str, logits: Tensor, delta: Tensor) -> None:
 def computed(x: Tensor) -> Tensor:
     """Contiguous, and float32 where the dtype is a half precision."""
     return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
+
+
+def numbers(logits: Tensor, delta: Tensor) -> _native.Changes:
+    """What :func:`computed` gave as the native functions take it; both have to outlive the call."""
+    perturbations, samples, classes = delta.shape
+    return logits.data_ptr(), delta.data_ptr(), perturbations, samples, classes, logits.dtype == torch.float64

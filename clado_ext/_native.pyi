@@ -1,6 +1,27 @@
-"""Types of the native module. Addresses, sizes, strides and the stream are plain integers; strides count elements."""
+"""Types of the native module. Addresses, sizes, strides (in elements) and the stream are plain integers, alone or in tuples."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 has_cuda: bool
+
+# Codes of a weight's dtype, and the bit-widths of codes.
+FLOAT32: int
+FLOAT16: int
+BFLOAT16: int
+LEAST_BITS: int
+MOST_BITS: int
+
+# A weight in place: address, dtype, rows, columns, row stride, columns of a group.
+Weight: TypeAlias = tuple[int, int, int, int, int, int]
+# Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
+Streams: TypeAlias = tuple[int, int, int, bool, bool]
+# Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
+Changes: TypeAlias = tuple[int, int, int, int, int, bool]
+# An integer quadratic program: addresses of matrix, starts, rows and limits, layers, budgets.
+Program: TypeAlias = tuple[int, int, int, int, int, int]
+# A convex form below it: addresses of quadratic, linear, multipliers, removed (or 0) and point, constant, slack.
+Form: TypeAlias = tuple[int, int, int, int, int, float, float]
 
 def simd_level() -> int: ...
 def set_simd(level: int) -> int: ...
@@ -12,28 +33,14 @@ def pack_cuda(codes: int, words: int, rows: int, columns: int, bits: int, device
 def unpack_cuda(words: int, codes: int, rows: int, columns: int, bits: int, device: int, stream: int, /) -> None: ...
 
 # carried
-def carried_gelu_cpu(
-    clean: int,
-    delta: int,
-    out: int,
-    streams: int,
-    size: int,
-    delta_half: bool,
-    out_half: bool,
-    threads: int,
-    /,
-) -> None: ...
+def carried_gelu_cpu(clean: int, delta: int, out: int, streams: Streams, threads: int, /) -> None: ...
 def carried_layer_norm_cpu(
     clean: int,
     delta: int,
     weight: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    delta_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -44,12 +51,8 @@ def carried_add_layer_norm_cpu(
     weight: int,
     sum: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    branch_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -58,38 +61,19 @@ def carried_softmax_cpu(
     clean: int,
     delta: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     scale: float,
-    delta_half: bool,
-    out_half: bool,
     threads: int,
     /,
 ) -> None: ...
-def carried_gelu_cuda(
-    clean: int,
-    delta: int,
-    out: int,
-    streams: int,
-    size: int,
-    delta_half: bool,
-    out_half: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def carried_gelu_cuda(clean: int, delta: int, out: int, streams: Streams, device: int, stream: int, /) -> None: ...
 def carried_layer_norm_cuda(
     clean: int,
     delta: int,
     weight: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    delta_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,
@@ -101,12 +85,8 @@ def carried_add_layer_norm_cuda(
     weight: int,
     sum: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     eps: float,
-    branch_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,
@@ -116,12 +96,8 @@ def carried_softmax_cuda(
     clean: int,
     delta: int,
     out: int,
-    streams: int,
-    rows: int,
-    columns: int,
+    streams: Streams,
     scale: float,
-    delta_half: bool,
-    out_half: bool,
     device: int,
     stream: int,
     /,
@@ -129,121 +105,78 @@ def carried_softmax_cuda(
 
 # fake_quant
 def fake_quant_cpu(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
     threads: int,
     /,
 ) -> None: ...
 def quantize_weight_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    values: int,
-    sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
+    weight: Weight,
+    bits: Sequence[int],
     steps: int,
-    threads: int,
-    /,
-) -> None: ...
-def quantize_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    codes: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    threads: int,
-    /,
-) -> None: ...
-def fake_quant_cuda(
-    weight: int,
-    dtype: int,
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    block_errors: int,
+    threads: int,
+    /,
+) -> None: ...
+def quantize_cpu(weight: Weight, bits: Sequence[int], scales: int, zeros: int, codes: int, threads: int, /) -> None: ...
+def fake_quant_workspace(rows: int, columns: int, num_bits: int, /) -> int: ...
+def fake_quant_cuda(
+    weight: Weight,
+    bits: Sequence[int],
+    scales: int,
+    zeros: int,
+    values: int,
+    sqerr: int,
+    workspace: int,
     device: int,
     stream: int,
     /,
 ) -> None: ...
 def quantize_weight_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
+    steps: int,
     scales: int,
     zeros: int,
     values: int,
     sqerr: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
+    search_workspace: int,
     workspace: int,
-    block_errors: int,
     device: int,
     stream: int,
     /,
 ) -> None: ...
 def quantize_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
     scales: int,
     zeros: int,
     codes: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
     device: int,
     stream: int,
     /,
 ) -> None: ...
 
 # scale_search
+MOST_STEPS: int  # shrink factors
+
 def scale_search_cpu(
-    weight: int,
-    dtype: int,
-    scales: int,
-    zeros: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
-    threads: int,
-    /,
+    weight: Weight, bits: Sequence[int], steps: int, scales: int, zeros: int, threads: int, /
 ) -> None: ...
 def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
 def scale_search_cuda(
-    weight: int,
-    dtype: int,
+    weight: Weight,
+    bits: Sequence[int],
+    steps: int,
     scales: int,
     zeros: int,
-    rows: int,
-    columns: int,
-    group_size: int,
-    bits: list[int],
-    steps: int,
     workspace: int,
     device: int,
     stream: int,
@@ -251,47 +184,13 @@ def scale_search_cuda(
 ) -> None: ...
 
 # batched_ce
-def batched_ce_cpu(
-    logits: int,
-    delta: int,
-    target: int,
-    increase: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    threads: int,
-    /,
-) -> bool: ...
-def batched_ce_cuda(
-    logits: int,
-    delta: int,
-    target: int,
-    increase: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def batched_ce_cpu(changes: Changes, target: int, increase: int, threads: int, /) -> bool: ...
+def batched_ce_cuda(changes: Changes, target: int, increase: int, device: int, stream: int, /) -> None: ...
 
 # iqp_prove
 def iqp_prove_cpu(
-    matrix: int,
-    starts: int,
-    rows: int,
-    limits: int,
-    layers: int,
-    budgets: int,
-    quadratic: int,
-    linear: int,
-    multipliers: int,
-    removed: int,
-    point: int,
-    constant: float,
-    slack: float,
+    program: Program,
+    form: Form,
     choice: int,
     alive: int,
     outcome: int,
@@ -302,46 +201,11 @@ def iqp_prove_cpu(
 ) -> None: ...
 
 # iqp_search
-def iqp_search_cpu(
-    matrix: int,
-    starts: int,
-    rows: int,
-    limits: int,
-    layers: int,
-    budgets: int,
-    choice: int,
-    seed: int,
-    work: int,
-    seconds: float,
-    target: float,
-    /,
-) -> bool: ...
+def iqp_search_cpu(program: Program, choice: int, seed: int, work: int, seconds: float, target: float, /) -> bool: ...
 
 # pairwise_ce
-def pairwise_ce_cpu(
-    logits: int,
-    delta: int,
-    total: int,
-    squares: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    threads: int,
-    /,
-) -> None: ...
+def pairwise_ce_cpu(changes: Changes, total: int, squares: int, threads: int, /) -> None: ...
 def pairwise_ce_workspace(perturbations: int, samples: int, classes: int, is_double: bool, /) -> int: ...
 def pairwise_ce_cuda(
-    logits: int,
-    delta: int,
-    total: int,
-    squares: int,
-    perturbations: int,
-    samples: int,
-    classes: int,
-    is_double: bool,
-    workspace: int,
-    device: int,
-    stream: int,
-    /,
+    changes: Changes, total: int, squares: int, workspace: int, device: int, stream: int, /
 ) -> None: ...

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import _native
 
-LIBRARY = torch.library.Library("clado", "DEF")
+_library: Any = torch.library  # its methods are not annotated
+LIBRARY = _library.Library("clado", "DEF")
 _CPU = torch.device("cpu")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None]) -> Callable[..., Any]:
+def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None]) -> Callable[_P, _R]:
     """Register ``clado::<name>`` for CPU, CUDA and fake tensors; returns the op (a call of it costs less than by its name).
 
     ``allocate(*args)`` checks the arguments and returns the empty output(s); it runs under fake tensors too, so it may
@@ -28,19 +29,20 @@ def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None
     """
     name = schema.split("(", 1)[0]
 
-    def run(*args: Any) -> Any:
-        outputs = allocate(*args)
-        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        outputs = allocate(*args, **kwargs)
+        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)), **kwargs)
         return outputs
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
-    torch.library.register_fake(f"clado::{name}", allocate, lib=LIBRARY)
-    return getattr(torch.ops.clado, name).default
+    _library.register_fake(f"clado::{name}", allocate, lib=LIBRARY)
+    op: Callable[_P, _R] = getattr(torch.ops.clado, name).default
+    return op
 
 
-def call(name: str, device: torch.device, *args: int | float | list[int]) -> Any:
+def call(name: str, device: torch.device, *args: float | Sequence[int]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device == _CPU or device.type == "cpu":  # the first test is a tenth of the second
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""What the quantization ops share: checks of a weight, its widths and its groups."""
+"""What the quantization ops share: checks of a weight, its widths and its groups, and how the native module takes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import _native
+from ._native import LEAST_BITS, MOST_BITS, MOST_STEPS
 from ._registry import refusal
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: _native.FLOAT32, torch.float16: _native.FLOAT16, torch.bfloat16: _native.BFLOAT16}
 
 
 def check_weight(op: str, weight: Tensor, bits: Sequence[int], group_size: int) -> None:
@@ -21,14 +23,20 @@ def check_weight(op: str, weight: Tensor, bits: Sequence[int], group_size: int) 
     if weight.dim() < 1:
         raise refusal(op, "weight", "have at least one dimension", "0")
     if not _ascending(tuple(bits)):
-        raise refusal(op, "bits", "be distinct ascending widths in 2..8", tuple(bits))
+        raise refusal(op, "bits", f"be distinct ascending widths in {LEAST_BITS}..{MOST_BITS}", tuple(bits))
     if group_size != -1 and group_size <= 0:
         raise refusal(op, "group_size", "be -1 or positive", group_size)
 
 
+def check_steps(op: str, steps: int) -> None:
+    """Raise ``ValueError`` unless a search can try so many shrink factors."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise refusal(op, "steps", f"lie in 1..{MOST_STEPS}", steps)
+
+
 @lru_cache
 def _ascending(bits: tuple[int, ...]) -> bool:
-    return len(bits) > 0 and list(bits) == sorted(set(bits)) and bits[0] >= 2 and bits[-1] <= 8
+    return len(bits) > 0 and list(bits) == sorted(set(bits)) and bits[0] >= LEAST_BITS and bits[-1] <= MOST_BITS
 
 
 def matrix_shape(weight: Tensor, group_size: int) -> tuple[int, int, int, int]:
@@ -37,3 +45,18 @@ def matrix_shape(weight: Tensor, group_size: int) -> tuple[int, int, int, int]:
     columns = weight.numel() // rows if rows else math.prod(weight.shape[1:])
     size = (columns if group_size == -1 else min(group_size, columns)) or 1
     return rows, columns, size, -(-columns // size)
+
+
+def given(weight: Tensor, group_size: int) -> tuple[Tensor, _native.Weight]:
+    """The weight, or a contiguous copy, which has to outlive the call, and how the native functions take it.
+
+    No copy is made of a matrix whose rows lie apart, as long as the elements of a row are side by side.
+    """
+    rows, columns, size, _ = matrix_shape(weight, group_size)
+    row_stride = columns
+    if not weight.is_contiguous():
+        if weight.dim() == 2 and weight.stride(1) == 1:
+            row_stride = weight.stride(0)
+        else:
+            weight = weight.contiguous()
+    return weight, (weight.data_ptr(), DTYPES[weight.dtype], rows, columns, row_stride, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._losses import check_logits, computed
+from ._losses import check_logits, computed, numbers
 from ._registry import call, checked, define, refusal
 
 
@@ -47,8 +47,7 @@ def _allocate(logits: Tensor, delta: Tensor, target: Tensor | None) -> Tensor:
 def _launch(logits: Tensor, delta: Tensor, target: Tensor | None, out: Tensor) -> None:
     z, d = computed(logits), computed(delta)
     y = None if target is None else target.contiguous()
-    addresses = (z.data_ptr(), d.data_ptr(), 0 if y is None else y.data_ptr(), out.data_ptr())
-    inside = call("batched_ce", z.device, *addresses, *d.shape, z.dtype == torch.float64)
+    inside = call("batched_ce", z.device, numbers(z, d), 0 if y is None else y.data_ptr(), out.data_ptr())
     if inside is False:
         raise refusal("batched_ce", "target", f"lie in [0, {z.shape[1]})", "a label outside")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._native import LEAST_BITS, MOST_BITS
 from ._registry import call, check_output, checked, define, refusal, require
 
 
@@ -88,10 +89,15 @@ def _along(x: Tensor, dim: int, op: str, name: str, run: Callable[[Tensor], Tens
     return run(x.movedim(dim, -1)).movedim(-1, dim).contiguous()
 
 
+def _check_bits(op: str, bits: int) -> None:
+    if not LEAST_BITS <= bits <= MOST_BITS:
+        raise refusal(op, "bits", f"lie in {LEAST_BITS}..{MOST_BITS}", bits)
+
+
 def _packed_shape(op: str, codes: Tensor, bits: int) -> tuple[int, ...]:
     require(codes.dtype == torch.int8, op, "codes", "be int8", codes.dtype)
     require(codes.dim() >= 1, op, "codes", "have at least one dimension", "0")
-    require(2 <= bits <= 8, op, "bits", "lie in 2..8", bits)
+    _check_bits(op, bits)
     return (*codes.shape[:-1], packed_columns(codes.shape[-1], bits))
 
 
@@ -112,7 +118,7 @@ def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
 def _codes_shape(op: str, packed: Tensor, bits: int, columns: int) -> tuple[int, ...]:
     require(packed.dtype == torch.int32, op, "packed", "be int32", packed.dtype)
     require(packed.dim() >= 1, op, "packed", "have at least one dimension", "0")
-    require(2 <= bits <= 8, op, "bits", "lie in 2..8", bits)
+    _check_bits(op, bits)
     require(columns >= 0, op, "columns", "not be negative", columns)
     words = packed_columns(columns, bits)
     if packed.shape[-1] != words:

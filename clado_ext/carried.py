@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _native
 from ._registry import call, checked, define, refusal
 
 _HALF = (torch.float32, torch.bfloat16)
@@ -29,7 +30,7 @@ def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.clado.carried_gelu(clean, delta, bfloat16)
+    return _carried_gelu(clean, delta, bfloat16)
 
 
 @checked
@@ -51,7 +52,7 @@ def carried_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.clado.carried_layer_norm(clean, delta, weight, eps, bfloat16)
+    return _carried_layer_norm(clean, delta, weight, eps, bfloat16)
 
 
 @checked
@@ -79,10 +80,7 @@ def carried_add_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    found: tuple[Tensor, Tensor] = torch.ops.clado.carried_add_layer_norm(
-        clean, residual, branch, weight, eps, bfloat16
-    )
-    return found
+    return _carried_add_layer_norm(clean, residual, branch, weight, eps, bfloat16)
 
 
 @checked
@@ -103,7 +101,7 @@ def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float =
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.clado.carried_softmax(scores, clean, delta, scale, bfloat16)
+    return _carried_softmax(scores, clean, delta, scale, bfloat16)
 
 
 def _check(op: str, clean: Tensor, delta: Tensor, name: str = "delta") -> None:
@@ -128,14 +126,10 @@ def _dtype(bfloat16: bool) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def _sizes(clean: Tensor, delta: Tensor) -> tuple[int, int, int]:
-    """(streams, rows, columns)."""
-    rows = clean[..., 0].numel() if clean.shape[-1] else 0
-    return delta.shape[0] // max(1, clean.shape[0]), rows, clean.shape[-1]
-
-
-def _flags(delta: Tensor, bfloat16: bool) -> tuple[bool, bool]:
-    return delta.dtype == torch.bfloat16, bfloat16
+def _streams(clean: Tensor, delta: Tensor, bfloat16: bool) -> _native.Streams:
+    columns = clean.shape[-1]
+    rows = clean.numel() // columns if columns else 0
+    return delta.shape[0] // max(1, clean.shape[0]), rows, columns, delta.dtype == torch.bfloat16, bfloat16
 
 
 def _allocate_gelu(clean: Tensor, delta: Tensor, bfloat16: bool) -> Tensor:
@@ -145,9 +139,8 @@ def _allocate_gelu(clean: Tensor, delta: Tensor, bfloat16: bool) -> Tensor:
 
 def _launch_gelu(clean: Tensor, delta: Tensor, bfloat16: bool, out: Tensor) -> None:
     x, d = clean.contiguous(), delta.contiguous()
-    streams = delta.shape[0] // max(1, clean.shape[0])
     addresses = (x.data_ptr(), d.data_ptr(), out.data_ptr())
-    call("carried_gelu", x.device, *addresses, streams, x.numel(), *_flags(delta, bfloat16))
+    call("carried_gelu", x.device, *addresses, _streams(clean, delta, bfloat16))
 
 
 def _allocate_layer_norm(clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool) -> Tensor:
@@ -161,7 +154,7 @@ def _launch_layer_norm(
 ) -> None:
     x, d, w = clean.contiguous(), delta.contiguous(), None if weight is None else weight.contiguous()
     addresses = (x.data_ptr(), d.data_ptr(), 0 if w is None else w.data_ptr(), out.data_ptr())
-    call("carried_layer_norm", x.device, *addresses, *_sizes(clean, delta), eps, *_flags(delta, bfloat16))
+    call("carried_layer_norm", x.device, *addresses, _streams(clean, delta, bfloat16), eps)
 
 
 def _allocate_add_layer_norm(
@@ -188,7 +181,7 @@ def _launch_add_layer_norm(
     x, r, b = clean.contiguous(), residual.contiguous(), branch.contiguous()
     w = None if weight is None else weight.contiguous()
     addresses = [0 if t is None else t.data_ptr() for t in (x, r, b, w, total, out)]
-    call("carried_add_layer_norm", x.device, *addresses, *_sizes(clean, branch), eps, *_flags(branch, bfloat16))
+    call("carried_add_layer_norm", x.device, *addresses, _streams(clean, branch, bfloat16), eps)
 
 
 def _allocate_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool) -> Tensor:
@@ -201,22 +194,24 @@ def _allocate_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float
 def _launch_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool, out: Tensor) -> None:
     s, p, d = scores.contiguous(), clean.contiguous(), delta.contiguous()
     addresses = (s.data_ptr(), p.data_ptr(), d.data_ptr(), out.data_ptr())
-    call("carried_softmax", p.device, *addresses, *_sizes(clean, delta), scale, *_flags(delta, bfloat16))
+    call("carried_softmax", p.device, *addresses, _streams(clean, delta, bfloat16), scale)
 
 
-define("carried_gelu(Tensor clean, Tensor delta, bool bfloat16) -> Tensor", _allocate_gelu, _launch_gelu)
-define(
+_carried_gelu = define(
+    "carried_gelu(Tensor clean, Tensor delta, bool bfloat16) -> Tensor", _allocate_gelu, _launch_gelu
+)
+_carried_layer_norm = define(
     "carried_layer_norm(Tensor clean, Tensor delta, Tensor? weight, float eps, bool bfloat16) -> Tensor",
     _allocate_layer_norm,
     _launch_layer_norm,
 )
-define(
+_carried_add_layer_norm = define(
     "carried_add_layer_norm(Tensor clean, Tensor residual, Tensor branch, Tensor? weight, float eps, bool bfloat16)"
     " -> (Tensor, Tensor)",
     _allocate_add_layer_norm,
     _launch_add_layer_norm,
 )
-define(
+_carried_softmax = define(
     "carried_softmax(Tensor scores, Tensor clean, Tensor delta, float scale, bool bfloat16) -> Tensor",
     _allocate_softmax,
     _launch_softmax,

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from . import _native
 from ._registry import call, check_output, checked, define, refusal, require
-from ._weights import DTYPES, check_weight, matrix_shape
-from .scale_search import MAX_STEPS
-
-_BLOCK = 1024  # csrc/common/weights.h
+from ._weights import check_steps, check_weight, given, matrix_shape
 
 
 class QuantizedWeight(NamedTuple):
@@ -246,22 +243,22 @@ def _launch_fake_quant(
     values: Tensor,
     sqerr: Tensor,
 ) -> None:
-    rows, columns, size, _ = matrix_shape(weight, group_size)
-    source, scales, zeros = weight.contiguous(), scale.contiguous(), _contiguous(zero_point)
+    weight, numbers = given(weight, group_size)
+    scales, zeros = scale.contiguous(), _contiguous(zero_point)
     addresses = (scales.data_ptr(), _address(zeros), values.data_ptr(), sqerr.data_ptr())
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
-        workspace = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
+        _, _, rows, columns, _, _ = numbers
+        workspace = weight.new_empty(_native.fake_quant_workspace(rows, columns, len(bits)), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
-    dtype = DTYPES[weight.dtype]
-    call("fake_quant", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits), *extra)
+    call("fake_quant", weight.device, numbers, bits, *addresses, *extra)
 
 
 def _allocate_quantize_weight(
     weight: Tensor, bits: Sequence[int], group_size: int, steps: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_weight("quantize_weight", weight, bits, group_size)
-    require(1 <= steps <= MAX_STEPS, "quantize_weight", "steps", "lie in 1..99", steps)
+    check_steps("quantize_weight", steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
     scale = weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
     return (
@@ -283,19 +280,17 @@ def _launch_quantize_weight(
     scale: Tensor,
     zero_point: Tensor,
 ) -> None:
-    rows, columns, size, _ = matrix_shape(weight, group_size)
-    source = weight.contiguous()
+    weight, numbers = given(weight, group_size)
     zeros = 0 if symmetric else zero_point.data_ptr()
     addresses = (scale.data_ptr(), zeros, values.data_ptr(), sqerr.data_ptr())
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
-        bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
-        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
-        errors = weight.new_empty(len(bits) * rows * -(-columns // _BLOCK), dtype=torch.float32)
-        extra = (workspace.data_ptr(), errors.data_ptr())
-    dtype = DTYPES[weight.dtype]
-    numbers = (rows, columns, size, list(bits), steps)
-    call("quantize_weight", weight.device, source.data_ptr(), dtype, *addresses, *numbers, *extra)
+        _, _, rows, columns, _, size = numbers
+        for_search = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
+        for_errors = _native.fake_quant_workspace(rows, columns, len(bits))
+        workspaces = [weight.new_empty(n, dtype=torch.uint8) for n in (for_search, for_errors)]
+        extra = tuple(workspace.data_ptr() for workspace in workspaces)
+    call("quantize_weight", weight.device, numbers, bits, steps, *addresses, *extra)
 
 
 def _allocate_quantize(
@@ -308,11 +303,10 @@ def _allocate_quantize(
 def _launch_quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int, codes: Tensor
 ) -> None:
-    rows, columns, size, _ = matrix_shape(weight, group_size)
-    source, scales, zeros = weight.contiguous(), scale.contiguous(), _contiguous(zero_point)
+    weight, numbers = given(weight, group_size)
+    scales, zeros = scale.contiguous(), _contiguous(zero_point)
     addresses = (scales.data_ptr(), _address(zeros), codes.data_ptr())
-    dtype = DTYPES[weight.dtype]
-    call("quantize", weight.device, source.data_ptr(), dtype, *addresses, rows, columns, size, list(bits))
+    call("quantize", weight.device, numbers, bits, *addresses)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

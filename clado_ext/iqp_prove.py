@@ -1,4 +1,4 @@
-"""Branch and bound for the integer quadratic program of bit-width selection."""
+"""Branch and bound for the integer quadratic program that chooses a candidate for every layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._program import check_program, check_values, numbers
 from ._registry import checked, define, require
-from .iqp_search import check_program, check_values, program_addresses
 
 
 @checked
@@ -58,7 +58,7 @@ def iqp_prove(
     origin = torch.zeros_like(linear) if point is None else point
     taken = linear.new_empty(0) if removed is None else removed
     form = (quadratic, linear, multipliers, given, origin, taken, constant, slack)
-    return torch.ops.clado.iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
+    return _iqp_prove(matrix, starts, rows, limits, *form, tolerance, nodes, seconds)
 
 
 def _allocate(
@@ -124,15 +124,15 @@ def _launch(
     require(finite, "iqp_prove", "quadratic, linear, point and removed", "be finite", "NaN or infinity")
     choice.copy_(start)
     taken = removed.data_ptr() if removed.numel() else 0
-    program = program_addresses(matrix, starts, rows, limits)
-    form = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
+    program = numbers(matrix, starts, rows, limits)
+    addresses = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
     out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
-    _native.iqp_prove_cpu(*program, *form, constant, slack, *out, tolerance, nodes, seconds)
+    _native.iqp_prove_cpu(program, (*addresses, constant, slack), *out, tolerance, nodes, seconds)
     if int(choice[0]) < 0:
         choice.fill_(-1)
 
 
-define(
+_iqp_prove = define(
     "iqp_prove(Tensor matrix, Tensor starts, Tensor rows, Tensor limits, Tensor quadratic, Tensor linear, "
     "Tensor multipliers, Tensor start, Tensor point, Tensor removed, float constant, float slack, "
     "float tolerance, int nodes, float seconds) -> (Tensor, Tensor, Tensor)",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._losses import check_logits, computed
+from ._losses import check_logits, computed, numbers
 from ._registry import call, checked, define
 
 
@@ -44,13 +44,12 @@ def _allocate(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch(logits: Tensor, delta: Tensor, total: Tensor, squares: Tensor) -> None:
     z, d = computed(logits), computed(delta)
-    double, (v, n, c) = z.dtype == torch.float64, d.shape
+    changes = numbers(z, d)
     extra: tuple[int, ...] = ()
     if z.is_cuda:
-        workspace = d.new_empty(_native.pairwise_ce_workspace(v, n, c, double), dtype=torch.uint8)
+        workspace = d.new_empty(_native.pairwise_ce_workspace(*changes[2:]), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
-    addresses = (z.data_ptr(), d.data_ptr(), total.data_ptr(), squares.data_ptr())
-    call("pairwise_ce", z.device, *addresses, v, n, c, double, *extra)
+    call("pairwise_ce", z.device, changes, total.data_ptr(), squares.data_ptr(), *extra)
 
 
 _pairwise_ce = define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, checked, define, require
-from ._weights import DTYPES, check_weight, matrix_shape
-
-MAX_STEPS = 99  # csrc/scale_search/scale_search.h
+from ._registry import call, checked, define
+from ._weights import check_steps, check_weight, given, matrix_shape
 
 
 @checked
@@ -56,7 +54,7 @@ def range_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, step
 
 def _allocate(weight: Tensor, bits: Sequence[int], group_size: int, steps: int, op: str = "scale_search") -> Tensor:
     check_weight(op, weight, bits, group_size)
-    require(1 <= steps <= MAX_STEPS, op, "steps", "lie in 1..99", steps)
+    check_steps(op, steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
     return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
 
@@ -69,17 +67,16 @@ def _allocate_range(weight: Tensor, bits: Sequence[int], group_size: int, steps:
 def _launch(
     weight: Tensor, bits: Sequence[int], group_size: int, steps: int, scale: Tensor, zero_point: Tensor | None = None
 ) -> None:
-    rows, columns, size, _ = matrix_shape(weight, group_size)
-    source = weight.contiguous()
+    weight, numbers = given(weight, group_size)
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
+        _, _, rows, columns, _, size = numbers
         bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
-        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)  # lives until the launch below is queued
+        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
     if scale.numel():
-        zeros = 0 if zero_point is None else zero_point.data_ptr()
-        addresses = (source.data_ptr(), DTYPES[weight.dtype], scale.data_ptr(), zeros)
-        call("scale_search", weight.device, *addresses, rows, columns, size, list(bits), steps, *extra)
+        addresses = (scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr())
+        call("scale_search", weight.device, numbers, bits, steps, *addresses, *extra)
 
 
 _scale_search = define(

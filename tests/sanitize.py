@@ -64,17 +64,15 @@ def quantization(
                         zero = np.zeros((3, rows, groups), np.int8) if ranged else None
                         values = np.zeros((3, rows, columns), weight.dtype)
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
-                        sizes = (rows, columns, group, BITS)
-                        native.scale_search_cpu(at(weight), dtype, at(scale), at(zero), *sizes, STEPS, threads)
-                        native.fake_quant_cpu(
-                            at(weight), dtype, at(scale), at(zero), at(values), at(error), *sizes, threads
-                        )
-                        native.quantize_cpu(at(weight), dtype, at(scale), at(zero), at(codes), *sizes, threads)
+                        given = ((at(weight), dtype, rows, columns, columns, group), BITS)
+                        native.scale_search_cpu(*given, STEPS, at(scale), at(zero), threads)
+                        native.fake_quant_cpu(*given, at(scale), at(zero), at(values), at(error), threads)
+                        native.quantize_cpu(*given, at(scale), at(zero), at(codes), threads)
                         outputs = [scale, values, error, *([] if zero is None else [zero])]
                         again = [np.empty_like(x) for x in outputs]
                         at_zero = at(again[3]) if ranged else 0
                         addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
-                        native.quantize_weight_cpu(at(weight), dtype, *addresses, *sizes, STEPS, threads)
+                        native.quantize_weight_cpu(*given, STEPS, *addresses, threads)
                         assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
                         return [*outputs, codes]
 
@@ -124,11 +122,10 @@ def losses(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator
                     n = delta.shape[0]
                     kl, ce = np.zeros(delta.shape[:2]), np.zeros(delta.shape[:2])
                     total, squares = np.zeros((n, n)), np.zeros((n, n))
-                    native.batched_ce_cpu(at(logits), at(delta), 0, at(kl), *delta.shape, double, threads)
-                    assert native.batched_ce_cpu(
-                        at(logits), at(delta), at(target), at(ce), *delta.shape, double, threads
-                    )
-                    native.pairwise_ce_cpu(at(logits), at(delta), at(total), at(squares), *delta.shape, double, threads)
+                    changes = (at(logits), at(delta), *delta.shape, double)
+                    native.batched_ce_cpu(changes, 0, at(kl), threads)
+                    assert native.batched_ce_cpu(changes, at(target), at(ce), threads)
+                    native.pairwise_ce_cpu(changes, at(total), at(squares), threads)
                     return [kl, ce, total, squares]
 
                 yield run
@@ -153,18 +150,50 @@ def carried(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterato
                     kind, weights = np.uint16 if halves[1] else np.float32, np.exp(clean)
                     gelu, norm = np.zeros(delta.shape, kind), np.zeros(delta.shape, kind)
                     soft = np.zeros((*delta.shape[:-1], 2 * delta.shape[-1]), kind)
-                    native.carried_gelu_cpu(
-                        at(clean), at(delta), at(gelu), delta.shape[0], clean.size, *halves, threads
-                    )
-                    native.carried_layer_norm_cpu(
-                        at(clean), at(delta), at(weight), at(norm), *delta.shape, 1e-5, *halves, threads
-                    )
-                    native.carried_softmax_cpu(
-                        at(clean), at(weights), at(delta), at(soft), *delta.shape, 0.5, *halves, threads
-                    )
-                    return [gelu, norm, soft]
+                    streams = (*delta.shape, *halves)
+                    native.carried_gelu_cpu(at(clean), at(delta), at(gelu), streams, threads)
+                    native.carried_layer_norm_cpu(at(clean), at(delta), at(weight), at(norm), streams, 1e-5, threads)
+                    native.carried_softmax_cpu(at(clean), at(weights), at(delta), at(soft), streams, 0.5, threads)
+                    residual, total = np.ones(delta.shape, np.float32), np.zeros(delta.shape, np.float32)
+                    added = np.zeros(delta.shape, kind)
+                    addresses = (at(clean), at(residual), at(delta), at(weight), at(total), at(added))
+                    native.carried_add_layer_norm_cpu(*addresses, streams, 1e-5, threads)
+                    return [gelu, norm, soft, total, added]
 
                 yield run
+
+
+def programs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    """Ragged layers, of one candidate to many; nothing here has a CUDA kernel."""
+    for counts in ((1,), (3, 1, 8), (9, 2, 40), (64, 1), (5,) * 20) if ON_CPU else ():
+        layers, size = len(counts), sum(counts)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        matrix = draw.standard_normal((size, size))
+        matrix += matrix.T
+        layer = np.repeat(np.arange(layers), counts)
+        matrix[layer[:, None] == layer[None, :]] = 0
+        matrix[np.diag_indices(size)] = 4
+        rows = draw.integers(0, 100, (2, size))
+        limits = np.full(2, 50 * layers)
+
+        def run(
+            threads: int,
+            arrays: tuple[np.ndarray, ...] = (matrix, starts, rows, limits),
+            shape: tuple[int, int, int] = (layers, 2, size),
+        ) -> list[np.ndarray]:
+            layers, budgets, size = shape
+            program = (*(at(x) for x in arrays), layers, budgets)
+            shift = max(0.0, -float(np.linalg.eigvalsh(arrays[0])[0]))
+            quadratic, linear = arrays[0] + shift * np.eye(size), np.full(size, -shift / 2)
+            zeros, removed = np.zeros(size), np.zeros((size, size))
+            choice, alive, outcome = np.full(layers, -1), np.zeros(size, np.uint8), np.zeros(3)
+            found = native.iqp_search_cpu(program, at(choice), 1, 2000, 60.0, -np.inf)
+            form = (at(quadratic), at(linear), at(zeros), at(removed), at(zeros), 0.0, 1e-9)
+            start = choice.copy() if found else np.full(layers, -1)
+            native.iqp_prove_cpu(program, form, at(start), at(alive), at(outcome), 1e-6, 200, 60.0)
+            return [choice, start, alive, outcome]
+
+        yield run
 
 
 def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]], tuple[int, ...]]:
@@ -178,7 +207,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses, carried):
+    for family in (quantization, packing, losses, carried, programs):
         for run in family(native, draw):
             first = None
             for level in levels:

@@ -23,19 +23,16 @@ T* as(Address address) {
 inline void expect(bool holds, const char* op, const char* must) {
   if (!holds) throw std::invalid_argument(std::string(op) + ": " + must);
 }
+inline void expect_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  throw std::invalid_argument(std::string(op) + ": " + name + " must lie in " + std::to_string(low) + ".." + std::to_string(high));
+}
 inline void expect_sizes(const char* op, std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes) expect(size >= 0, op, "sizes must not be negative");
 }
 // No null address where there are elements.
 inline void expect_memory(const char* op, int64_t elements, std::initializer_list<Address> addresses) {
   for (const Address address : addresses) expect(elements == 0 || address != 0, op, "addresses must not be null");
-}
-// Both loss ops take [perturbations, samples, classes].
-inline void expect_losses(const char* op, std::initializer_list<Address> addresses, int64_t perturbations, int64_t samples,
-                          int64_t classes) {
-  expect_sizes(op, {perturbations, samples});
-  expect(classes >= 1, op, "classes must be positive");
-  expect_memory(op, perturbations * samples, addresses);
 }
 
 void bind_batched_ce(py::module_& m);

@@ -1,13 +1,13 @@
 #include "bitpack/bitpack.h"
 
-#include "bindings.h"
+#include "weights.h"
 
 namespace {
 
 void check(const char* op, Address from, Address to, int64_t rows, int64_t columns, int bits) {
   expect_sizes(op, {rows, columns});
   expect_memory(op, rows * columns, {from, to});
-  expect(bits >= 2 && bits <= 8, op, "bits must lie in 2..8");
+  expect_bits(op, bits);
 }
 
 }  // namespace

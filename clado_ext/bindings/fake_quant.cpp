@@ -1,59 +1,61 @@
 #include "fake_quant/fake_quant.h"
 
+#include "scale_search/scale_search.h"
 #include "weights.h"
 
 void bind_fake_quant(py::module_& m) {
-  m.def("fake_quant_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                             int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, int threads) {
-    expect_matrix("fake_quant_cpu", dtype, rows, columns, group_size, bits);
-    expect_memory("fake_quant_cpu", rows * columns, {weight, scales, values, sqerr});
-    clado::fake_quant_cpu(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                          as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), threads);
+  m.def("fake_quant_cpu", [](const Weight& numbers, const Widths& bits, Address scales, Address zeros, Address values,
+                             Address sqerr, int threads) {
+    const char* op = "fake_quant_cpu";
+    const auto weight = weight_of(op, numbers);
+    expect_memory(op, weight, {scales, values, sqerr});
+    clado::fake_quant_cpu(weight, bits_of(op, bits), as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
+                          as<double>(sqerr), threads);
   }, NoGil());
-  m.def("quantize_weight_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                                  int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, int steps, int threads) {
-    expect_matrix("quantize_weight_cpu", dtype, rows, columns, group_size, bits);
-    expect_memory("quantize_weight_cpu", rows * columns, {weight, scales, values, sqerr});
-    expect_steps("quantize_weight_cpu", steps);
-    clado::quantize_weight_cpu(as<const void>(weight), dtype, as<float>(scales), as<int8_t>(zeros), as<void>(values),
-                               as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), steps, threads);
+  m.def("quantize_weight_cpu", [](const Weight& numbers, const Widths& bits, int steps, Address scales, Address zeros,
+                                  Address values, Address sqerr, int threads) {
+    const char* op = "quantize_weight_cpu";
+    const auto weight = weight_of(op, numbers);
+    expect_range(op, "steps", steps, 1, clado::kMostSteps);
+    expect_memory(op, weight, {scales, values, sqerr});
+    clado::quantize_weight_cpu(weight, bits_of(op, bits), steps, as<float>(scales), as<int8_t>(zeros), as<void>(values),
+                               as<double>(sqerr), threads);
   }, NoGil());
-  m.def("quantize_cpu", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
-                           int64_t columns, int64_t group_size, const Bits& bits, int threads) {
-    expect_matrix("quantize_cpu", dtype, rows, columns, group_size, bits);
-    expect_memory("quantize_cpu", rows * columns, {weight, scales, codes});
-    clado::quantize_cpu(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes),
-                        rows, columns, group_size, bits.data(), count_of(bits), threads);
+  m.def("quantize_cpu", [](const Weight& numbers, const Widths& bits, Address scales, Address zeros, Address codes,
+                           int threads) {
+    const char* op = "quantize_cpu";
+    const auto weight = weight_of(op, numbers);
+    expect_memory(op, weight, {scales, codes});
+    clado::quantize_cpu(weight, bits_of(op, bits), as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes),
+                        threads);
   }, NoGil());
 #ifdef CLADO_WITH_CUDA
-  m.def("fake_quant_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                              int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, Address block_errors,
-                              int device, Address stream) {
-    expect_matrix("fake_quant_cuda", dtype, rows, columns, group_size, bits);
-    expect_memory("fake_quant_cuda", rows * columns, {weight, scales, values, sqerr, block_errors});
-    clado::fake_quant_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                           as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), as<float>(block_errors),
-                           device, as<void>(stream));
+  m.def("fake_quant_workspace", &clado::fake_quant_workspace);
+  m.def("fake_quant_cuda", [](const Weight& numbers, const Widths& bits, Address scales, Address zeros, Address values,
+                              Address sqerr, Address workspace, int device, Address stream) {
+    const char* op = "fake_quant_cuda";
+    const auto weight = weight_of(op, numbers);
+    expect_memory(op, weight, {scales, values, sqerr, workspace});
+    clado::fake_quant_cuda(weight, bits_of(op, bits), as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
+                           as<double>(sqerr), as<void>(workspace), device, as<void>(stream));
   }, NoGil());
-  // Both kernels queued by one call.
-  m.def("quantize_weight_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address values, Address sqerr,
-                                   int64_t rows, int64_t columns, int64_t group_size, const Bits& bits, int steps,
-                                   Address workspace, Address block_errors, int device, Address stream) {
-    expect_matrix("quantize_weight_cuda", dtype, rows, columns, group_size, bits);
-    expect_memory("quantize_weight_cuda", rows * columns, {weight, scales, values, sqerr, workspace, block_errors});
-    expect_steps("quantize_weight_cuda", steps);
-    clado::scale_search_cuda(as<const void>(weight), dtype, as<float>(scales), as<int8_t>(zeros), rows, columns, group_size,
-                             bits.data(), count_of(bits), steps, as<void>(workspace), device, as<void>(stream));
-    clado::fake_quant_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<void>(values),
-                           as<double>(sqerr), rows, columns, group_size, bits.data(), count_of(bits), as<float>(block_errors),
-                           device, as<void>(stream));
+  m.def("quantize_weight_cuda", [](const Weight& numbers, const Widths& bits, int steps, Address scales, Address zeros,
+                                   Address values, Address sqerr, Address search_workspace, Address workspace, int device,
+                                   Address stream) {
+    const char* op = "quantize_weight_cuda";
+    const auto weight = weight_of(op, numbers);
+    expect_range(op, "steps", steps, 1, clado::kMostSteps);
+    expect_memory(op, weight, {scales, values, sqerr, search_workspace, workspace});
+    clado::quantize_weight_cuda(weight, bits_of(op, bits), steps, as<float>(scales), as<int8_t>(zeros), as<void>(values),
+                                as<double>(sqerr), as<void>(search_workspace), as<void>(workspace), device, as<void>(stream));
   }, NoGil());
-  m.def("quantize_cuda", [](Address weight, int dtype, Address scales, Address zeros, Address codes, int64_t rows,
-                            int64_t columns, int64_t group_size, const Bits& bits, int device, Address stream) {
-    expect_matrix("quantize_cuda", dtype, rows, columns, group_size, bits);
-    expect_memory("quantize_cuda", rows * columns, {weight, scales, codes});
-    clado::quantize_cuda(as<const void>(weight), dtype, as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes),
-                         rows, columns, group_size, bits.data(), count_of(bits), device, as<void>(stream));
+  m.def("quantize_cuda", [](const Weight& numbers, const Widths& bits, Address scales, Address zeros, Address codes, int device,
+                            Address stream) {
+    const char* op = "quantize_cuda";
+    const auto weight = weight_of(op, numbers);
+    expect_memory(op, weight, {scales, codes});
+    clado::quantize_cuda(weight, bits_of(op, bits), as<const float>(scales), as<const int8_t>(zeros), as<int8_t>(codes), device,
+                         as<void>(stream));
   }, NoGil());
 #endif
 }

@@ -1,17 +1,25 @@
 #include "iqp_prove/iqp_prove.h"
 
-#include "bindings.h"
+#include "iqp_program.h"
+
+namespace {
+
+// (addresses of quadratic, linear, multipliers, removed, point; constant, slack)
+using Form = std::tuple<Address, Address, Address, Address, Address, double, double>;
+
+clado::IqpForm form_of(const Form& numbers) {
+  const auto [quadratic, linear, multipliers, removed, point, constant, slack] = numbers;
+  return {as<const double>(quadratic), as<const double>(linear), as<const double>(multipliers), as<const double>(removed),
+          as<const double>(point),     constant,                 slack};
+}
+
+}  // namespace
 
 void bind_iqp_prove(py::module_& m) {
-  m.def("iqp_prove_cpu", [](Address matrix, Address starts, Address rows, Address limits, int64_t layers, int64_t budgets,
-                            Address quadratic, Address linear, Address multipliers, Address removed, Address point, double constant, double slack,
-                            Address choice, Address alive, Address outcome, double tolerance, int64_t nodes, double seconds) {
-    const clado::IqpProgram program{as<const double>(matrix), as<const int64_t>(starts), as<const int64_t>(rows),
-                                    as<const int64_t>(limits), layers, budgets};
-    const clado::IqpForm form{as<const double>(quadratic), as<const double>(linear), as<const double>(multipliers),
-                              as<const double>(removed),         as<const double>(point),  constant, slack};
-    const clado::IqpProof proof =
-        clado::iqp_prove_cpu(program, form, as<int64_t>(choice), as<uint8_t>(alive), tolerance, nodes, seconds);
+  m.def("iqp_prove_cpu", [](const Program& program, const Form& form, Address choice, Address alive, Address outcome, double tolerance,
+                            int64_t nodes, double seconds) {
+    const clado::IqpProof proof = clado::iqp_prove_cpu(program_of(program), form_of(form), as<int64_t>(choice), as<uint8_t>(alive),
+                                                       tolerance, nodes, seconds);
     double* out = as<double>(outcome);
     out[0] = proof.bound, out[1] = static_cast<double>(proof.nodes), out[2] = proof.finished;
   }, NoGil());

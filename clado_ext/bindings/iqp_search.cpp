@@ -1,12 +1,9 @@
 #include "iqp_search/iqp_search.h"
 
-#include "bindings.h"
+#include "iqp_program.h"
 
 void bind_iqp_search(py::module_& m) {
-  m.def("iqp_search_cpu", [](Address matrix, Address starts, Address rows, Address limits, int64_t layers, int64_t budgets,
-                             Address choice, int64_t seed, int64_t work, double seconds, double target) {
-    const clado::IqpProgram program{as<const double>(matrix), as<const int64_t>(starts), as<const int64_t>(rows),
-                                    as<const int64_t>(limits), layers, budgets};
-    return clado::iqp_search_cpu(program, as<int64_t>(choice), seed, work, seconds, target);
+  m.def("iqp_search_cpu", [](const Program& program, Address choice, int64_t seed, int64_t work, double seconds, double target) {
+    return clado::iqp_search_cpu(program_of(program), as<int64_t>(choice), seed, work, seconds, target);
   }, NoGil());
 }

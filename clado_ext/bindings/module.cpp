@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "common/simd.h"
+#include "common/weights.h"
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of clado_ext as plain functions of addresses and sizes; use the torch ops in clado_ext instead.";
@@ -8,6 +9,11 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.attr("FLOAT32") = static_cast<int>(clado::DType::float32);
+  m.attr("FLOAT16") = static_cast<int>(clado::DType::float16);
+  m.attr("BFLOAT16") = static_cast<int>(clado::DType::bfloat16);
+  m.attr("LEAST_BITS") = clado::kLeastBits;
+  m.attr("MOST_BITS") = clado::kMostBits;
   m.def("simd_level", [] { return static_cast<int>(clado::simd_level()); }, "SIMD level in use: 0 base, 1 AVX2, 2 AVX-512.");
   m.def("set_simd", [](int level) { return static_cast<int>(clado::set_simd(static_cast<clado::Simd>(level))); },
         py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");

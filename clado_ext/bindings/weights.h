@@ -1,23 +1,40 @@
-// Checks that the bindings of the quantization kernels share.
+// How the bindings of the quantization kernels take a weight and its widths, with the checks of them.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
-#include "scale_search/scale_search.h"
+#include "common/weights.h"
 
-using Bits = std::vector<int32_t>;
-
-inline int count_of(const Bits& bits) { return static_cast<int>(bits.size()); }
-
-inline void expect_steps(const char* op, int steps) {
-  expect(steps >= 1 && steps <= clado::kMaxSteps, op, "steps must lie in 1..99");
+inline void expect_bits(const char* op, int bits) {
+  expect_range(op, "bits", bits, clado::kLeastBits, clado::kMostBits);
 }
 
-inline void expect_matrix(const char* op, int dtype, int64_t rows, int64_t columns, int64_t group_size, const Bits& bits) {
-  expect_sizes(op, {rows, columns});
-  expect(dtype >= 0 && dtype <= 2, op, "dtype must be 0 (float32), 1 (float16) or 2 (bfloat16)");
+using Widths = std::vector<int>;
+
+inline clado::BitList bits_of(const char* op, const Widths& bits) {
+  expect_range(op, "the number of widths", static_cast<int64_t>(bits.size()), 1, clado::kMostWidths);
+  clado::BitList list;
+  for (const int width : bits) {
+    expect_bits(op, width);
+    list.width[list.count++] = width;
+  }
+  return list;
+}
+
+// (address, dtype, rows, columns, row stride, group size)
+using Weight = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t>;
+
+inline clado::WeightView weight_of(const char* op, const Weight& numbers) {
+  const auto [data, dtype, rows, columns, row_stride, group_size] = numbers;
+  expect_range(op, "dtype", dtype, static_cast<int>(clado::DType::float32), static_cast<int>(clado::DType::bfloat16));
+  expect_sizes(op, {rows, columns, row_stride});
   expect(group_size >= 1, op, "group_size must be positive");
-  expect(!bits.empty() && bits.size() <= 7, op, "bits must hold 1 to 7 widths");
-  for (const int32_t b : bits) expect(b >= 2 && b <= 8, op, "bits must lie in 2..8");
+  expect_memory(op, rows * columns, {data});
+  return {as<const void>(data), static_cast<clado::DType>(dtype), rows, columns, row_stride, group_size};
+}
+// No null address of an output beside a weight with elements.
+inline void expect_memory(const char* op, const clado::WeightView& weight, std::initializer_list<Address> addresses) {
+  expect_memory(op, weight.rows * weight.columns, addresses);
 }

@@ -10,8 +10,9 @@ namespace {
 constexpr int64_t kShare = 32;
 
 template <class T>
-void run(const T* logits, const T* delta, const int64_t* target, double* increase, int64_t perturbations, int64_t samples,
-         int64_t classes, int threads) {
+void run(const LogitChanges& changes, const int64_t* target, double* increase, int threads) {
+  const auto *logits = static_cast<const T*>(changes.logits), *delta = static_cast<const T*>(changes.delta);
+  const int64_t perturbations = changes.perturbations, samples = changes.samples, classes = changes.classes;
   const int64_t shares = (perturbations + kShare - 1) / kShare;
   parallel_for(samples * shares, threads_for(perturbations * samples * classes, threads), [&](int64_t index) {
     const int64_t n = index / shares, first = index % shares * kShare;
@@ -26,17 +27,11 @@ void run(const T* logits, const T* delta, const int64_t* target, double* increas
 
 }  // namespace
 
-bool batched_ce_cpu(const void* logits, const void* delta, const int64_t* target, double* increase, int64_t perturbations,
-                    int64_t samples, int64_t classes, bool is_double, int threads) {
+bool batched_ce_cpu(const LogitChanges& changes, const int64_t* target, double* increase, int threads) {
   if (target)
-    for (int64_t n = 0; n < samples; ++n)
-      if (target[n] < 0 || target[n] >= classes) return false;
-  if (is_double)
-    run(static_cast<const double*>(logits), static_cast<const double*>(delta), target, increase, perturbations, samples, classes,
-        threads);
-  else
-    run(static_cast<const float*>(logits), static_cast<const float*>(delta), target, increase, perturbations, samples, classes,
-        threads);
+    for (int64_t n = 0; n < changes.samples; ++n)
+      if (target[n] < 0 || target[n] >= changes.classes) return false;
+  changes.is_double ? run<double>(changes, target, increase, threads) : run<float>(changes, target, increase, threads);
   return true;
 }
 

@@ -48,18 +48,19 @@ __global__ void float_kernel(const float* __restrict__ logits, const float* __re
 
 }  // namespace
 
-void batched_ce_cuda(const void* logits, const void* delta, const int64_t* target, double* increase, int64_t perturbations,
-                     int64_t samples, int64_t classes, bool is_double, int device, void* stream) {
+void batched_ce_cuda(const LogitChanges& changes, const int64_t* target, double* increase, int device, void* stream) {
+  const int64_t perturbations = changes.perturbations, samples = changes.samples, classes = changes.classes;
   const int64_t rows = perturbations * samples;
   if (rows == 0) return;
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
   const dim3 warps(32, kRowWarps);
-  if (is_double) {
-    double_kernel<<<static_cast<unsigned>(ceil_div(rows, kRowWarps)), warps, 0, queue>>>(
-        static_cast<const double*>(logits), static_cast<const double*>(delta), target, increase, rows, samples, classes);
+  if (changes.is_double) {
+    const auto *z = static_cast<const double*>(changes.logits), *d = static_cast<const double*>(changes.delta);
+    const auto blocks = static_cast<unsigned>(ceil_div(rows, kRowWarps));
+    double_kernel<<<blocks, warps, 0, queue>>>(z, d, target, increase, rows, samples, classes);
   } else {
-    const auto *z = static_cast<const float*>(logits), *d = static_cast<const float*>(delta);
+    const auto *z = static_cast<const float*>(changes.logits), *d = static_cast<const float*>(changes.delta);
     const auto blocks = static_cast<unsigned>(samples * ceil_div(perturbations, kRowsPerBlock));
     with_packs(z, d, classes, [&](auto n, auto kept) {
       float_kernel<decltype(n)::value, decltype(kept)::value><<<blocks, warps, 0, queue>>>(z, d, target, increase, perturbations,

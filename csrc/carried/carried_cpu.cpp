@@ -207,103 +207,92 @@ CLADO_INLINE void softmax_row(const float* scores, const float* p, const void* d
 }
 
 // One instance per pair of dtypes, chosen at run time.
-#define CLADO_BY_DTYPE(function, ...)                                            \
-  do {                                                                           \
-    if (delta_half && out_half)                                                  \
-      function<F, DType::bfloat16, DType::bfloat16>(__VA_ARGS__);               \
-    else if (delta_half)                                                         \
-      function<F, DType::bfloat16, DType::float32>(__VA_ARGS__);                \
-    else if (out_half)                                                           \
-      function<F, DType::float32, DType::bfloat16>(__VA_ARGS__);                \
-    else                                                                         \
-      function<F, DType::float32, DType::float32>(__VA_ARGS__);                 \
+#define CLADO_BY_DTYPE(function, ...)                              \
+  do {                                                             \
+    if (streams.delta_half && streams.out_half)                    \
+      function<F, DType::bfloat16, DType::bfloat16>(__VA_ARGS__); \
+    else if (streams.delta_half)                                   \
+      function<F, DType::bfloat16, DType::float32>(__VA_ARGS__);  \
+    else if (streams.out_half)                                     \
+      function<F, DType::float32, DType::bfloat16>(__VA_ARGS__);  \
+    else                                                           \
+      function<F, DType::float32, DType::float32>(__VA_ARGS__);   \
   } while (0)
 
 template <class F>
-CLADO_INLINE void gelu_body(const float* clean, const void* delta, void* out, int64_t streams, int64_t stride, int64_t size,
-                            bool delta_half, bool out_half) {
-  CLADO_BY_DTYPE(gelu_span, clean, delta, out, streams, stride, size);
+CLADO_INLINE void gelu_body(const float* clean, const void* delta, void* out, const Streams& streams, int64_t size) {
+  CLADO_BY_DTYPE(gelu_span, clean, delta, out, streams.streams, streams.stride(), size);
 }
-CLADO_LANES_KERNEL(gelu,
-                   (const float* clean, const void* delta, void* out, int64_t streams, int64_t stride, int64_t size,
-                    bool delta_half, bool out_half),
-                   (clean, delta, out, streams, stride, size, delta_half, out_half))
+CLADO_LANES_KERNEL(gelu, (const float* clean, const void* delta, void* out, const Streams& streams, int64_t size),
+                   (clean, delta, out, streams, size))
 
 template <class F>
-CLADO_INLINE void layer_norm_body(const float* x, const void* delta, const float* weight, void* out, int64_t streams, int64_t stride,
-                                  int64_t columns, float eps, bool delta_half, bool out_half) {
-  CLADO_BY_DTYPE(layer_norm_row, x, delta, weight, out, streams, stride, columns, eps);
+CLADO_INLINE void layer_norm_body(const float* x, const void* delta, const float* weight, void* out, const Streams& streams, float eps) {
+  CLADO_BY_DTYPE(layer_norm_row, x, delta, weight, out, streams.streams, streams.stride(), streams.columns, eps);
 }
 CLADO_LANES_KERNEL(layer_norm,
-                   (const float* x, const void* delta, const float* weight, void* out, int64_t streams, int64_t stride,
-                    int64_t columns, float eps, bool delta_half, bool out_half),
-                   (x, delta, weight, out, streams, stride, columns, eps, delta_half, out_half))
+                   (const float* x, const void* delta, const float* weight, void* out, const Streams& streams, float eps),
+                   (x, delta, weight, out, streams, eps))
 
 template <class F>
 CLADO_INLINE void add_layer_norm_body(const float* x, const float* residual, const void* branch, const float* weight, float* sum,
-                                      void* out, int64_t streams, int64_t stride, int64_t columns, float eps, bool delta_half,
-                                      bool out_half) {
-  CLADO_BY_DTYPE(add_layer_norm_row, x, residual, branch, weight, sum, out, streams, stride, columns, eps);
+                                      void* out, const Streams& streams, float eps) {
+  CLADO_BY_DTYPE(add_layer_norm_row, x, residual, branch, weight, sum, out, streams.streams, streams.stride(), streams.columns, eps);
 }
 CLADO_LANES_KERNEL(add_layer_norm,
                    (const float* x, const float* residual, const void* branch, const float* weight, float* sum, void* out,
-                    int64_t streams, int64_t stride, int64_t columns, float eps, bool branch_half, bool out_half),
-                   (x, residual, branch, weight, sum, out, streams, stride, columns, eps, branch_half, out_half))
+                    const Streams& streams, float eps),
+                   (x, residual, branch, weight, sum, out, streams, eps))
 
 template <class F>
-CLADO_INLINE void softmax_body(const float* scores, const float* p, const void* delta, void* out, int64_t streams, int64_t stride,
-                               int64_t columns, float scale, bool delta_half, bool out_half) {
-  CLADO_BY_DTYPE(softmax_row, scores, p, delta, out, streams, stride, columns, scale);
+CLADO_INLINE void softmax_body(const float* scores, const float* p, const void* delta, void* out, const Streams& streams, float scale) {
+  CLADO_BY_DTYPE(softmax_row, scores, p, delta, out, streams.streams, streams.stride(), streams.columns, scale);
 }
 CLADO_LANES_KERNEL(softmax,
-                   (const float* scores, const float* p, const void* delta, void* out, int64_t streams, int64_t stride,
-                    int64_t columns, float scale, bool delta_half, bool out_half),
-                   (scores, p, delta, out, streams, stride, columns, scale, delta_half, out_half))
-
-int64_t width(bool half) { return half ? 2 : 4; }
+                   (const float* scores, const float* p, const void* delta, void* out, const Streams& streams, float scale),
+                   (scores, p, delta, out, streams, scale))
 
 template <class T>
 T* at(T* base, int64_t element, bool half) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(base) + element * width(half);
+  return static_cast<Byte*>(base) + element * (half ? 2 : 4);
+}
+
+// fn(first element) for every row.
+template <class Fn>
+void for_each_row(const Streams& streams, int threads, Fn fn) {
+  parallel_for(streams.rows, threads, [&](int64_t row) { fn(row * streams.columns); });
 }
 
 }  // namespace
 
-void carried_gelu_cpu(const float* clean, const void* delta, void* out, int64_t streams, int64_t size, bool delta_half, bool out_half,
-                      int threads) {
-  const int64_t spans = (size + kSpan - 1) / kSpan;
+void carried_gelu_cpu(const float* clean, const void* delta, void* out, const Streams& streams, int threads) {
+  const int64_t size = streams.stride(), spans = (size + kSpan - 1) / kSpan;
   parallel_for(spans, threads, [&](int64_t index) {
     const int64_t first = index * kSpan;
-    gelu(clean + first, at(delta, first, delta_half), at(out, first, out_half), streams, size, std::min(kSpan, size - first),
-         delta_half, out_half);
+    gelu(clean + first, at(delta, first, streams.delta_half), at(out, first, streams.out_half), streams, std::min(kSpan, size - first));
   });
 }
 
-void carried_layer_norm_cpu(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
-                            int64_t columns, float eps, bool delta_half, bool out_half, int threads) {
-  parallel_for(rows, threads, [&](int64_t row) {
-    const int64_t first = row * columns;
-    layer_norm(clean + first, at(delta, first, delta_half), weight, at(out, first, out_half), streams, rows * columns, columns, eps,
-               delta_half, out_half);
+void carried_layer_norm_cpu(const float* clean, const void* delta, const float* weight, void* out, const Streams& streams, float eps,
+                            int threads) {
+  for_each_row(streams, threads, [&](int64_t first) {
+    layer_norm(clean + first, at(delta, first, streams.delta_half), weight, at(out, first, streams.out_half), streams, eps);
   });
 }
 
 void carried_add_layer_norm_cpu(const float* clean, const float* residual, const void* branch, const float* weight, float* sum, void* out,
-                                int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half, int threads) {
-  parallel_for(rows, threads, [&](int64_t row) {
-    const int64_t first = row * columns;
-    add_layer_norm(clean + first, residual + first, at(branch, first, branch_half), weight, sum + first, at(out, first, out_half), streams,
-                   rows * columns, columns, eps, branch_half, out_half);
+                                const Streams& streams, float eps, int threads) {
+  for_each_row(streams, threads, [&](int64_t first) {
+    add_layer_norm(clean + first, residual + first, at(branch, first, streams.delta_half), weight, sum + first,
+                   at(out, first, streams.out_half), streams, eps);
   });
 }
 
-void carried_softmax_cpu(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
-                         int64_t columns, float scale, bool delta_half, bool out_half, int threads) {
-  parallel_for(rows, threads, [&](int64_t row) {
-    const int64_t first = row * columns;
-    softmax(scores + first, clean + first, at(delta, first, delta_half), at(out, 2 * first, out_half), streams, rows * columns,
-            columns, scale, delta_half, out_half);
+void carried_softmax_cpu(const float* scores, const float* clean, const void* delta, void* out, const Streams& streams, float scale,
+                         int threads) {
+  for_each_row(streams, threads, [&](int64_t first) {
+    softmax(scores + first, clean + first, at(delta, first, streams.delta_half), at(out, 2 * first, streams.out_half), streams, scale);
   });
 }
 

@@ -151,29 +151,37 @@ __global__ void softmax_kernel(const float* __restrict__ scores, const float* __
 
 // launch(N, delta as its type, out as its type): four elements at a time where rows of `columns` and all addresses allow it.
 template <class Launch>
-void with_types(const void* delta, bool delta_half, void* out, bool out_half, int64_t columns, bool even, Launch launch) {
+void with_types(const void* delta, void* out, const Streams& streams, int64_t columns, bool even, Launch launch) {
   const auto at = [&](auto* d, auto* o) {
     even && columns % 4 == 0 && is_aligned(d, 4 * sizeof *d) && is_aligned(o, 4 * sizeof *o)
         ? launch(std::integral_constant<int, 4>(), d, o)
         : launch(std::integral_constant<int, 1>(), d, o);
   };
   const auto with_out = [&](auto* d) {
-    out_half ? at(d, static_cast<__nv_bfloat16*>(out)) : at(d, static_cast<float*>(out));
+    streams.out_half ? at(d, static_cast<__nv_bfloat16*>(out)) : at(d, static_cast<float*>(out));
   };
-  delta_half ? with_out(static_cast<const __nv_bfloat16*>(delta)) : with_out(static_cast<const float*>(delta));
+  streams.delta_half ? with_out(static_cast<const __nv_bfloat16*>(delta)) : with_out(static_cast<const float*>(delta));
 }
 
-unsigned blocks_for(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
+// The same for kernels that give a warp to each row of every stream: launch(N, delta, out, blocks, rows, queue).
+template <class Launch>
+void with_rows(const void* delta, void* out, const Streams& streams, bool even, int device, void* stream, Launch launch) {
+  const int64_t count = streams.streams * streams.rows;
+  if (count == 0 || streams.columns == 0) return;
+  const DeviceGuard guard(device);
+  with_types(delta, out, streams, streams.columns, even, [&](auto n, auto* d, auto* o) {
+    launch(n, d, o, static_cast<unsigned>(ceil_div(count, kWarps)), count, static_cast<cudaStream_t>(stream));
+  });
+}
 
 }  // namespace
 
-void carried_gelu_cuda(const float* clean, const void* delta, void* out, int64_t streams, int64_t size, bool delta_half, bool out_half,
-                       int device, void* stream) {
-  const int64_t count = streams * size;
+void carried_gelu_cuda(const float* clean, const void* delta, void* out, const Streams& streams, int device, void* stream) {
+  const int64_t size = streams.stride(), count = streams.streams * size;
   if (count == 0) return;
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  with_types(delta, delta_half, out, out_half, size, is_aligned(clean, 16), [&](auto n, auto* d, auto* o) {
+  with_types(delta, out, streams, size, is_aligned(clean, 16), [&](auto n, auto* d, auto* o) {
     constexpr int kWidth = decltype(n)::value;
     const auto blocks = static_cast<unsigned>(ceil_div(count / kWidth, kThreads));
     gelu_kernel<kWidth><<<blocks, kThreads, 0, queue>>>(clean, d, o, count / kWidth, size / kWidth);
@@ -181,47 +189,36 @@ void carried_gelu_cuda(const float* clean, const void* delta, void* out, int64_t
   check_launch("carried_gelu");
 }
 
-void carried_layer_norm_cuda(const float* clean, const void* delta, const float* weight, void* out, int64_t streams, int64_t rows,
-                             int64_t columns, float eps, bool delta_half, bool out_half, int device, void* stream) {
-  const int64_t count = streams * rows;
-  if (count == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
+void carried_layer_norm_cuda(const float* clean, const void* delta, const float* weight, void* out, const Streams& streams, float eps,
+                             int device, void* stream) {
   const bool even = is_aligned(clean, 16) && is_aligned(weight, 16);
-  with_types(delta, delta_half, out, out_half, columns, even, [&](auto n, auto* d, auto* o) {
+  with_rows(delta, out, streams, even, device, stream, [&](auto n, auto* d, auto* o, unsigned blocks, int64_t count, cudaStream_t queue) {
     constexpr int kWidth = decltype(n)::value;
-    layer_norm_kernel<kWidth><<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(clean, d, weight, o, count, rows, columns, eps);
+    layer_norm_kernel<kWidth>
+        <<<blocks, dim3(32, kWarps), 0, queue>>>(clean, d, weight, o, count, streams.rows, streams.columns, eps);
+    check_launch("carried_layer_norm");
   });
-  check_launch("carried_layer_norm");
 }
 
-void carried_add_layer_norm_cuda(const float* clean, const float* residual, const void* branch, const float* weight, float* sum,
-                                 void* out, int64_t streams, int64_t rows, int64_t columns, float eps, bool branch_half, bool out_half,
-                                 int device, void* stream) {
-  const int64_t count = streams * rows;
-  if (count == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
+void carried_add_layer_norm_cuda(const float* clean, const float* residual, const void* branch, const float* weight, float* sum, void* out,
+                                 const Streams& streams, float eps, int device, void* stream) {
   const bool even = is_aligned(clean, 16) && is_aligned(weight, 16) && is_aligned(residual, 16) && is_aligned(sum, 16);
-  with_types(branch, branch_half, out, out_half, columns, even, [&](auto n, auto* b, auto* o) {
+  with_rows(branch, out, streams, even, device, stream, [&](auto n, auto* b, auto* o, unsigned blocks, int64_t count, cudaStream_t queue) {
     constexpr int kWidth = decltype(n)::value;
-    add_layer_norm_kernel<kWidth>
-        <<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(clean, residual, b, weight, sum, o, count, rows, columns, eps);
+    add_layer_norm_kernel<kWidth><<<blocks, dim3(32, kWarps), 0, queue>>>(clean, residual, b, weight, sum, o, count, streams.rows,
+                                                                         streams.columns, eps);
+    check_launch("carried_add_layer_norm");
   });
-  check_launch("carried_add_layer_norm");
 }
 
-void carried_softmax_cuda(const float* scores, const float* clean, const void* delta, void* out, int64_t streams, int64_t rows,
-                          int64_t columns, float scale, bool delta_half, bool out_half, int device, void* stream) {
-  const int64_t count = streams * rows;
-  if (count == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
-  with_types(delta, delta_half, out, out_half, columns, is_aligned(clean, 16), [&](auto n, auto* d, auto* o) {
+void carried_softmax_cuda(const float* scores, const float* clean, const void* delta, void* out, const Streams& streams, float scale,
+                          int device, void* stream) {
+  with_rows(delta, out, streams, is_aligned(clean, 16), device, stream,
+            [&](auto n, auto* d, auto* o, unsigned blocks, int64_t count, cudaStream_t queue) {
     constexpr int kWidth = decltype(n)::value;
-    softmax_kernel<kWidth><<<blocks_for(count), dim3(32, kWarps), 0, queue>>>(scores, clean, d, o, count, rows, columns, scale);
+    softmax_kernel<kWidth><<<blocks, dim3(32, kWarps), 0, queue>>>(scores, clean, d, o, count, streams.rows, streams.columns, scale);
+    check_launch("carried_softmax");
   });
-  check_launch("carried_softmax");
 }
 
 }  // namespace clado

@@ -1,4 +1,4 @@
-// How the quantization kernels read weights and add errors, on every device alike.
+// What a weight is to the quantization kernels, and how they read it and add errors, on every device alike.
 //
 // A weight element is float32, float16 or bfloat16 and is computed on as float32. Squared errors are summed in one fixed order
 // so that sums, and the scales chosen by them, have the same bits on every SIMD level, thread count and device: inside a block
@@ -12,11 +12,26 @@
 namespace clado {
 
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+constexpr int weight_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// A weight [rows, columns] in place, cut into groups of columns that share a scale. Not owned; on the device of the kernel.
+struct WeightView {
+  const void* data;    // element (0, 0)
+  DType dtype;
+  int64_t rows, columns;
+  int64_t row_stride;  // elements from one row to the next; those of a row lie side by side
+  int64_t group_size;  // columns of a group, at least 1; the last group of a row may be shorter
+
+  constexpr int64_t groups() const { return (columns + group_size - 1) / group_size; }
+  const void* at(int64_t row, int64_t column) const {
+    return static_cast<const char*>(data) + (row * row_stride + column) * weight_bytes(dtype);
+  }
+};
 
 constexpr int kBlock = 1024;
 constexpr int kBlockLanes = 32;
 
-inline int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock; }
+constexpr int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock; }
 
 // A code lies in [lowest_code(bits), highest_code(bits)] and stands for (code - zero) * scale; symmetric: zero = 0.
 constexpr int lowest_code(int bits) { return -(1 << (bits - 1)); }
@@ -25,15 +40,11 @@ constexpr int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
 // Nearest integer, ties to even, for |v| < 2^22; never -0.
 constexpr float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
-// Bit-widths by value, so that a launch needs no copy of them to the device.
-constexpr int kMaxBits = 7;
+// Bit-widths of integer codes, and a list of them by value, so that a launch needs no copy of it to the device.
+constexpr int kLeastBits = 2, kMostBits = 8, kMostWidths = kMostBits - kLeastBits + 1;
 struct BitList {
-  int width[kMaxBits] = {};
+  int width[kMostWidths] = {};
   int count = 0;
-  BitList() = default;
-  BitList(const int32_t* bits, int num_bits) : count(num_bits) {
-    for (int b = 0; b < num_bits; ++b) width[b] = bits[b];
-  }
 };
 
 }  // namespace clado

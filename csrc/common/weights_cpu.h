@@ -111,7 +111,6 @@ CLADO_INLINE F round_to_bfloat(F f) {
   return as<float>((NoNaN ? rounded : select(f == f, rounded, UInt(0x7fc00000u))) & 0xffff0000u);
 }
 
-constexpr int weight_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 template <DType D>
 constexpr int kWeightBytes = weight_bytes(D);
 

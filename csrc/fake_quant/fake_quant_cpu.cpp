@@ -276,39 +276,36 @@ CLADO_LANES_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* val
 CLADO_LANES_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
 
 // A weight with its widths, cut into blocks.
-struct Matrix {
-  const void* weight;
-  DType dtype;
+struct Quantizer {
+  const WeightView& weight;
+  const BitList& bits;
   const float* scales;
   const int8_t* zeros;  // or null
-  int64_t rows, columns, group_size;
-  const int32_t* bits;
-  int num_bits;
 
-  int64_t blocks() const { return blocks_of(columns); }
-  int64_t groups() const { return (columns + group_size - 1) / group_size; }
+  int64_t blocks() const { return blocks_of(weight.columns); }
   Block block(int64_t row, int64_t part, int b) const {
-    const int64_t column = part * kBlock, at = (b * rows + row) * groups();
-    const void* first = static_cast<const char*>(weight) + (row * columns + column) * weight_bytes(dtype);
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - column));
-    return {first, column, count, group_size, scales + at, zeros ? zeros + at : nullptr, bits[b]};
+    const int64_t column = part * kBlock, at = (b * weight.rows + row) * weight.groups();
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, weight.columns - column));
+    return {weight.at(row, column), column, count, weight.group_size, scales + at, zeros ? zeros + at : nullptr, bits.width[b]};
   }
   // Of the block's first output.
-  int64_t output(int64_t row, int64_t part, int b) const { return (b * rows + row) * columns + part * kBlock; }
+  int64_t output(int64_t row, int64_t part, int b) const { return (b * weight.rows + row) * weight.columns + part * kBlock; }
   // Writes the values of a block, returns its squared error.
   float fake_quant(int64_t row, int64_t part, int b, void* values) const {
     float error = 0.0f;
-    fake_quant_block(block(row, part, b), dtype, static_cast<char*>(values) + output(row, part, b) * weight_bytes(dtype), &error);
+    void* to = static_cast<char*>(values) + output(row, part, b) * weight_bytes(weight.dtype);
+    fake_quant_block(block(row, part, b), weight.dtype, to, &error);
     return error;
   }
 };
 
 // fn(row, block of the row, width) for all blocks: the widths of a block follow each other, so that the weight comes from memory once.
 template <class Fn>
-void for_each_block(const Matrix& matrix, int threads, Fn fn) {
-  const int64_t blocks = matrix.blocks();
-  parallel_for(matrix.rows * blocks, threads_for(matrix.rows * matrix.columns * matrix.num_bits, threads), [&](int64_t i) {
-    for (int b = 0; b < matrix.num_bits; ++b) fn(i / blocks, i % blocks, b);
+void for_each_block(const Quantizer& quantizer, int threads, Fn fn) {
+  const int64_t blocks = quantizer.blocks(), rows = quantizer.weight.rows;
+  const int count = quantizer.bits.count;
+  parallel_for(rows * blocks, threads_for(rows * quantizer.weight.columns * count, threads), [&](int64_t i) {
+    for (int b = 0; b < count; ++b) fn(i / blocks, i % blocks, b);
   });
 }
 
@@ -317,47 +314,43 @@ double settled(double sum) { return sum == sum ? sum : NAN; }
 
 }  // namespace
 
-void fake_quant_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                    int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
-  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
-  const int64_t blocks = matrix.blocks();
-  std::vector<float> errors(static_cast<size_t>(num_bits * rows * blocks));
-  for_each_block(matrix, threads, [&](int64_t row, int64_t part, int b) {
-    errors[static_cast<size_t>((b * rows + row) * blocks + part)] = matrix.fake_quant(row, part, b, values);
+void fake_quant_cpu(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, void* values,
+                    double* sqerr, int threads) {
+  const Quantizer quantizer{weight, bits, scales, zeros};
+  const int64_t blocks = quantizer.blocks(), sums = bits.count * weight.rows;
+  std::vector<float> errors(static_cast<size_t>(sums * blocks));
+  for_each_block(quantizer, threads, [&](int64_t row, int64_t part, int b) {
+    errors[static_cast<size_t>((b * weight.rows + row) * blocks + part)] = quantizer.fake_quant(row, part, b, values);
   });
-  for (int64_t i = 0; i < num_bits * rows; ++i) {
+  for (int64_t i = 0; i < sums; ++i) {
     double sum = 0.0;
     for (int64_t part = 0; part < blocks; ++part) sum += static_cast<double>(errors[static_cast<size_t>(i * blocks + part)]);
     sqerr[i] = settled(sum);
   }
 }
 
-void quantize_weight_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, void* values, double* sqerr,
-                         int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int steps,
-                         int threads) {
-  const int workers = threads_for(rows * columns * num_bits * steps, threads);
-  if (rows < 4 * workers && workers > 1) {  // too few rows to share: the threads share their blocks
-    scale_search_cpu(weight, dtype, scales, zeros, rows, columns, group_size, bits, num_bits, steps, threads);
-    return fake_quant_cpu(weight, dtype, scales, zeros, values, sqerr, rows, columns, group_size, bits, num_bits, threads);
+void quantize_weight_cpu(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* values,
+                         double* sqerr, int threads) {
+  const int workers = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
+  if (weight.rows < 4 * workers && workers > 1) {  // too few rows to share: the threads share their blocks
+    scale_search_cpu(weight, bits, steps, scales, zeros, threads);
+    return fake_quant_cpu(weight, bits, scales, zeros, values, sqerr, threads);
   }
-  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
-  const int64_t groups = matrix.groups();
-  parallel_for(rows, workers, [&](int64_t row) {
-    const void* first = static_cast<const char*>(weight) + row * columns * weight_bytes(matrix.dtype);
-    scale_search_row_cpu(first, dtype, scales + row * groups, zeros ? zeros + row * groups : nullptr, rows * groups, columns,
-                         group_size, bits, num_bits, steps);
-    double sum[kMaxBits] = {};
-    for (int64_t part = 0; part < matrix.blocks(); ++part)
-      for (int b = 0; b < num_bits; ++b) sum[b] += static_cast<double>(matrix.fake_quant(row, part, b, values));
-    for (int b = 0; b < num_bits; ++b) sqerr[b * rows + row] = settled(sum[b]);
+  const Quantizer quantizer{weight, bits, scales, zeros};
+  parallel_for(weight.rows, workers, [&](int64_t row) {
+    scale_search_row_cpu(weight, row, bits, steps, scales, zeros);
+    double sum[kMostWidths] = {};
+    for (int64_t part = 0; part < quantizer.blocks(); ++part)
+      for (int b = 0; b < bits.count; ++b) sum[b] += static_cast<double>(quantizer.fake_quant(row, part, b, values));
+    for (int b = 0; b < bits.count; ++b) sqerr[b * weight.rows + row] = settled(sum[b]);
   });
 }
 
-void quantize_cpu(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
-                  int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int threads) {
-  const Matrix matrix{weight, static_cast<DType>(dtype), scales, zeros, rows, columns, group_size, bits, num_bits};
-  for_each_block(matrix, threads, [&](int64_t row, int64_t part, int b) {
-    quantize_block(matrix.block(row, part, b), matrix.dtype, codes + matrix.output(row, part, b));
+void quantize_cpu(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, int8_t* codes,
+                  int threads) {
+  const Quantizer quantizer{weight, bits, scales, zeros};
+  for_each_block(quantizer, threads, [&](int64_t row, int64_t part, int b) {
+    quantize_block(quantizer.block(row, part, b), weight.dtype, codes + quantizer.output(row, part, b));
   });
 }
 

@@ -3,6 +3,7 @@
 #include "common/cuda.cuh"
 #include "common/weights.cuh"
 #include "fake_quant/fake_quant.h"
+#include "scale_search/scale_search.h"
 
 namespace clado {
 namespace {
@@ -46,23 +47,23 @@ struct Width {
 // Values or codes of a weight at up to `Most` widths. Every block of 1024 elements of a row is read once, V elements at a time, by a
 // team of 32 / V threads: each adds the errors of V neighbouring lanes of the fixed order (common/weights.h).
 template <class T, class Out, int V, int Most>
-__global__ void quantize_kernel(const T* __restrict__ weight, const float* __restrict__ scales, const int8_t* __restrict__ zeros,
-                                Out* __restrict__ out, float* __restrict__ block_errors, int64_t rows, int64_t columns,
-                                int64_t group_size, int64_t blocks, BitList bits) {
+__global__ void quantize_kernel(const T* __restrict__ weight, WeightView shape, BitList bits, const float* __restrict__ scales,
+                                const int8_t* __restrict__ zeros, Out* __restrict__ out, float* __restrict__ block_errors) {
   constexpr int kTeam = kBlockLanes / V;
   constexpr bool kCodes = std::is_same_v<Out, int8_t>;
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
-  const int64_t row = index / blocks, start = (index - row * blocks) * kBlock, groups = (columns + group_size - 1) / group_size;
+  const int64_t rows = shape.rows, columns = shape.columns, group_size = shape.group_size, groups = shape.groups();
+  const int64_t blocks = blocks_of(columns), index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
+  const int64_t row = index / blocks, start = (index - row * blocks) * kBlock;
   const int64_t end = row >= rows ? 0 : start + kBlock < columns ? start + kBlock : columns;
   const bool small = columns <= 0x7fffffff;
   Width width[Most];
   float sum[Most][V] = {};
   int64_t group_end = 0, c = start + threadIdx.x % kTeam * V;
   Pack<T, V> next{};
-  if (c < end) next = load_pack<T, V>(weight + row * columns + c);
+  if (c < end) next = load_pack<T, V>(weight + row * shape.row_stride + c);
   for (; c < end; c += kBlockLanes) {
     const Pack<T, V> now = next;
-    if (c + kBlockLanes < end) next = load_pack<T, V>(weight + row * columns + c + kBlockLanes);
+    if (c + kBlockLanes < end) next = load_pack<T, V>(weight + row * shape.row_stride + c + kBlockLanes);
     if (c >= group_end) {
       const int64_t group = small ? static_cast<uint32_t>(c) / static_cast<uint32_t>(group_size) : c / group_size;
       group_end = (group + 1) * group_size;
@@ -127,23 +128,24 @@ __global__ void sum_blocks_kernel(const float* block_errors, double* sqerr, int6
 }
 
 template <class T, class Out>
-void launch(const void* weight, const float* scales, const int8_t* zeros, Out* out, float* block_errors, int64_t rows,
-            int64_t columns, int64_t group_size, BitList bits, cudaStream_t queue) {
-  const int64_t blocks = blocks_of(columns);
-  if (rows * blocks == 0) return;
+void launch(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, Out* out, float* block_errors,
+            cudaStream_t queue) {
+  const int64_t blocks = weight.rows * blocks_of(weight.columns);
+  if (blocks == 0) return;
   const auto run = [&](auto size, auto most) {
     constexpr int kVector = decltype(size)::value, kMost = decltype(most)::value;
-    const int64_t threads = rows * blocks * (kBlockLanes / kVector);
+    const int64_t threads = blocks * (kBlockLanes / kVector);
     quantize_kernel<T, Out, kVector, kMost><<<static_cast<unsigned>(ceil_div(threads, kThreads)), kThreads, 0, queue>>>(
-        static_cast<const T*>(weight), scales, zeros, out, block_errors, rows, columns, group_size, blocks, bits);
+        static_cast<const T*>(weight.data), weight, bits, scales, zeros, out, block_errors);
     check_launch("fake_quant");
   };
   const auto few = [&](auto size) {
-    bits.count <= 3 ? run(size, std::integral_constant<int, 3>()) : run(size, std::integral_constant<int, kMaxBits>());
+    bits.count <= 3 ? run(size, std::integral_constant<int, 3>()) : run(size, std::integral_constant<int, kMostWidths>());
   };
   constexpr int kVector = 16 / sizeof(T);
-  const bool whole = columns % kVector == 0 && (group_size >= columns || group_size % kVector == 0);
-  if (whole && is_aligned(weight, 16) && is_aligned(out, kVector * sizeof(Out)))
+  const auto even = [](int64_t elements) { return elements % kVector == 0; };
+  const bool whole = even(weight.columns) && (weight.group_size >= weight.columns || even(weight.group_size));
+  if (whole && even(weight.row_stride) && is_aligned(weight.data, 16) && is_aligned(out, kVector * sizeof(Out)))
     few(std::integral_constant<int, kVector>());
   else
     few(std::integral_constant<int, 1>());
@@ -151,29 +153,36 @@ void launch(const void* weight, const float* scales, const int8_t* zeros, Out* o
 
 }  // namespace
 
-void fake_quant_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, void* values, double* sqerr,
-                     int64_t rows, int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, float* block_errors,
-                     int device, void* stream) {
+int64_t fake_quant_workspace(int64_t rows, int64_t columns, int num_bits) {
+  return static_cast<int64_t>(sizeof(float)) * num_bits * rows * blocks_of(columns);
+}
+
+void fake_quant_cuda(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, void* values,
+                     double* sqerr, void* workspace, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  with_type(static_cast<DType>(dtype), [&](auto type) {
-    using T = decltype(type);
-    launch<T>(weight, scales, zeros, static_cast<T*>(values), block_errors, rows, columns, group_size, BitList(bits, num_bits),
-              queue);
+  auto* block_errors = static_cast<float*>(workspace);
+  with_type(weight.dtype, [&](auto type) {
+    launch<decltype(type)>(weight, bits, scales, zeros, static_cast<decltype(type)*>(values), block_errors, queue);
   });
-  const int64_t sums = rows * num_bits;
+  const int64_t sums = weight.rows * bits.count;
   if (sums == 0) return;
   sum_blocks_kernel<<<static_cast<unsigned>(ceil_div(sums, kThreads)), kThreads, 0, queue>>>(block_errors, sqerr, sums,
-                                                                                           blocks_of(columns));
+                                                                                           blocks_of(weight.columns));
   check_launch("fake_quant");
 }
 
-void quantize_cuda(const void* weight, int dtype, const float* scales, const int8_t* zeros, int8_t* codes, int64_t rows,
-                   int64_t columns, int64_t group_size, const int32_t* bits, int num_bits, int device, void* stream) {
+void quantize_weight_cuda(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* values,
+                          double* sqerr, void* search_workspace, void* workspace, int device, void* stream) {
+  scale_search_cuda(weight, bits, steps, scales, zeros, search_workspace, device, stream);
+  fake_quant_cuda(weight, bits, scales, zeros, values, sqerr, workspace, device, stream);
+}
+
+void quantize_cuda(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, int8_t* codes,
+                   int device, void* stream) {
   const DeviceGuard guard(device);
-  with_type(static_cast<DType>(dtype), [&](auto type) {
-    launch<decltype(type)>(weight, scales, zeros, codes, nullptr, rows, columns, group_size, BitList(bits, num_bits),
-                           static_cast<cudaStream_t>(stream));
+  with_type(weight.dtype, [&](auto type) {
+    launch<decltype(type)>(weight, bits, scales, zeros, codes, nullptr, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -7,9 +7,7 @@
 // the budgets allow is decided in integers.
 #pragma once
 
-#include <cstdint>
-
-#include "iqp_search/iqp_search.h"
+#include "common/iqp_program.h"
 
 namespace clado {
 

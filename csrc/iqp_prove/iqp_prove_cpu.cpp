@@ -4,13 +4,12 @@
 #include <memory>
 #include <queue>
 
-#include "iqp_search/local_search.h"
+#include "common/local_search.h"
 
 namespace clado {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int kMostBits = 8;                      // candidates of a layer are at most 7
 constexpr size_t kQueueBytes = size_t{512} << 20;  // beyond this much, the newest node is taken instead of the best
 
 // out[v] += s * a[v]
@@ -52,6 +51,9 @@ class Relaxation {
       const double* row = quadratic(v);
       quiet_[v] = std::all_of(row, row + size_, [](double q) { return q == 0; });
     }
+    int64_t most = 0;
+    for (int64_t i = 0; i < p_.layers; ++i) most = std::max(most, p_.starts[i + 1] - p_.starts[i]);
+    left_.resize(most), slope_.resize(most), moved_.resize(most), curve_.resize(most * most);
     set_stiffness();
   }
 
@@ -161,38 +163,40 @@ class Relaxation {
 
   // Exact enough minimisation over one layer's simplex by pairwise exchanges.
   void update(int64_t i) {
-    int64_t v[kMostBits];
-    double h[kMostBits], curve[kMostBits][kMostBits], moved[kMostBits] = {};
-    int n = 0;
+    int64_t* const v = left_.data();
+    double *const h = slope_.data(), *const moved = moved_.data(), *const curve = curve_.data();
+    int64_t n = 0;
     for (int64_t c = p_.starts[i]; c < p_.starts[i + 1]; ++c)
       if ((*alive_)[c]) v[n++] = c;
-    for (int r = 0; r < p_.budgets; ++r) mu_[r] = multiplier(r);
-    for (int a = 0; a < n; ++a) {
+    for (int64_t r = 0; r < p_.budgets; ++r) mu_[r] = multiplier(r);
+    for (int64_t a = 0; a < n; ++a) {
+      moved[a] = 0;
       h[a] = gradient_[v[a]];
       for (int64_t r = 0; r < p_.budgets; ++r) h[a] += mu_[r] * use_[r * size_ + v[a]];
-      for (int b = 0; b < n; ++b) {
-        curve[a][b] = quadratic(v[a])[v[b]];
-        for (int64_t r = 0; r < p_.budgets; ++r)
-          curve[a][b] += stiffness_[r] * use_[r * size_ + v[a]] * use_[r * size_ + v[b]];
+      for (int64_t b = 0; b < n; ++b) {
+        double bend = quadratic(v[a])[v[b]];
+        for (int64_t r = 0; r < p_.budgets; ++r) bend += stiffness_[r] * use_[r * size_ + v[a]] * use_[r * size_ + v[b]];
+        curve[b * n + a] = bend;  // by columns, which the exchanges read
       }
     }
-    for (int step = 0; step < 3 * n; ++step) {
-      int low = 0, high = -1;
-      for (int a = 0; a < n; ++a) {
+    for (int64_t step = 0; step < 3 * n; ++step) {
+      int64_t low = 0, high = -1;
+      for (int64_t a = 0; a < n; ++a) {
         if (h[a] < h[low]) low = a;
         if (x_[v[a]] > 0 && (high < 0 || h[a] > h[high])) high = a;
       }
       const double slope = h[high] - h[low];
       if (slope <= 1e-11 * (std::abs(h[high]) + std::abs(h[low]))) break;
-      const double bend = curve[low][low] + curve[high][high] - 2 * curve[low][high];
+      const double *to = curve + low * n, *from = curve + high * n;
+      const double bend = to[low] + from[high] - 2 * from[low];
       const double full = x_[v[high]];
       const double t = bend * full > slope ? slope / bend : full;
       x_[v[high]] = t == full ? 0 : full - t;
       x_[v[low]] += t;
       moved[high] -= t, moved[low] += t;
-      for (int a = 0; a < n; ++a) h[a] += t * (curve[a][low] - curve[a][high]);
+      for (int64_t a = 0; a < n; ++a) h[a] += t * (to[a] - from[a]);
     }
-    for (int a = 0; a < n; ++a) {
+    for (int64_t a = 0; a < n; ++a) {
       if (moved[a] == 0) continue;
       if (!quiet_[v[a]]) add_scaled(gradient_.data(), quadratic(v[a]), moved[a], size_);
       for (int64_t r = 0; r < p_.budgets; ++r) residual_[r] += moved[a] * use_[r * size_ + v[a]];
@@ -233,6 +237,8 @@ class Relaxation {
   std::vector<double> x_, linear_, gradient_, reduced_, scratch_, use_, limit_, residual_, lambda_, mu_, best_mu_, stiffness_, units_;
   std::vector<uint8_t> quiet_;
   std::vector<int64_t> active_, fixed_;
+  std::vector<int64_t> left_;                   // update's room, for the largest layer: candidates that are alive,
+  std::vector<double> slope_, moved_, curve_;  // slopes, what x moved, and curvatures
   double bound_ = -kInfinity, last_ = -kInfinity, gap_ = 0;
 };
 

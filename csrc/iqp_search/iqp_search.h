@@ -1,23 +1,13 @@
-// Feasible local search for the integer quadratic program: min ½ xᵀGx with one candidate per layer and rows·x <= limits.
+// Feasible local search for the integer quadratic program of common/iqp_program.h.
 //
 // The portfolio: descents under priced budgets from many starts, iterated local search, and annealing, all on one-layer moves
 // and pair exchanges with incremental gradients. The result depends on the program, the seed and the work limit alone, unless
 // the time limit ends the search first.
 #pragma once
 
-#include <cstdint>
+#include "common/iqp_program.h"
 
 namespace clado {
-
-// Views, not owned. V = starts[layers] candidates, layer-major; every layer has at least one.
-struct IqpProgram {
-  const double* matrix;   // [V, V] finite, symmetric, zero between different candidates of one layer
-  const int64_t* starts;  // [layers + 1] ascending, starts[0] = 0
-  const int64_t* rows;    // [budgets, V]; sums over layers stay within int64
-  const int64_t* limits;  // [budgets]
-  int64_t layers;
-  int64_t budgets;
-};
 
 // `choice` ([layers], candidate indices): a start when choice[0] >= 0; overwritten with the best feasible choice found.
 // `work`: limit on matrix rows read; `seconds`: limit on wall time; `target`: stop at a value this low.

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "iqp_search/local_search.h"
+#include "common/local_search.h"
 
 namespace clado {
 namespace {

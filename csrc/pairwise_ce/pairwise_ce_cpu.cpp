@@ -231,8 +231,9 @@ struct Sample {
 };
 
 template <class T>
-void run(const T* logits, const T* delta, double* total, double* squares, int64_t perturbations, int64_t samples, int64_t classes,
-         int threads) {
+void run(const LogitChanges& changes, double* total, double* squares, int threads) {
+  const auto *logits = static_cast<const T*>(changes.logits), *delta = static_cast<const T*>(changes.delta);
+  const int64_t perturbations = changes.perturbations, samples = changes.samples, classes = changes.classes;
   const Cut cut(perturbations, samples, classes, sizeof(T));
   threads = threads_for(perturbations * cut.samples * cut.classes, threads);
   std::fill(total, total + perturbations * perturbations, 0.0);
@@ -306,14 +307,8 @@ void run(const T* logits, const T* delta, double* total, double* squares, int64_
 
 }  // namespace
 
-void pairwise_ce_cpu(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
-                     int64_t samples, int64_t classes, bool is_double, int threads) {
-  if (is_double)
-    run(static_cast<const double*>(logits), static_cast<const double*>(delta), total, squares, perturbations, samples, classes,
-        threads);
-  else
-    run(static_cast<const float*>(logits), static_cast<const float*>(delta), total, squares, perturbations, samples, classes,
-        threads);
+void pairwise_ce_cpu(const LogitChanges& changes, double* total, double* squares, int threads) {
+  changes.is_double ? run<double>(changes, total, squares, threads) : run<float>(changes, total, squares, threads);
 }
 
 }  // namespace clado

@@ -236,8 +236,9 @@ __global__ void add_slices_kernel(const double* partial, double* total, double* 
 
 // `N` classes are read at a time, `Kept` as for CleanRow.
 template <int N, bool Kept, class T>
-void launch(const T* logits, const T* delta, double* total, double* squares, void* workspace, int64_t perturbations, int64_t samples,
-            int64_t classes, cudaStream_t queue) {
+void launch(const LogitChanges& changes, double* total, double* squares, void* workspace, cudaStream_t queue) {
+  const auto *logits = static_cast<const T*>(changes.logits), *delta = static_cast<const T*>(changes.delta);
+  const int64_t perturbations = changes.perturbations, samples = changes.samples, classes = changes.classes;
   constexpr bool kFloat = sizeof(T) == sizeof(float);
   constexpr int kRows = kFloat ? 8 : 4, kThreads = kTile * kTile / (4 * kRows);
   const Cut cut(perturbations, samples, classes, sizeof(T));
@@ -266,21 +267,19 @@ int64_t pairwise_ce_workspace(int64_t perturbations, int64_t samples, int64_t cl
   return row_bytes(cut, perturbations, classes, element) + 16 * cut.slices * perturbations * perturbations;
 }
 
-void pairwise_ce_cuda(const void* logits, const void* delta, double* total, double* squares, int64_t perturbations,
-                      int64_t samples, int64_t classes, bool is_double, void* workspace, int device, void* stream) {
+void pairwise_ce_cuda(const LogitChanges& changes, double* total, double* squares, void* workspace, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const auto bytes = static_cast<size_t>(perturbations * perturbations) * sizeof(double);
-  if (samples == 0) {
+  const auto bytes = static_cast<size_t>(changes.perturbations * changes.perturbations) * sizeof(double);
+  if (changes.samples == 0) {
     cuda_check(cudaMemsetAsync(total, 0, bytes, queue), "pairwise_ce");
     cuda_check(cudaMemsetAsync(squares, 0, bytes, queue), "pairwise_ce");
-  } else if (perturbations > 0 && is_double) {
-    launch<1, false>(static_cast<const double*>(logits), static_cast<const double*>(delta), total, squares, workspace, perturbations,
-                     samples, classes, queue);
-  } else if (perturbations > 0) {
-    const auto *z = static_cast<const float*>(logits), *d = static_cast<const float*>(delta);
-    with_packs(z, d, classes, [&](auto n, auto kept) {
-      launch<decltype(n)::value, decltype(kept)::value>(z, d, total, squares, workspace, perturbations, samples, classes, queue);
+  } else if (changes.perturbations > 0 && changes.is_double) {
+    launch<1, false, double>(changes, total, squares, workspace, queue);
+  } else if (changes.perturbations > 0) {
+    const auto *z = static_cast<const float*>(changes.logits), *d = static_cast<const float*>(changes.delta);
+    with_packs(z, d, changes.classes, [&](auto n, auto kept) {
+      launch<decltype(n)::value, decltype(kept)::value, float>(changes, total, squares, workspace, queue);
     });
   }
 }

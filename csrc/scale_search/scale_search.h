@@ -1,8 +1,7 @@
 // Scales by least squared error over a grid of shrink factors (the search of CLADO's paper), symmetric or asymmetric.
 //
-// `weight` is [rows, columns], contiguous. Every row is cut into groups of `group_size` consecutive columns (the last may be
-// shorter); group g of row r gets, for each of `num_bits` widths, one scale: scales[(b * rows + r) * groups + g], float32, and,
-// where `zeros` is not null, one zero point in the same place of it, int8. With bottom = min(w, 0), top = max(w, 0) of a group:
+// Group g of the weight's row r gets, for each width b, one scale: scales[(b * rows + r) * groups + g], float32, and, where
+// `zeros` is not null, one zero point in the same place of it, int8. With bottom = min(w, 0), top = max(w, 0) of a group:
 //
 //   symmetric    s_0 = max(top, -bottom) / (2^(bits-1) - 1),        zero = 0
 //   asymmetric   s_0 = top / (2^bits - 1) - bottom / (2^bits - 1),  zero = -2^(bits-1) - round_half_even(bottom / s_0)
@@ -23,7 +22,7 @@
 
 namespace clado {
 
-constexpr int kMaxSteps = 99;
+constexpr int kMostSteps = 99;
 
 // The grid of one group at one width, from its extremes (bottom <= 0 <= top, finite, not both 0).
 struct Grid {
@@ -47,16 +46,13 @@ struct Grid {
   }
 };
 
-void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
-                      int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads);
-// One row, on the calling thread; the scales of a width lie `stride` behind those of the width before.
-void scale_search_row_cpu(const void* row, int dtype, float* scales, int8_t* zeros, int64_t stride, int64_t columns,
-                          int64_t group_size, const int32_t* bits, int num_bits, int steps);
+void scale_search_cpu(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, int threads);
+// One row of it, on the calling thread.
+void scale_search_row_cpu(const WeightView& weight, int64_t row, const BitList& bits, int steps, float* scales, int8_t* zeros);
 
 // `workspace`: scale_search_workspace(...) bytes on the device.
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps);
-void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
-                       int64_t group_size, const int32_t* bits, int num_bits, int steps, void* workspace, int device,
-                       void* stream);
+void scale_search_cuda(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* workspace,
+                       int device, void* stream);
 
 }  // namespace clado

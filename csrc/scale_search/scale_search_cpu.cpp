@@ -151,7 +151,7 @@ struct Result {
 };
 
 // The scales of one group; the blocks of a long group are shared by the threads, a panel of them at a time.
-void search_group(const Group& group, const Result& result, const int32_t* bits, int num_bits, int steps, int threads) {
+void search_group(const Group& group, const Result& result, const BitList& bits, int steps, int threads) {
   const int64_t blocks = blocks_of(group.length);
   const bool keep = blocks <= kKept;
   alignas(64) static thread_local float kept[kKept * kBlock];
@@ -171,17 +171,17 @@ void search_group(const Group& group, const Result& result, const int32_t* bits,
     top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
   }
   if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) {
-    for (int b = 0; b < num_bits; ++b) result.set(b, bottom != bottom ? bottom : 1.0f, 0);
+    for (int b = 0; b < bits.count; ++b) result.set(b, bottom != bottom ? bottom : 1.0f, 0);
     return;
   }
   std::vector<float> panel(static_cast<size_t>(std::min(kPanel, blocks) * (kChunk + 1)));
-  for (int b = 0; b < num_bits; ++b) {
+  for (int b = 0; b < bits.count; ++b) {
     if (steps == 1) {
-      const Grid grid(bottom, top, bits[b], result.zero == nullptr);
+      const Grid grid(bottom, top, bits.width[b], result.zero == nullptr);
       result.set(b, grid.scale(0), grid.zero);
       continue;
     }
-    Search search(Grid(bottom, top, bits[b], result.zero == nullptr), group.length, steps);
+    Search search(Grid(bottom, top, bits.width[b], result.zero == nullptr), group.length, steps);
     const Grid& grid = search.grid();
     while (!search.over()) {
       float inverse[kChunk];
@@ -206,28 +206,25 @@ void search_group(const Group& group, const Result& result, const int32_t* bits,
   }
 }
 
-}  // namespace
-
-void scale_search_row_cpu(const void* row, int dtype, float* scales, int8_t* zeros, int64_t stride, int64_t columns,
-                          int64_t group_size, const int32_t* bits, int num_bits, int steps) {
-  const auto type = static_cast<DType>(dtype);
-  for (int64_t group = 0, start = 0; start < columns; ++group, start += group_size) {
-    const void* first = static_cast<const char*>(row) + start * weight_bytes(type);
-    const Result result{scales + group, zeros ? zeros + group : nullptr, stride};
-    search_group(Group{first, type, std::min(group_size, columns - start)}, result, bits, num_bits, steps, 1);
-  }
+void search_group(const WeightView& weight, int64_t row, int64_t group, const BitList& bits, int steps, float* scales, int8_t* zeros,
+                  int threads) {
+  const int64_t start = group * weight.group_size, at = row * weight.groups() + group;
+  const Group part{weight.at(row, start), weight.dtype, std::min(weight.group_size, weight.columns - start)};
+  const Result result{scales + at, zeros ? zeros + at : nullptr, weight.rows * weight.groups()};
+  search_group(part, result, bits, steps, threads);
 }
 
-void scale_search_cpu(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
-                      int64_t group_size, const int32_t* bits, int num_bits, int steps, int threads) {
-  const int64_t groups = (columns + group_size - 1) / group_size, all = rows * groups;
-  threads = threads_for(rows * columns * num_bits * steps, threads);
-  const auto type = static_cast<DType>(dtype);
+}  // namespace
+
+void scale_search_row_cpu(const WeightView& weight, int64_t row, const BitList& bits, int steps, float* scales, int8_t* zeros) {
+  for (int64_t group = 0; group < weight.groups(); ++group) search_group(weight, row, group, bits, steps, scales, zeros, 1);
+}
+
+void scale_search_cpu(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, int threads) {
+  const int64_t groups = weight.groups(), all = weight.rows * groups;
+  threads = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
   const auto one = [&](int64_t index, int workers) {
-    const int64_t row = index / groups, start = index % groups * group_size;
-    const void* first = static_cast<const char*>(weight) + (row * columns + start) * weight_bytes(type);
-    const Result result{scales + index, zeros ? zeros + index : nullptr, all};
-    search_group(Group{first, type, std::min(group_size, columns - start)}, result, bits, num_bits, steps, workers);
+    search_group(weight, index / groups, index % groups, bits, steps, scales, zeros, workers);
   };
   if (all >= 4 * threads || threads == 1) {
     parallel_for(all, threads, [&](int64_t i) { one(i, 1); });

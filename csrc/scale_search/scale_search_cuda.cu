@@ -14,9 +14,9 @@ constexpr int kPerLane = kBlock / kBlockLanes;
 constexpr int kChunk = 8;  // steps rated before it is asked whether later ones can win
 
 struct Shape {
-  int64_t rows, columns, group_size, groups, blocks;  // blocks of 1024 in a whole group
+  int64_t rows, columns, row_stride, group_size, groups, blocks;  // blocks of 1024 in a whole group
   __host__ __device__ int64_t all() const { return rows * groups; }
-  __device__ int64_t first(int64_t group) const { return group / groups * columns + group % groups * group_size; }
+  __device__ int64_t first(int64_t group) const { return group / groups * row_stride + group % groups * group_size; }
   __device__ int64_t length(int64_t group) const {
     const int64_t rest = columns - group % groups * group_size;
     return rest < group_size ? rest : group_size;
@@ -215,37 +215,36 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extrem
   if (zeros) zeros[b * shape.all() + group] = !finite || nothing ? int8_t{0} : static_cast<int8_t>(grid.zero);
 }
 
-Shape shape_of(int64_t rows, int64_t columns, int64_t group_size) {
-  return {rows, columns, group_size, ceil_div(columns, group_size), blocks_of(std::min(columns, group_size))};
+Shape shape_of(const WeightView& weight) {
+  const int64_t longest = std::min(weight.columns, weight.group_size);
+  return {weight.rows, weight.columns, weight.row_stride, weight.group_size, weight.groups(), blocks_of(longest)};
 }
 
 }  // namespace
 
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps) {
-  const Shape shape = shape_of(rows, columns, group_size);
+  const Shape shape = shape_of({nullptr, DType::float32, rows, columns, columns, group_size});
   const int64_t items = shape.blocks > kTeam ? shape.all() * shape.blocks : 0;
   return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_bits * steps;
 }
 
-void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zeros, int64_t rows, int64_t columns,
-                       int64_t group_size, const int32_t* bits, int num_bits, int steps, void* workspace, int device,
-                       void* stream) {
-  const Shape shape = shape_of(rows, columns, group_size);
+void scale_search_cuda(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* workspace,
+                       int device, void* stream) {
+  const Shape shape = shape_of(weight);
   const int64_t items = shape.all() * shape.blocks;
   if (items == 0) return;
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const BitList list(bits, num_bits);
   const auto groups = static_cast<unsigned>(shape.all());
-  with_type(static_cast<DType>(dtype), [&](auto type) {
-    const auto* typed = static_cast<const decltype(type)*>(weight);
+  with_type(weight.dtype, [&](auto type) {
+    const auto* typed = static_cast<const decltype(type)*>(weight.data);
     if (shape.blocks <= kTeam) {
       const auto search = [&](auto per_lane) {
         const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
         search_kernel<decltype(per_lane)::value>
-            <<<dim3(groups, num_bits), warps, 0, queue>>>(typed, shape, list, steps, scales, zeros);
+            <<<dim3(groups, bits.count), warps, 0, queue>>>(typed, shape, bits, steps, scales, zeros);
       };
-      const int64_t longest = std::min(columns, group_size);
+      const int64_t longest = std::min(shape.columns, shape.group_size);
       if (longest <= 4 * kBlockLanes)
         search(std::integral_constant<int, 4>());
       else if (longest <= 12 * kBlockLanes)
@@ -261,11 +260,11 @@ void scale_search_cuda(const void* weight, int dtype, float* scales, int8_t* zer
     auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
     const dim3 warps(kBlockLanes, kWarps);
     const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
-    const auto choices = static_cast<unsigned>(ceil_div(shape.all() * num_bits, kWarps));
+    const auto choices = static_cast<unsigned>(ceil_div(shape.all() * bits.count, kWarps));
     extremes_kernel<<<grid, warps, 0, queue>>>(typed, shape, extremes);
     group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-    errors_kernel<<<grid, warps, 0, queue>>>(typed, shape, list, steps, zeros == nullptr, group_extremes, errors);
-    choose_kernel<<<choices, warps, 0, queue>>>(shape, list, steps, group_extremes, errors, scales, zeros);
+    errors_kernel<<<grid, warps, 0, queue>>>(typed, shape, bits, steps, zeros == nullptr, group_extremes, errors);
+    choose_kernel<<<choices, warps, 0, queue>>>(shape, bits, steps, group_extremes, errors, scales, zeros);
   });
   check_launch("scale_search");
 }

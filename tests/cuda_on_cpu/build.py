@@ -163,17 +163,21 @@ class AsNative:
     def _workspaces(self, stem: str, args: tuple[Any, ...]) -> list[int]:
         """Bytes of each, as the torch op asks for them."""
         if stem == "pairwise_ce":
-            return [int(self.module.pairwise_ce_workspace(*args[4:8]))]
+            return [int(self.module.pairwise_ce_workspace(*args[0][2:]))]
         if stem == "scale_search":
-            rows, columns, group, bits, steps = args[4:9]
-            return [int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))]
-        if stem in ("fake_quant", "quantize_weight"):
-            rows, columns, group, bits = args[6:10]
-            errors = 4 * len(bits) * rows * -(-columns // 1024)
-            if stem == "fake_quant":
-                return [errors]
-            return [int(self.module.scale_search_workspace(rows, columns, group, len(bits), args[10])), errors]
+            return [self._search_workspace(*args[:3])]
+        if stem == "fake_quant":
+            return [self._errors_workspace(*args[:2])]
+        if stem == "quantize_weight":
+            return [self._search_workspace(*args[:3]), self._errors_workspace(*args[:2])]
         return []
+
+    def _search_workspace(self, weight: tuple[int, ...], bits: list[int], steps: int) -> int:
+        _, _, rows, columns, _, group = weight
+        return int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))
+
+    def _errors_workspace(self, weight: tuple[int, ...], bits: list[int]) -> int:
+        return int(self.module.fake_quant_workspace(*weight[2:4], len(bits)))
 
 
 if __name__ == "__main__":

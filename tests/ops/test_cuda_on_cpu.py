@@ -102,6 +102,19 @@ def test_quantization_is_that_of_the_cpu(
         assert same_bits(in_every_order(kernels, run), run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_lie_apart_are_read_in_place(dtype: torch.dtype, kernels: AsNative) -> None:
+    whole = torch.randn(3, 1200).to(dtype)
+    for part, group in product((slice(0, 1104), slice(8, 48), slice(3, 36)), (-1, 16)):
+        view = whole[:, part]
+        wanted = clado_ext.quantize_weight(view.contiguous(), (2, 8), group, 7)
+        codes = clado_ext.quantize(view.contiguous(), wanted.scale, (2, 8), group)
+        with on_cuda(kernels):
+            got = clado_ext.quantize_weight(view, (2, 8), group, 7)
+            assert same_bits(clado_ext.quantize(view, wanted.scale, (2, 8), group), codes)
+        assert same_bits(got[:3], wanted[:3])
+
+
 def test_all_steps_of_the_search(kernels: AsNative) -> None:
     for shape, search, steps in product(
         ((5, 700), (2, 1500), (1, 17_000)), (clado_ext.scale_search, clado_ext.range_search), (1, 95, 99)

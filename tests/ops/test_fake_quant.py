@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clado_ext
+from clado_ext._weights import given as given_as
 from clado_ext.reference import fake_quant as oracle
 from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
 
@@ -38,6 +39,22 @@ def test_matches_oracle(
     assert torch.equal(clado_ext.dequantize(codes, scale, group_size, dtype, zero), values)
     # Lanes add up to 32 squares in float32 before they meet float64: relative error below 40 roundings.
     torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [slice(0, 40), slice(8, 48), slice(3, 36), slice(0, 1100)])
+def test_rows_that_lie_apart_are_read_in_place(part: slice, dtype: torch.dtype, device: str) -> None:
+    weight = weight_of((5, 1200), dtype, device)[:, part]
+    kept, _ = given_as(weight, 16)
+    assert kept is weight
+    for view in (weight, weight[:1].expand(4, -1), weight.t(), weight[::2]):
+        for symmetric in (True, False):
+            found = clado_ext.quantize_weight(view, (2, 4, 8), 16, 9, symmetric)
+            wanted = clado_ext.quantize_weight(view.contiguous(), (2, 4, 8), 16, 9, symmetric)
+            assert all(same_bits(x, y) for x, y in zip(found, wanted, strict=True) if x is not None)
+            codes = clado_ext.quantize(view, found.scale, (2, 4, 8), 16, found.zero_point)
+            assert same_bits(codes, clado_ext.quantize(view.contiguous(), found.scale, (2, 4, 8), 16, found.zero_point))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,7 +10,7 @@ from torch import Tensor
 import clado_ext
 from clado_ext.reference import iqp_prove as oracle
 from tests.ops.devices import at_every_cpu_setting, same_bits
-from tests.ops.test_iqp_search import feasible, random_program, value
+from tests.ops.test_iqp_search import feasible, program_of, random_program, value
 
 
 def convex(program: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -24,9 +24,7 @@ def convex(program: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_equals_the_optimum(seed: int) -> None:
-    program = random_program(seed, budgets=1 + seed % 3, tightness=(0.1, 0.5, 1.0)[seed % 3])
+def proves_the_optimum(program: dict[str, Tensor]) -> None:
     choice, alive, outcome = clado_ext.iqp_prove(**program, **convex(program), tolerance=1e-7)
     best, optimum = oracle.iqp_prove(**program)
     bound, _, finished = outcome.tolist()
@@ -40,6 +38,22 @@ def test_equals_the_optimum(seed: int) -> None:
     assert optimum - 2e-7 <= bound <= optimum
     # What the root dropped is in no choice that is better than the answer.
     assert value(program, choice) <= optimum + 1e-12 or bool(alive[best].all())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_the_optimum(seed: int) -> None:
+    proves_the_optimum(random_program(seed, budgets=1 + seed % 3, tightness=(0.1, 0.5, 1.0)[seed % 3]))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_equals_the_optimum_of_ragged_programs(seed: int) -> None:
+    proves_the_optimum(random_program(seed, 2 + seed % 3, 1 + seed % 2, (0.2, 0.5, 1.0)[seed % 3], most=16))
+
+
+@pytest.mark.parametrize("counts", [(40,), (40, 1, 3), (2, 40, 16), (100, 9)])
+def test_layers_of_many_candidates(counts: tuple[int, ...]) -> None:
+    for seed in range(5):
+        proves_the_optimum(program_of(torch.tensor(counts), 1, 0.5, torch.Generator().manual_seed(seed)))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -13,10 +13,18 @@ from clado_ext.reference import iqp_search as oracle
 from tests.ops.devices import at_every_cpu_setting, same_bits
 
 
-def random_program(seed: int, layers: int = 5, budgets: int = 2, tightness: float = 0.3) -> dict[str, Tensor]:
-    """Layers of one to five candidates, an indefinite matrix, budgets at a share of their range."""
+def random_program(
+    seed: int, layers: int = 5, budgets: int = 2, tightness: float = 0.3, most: int = 5
+) -> dict[str, Tensor]:
+    """Layers of one to ``most`` candidates, an indefinite matrix, budgets at a share of their range."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, 6, (layers,), generator=generator)
+    counts = torch.randint(1, most + 1, (layers,), generator=generator)
+    return program_of(counts, budgets, tightness, generator)
+
+
+def program_of(counts: Tensor, budgets: int, tightness: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """The same with ``counts[i]`` candidates in layer i."""
+    layers = len(counts)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     size = int(starts[-1])
     matrix = torch.randn(size, size, dtype=torch.float64, generator=generator)
@@ -47,6 +55,27 @@ def test_finds_the_optimum_of_small_programs(seed: int) -> None:
     assert bool(found) == math.isfinite(best)
     assert bool(found) == feasible(program, choice)
     if found:
+        assert value(program, choice) == pytest.approx(float(best), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_finds_the_optimum_of_ragged_programs(seed: int) -> None:
+    program = random_program(seed, 2 + seed % 3, 1 + seed % 2, (0.2, 0.5, 1.0)[seed % 3], most=16)
+    _, best = oracle.iqp_search(**program)
+    choice, found = clado_ext.iqp_search(**program, seed=seed, work=20_000)
+    assert bool(found) == math.isfinite(best)
+    if found:
+        assert feasible(program, choice)
+        assert value(program, choice) == pytest.approx(float(best), abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(40,), (40, 1, 3), (2, 40, 16), (100, 9)])
+def test_layers_of_many_candidates(counts: tuple[int, ...]) -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        program = program_of(torch.tensor(counts), 1, 0.5, generator)
+        choice, _ = clado_ext.iqp_search(**program, work=20_000)
+        _, best = oracle.iqp_search(**program)
         assert value(program, choice) == pytest.approx(float(best), abs=1e-9)
 
 

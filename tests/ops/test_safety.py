@@ -118,6 +118,7 @@ def test_losses(logits: torch.Tensor, delta: torch.Tensor, fit: bool) -> None:
 @given(
     rows=st.integers(-2, 3),
     columns=st.integers(-2, 40),
+    stride=st.integers(-2, 40),
     group=st.integers(-2, 5),
     bits=WIDTHS,
     steps=st.integers(-1, 101),
@@ -125,25 +126,23 @@ def test_losses(logits: torch.Tensor, delta: torch.Tensor, fit: bool) -> None:
     null=st.booleans(),
 )
 def test_bindings_refuse_numbers_that_make_no_sense(
-    rows: int, columns: int, group: int, bits: list[int], steps: int, dtype: int, null: bool
+    rows: int, columns: int, stride: int, group: int, bits: list[int], steps: int, dtype: int, null: bool
 ) -> None:
     space = np.zeros(8 * 4 * 40 * 8, np.int8)
     a = 0 if null else space.ctypes.data
     sound = (
-        min(rows, columns) >= 0
+        min(rows, columns, stride) >= 0
         and group >= 1
         and dtype in (0, 1, 2)
         and len(bits) >= 1
         and all(2 <= b <= 8 for b in bits)
     )
     sound &= not null or rows * columns == 0
+    given = ((a, dtype, rows, columns, stride, group), bits)
     calls = {
-        "scale_search_cpu": ((a, dtype, a, 0, rows, columns, group, bits, steps, 1), sound and 1 <= steps <= 99),
-        "quantize_weight_cpu": (
-            (a, dtype, a, 0, a, a, rows, columns, group, bits, steps, 1),
-            sound and 1 <= steps <= 99,
-        ),
-        "quantize_cpu": ((a, dtype, a, 0, a, rows, columns, group, bits, 1), sound),
+        "scale_search_cpu": ((*given, steps, a, 0, 1), sound and 1 <= steps <= 99),
+        "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
+        "quantize_cpu": ((*given, a, 0, a, 1), sound),
     }
     for name, (arguments, fine) in calls.items():
         if fine:  # in place would not be safe to run: only what is refused is tried

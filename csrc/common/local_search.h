@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/iqp_program.h"
 #include "common/simd.h"
-#include "iqp_search/iqp_search.h"
 
 namespace clado {
 
