@@ -9,7 +9,7 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import Activations, calibrate, quantize_activations
-    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, stored_bytes
+    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
     from .layers import Layer, ignored, layer_name, storage
     from .quantizer import PACKED, SCALE, ZERO_POINT, Quantizer
     from .weights import quantized_variants
@@ -30,9 +30,11 @@ __all__ = [
     "candidates_of",
     "check_bits",
     "ignored",
+    "inputs_kept",
     "layer_name",
     "quantize_activations",
     "quantized_variants",
+    "scheme_names",
     "storage",
     "stored_bytes",
 ]
