@@ -11,6 +11,7 @@ from typing import Any
 
 from ..artifacts import Plan, Sensitivity
 from ..common import require
+from ..quant import Scheme, inputs_kept
 from .style import AXES, Spec, colour_of_bits, decades, error_bar, note, rule, with_error
 
 
@@ -21,6 +22,7 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         CladoError: a plan without bits.
     """
     require(bool(plan.bits), "figure", "plan", "have bits", plan.status)
+    plain = inputs_kept(map(Scheme.of, plan.schemes.values()))
     rows: list[Spec] = []
     start = 0
     for layer in plan.layers:
@@ -36,8 +38,10 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
             "bytes": f"{plan.layer_bytes[layer.name]:,}",
             "alone": "",
         }
-        if sens is not None and bits in sens.bits:
-            v = sens.index(layer.name, bits)
+        if not plain:
+            row["scheme"] = plan.schemes[layer.name]
+        if sens is not None and sens.candidates.has(layer.name, plan.schemes[layer.name]):
+            v = sens.index(layer.name, plan.schemes[layer.name])
             row["alone"] = with_error(sens.delta_loss[v], sens.stderr[v, v])
         rows.append(row)
         start += layer.numel
@@ -49,6 +53,8 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         {"field": "weights", "title": "weights"},
         {"field": "bytes", "title": "bytes"},
     ]
+    if not plain:
+        tooltip.insert(2, {"field": "scheme", "title": "scheme"})
     if any(row["alone"] for row in rows):
         tooltip.append({"field": "alone", "title": "loss increase alone"})
     blocks = {
@@ -111,10 +117,10 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
         }
         for plan in known
     ]
-    by_bits = {tuple(record["bits"]): record for record in measured}
+    by_schemes = {tuple(record["schemes"]): record for record in measured}
     checks: list[Spec] = []
     for plan, row in zip(known, rows, strict=True):
-        record = by_bits.get(tuple(plan.bits.values()))
+        record = by_schemes.get(tuple(plan.schemes.values()))
         if record is not None:
             checks.append(error_bar(record) | {"budget": row["budget"], "status": "measured on held-out samples"})
     logarithmic = min(row["loss"] for row in rows) > 0 and all(row["increase"] > 0 for row in checks)
