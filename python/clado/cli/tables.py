@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
 from ..common import require
+from ..quant import Scheme, inputs_kept, scheme_names
 from .holdings import holdings
 
 WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
@@ -24,8 +25,8 @@ def show_plan(plan: Any) -> None:
     if not plan.bits:
         click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
         return
-    counts = {bits: list(plan.bits.values()).count(bits) for bits in sorted(set(plan.bits.values()))}
-    layers = ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())
+    taken = [Scheme.of(label) for label in plan.schemes.values()]
+    layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
     click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
     click.echo(
         f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
@@ -78,10 +79,12 @@ def show_run(folder: Path) -> None:
     if not (folder / MATRIX_FILE).exists():
         return
     sens = Sensitivity.load(folder)
-    info = sens.info
-    work = f", {info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else ""
-    source = f"{info['estimator']} estimator, {info.get('loss')}" if "estimator" in info else "scores from elsewhere"
-    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {', '.join(map(str, sens.bits))} bits")
+    known, notes = sens.provenance, sens.notes
+    work = f", {notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else ""
+    source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
+    schemes = sens.candidates.flat
+    widths = ", ".join(scheme_names(schemes).values()) + (" bits" if inputs_kept(schemes) else "")
+    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {widths}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))
@@ -103,33 +106,40 @@ def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
 
 
 def plan_table(sens: Sensitivity, plan: Plan) -> Table:
-    """Every layer's width and bytes as bars, and what it costs alone."""
+    """Every layer's scheme and bytes as bars, and what it costs alone."""
+    schemes = {name: Scheme.of(label) for name, label in plan.schemes.items()}
+    names = scheme_names(schemes.values())
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "weights", "bits", "bytes", "", "ΔL alone"):
         right = name in ("weights", "bytes", "ΔL alone")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     largest = max(plan.layer_bytes.values())
     for layer in plan.layers:
-        bits, size = plan.bits[layer.name], plan.layer_bytes[layer.name]
-        known = layer in sens.layers and bits in sens.bits
-        alone = f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" if known else ""
-        bars = (f"{bits} {bar(bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
+        scheme, size = schemes[layer.name], plan.layer_bytes[layer.name]
+        alone = loss_alone(sens, layer.name, scheme) if layer in sens.layers else ""
+        bars = (f"{names[scheme]} {bar(scheme.bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
         table.add_row(shortened(layer.name), f"{layer.numel:,}", *bars, alone)
     return table
 
 
 def loss_table(sens: Sensitivity) -> Table:
-    """Every layer's loss increase alone; widths beyond what 80 columns hold are left out from the middle."""
+    """Every layer's loss increase alone; schemes beyond what 80 columns hold are left out from the middle."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("weights", justify="right", no_wrap=True)
-    shown = sens.bits if len(sens.bits) <= 4 else (*sens.bits[:3], sens.bits[-1])
-    for bits in shown:
-        table.add_column(f"ΔL at {bits}", justify="right", no_wrap=True)
+    distinct, names = sens.candidates.distinct, scheme_names(sens.candidates.flat)
+    shown = distinct if len(distinct) <= 4 else (*distinct[:3], distinct[-1])
+    for scheme in shown:
+        table.add_column(f"ΔL at {names[scheme]}", justify="right", no_wrap=True)
     for layer in sens.layers:
-        losses = [f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" for bits in shown]
-        table.add_row(shortened(layer.name), f"{layer.numel:,}", *losses)
+        table.add_row(shortened(layer.name), f"{layer.numel:,}", *(loss_alone(sens, layer.name, s) for s in shown))
     return table
+
+
+def loss_alone(sens: Sensitivity, layer: str, scheme: Scheme) -> str:
+    """Loss increase of a candidate in nats; empty where the layer does not have the scheme."""
+    known = sens.candidates.has(layer, scheme)
+    return f"{sens.delta_loss[sens.index(layer, scheme)]:.1e}" if known else ""
 
 
 def bar(share: float, width: int) -> str:
