@@ -1,8 +1,4 @@
-"""Figures as Vega-Lite specifications: one definition serves the report, single files and ``clado pareto --plot``.
-
-A colour in a specification is a name of :data:`PALETTES` behind a dollar sign; :func:`painted` puts hexadecimal values or CSS
-variables in its place, so that one drawing follows the page from light to dark and onto paper.
-"""
+"""Figures of plans: bits per layer, the frontier, predicted against measured loss increase."""
 
 from __future__ import annotations
 
@@ -12,7 +8,15 @@ from typing import Any
 from ..artifacts import Plan, Sensitivity
 from ..common import require
 from ..quant import Scheme, inputs_kept
-from .style import AXES, Spec, colour_of_bits, decades, error_bar, note, rule, with_error
+from .style import Spec, decades, note, rule, with_error
+
+AXES = {  # of the frontier, by the budget that varies
+    "avg_bits": "budget: bits per weight on average",
+    "size_bytes": "budget: bytes",
+    "size_mb": "budget: MiB",
+    "bitops": "budget: BitOps",
+    "latency_ms": "budget: milliseconds",
+}
 
 
 def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
@@ -89,6 +93,16 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         "encoding": {"y": {"datum": plan.avg_bits}},
     }
     return {"width": "container", "height": 220, "data": {"values": rows}, "layer": [blocks, average]}
+
+
+def colour_of_bits(widths: Sequence[int]) -> Spec:
+    """The colour channel of bit-widths; a width has the same colour everywhere."""
+    return {
+        "field": "bits",
+        "type": "ordinal",
+        "scale": {"domain": list(widths), "range": [f"$bits{bits}" for bits in widths]},
+        "legend": {"title": None, "orient": "top", "symbolType": "square", "labelExpr": "datum.label + ' bits'"},
+    }
 
 
 def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured: Sequence[dict[str, Any]] = ()) -> Spec:
@@ -224,6 +238,17 @@ def budget_on(plan: Plan, axis: str) -> float | None:
         return plan.usage[axis]["limit"]
     sizes = {"avg_bits": plan.avg_bits, "size_bytes": float(plan.size_bytes), "size_mb": plan.size_bytes / 2**20}
     return sizes.get(axis)
+
+
+def error_bar(record: dict[str, Any]) -> dict[str, Any]:
+    """A measured plan with the ends of its bar of two standard errors."""
+    error = record["stderr"] if record["stderr"] is not None else 0.0
+    kept = {key: record[key] for key in ("name", "kind", "avg_bits", "predicted", "increase")}
+    return kept | {
+        "low": record["increase"] - 2 * error,
+        "high": record["increase"] + 2 * error,
+        "text": with_error(record["increase"], error),
+    }
 
 
 def agreement_figure(measured: Sequence[dict[str, Any]]) -> Spec:
