@@ -250,14 +250,14 @@ def sampling_figure(sens: Sensitivity) -> Spec | None:
         for n in grid
     ]
     points = [{"samples": count, "error": figure(error), "part": part} for part, error in errors.items()]
-    colours = ["$accent", "$bits2", "$bits3", "$bits4", "$bits5", "$bits6", "$bits7", "$bits8"]
+    colours = {"one layer": "$accent"} | {f"pairs at {bits} bits": f"$bits{bits}" for bits in sens.bits}
     colour = {
         "field": "part",
         "type": "nominal",
         "sort": None,
         "scale": {
             "domain": list(errors),
-            "range": [colours[0], *(f"$bits{bits}" for bits in sens.bits)][: len(errors)],
+            "range": [colours[part] for part in errors],
         },
         "legend": {"title": None, "orient": "top", "columns": 3},
     }
