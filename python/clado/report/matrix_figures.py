@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
 from ..quant import Scheme, inputs_kept, scheme_names
-from .style import Spec, decades, figure, note, rounded, rule
+from .style import Spec, decades, few_digits, note, rounded, rule
 
 STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
 LARGEST_MAP = 160  # layers; beyond, the map shows those that carry the most
@@ -28,20 +28,6 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
     distinct = sens.candidates.distinct
     width = len(distinct)
     taken = None if plan is None or not plan.bits else [distinct.index(Scheme.of(plan.schemes[n])) for n in names]
-    loss, loss_error, interaction, interaction_error = at_every_scheme(sens, shown)
-    rows: list[Spec] = []
-    for row in range(len(shown)):
-        for column in range(row + 1):
-            a, b = slice(column * width, (column + 1) * width), slice(row * width, (row + 1) * width)
-            if column == row:
-                value = np.repeat(loss[a, None], width, axis=1)
-                error = np.repeat(loss_error[a, None], width, axis=1)
-            else:
-                value, error = interaction[a, b], interaction_error[a, b]
-            cell: Spec = {"a": names[column], "b": names[row], "w": rounded(value), "s": rounded(error)}
-            if taken is not None:
-                cell |= {"m": taken[column], "n": taken[row]}
-            rows.append(cell)
     choices = ([-1] if taken is not None else []) + list(range(width))
     labels = ["the plan's bits"] if taken is not None else []
     labels += scheme_names(distinct, " bits").values()
@@ -82,7 +68,7 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
     return {
         "width": side * len(shown),
         "height": side * len(shown),
-        "data": {"values": rows},
+        "data": {"values": cells(sens, shown, taken)},
         "params": params,
         "transform": transform,
         "mark": {"type": "rect", "stroke": "$card", "strokeWidth": 1 if side > 8 else 0.3},
@@ -126,6 +112,23 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
             ],
         },
     }
+
+
+def cells(sens: Sensitivity, shown: Sequence[int], taken: Sequence[int] | None) -> list[Spec]:
+    """The map's cells: names, values and errors by the earlier layer's scheme, then the later's; and the plan's two."""
+    names, width = [sens.layers[k].name for k in shown], len(sens.candidates.distinct)
+    loss, loss_error, pairs, pair_error = at_every_scheme(sens, shown)
+    out: list[Spec] = []
+    for row in range(len(shown)):
+        for column in range(row + 1):
+            a, b = slice(column * width, (column + 1) * width), slice(row * width, (row + 1) * width)
+            if column == row:
+                value, error = (np.repeat(alone[a, None], width, axis=1) for alone in (loss, loss_error))
+            else:
+                value, error = pairs[a, b], pair_error[a, b]
+            cell: Spec = {"a": names[column], "b": names[row], "w": rounded(value), "s": rounded(error)}
+            out.append(cell if taken is None else cell | {"m": taken[column], "n": taken[row]})
+    return out
 
 
 def at_every_scheme(sens: Sensitivity, shown: Sequence[int]) -> tuple[NDArray[np.float64], ...]:
@@ -185,7 +188,7 @@ def eigenvalue_figure(sens: Sensitivity) -> Spec:
     rows: list[Spec] = []
     for sign, name in ((1, "positive"), (-1, "negative")):
         part = np.sort(sign * values[sign * values > 0])[::-1]
-        rows += [{"rank": k + 1, "size": figure(x), "sign": name} for k, x in enumerate(part)]
+        rows += [{"rank": k + 1, "size": few_digits(x), "sign": name} for k, x in enumerate(part)]
     layers: list[Spec] = [
         {
             "mark": {"type": "point", "filled": True, "size": 26, "opacity": 0.9},
@@ -245,11 +248,11 @@ def sampling_figure(sens: Sensitivity) -> Spec | None:
     count = sens.num_samples
     grid = [count * 2.0**k for k in range(-5, 6)]
     rows: list[Spec] = [
-        {"samples": n, "error": figure(error * math.sqrt(count / n)), "part": part, "beyond": n > count}
+        {"samples": n, "error": few_digits(error * math.sqrt(count / n)), "part": part, "beyond": n > count}
         for part, error in errors.items()
         for n in grid
     ]
-    points = [{"samples": count, "error": figure(error), "part": part} for part, error in errors.items()]
+    points = [{"samples": count, "error": few_digits(error), "part": part} for part, error in errors.items()]
     colours = {"one layer": "$accent"} | {f"pairs at {bits} bits": f"$bits{bits}" for bits in sens.bits}
     colour = {
         "field": "part",

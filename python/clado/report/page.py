@@ -23,7 +23,6 @@ from .plan_figures import agreement_figure, bits_figure, frontier_figure
 from .style import PALETTES, SUFFIXES, Spec, painted, renderer, save_figure, themed, with_error
 
 REPORT_FILE = "report.html"
-FORMATS = ("html", "png", "svg")
 
 
 def write_report(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, **arguments: Any) -> Path:

@@ -178,14 +178,14 @@ def note(text: str, x: Spec, y: Spec, align: str = "left", dx: int = 0) -> Spec:
     return {"data": {"values": [{}]}, "mark": mark, "encoding": {"x": x, "y": y}}
 
 
-def figure(value: float, digits: int = 4) -> float:
+def few_digits(value: float, digits: int = 4) -> float:
     """A number with few digits, for a small file."""
     return float(f"{value:.{digits - 1}e}")
 
 
 def rounded(values: NDArray[np.float64]) -> list[float | None]:
     """Flat list with three digits; None where unknown."""
-    return [figure(value, 3) if math.isfinite(value) else None for value in values.ravel().tolist()]
+    return [few_digits(value, 3) if math.isfinite(value) else None for value in values.ravel().tolist()]
 
 
 def with_error(value: float, error: float) -> str:
