@@ -82,9 +82,7 @@ def show_run(folder: Path) -> None:
     known, notes = sens.provenance, sens.notes
     work = f", {notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else ""
     source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
-    schemes = sens.candidates.flat
-    widths = ", ".join(scheme_names(schemes).values()) + (" bits" if inputs_kept(schemes) else "")
-    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {widths}")
+    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))
@@ -94,6 +92,13 @@ def show_run(folder: Path) -> None:
         click.echo(f"next: clado solve {folder} --avg-bits 3")
     if plan is not None:
         say_if_older(folder, sens, plan)
+
+
+def schemes_in_words(sens: Sensitivity) -> str:
+    """ "2, 4, 8 bits", or the labels of schemes that round inputs; where these are many the first and the last."""
+    names = list(scheme_names(sens.candidates.flat).values())
+    shown = names if len(names) <= 7 else [*names[:3], "...", names[-1]]
+    return ", ".join(shown) + (" bits" if inputs_kept(sens.candidates.flat) else "")
 
 
 def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
