@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..quant import Scheme, inputs_kept, scheme_names
 from .holdings import holdings
 
 WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
+NARROWEST_NAME = 12  # what it keeps where the numbers need room
 
 
 def console() -> Any:
@@ -114,30 +116,36 @@ def plan_table(sens: Sensitivity, plan: Plan) -> Table:
     """Every layer's scheme and bytes as bars, and what it costs alone."""
     schemes = {name: Scheme.of(label) for name, label in plan.schemes.items()}
     names = scheme_names(schemes.values())
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "weights", "bits", "bytes", "", "ΔL alone"):
-        right = name in ("weights", "bytes", "ΔL alone")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    rows = []
     largest = max(plan.layer_bytes.values())
     for layer in plan.layers:
         scheme, size = schemes[layer.name], plan.layer_bytes[layer.name]
         alone = loss_alone(sens, layer.name, scheme) if layer in sens.layers else ""
         bars = (f"{names[scheme]} {bar(scheme.bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
-        table.add_row(shortened(layer.name), f"{layer.numel:,}", *bars, alone)
-    return table
+        rows.append((layer.name, f"{layer.numel:,}", *bars, alone))
+    return layer_table(("layer", "weights", "bits", "bytes", "", "ΔL alone"), rows, left=("bits", ""))
 
 
 def loss_table(sens: Sensitivity) -> Table:
     """Every layer's loss increase alone; schemes beyond what 80 columns hold are left out from the middle."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
     distinct, names = sens.candidates.distinct, scheme_names(sens.candidates.flat)
     shown = distinct if len(distinct) <= 4 else (*distinct[:3], distinct[-1])
-    for scheme in shown:
-        table.add_column(f"ΔL at {names[scheme]}", justify="right", no_wrap=True)
-    for layer in sens.layers:
-        table.add_row(shortened(layer.name), f"{layer.numel:,}", *(loss_alone(sens, layer.name, s) for s in shown))
+    rows = [
+        (layer.name, f"{layer.numel:,}", *(loss_alone(sens, layer.name, scheme) for scheme in shown))
+        for layer in sens.layers
+    ]
+    return layer_table(("layer", "weights", *(f"ΔL at {names[scheme]}" for scheme in shown)), rows)
+
+
+def layer_table(heads: Sequence[str], rows: Sequence[tuple[str, ...]], left: Sequence[str] = ()) -> Table:
+    """A table of layers, numbers right; where it is too wide the names give way, not the numbers."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for k, head in enumerate(heads):
+        table.add_column(head, justify="left" if k == 0 or head in left else "right", no_wrap=True)
+    others = [max(map(len, column)) + 2 for column in list(zip(heads, *rows, strict=True))[1:]]
+    widest = min(WIDEST_NAME, max(NARROWEST_NAME, console().width - sum(others)))
+    for name, *cells in rows:
+        table.add_row(shortened(name, widest), *cells)
     return table
 
 
@@ -156,9 +164,9 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, widest: int = WIDEST_NAME) -> str:
     """A name that fits: its beginning and its end."""
-    if len(name) <= WIDEST_NAME:
+    if len(name) <= widest:
         return name
-    left = WIDEST_NAME // 3
-    return f"{name[:left]}…{name[len(name) - (WIDEST_NAME - left - 1) :]}"
+    left = widest // 3
+    return f"{name[:left]}…{name[len(name) - (widest - left - 1) :]}"
