@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from clado import Sensitivity, solve
+from clado import Plan, Sensitivity, solve
 from clado.cli import main
 from clado.profiling import Checkpoint, Sums
 from tests.models import timm_model
@@ -156,6 +156,39 @@ def test_inspect_fits_80_columns_without_colour(tmp_path: Path, encoding: str) -
     ]
     (tmp_path / "pareto.json").write_text("[")
     assert any("pareto.json" in line and "damaged" in line for line in inspect())
+
+
+def test_inspect_shows_layers_of_different_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits where inputs are kept, labels where they are rounded; nothing where a layer does not have a scheme."""
+    monkeypatch.setenv("COLUMNS", "80")
+    sens = Sensitivity.from_matrix(np.diag([4.0, 1, 2, 0.5]), [("a", 64), ("b", 64)], schemes=[[2, 4, 8], [4]])
+    sens.save(tmp_path)
+    lines = call("inspect", tmp_path).output.splitlines()
+    assert any(line.endswith("0 samples at 2, 4, 8 bits") for line in lines)
+    assert [line.split() for line in lines if line[:2] in ("a ", "b ")] == [
+        ["a", "64", "2.0e+00", "5.0e-01", "1.0e+00"],
+        ["b", "64", "2.5e-01"],
+    ]
+    solve(sens, avg_bits=4).save(tmp_path)
+    output = call("inspect", tmp_path).output
+    assert "optimal: 2 at 4 bits" in output
+    assert output.count("4 ████ ") == 2
+
+    every = [f"W{bits}A{inputs}" for bits in range(2, 9) for inputs in (4, 8, 16)]
+    names = ["features.denseblock3.denselayer12.conv_depthwise.0", "head"]
+    matrix = np.diag(np.arange(18.0, 0, -1))
+    sens = Sensitivity.from_matrix(matrix, [(name, 10**6) for name in names], schemes=[every[:16], ["W2A4", "W8A16"]])
+    (tmp_path / "plan.json").unlink()
+    sens.save(tmp_path)
+    lines = call("inspect", tmp_path).output.splitlines()
+    assert all(len(line) <= 80 or line.startswith("next: ") for line in lines)
+    assert any(line.endswith("samples at W2A4, W2A8, W2A16, ..., W8A16") for line in lines)
+    assert any("ΔL at W2A4" in line for line in lines)
+    Plan(sens.layers, {names[0]: "W4A8", names[1]: "W8A16"}, "given").save(tmp_path)
+    lines = call("inspect", tmp_path).output.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any("W4A8 ████ " in line for line in lines)
+    assert any("given: 1 at W4A8, 1 at W8A16" in line for line in lines)
 
 
 def test_a_plan_older_than_its_matrix_is_said(tmp_path: Path) -> None:

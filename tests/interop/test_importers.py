@@ -44,6 +44,40 @@ def test_additive_scores_from_csv_and_json(tmp_path: Path) -> None:
         assert clado.solve(sens, avg_bits=3).bits == {"a": 4, "b": 2}
 
 
+def test_additive_scores_of_layers_of_different_widths(tmp_path: Path) -> None:
+    rows = "a,10,4,0.1\na,10,2,0.5\nb,20,8,0.01\nc,30,3,0.3\nc,30,8,0.2\nc,30,5,0.25\n"
+    (tmp_path / "s.csv").write_text("layer,numel,bits,delta_loss\n" + rows)
+    held = {
+        "a": {"numel": 10, "delta_loss": {"2": 0.5, "4": 0.1}},
+        "b": {"numel": 20, "delta_loss": {"8": 0.01}},
+        "c": {"numel": 30, "delta_loss": {"8": 0.2, "3": 0.3, "5": 0.25}},
+    }
+    (tmp_path / "s.json").write_text(json.dumps(held))
+    for name in ("s.csv", "s.json"):
+        sens = read_scores(tmp_path / name)
+        assert widths(sens) == [[2, 4], [8], [3, 5, 8]]
+        assert sens.delta_loss == pytest.approx([0.5, 0.1, 0.01, 0.3, 0.25, 0.2])
+        assert clado.solve(sens, avg_bits=4.9).bits == {"a": 4, "b": 8, "c": 3}
+    held["b"]["delta_loss"] = {}
+    (tmp_path / "s.json").write_text(json.dumps(held))
+    with pytest.raises(CladoError, match="import: layer b must have at least one score, got none"):
+        read_scores(tmp_path / "s.json")
+
+
+def widths(sens: clado.Sensitivity) -> list[list[int]]:
+    return [[scheme.bits for scheme in own] for own in sens.candidates.schemes]
+
+
+def different(seed: int) -> clado.Sensitivity:
+    """Random scores of layers of one, three, two and seven widths."""
+    lists = [[4], [2, 4, 8], [3, 8], [2, 3, 4, 5, 6, 7, 8]]
+    random = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(4), [len(own) for own in lists])
+    noise = random.standard_normal((13, 13))
+    matrix = np.where(owner[:, None] == owner, 0.0, noise + noise.T) + np.diag(random.uniform(1, 2, 13))
+    return clado.Sensitivity.from_matrix(matrix, [(f"layer{k}", 8 + k) for k in range(4)], schemes=lists)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -80,15 +114,32 @@ def test_matrices(suffix: str, tmp_path: Path) -> None:
         read_matrix(path, tmp_path / "layers.json")
 
 
+def test_matrices_of_layers_of_different_widths(tmp_path: Path) -> None:
+    sens = different(0)
+    np.save(tmp_path / "g.npy", sens.matrix)
+    rows = [[layer.name, layer.numel, own] for layer, own in zip(sens.layers, widths(sens), strict=True)]
+    for order in ({"layers": rows}, {"layers": [*rows[:1], rows[1][:2], *rows[2:]], "bits": [2, 4, 8]}):
+        (tmp_path / "layers.json").write_text(json.dumps(order))
+        again = read_matrix(tmp_path / "g.npy", tmp_path / "layers.json")
+        assert again.candidates == sens.candidates
+        assert np.array_equal(again.matrix, sens.matrix)
+    for bad in ({"layers": [*rows[:3], rows[3][:2]]}, {"layers": [[*row, 1] for row in rows]}):
+        (tmp_path / "layers.json").write_text(json.dumps(bad))
+        with pytest.raises(CladoError, match="import: layers must be JSON"):
+            read_matrix(tmp_path / "g.npy", tmp_path / "layers.json")
+    (tmp_path / "layers.json").write_text(json.dumps({"layers": [[*row[:2], row[2][::-1]] for row in rows]}))
+    with pytest.raises(CladoError, match="schemes of layer1 must be distinct ones of ascending bits"):
+        read_matrix(tmp_path / "g.npy", tmp_path / "layers.json")
+
+
 def ltilde(sens: clado.Sensitivity) -> dict[str, object]:
     """What CLADO's notebooks would have saved, its rows shuffled."""
     single = sens.delta_loss
     joint = sens.interaction + single[:, None] + single[None, :]
-    layer = np.repeat(np.arange(len(sens.layers)), len(sens.bits))
-    joint[layer[:, None] == layer[None, :]] = 0
+    joint[sens.candidates.same_layer] = 0
     np.fill_diagonal(joint, single)
     order = np.random.default_rng(0).permutation(len(single))
-    names = [f"{item.name}(8, {b})bits" for item in sens.layers for b in sens.bits]
+    names = [f"{item.name}(8, {b})bits" for item, own in zip(sens.layers, widths(sens), strict=True) for b in own]
     return {"Ltilde": joint[np.ix_(order, order)], "layer_index": {names[v]: row for row, v in enumerate(order)}}
 
 
@@ -106,6 +157,21 @@ def test_pickles_of_the_public_code(protocol: int, tmp_path: Path) -> None:
         CladoError, match=r"layers must give every layer its number of weights, got none for \['layer2'\]"
     ):
         read_clado(path, {name: n for name, n in sizes.items() if name != "layer2"})
+
+
+def test_pickles_of_layers_of_different_widths(tmp_path: Path) -> None:
+    sens, path = different(1), tmp_path / "Ltilde.pkl"
+    path.write_bytes(pickle.dumps(ltilde(sens)))
+    sizes = {layer.name: layer.numel for layer in sens.layers}
+    again = read_clado(path, sizes)
+    assert {tuple(own) for own in widths(again)} == {tuple(own) for own in widths(sens)}
+    index = [sens.index(layer.name, b) for layer, own in zip(again.layers, widths(again), strict=True) for b in own]
+    assert again.matrix == pytest.approx(sens.matrix[np.ix_(index, index)], abs=1e-12)
+    held = ltilde(sens)
+    held["layer_index"] = {name.replace("(8, 3)", "(8, 04)"): row for name, row in held["layer_index"].items()}
+    path.write_bytes(pickle.dumps(held))
+    with pytest.raises(CladoError, match="import: layer layer3 must have one row a width, got 4"):
+        read_clado(path, sizes)
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -219,6 +285,32 @@ def test_modelopt_search_state() -> None:
     plan = clado.solve(sens, avg_bits=6)
     assert plan.status == "optimal"
     assert plan.bits == {"0": 8, "2": 4, "4": 8}  # what ModelOpt chose for the same budget
+
+
+class Recipe:
+    """A format of ModelOpt's search: its bits over 16."""
+
+    def __init__(self, bits: float) -> None:
+        self.compression = bits / 16
+
+
+def test_modelopt_groups_of_different_formats(tmp_path: Path) -> None:
+    formats = {"a": [4.5, 8, 16], "b": [8, 16], "kept": [16]}
+    groups = {
+        f"{name}.quant_recipe": {
+            "formats": [Recipe(bits) for bits in own],
+            "scores": [1 / bits for bits in own],
+            "uncompressed_cost": 32.0,
+            "cost_weight": 0.5,
+        }
+        for name, own in formats.items()
+    }
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"candidate_stats": groups}))
+    sens = read_modelopt(tmp_path / "x.pth")
+    assert [(layer.name, layer.numel) for layer in sens.layers] == [("a", 64), ("b", 64)]
+    assert widths(sens) == [[4, 8], [8]]
+    assert sens.delta_loss == pytest.approx([1 / 4.5, 1 / 8, 1 / 8])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -18,8 +18,9 @@ import clado
 from clado import CladoError, Sensitivity, solve, write_figures, write_report
 from clado.artifacts import Provenance
 from clado.cli import main
-from clado.report import agreement, gather, matrix_figures, random_plans, style, uniform_plans
-from clado.report.page import readable_bytes
+from clado.quant import Candidates, Layer
+from clado.report import Contents, agreement, gather, matrix_figures, random_plans, style, uniform_plans
+from clado.report.page import readable_bytes, render
 from tests.models import tiny_vit
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -231,6 +232,114 @@ def test_map_of_a_large_net_shows_the_heaviest_layers() -> None:
     spec = matrix_figures.interaction_figure(sens)
     names = {cell["a"] for cell in spec["data"]["values"]}
     assert names == {f"l{k}" for k in range(40, 200)}
+
+
+LABELS = [f"W{bits}A{inputs}" for bits in range(2, 9) for inputs in (4, 8, 16)]
+
+
+def ragged(lists: list[list[int | str]]) -> Sensitivity:
+    """Random scores with standard errors of layers with these schemes."""
+    random = np.random.default_rng(len(lists))
+    owner = np.repeat(np.arange(len(lists)), [len(own) for own in lists])
+    noise = 0.02 * random.standard_normal((len(owner), len(owner)))
+    matrix = np.where(owner[:, None] == owner, 0.0, noise + noise.T) + np.diag(random.uniform(0.5, 2, len(owner)))
+    layers = [Layer(f"layer{k}", "linear", (4 + k, 8), 1 + k) for k in range(len(lists))]
+    stderr = np.full(matrix.shape, 0.01)
+    return replace(Sensitivity.from_matrix(matrix, layers, stderr=stderr, schemes=lists), num_samples=8)
+
+
+@pytest.mark.parametrize(
+    ("lists", "names"),
+    [
+        ([[2, 4, 8], [4], [3, 4, 6, 8], [5, 8]], [f"{bits} bits" for bits in (2, 3, 4, 5, 6, 8)]),
+        ([LABELS[: k + 1] for k in range(16)], LABELS[:16]),
+        ([["W4A8", "W4A16", "W8A8"], ["W8A8"]], ["W4A8", "W4A16", "W8A8"]),
+    ],
+)
+def test_layers_of_different_candidates(lists: list[list[int | str]], names: list[str], tmp_path: Path) -> None:
+    """Every entry stands where its layers and schemes are, and nothing stands where a layer does not have a scheme."""
+    ragged(lists).save(tmp_path)
+    sens = Sensitivity.load(tmp_path)
+    assert sens.candidates.counts == tuple(map(len, lists))
+    plan = random_plans(sens)[12]
+    page = render(Contents(tmp_path, sens, plan, front=[], measured=[]))
+    specs, width = drawn(page), len(names)
+    assert set(specs) == {"bits", "interactions", "eigenvalues", "sampling"}
+    head = re.search(r"<th>weights</th>(.*?)<th>bytes</th></tr>", page)
+    assert head is not None
+    assert re.findall("<th>(.*?)</th>", head[1]) == names
+    assert page.count('class="chosen"') == len(lists)
+    assert f"{len(lists)} × {min(map(len, lists))} … {max(map(len, lists))}" in page
+
+    cells = {(cell["a"], cell["b"]): cell for cell in specs["interactions"]["data"]["values"]}
+    total = sum(cell["w"][cell["m"] * width + cell["n"]] for cell in cells.values())
+    assert total == pytest.approx(sens.predict(plan.schemes), rel=1e-2)  # entries are kept to three digits
+    for (earlier, later), cell in cells.items():
+        for m, first in enumerate(sens.candidates.distinct):
+            for n, second in enumerate(sens.candidates.distinct):
+                shown = cell["w"][m * width + n]
+                there = sens.candidates.has(earlier, first) and (earlier == later or sens.candidates.has(later, second))
+                assert (shown is not None) == there
+                if there:
+                    v = sens.index(earlier, first)
+                    true = sens.delta_loss[v] if earlier == later else sens.interaction[v, sens.index(later, second)]
+                    assert shown == pytest.approx(true, rel=5e-3)
+    blocks = specs["bits"]["data"]["values"]
+    assert all(block["alone"] for block in blocks)
+    assert [block.get("scheme") for block in blocks] == [
+        None if "bits" in names[0] else plan.schemes[block["layer"]] for block in blocks
+    ]
+
+
+def test_plans_of_layers_of_different_candidates() -> None:
+    """Uniform lists draw the plans that they always drew; others draw within each layer's own list."""
+    sens = ragged([[2, 4, 8]] * 9)
+    random = np.random.default_rng(3)
+    for plan, share in zip(random_plans(sens, 7, seed=3), np.linspace(0.05, 0.7, 7), strict=True):
+        assert list(plan.bits.values()) == np.array(sens.bits)[random.binomial(2, share, size=9)].tolist()
+    sens = ragged([["W4A8", "W4A16", "W8A8"], ["W4A16", "W8A8"], ["W2A16", "W4A16", "W8A8", "W8A16"]])
+    assert [set(plan.schemes.values()) for plan in uniform_plans(sens)] == [{"W4A16"}, {"W8A8"}]
+    drawn_ = random_plans(sens, 16)
+    assert {len({plan.schemes[layer.name] for plan in drawn_}) for layer in sens.layers} >= {2, 3}
+    assert all(plan.objective == sens.predict(plan.schemes) for plan in drawn_)
+    assert uniform_plans(ragged([[2, 4], [8]])) == []
+
+
+def test_measured_plans_of_layers_of_different_candidates(measured: Path, tmp_path: Path) -> None:
+    """Half of the candidates taken away: plans are run on the model, once; an earlier schema's records still count."""
+    whole = Sensitivity.load(measured)
+    keep = np.flatnonzero(np.arange(whole.num_candidates) % 5 != 0)
+    lists = [
+        tuple(whole.candidates.flat[v] for v in keep if whole.candidates.layer_of[v] == k)
+        for k in range(len(whole.layers))
+    ]
+    sens = replace(
+        whole,
+        candidates=Candidates(whole.layers, tuple(lists)),
+        delta_loss=whole.delta_loss[keep],
+        interaction=whole.interaction[np.ix_(keep, keep)],
+        stderr=whole.stderr[np.ix_(keep, keep)],
+    )
+    assert len(set(sens.candidates.counts)) > 1
+    sens.save(tmp_path)
+    model, shape = tiny_vit()
+    heldout = [torch.randn(4, *shape)]
+    first = gather(tmp_path, model=model, heldout=heldout, verbose=False).measured
+    assert {record["kind"] for record in first} == {"random", "frontier"}  # no width is left in every layer
+    for record in first:
+        choice = dict(zip([layer.name for layer in sens.layers], record["schemes"], strict=True))
+        assert record["predicted"] == sens.predict(choice)
+    limits = [plan["usage"]["avg_bits"]["limit"] for plan in json.loads((tmp_path / "pareto.json").read_text())]
+    for limit, pick in ((limits[0], 0), (limits[-1], -1)):  # every budget between the least and the most has a point
+        ends = [own[pick].bits * layer.numel for own, layer in zip(sens.candidates.schemes, sens.layers, strict=True)]
+        assert limit == pytest.approx(sum(ends) / sens.candidates.numel, abs=1e-3)
+    kept = json.loads((tmp_path / "measured.json").read_text())
+    for record in kept["plans"]:
+        del record["schemes"]
+    (tmp_path / "measured.json").write_text(json.dumps({**kept, "schema": 1}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clado.report.contents.measure", lambda *a, **k: pytest.fail("measured twice"))
+        assert gather(tmp_path, model=model, heldout=heldout, verbose=False).measured == first
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

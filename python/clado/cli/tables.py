@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from rich.table import Table
 
 from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
 from ..common import require
+from ..quant import Scheme, inputs_kept, scheme_names
 from .holdings import holdings
 
 WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
+NARROWEST_NAME = 12  # what it keeps where the numbers need room
 
 
 def console() -> Any:
@@ -24,8 +27,8 @@ def show_plan(plan: Any) -> None:
     if not plan.bits:
         click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
         return
-    counts = {bits: list(plan.bits.values()).count(bits) for bits in sorted(set(plan.bits.values()))}
-    layers = ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())
+    taken = [Scheme.of(label) for label in plan.schemes.values()]
+    layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
     click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
     click.echo(
         f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
@@ -78,10 +81,10 @@ def show_run(folder: Path) -> None:
     if not (folder / MATRIX_FILE).exists():
         return
     sens = Sensitivity.load(folder)
-    info = sens.info
-    work = f", {info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else ""
-    source = f"{info['estimator']} estimator, {info.get('loss')}" if "estimator" in info else "scores from elsewhere"
-    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {', '.join(map(str, sens.bits))} bits")
+    known, notes = sens.provenance, sens.notes
+    work = f", {notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else ""
+    source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
+    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))
@@ -91,6 +94,13 @@ def show_run(folder: Path) -> None:
         click.echo(f"next: clado solve {folder} --avg-bits 3")
     if plan is not None:
         say_if_older(folder, sens, plan)
+
+
+def schemes_in_words(sens: Sensitivity) -> str:
+    """ "2, 4, 8 bits", or the labels of schemes that round inputs; where these are many the first and the last."""
+    names = list(scheme_names(sens.candidates.flat).values())
+    shown = names if len(names) <= 7 else [*names[:3], "...", names[-1]]
+    return ", ".join(shown) + (" bits" if inputs_kept(sens.candidates.flat) else "")
 
 
 def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
@@ -103,33 +113,46 @@ def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
 
 
 def plan_table(sens: Sensitivity, plan: Plan) -> Table:
-    """Every layer's width and bytes as bars, and what it costs alone."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "weights", "bits", "bytes", "", "ΔL alone"):
-        right = name in ("weights", "bytes", "ΔL alone")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    """Every layer's scheme and bytes as bars, and what it costs alone."""
+    schemes = {name: Scheme.of(label) for name, label in plan.schemes.items()}
+    names = scheme_names(schemes.values())
+    rows = []
     largest = max(plan.layer_bytes.values())
     for layer in plan.layers:
-        bits, size = plan.bits[layer.name], plan.layer_bytes[layer.name]
-        known = layer in sens.layers and bits in sens.bits
-        alone = f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" if known else ""
-        bars = (f"{bits} {bar(bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
-        table.add_row(shortened(layer.name), f"{layer.numel:,}", *bars, alone)
-    return table
+        scheme, size = schemes[layer.name], plan.layer_bytes[layer.name]
+        alone = loss_alone(sens, layer.name, scheme) if layer in sens.layers else ""
+        bars = (f"{names[scheme]} {bar(scheme.bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
+        rows.append((layer.name, f"{layer.numel:,}", *bars, alone))
+    return layer_table(("layer", "weights", "bits", "bytes", "", "ΔL alone"), rows, left=("bits", ""))
 
 
 def loss_table(sens: Sensitivity) -> Table:
-    """Every layer's loss increase alone; widths beyond what 80 columns hold are left out from the middle."""
+    """Every layer's loss increase alone; schemes beyond what 80 columns hold are left out from the middle."""
+    distinct, names = sens.candidates.distinct, scheme_names(sens.candidates.flat)
+    shown = distinct if len(distinct) <= 4 else (*distinct[:3], distinct[-1])
+    rows = [
+        (layer.name, f"{layer.numel:,}", *(loss_alone(sens, layer.name, scheme) for scheme in shown))
+        for layer in sens.layers
+    ]
+    return layer_table(("layer", "weights", *(f"ΔL at {names[scheme]}" for scheme in shown)), rows)
+
+
+def layer_table(heads: Sequence[str], rows: Sequence[tuple[str, ...]], left: Sequence[str] = ()) -> Table:
+    """A table of layers, numbers right; where it is too wide the names give way, not the numbers."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
-    shown = sens.bits if len(sens.bits) <= 4 else (*sens.bits[:3], sens.bits[-1])
-    for bits in shown:
-        table.add_column(f"ΔL at {bits}", justify="right", no_wrap=True)
-    for layer in sens.layers:
-        losses = [f"{sens.delta_loss[sens.index(layer.name, bits)]:.1e}" for bits in shown]
-        table.add_row(shortened(layer.name), f"{layer.numel:,}", *losses)
+    for k, head in enumerate(heads):
+        table.add_column(head, justify="left" if k == 0 or head in left else "right", no_wrap=True)
+    others = [max(map(len, column)) + 2 for column in list(zip(heads, *rows, strict=True))[1:]]
+    widest = min(WIDEST_NAME, max(NARROWEST_NAME, console().width - sum(others)))
+    for name, *cells in rows:
+        table.add_row(shortened(name, widest), *cells)
     return table
+
+
+def loss_alone(sens: Sensitivity, layer: str, scheme: Scheme) -> str:
+    """Loss increase of a candidate in nats; empty where the layer does not have the scheme."""
+    known = sens.candidates.has(layer, scheme)
+    return f"{sens.delta_loss[sens.index(layer, scheme)]:.1e}" if known else ""
 
 
 def bar(share: float, width: int) -> str:
@@ -141,9 +164,9 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, widest: int = WIDEST_NAME) -> str:
     """A name that fits: its beginning and its end."""
-    if len(name) <= WIDEST_NAME:
+    if len(name) <= widest:
         return name
-    left = WIDEST_NAME // 3
-    return f"{name[:left]}…{name[len(name) - (WIDEST_NAME - left - 1) :]}"
+    left = widest // 3
+    return f"{name[:left]}…{name[len(name) - (widest - left - 1) :]}"

@@ -36,6 +36,13 @@ def load_restricted(source: Path) -> Any:
     return Restricted(io.BytesIO(parts[TORCH_ZIP_ENTRY]), parts).load()
 
 
+def load_inert(source: Path) -> Any:
+    """What the pickle in a torch file holds; an object of any class becomes a :class:`Record`."""
+    with zipfile.ZipFile(source) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/" + TORCH_ZIP_ENTRY))
+        return Inert(io.BytesIO(archive.read(name))).load()
+
+
 # The unpickler written in Python: the one in C takes as much memory as a damaged file asks for.
 class Restricted(pickle._Unpickler):
     """Builds arrays and plain containers; any other name in the pickle ends the import.
@@ -106,7 +113,8 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-def _value(held: Any) -> Any:
+def value_of(held: Any) -> Any:
+    """The array that something loaded stands for; anything else as it is."""
     return held.value if isinstance(held, Array) else held
 
 

@@ -9,7 +9,7 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
-    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, stored_bytes
+    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
     from .layers import Layer, ignored, layer_name, modules, storage
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
     from .quantizer import Quantizer
@@ -38,9 +38,11 @@ __all__ = [
     "check_bits",
     "codes",
     "ignored",
+    "inputs_kept",
     "layer_name",
     "modules",
     "quantize_activations",
+    "scheme_names",
     "storage",
     "stored_bytes",
     "variants",

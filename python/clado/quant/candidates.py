@@ -134,6 +134,11 @@ class Candidates:
         return self.layer_of[:, None] == self.layer_of[None, :]
 
     @property
+    def distinct(self) -> tuple[Scheme, ...]:
+        """The schemes that occur, ascending."""
+        return tuple(sorted(set(self.flat)))
+
+    @property
     def bits(self) -> tuple[int, ...]:
         """The weights' bit-widths that occur, ascending."""
         return tuple(sorted({scheme.bits for scheme in self.flat}))
@@ -220,6 +225,18 @@ class Candidates:
             same = [scheme for scheme in self.schemes[self._positions[layer]] if scheme.bits == given]
             return same[0] if len(same) == 1 else None
         return Scheme.of(given)
+
+
+def inputs_kept(schemes: Iterable[Scheme]) -> bool:
+    """Whether no scheme rounds an input, so that bits alone tell them apart."""
+    return all(scheme.input_bits == KEPT for scheme in schemes)
+
+
+def scheme_names(schemes: Iterable[Scheme], unit: str = "") -> dict[Scheme, str]:
+    """What people read for each scheme, ascending: its bits and ``unit`` where every input is kept, else its label."""
+    distinct = sorted(set(schemes))
+    kept = inputs_kept(distinct)
+    return {scheme: f"{scheme.bits}{unit}" if kept else scheme.label for scheme in distinct}
 
 
 def stored_bytes(layer: Layer, scheme: Scheme, quantizer: Quantizer) -> int:

@@ -96,10 +96,11 @@ def gather(
     samples = ""
     try:
         key, batches, model, samples = _samples(folder, sens, plan, note, model, heldout, data, num_samples)
-        records = load_measured(folder, key)
-        known = [p for members in plans.values() for p in members if np.isfinite(sens.predict(p.bits))]
-        distinct = {tuple(p.bits.values()): p for p in known}  # a plan with a dropped candidate has no prediction
-        missing = [p for bits, p in distinct.items() if bits not in {tuple(record["bits"]) for record in records}]
+        records = load_measured(folder, key, sens)
+        known = [p for members in plans.values() for p in members if np.isfinite(sens.predict(p.schemes))]
+        distinct = {tuple(p.schemes.values()): p for p in known}  # a plan with a dropped candidate has no prediction
+        done = {tuple(record["schemes"]) for record in records}
+        missing = [p for labels, p in distinct.items() if labels not in done]
         if missing and model is not None:
             records = records + measure(sens, missing, model, batches(), device, verbose)
             save_measured(folder, key, records)
@@ -140,9 +141,11 @@ def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]
     except (OSError, ValueError, TypeError):
         pass
     weights = np.array([layer.numel for layer in sens.layers], np.float64)
-    least = np.where(sens.measured.reshape(len(weights), -1), np.array(sens.bits), sens.bits[-1]).min(axis=1)
-    lowest = math.ceil(1000 * weights @ least / weights.sum()) / 1000
-    points = np.unique(np.linspace(lowest, max(lowest, sens.bits[-1]), POINTS).round(3))
+    bits, first = sens.candidates.weight_bits, sens.candidates.starts[:-1]
+    most = np.maximum.reduceat(bits, first)
+    least = np.minimum.reduceat(np.where(sens.measured, bits, most[sens.candidates.layer_of]), first)
+    lowest, highest = (math.ceil(1000 * weights @ ends / weights.sum()) / 1000 for ends in (least, most))
+    points = np.unique(np.linspace(lowest, highest, POINTS).round(3))
     try:
         plans = pareto(sens, avg_bits=points.tolist(), time_limit=SECONDS)
     except CladoError as error:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
-from .style import Spec, decades, figure, note, rounded, rule
+from ..quant import Scheme, inputs_kept, scheme_names
+from .style import Spec, decades, few_digits, note, rounded, rule
 
 STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
 LARGEST_MAP = 160  # layers; beyond, the map shows those that carry the most
@@ -18,27 +20,17 @@ LARGEST_MAP = 160  # layers; beyond, the map shows those that carry the most
 def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
     """The sensitivity matrix by pairs of layers: the later layer down, the earlier across, a layer alone on the diagonal.
 
-    With the plan's bits the cells add up to the predicted loss increase. Cells within two standard errors are faint.
+    With the plan's bits the cells add up to the predicted loss increase. Cells within two standard errors are faint,
+    those of a scheme that one of the layers does not have are empty.
     """
     shown = heaviest_layers(sens, LARGEST_MAP)
     names = [sens.layers[k].name for k in shown]
-    width = len(sens.bits)
-    plan_bits = None if plan is None or not plan.bits else [sens.bits.index(plan.bits[name]) for name in names]
-    rows: list[Spec] = []
-    for row, later in enumerate(shown):
-        for column, earlier in enumerate(shown[: row + 1]):
-            a, b = slice(earlier * width, (earlier + 1) * width), slice(later * width, (later + 1) * width)
-            if earlier == later:
-                value = np.repeat(sens.delta_loss[a][:, None], width, axis=1)
-                error = np.repeat(np.diag(sens.stderr)[a][:, None], width, axis=1)
-            else:
-                value, error = sens.interaction[a, b], sens.stderr[a, b]
-            cell: Spec = {"a": names[column], "b": names[row], "w": rounded(value), "s": rounded(error)}
-            if plan_bits is not None:
-                cell |= {"m": plan_bits[column], "n": plan_bits[row]}
-            rows.append(cell)
-    choices = ([-1] if plan_bits is not None else []) + list(range(width))
-    labels = (["the plan's bits"] if plan_bits is not None else []) + [f"{bits} bits" for bits in sens.bits]
+    distinct = sens.candidates.distinct
+    width = len(distinct)
+    taken = None if plan is None or not plan.bits else [distinct.index(Scheme.of(plan.schemes[n])) for n in names]
+    choices = ([-1] if taken is not None else []) + list(range(width))
+    labels = ["the plan's bits"] if taken is not None else []
+    labels += scheme_names(distinct, " bits").values()
     params = [
         {
             "name": name,
@@ -47,7 +39,6 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
         }
         for name in ("earlier", "later")
     ]
-    bits = list(sens.bits)
     transform: list[Spec] = [
         {"calculate": "earlier < 0 ? datum.m : earlier", "as": "mm"},
         {"calculate": "later < 0 ? datum.n : later", "as": "nn"},
@@ -55,9 +46,9 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
         {"calculate": f"datum.s[datum.mm * {width} + datum.nn]", "as": "error"},
         {"filter": "isValid(datum.value)"},
         {"calculate": "isValid(datum.error) && abs(datum.value) < 2 * datum.error", "as": "faint"},
-        {"calculate": f"datum.a + ' at ' + {bits}[datum.mm] + ' bits'", "as": "first"},
+        {"calculate": f"datum.a + ' at ' + {name_of(distinct, 'datum.mm')}", "as": "first"},
         {
-            "calculate": f"datum.a == datum.b ? 'alone' : datum.b + ' at ' + {bits}[datum.nn] + ' bits'",
+            "calculate": f"datum.a == datum.b ? 'alone' : datum.b + ' at ' + {name_of(distinct, 'datum.nn')}",
             "as": "second",
         },
         {
@@ -77,7 +68,7 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
     return {
         "width": side * len(shown),
         "height": side * len(shown),
-        "data": {"values": rows},
+        "data": {"values": cells(sens, shown, taken)},
         "params": params,
         "transform": transform,
         "mark": {"type": "rect", "stroke": "$card", "strokeWidth": 1 if side > 8 else 0.3},
@@ -123,9 +114,50 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
     }
 
 
+def cells(sens: Sensitivity, shown: Sequence[int], taken: Sequence[int] | None) -> list[Spec]:
+    """The map's cells: names, values and errors by the earlier layer's scheme, then the later's; and the plan's two."""
+    names, width = [sens.layers[k].name for k in shown], len(sens.candidates.distinct)
+    loss, loss_error, pairs, pair_error = at_every_scheme(sens, shown)
+    out: list[Spec] = []
+    for row in range(len(shown)):
+        for column in range(row + 1):
+            a, b = slice(column * width, (column + 1) * width), slice(row * width, (row + 1) * width)
+            if column == row:
+                value, error = (np.repeat(alone[a, None], width, axis=1) for alone in (loss, loss_error))
+            else:
+                value, error = pairs[a, b], pair_error[a, b]
+            cell: Spec = {"a": names[column], "b": names[row], "w": rounded(value), "s": rounded(error)}
+            out.append(cell if taken is None else cell | {"m": taken[column], "n": taken[row]})
+    return out
+
+
+def at_every_scheme(sens: Sensitivity, shown: Sequence[int]) -> tuple[NDArray[np.float64], ...]:
+    """Loss increases and their errors ``[S·D]``, interactions and theirs ``[S·D, S·D]``, of S layers at the D schemes that
+    occur; NaN where a layer does not have a scheme."""
+    distinct, candidates = sens.candidates.distinct, sens.candidates
+    picked = np.flatnonzero(np.isin(candidates.layer_of, shown))
+    kind = np.array([distinct.index(candidates.flat[v]) for v in picked])
+    place = np.searchsorted(shown, candidates.layer_of[picked]) * len(distinct) + kind
+    size = len(shown) * len(distinct)
+    loss, loss_error = np.full((2, size), np.nan)
+    loss[place], loss_error[place] = sens.delta_loss[picked], np.diag(sens.stderr)[picked]
+    pairs, pair_error = np.full((2, size, size), np.nan)
+    pairs[np.ix_(place, place)] = sens.interaction[np.ix_(picked, picked)]
+    pair_error[np.ix_(place, place)] = sens.stderr[np.ix_(picked, picked)]
+    return loss, loss_error, pairs, pair_error
+
+
+def name_of(schemes: Sequence[Scheme], number: str) -> str:
+    """Expression for what people read for the scheme of a number."""
+    if inputs_kept(schemes):
+        return f"{[scheme.bits for scheme in schemes]}[{number}] + ' bits'"
+    return f"{[scheme.label for scheme in schemes]}[{number}]"
+
+
 def heaviest_layers(sens: Sensitivity, count: int) -> list[int]:
     """At most ``count`` layers with the largest entries, in execution order."""
-    size = np.nan_to_num(np.abs(sens.matrix)).reshape(len(sens.layers), len(sens.bits), -1).max(axis=(1, 2))
+    entries = np.nan_to_num(np.abs(sens.matrix)).max(axis=1)
+    size = np.maximum.reduceat(entries, sens.candidates.starts[:-1])
     return sorted(np.argsort(-size, kind="stable")[:count].tolist())
 
 
@@ -156,7 +188,7 @@ def eigenvalue_figure(sens: Sensitivity) -> Spec:
     rows: list[Spec] = []
     for sign, name in ((1, "positive"), (-1, "negative")):
         part = np.sort(sign * values[sign * values > 0])[::-1]
-        rows += [{"rank": k + 1, "size": figure(x), "sign": name} for k, x in enumerate(part)]
+        rows += [{"rank": k + 1, "size": few_digits(x), "sign": name} for k, x in enumerate(part)]
     layers: list[Spec] = [
         {
             "mark": {"type": "point", "filled": True, "size": 26, "opacity": 0.9},
@@ -216,19 +248,19 @@ def sampling_figure(sens: Sensitivity) -> Spec | None:
     count = sens.num_samples
     grid = [count * 2.0**k for k in range(-5, 6)]
     rows: list[Spec] = [
-        {"samples": n, "error": figure(error * math.sqrt(count / n)), "part": part, "beyond": n > count}
+        {"samples": n, "error": few_digits(error * math.sqrt(count / n)), "part": part, "beyond": n > count}
         for part, error in errors.items()
         for n in grid
     ]
-    points = [{"samples": count, "error": figure(error), "part": part} for part, error in errors.items()]
-    colours = ["$accent", "$bits2", "$bits3", "$bits4", "$bits5", "$bits6", "$bits7", "$bits8"]
+    points = [{"samples": count, "error": few_digits(error), "part": part} for part, error in errors.items()]
+    colours = {"one layer": "$accent"} | {f"pairs at {bits} bits": f"$bits{bits}" for bits in sens.bits}
     colour = {
         "field": "part",
         "type": "nominal",
         "sort": None,
         "scale": {
             "domain": list(errors),
-            "range": [colours[0], *(f"$bits{bits}" for bits in sens.bits)][: len(errors)],
+            "range": [colours[part] for part in errors],
         },
         "legend": {"title": None, "orient": "top", "columns": 3},
     }
@@ -269,12 +301,11 @@ def sampling_figure(sens: Sensitivity) -> Spec | None:
 def relative_errors(sens: Sensitivity) -> dict[str, float]:
     """Root-mean-square standard error over root-mean-square value, noise taken off the latter: the single loss increases,
     then the interactions of layers that share a bit-width; parts that drown in noise or are unknown are left out."""
-    width = len(sens.bits)
-    kind = np.tile(np.arange(width), len(sens.layers))
+    widths = sens.candidates.weight_bits
     outside = ~sens.candidates.same_layer
     parts = {"one layer": (sens.delta_loss, np.diag(sens.stderr))}
-    for m, bits in enumerate(sens.bits):
-        pick = outside & (kind[:, None] == m) & (kind[None, :] == m)
+    for bits in sens.bits:
+        pick = outside & (widths[:, None] == bits) & (widths[None, :] == bits)
         parts[f"pairs at {bits} bits"] = (sens.interaction[pick], sens.stderr[pick])
     out = {}
     for name, (values, errors) in parts.items():

@@ -9,44 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ..artifacts import Plan, Sensitivity
-from ..common import atomic_file
+from ..common import CladoError, atomic_file
 from ..improve import loss_increases, standard_error
+from ..quant import Scheme, scheme_names
 
 MEASURED_FILE = "measured.json"
-SCHEMA = 1
+SCHEMA = 2
 RANDOM = 16
 Record = dict[str, Any]
 
 
 def random_plans(sens: Sensitivity, count: int = RANDOM, seed: int = 0) -> list[Plan]:
-    """Plans between all layers at the least width and most at the largest: widths drawn from a binomial per plan."""
+    """Plans between all layers at their least scheme and most at their largest: a binomial draw per layer and plan."""
     random = np.random.default_rng(seed)
-    top = len(sens.bits) - 1
-    plans = []
-    for share in np.linspace(0.05, 0.7, count):
-        widths = random.binomial(top, share, size=len(sens.layers))
-        plans.append(plan_of(sens, [sens.bits[m] for m in widths]))
-    return plans
+    first, last = sens.candidates.starts[:-1], np.array(sens.candidates.counts) - 1
+    return [plan_of(sens, first + random.binomial(last, share)) for share in np.linspace(0.05, 0.7, count)]
 
 
 def uniform_plans(sens: Sensitivity) -> list[Plan]:
-    """Every layer at the same width, for each width."""
-    return [plan_of(sens, [bits] * len(sens.layers)) for bits in sens.bits]
+    """Every layer at the same scheme, for each scheme that every layer has."""
+    shared = [s for s in sens.candidates.distinct if all(s in own for own in sens.candidates.schemes)]
+    return [plan_of(sens, [sens.index(layer.name, scheme) for layer in sens.layers]) for scheme in shared]
 
 
-def plan_of(sens: Sensitivity, widths: Sequence[int]) -> Plan:
-    """A plan of the given bits in layer order."""
-    bits = {layer.name: int(width) for layer, width in zip(sens.layers, widths, strict=True)}
-    chosen = sens.candidates.indices(bits)
-    objective = sens.predict(bits)
+def plan_of(sens: Sensitivity, chosen: Sequence[int] | NDArray[np.int64]) -> Plan:
+    """A plan of ``[L]`` candidates, one of every layer."""
+    schemes = sens.candidates.choice(chosen)
     return Plan(
         sens.layers,
-        sens.candidates.choice(chosen),
+        schemes,
         "given",
-        objective,
+        sens.predict(schemes),
         quantizer=sens.quantizer,
         fingerprint=sens.fingerprint,
         activations=sens.activations,
@@ -70,8 +67,8 @@ def measure(
         heldout: batches of inputs or (inputs, targets).
 
     Returns:
-        One record per plan: bits in layer order, predicted and measured loss increase in nats, and the standard error of
-        the latter over samples (None for a single sample).
+        One record per plan: schemes and bits in layer order, predicted and measured loss increase in nats, and the
+        standard error of the latter over samples (None for a single sample).
 
     Raises:
         CladoError: as :func:`clado.rerank`.
@@ -79,10 +76,11 @@ def measure(
     increases = loss_increases(model, heldout, plans, sens.provenance.loss or "kl", device, verbose)
     return [
         {
+            "schemes": list(plan.schemes.values()),
             "bits": list(plan.bits.values()),
             "avg_bits": plan.avg_bits,
             "size_bytes": plan.size_bytes,
-            "predicted": sens.predict(plan.bits),
+            "predicted": sens.predict(plan.schemes),
             "increase": row.mean().item(),
             "stderr": _finite(standard_error(row)),
             "samples": len(row),
@@ -91,12 +89,15 @@ def measure(
     ]
 
 
-def load_measured(run: Path, key: dict[str, Any]) -> list[Record]:
+def load_measured(run: Path, key: dict[str, Any], sens: Sensitivity) -> list[Record]:
     """Records of an earlier report on the same matrix and samples; empty where there are none."""
     try:
         kept = json.loads((run / MEASURED_FILE).read_text())
-        return kept["plans"] if kept["schema"] == SCHEMA and kept["key"] == key else []
-    except (OSError, ValueError, KeyError, TypeError):
+        if kept["schema"] not in (1, SCHEMA) or kept["key"] != key:
+            return []
+        records: list[Record] = kept["plans"]
+        return records if kept["schema"] == SCHEMA else [_of_schema_1(record, sens) for record in records]
+    except (CladoError, OSError, ValueError, KeyError, TypeError):
         return []
 
 
@@ -116,15 +117,17 @@ def save_measured(run: Path, key: dict[str, Any], records: Sequence[Record]) -> 
 
 def named(records: Sequence[Record], plans: Mapping[str, Sequence[Plan]]) -> list[Record]:
     """Records with the kind and name their plan has now; a plan that is of several kinds takes the last."""
-    known = {tuple(record["bits"]): record for record in records}
-    out: dict[tuple[int, ...], Record] = {}
+    known = {tuple(record["schemes"]): record for record in records}
+    read = scheme_names(Scheme.of(label) for members in plans.values() for p in members for label in p.schemes.values())
+    out: dict[tuple[str, ...], Record] = {}
     for kind, members in plans.items():
         for k, plan in enumerate(members):
-            bits = tuple(plan.bits.values())
-            if bits in known:
-                name = {"random": f"random {k + 1}", "uniform": f"uniform {bits[0]}", "chosen": "the chosen plan"}
-                label = name.get(kind, f"frontier at {plan.avg_bits:.2f} bits")
-                out[bits] = known[bits] | {"kind": kind, "name": label}
+            labels = tuple(plan.schemes.values())
+            if labels in known:
+                same = f"uniform {read[Scheme.of(labels[0])]}"
+                names = {"random": f"random {k + 1}", "uniform": same, "chosen": "the chosen plan"}
+                name = names.get(kind, f"frontier at {plan.avg_bits:.2f} bits")
+                out[labels] = known[labels] | {"kind": kind, "name": name}
     return list(out.values())
 
 
@@ -142,6 +145,12 @@ def agreement(records: Sequence[Record]) -> dict[str, float]:
         low, middle, high = np.quantile(increase[both] / predicted[both], (0.1, 0.5, 0.9))
         out |= {"ratio": float(middle), "ratio_low": float(low), "ratio_high": float(high)}
     return out
+
+
+def _of_schema_1(record: Record, sens: Sensitivity) -> Record:
+    """A record of schema 1, which knows bits alone: no layer has two schemes of the same bits."""
+    bits = {layer.name: b for layer, b in zip(sens.layers, record["bits"], strict=True)}
+    return {"schemes": list(sens.candidates.choice(sens.candidates.indices(bits)).values()), **record}
 
 
 def _finite(value: float) -> float | None:

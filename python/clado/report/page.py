@@ -13,6 +13,7 @@ import numpy as np
 
 from ..artifacts import Plan, Sensitivity
 from ..common import atomic_file, require
+from ..quant import Scheme, scheme_names
 from ..runs import versions
 from ..solver import negative_mass
 from .contents import Contents, gather
@@ -22,7 +23,6 @@ from .plan_figures import agreement_figure, bits_figure, frontier_figure
 from .style import PALETTES, SUFFIXES, Spec, painted, renderer, save_figure, themed, with_error
 
 REPORT_FILE = "report.html"
-FORMATS = ("html", "png", "svg")
 
 
 def write_report(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, **arguments: Any) -> Path:
@@ -106,7 +106,8 @@ def render(contents: Contents) -> str:
         clear=clear_share(sens),
         many=len(sens.layers) > LARGEST_MAP,
         largest=LARGEST_MAP,
-        byte_rows=byte_rows(sens, plan),
+        byte_rows=byte_rows(plan),
+        schemes=list(scheme_names(sens.candidates.flat, " bits").values()),
         layer_rows=layer_rows(sens, plan),
         commands=commands(contents),
         versions=contents.note.get("versions") or versions(),
@@ -124,8 +125,7 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
     sens, plan = contents.sens, contents.plan
     out = [
         {
-            "label": "layers × widths",
-            "value": f"{len(sens.layers)} × {len(sens.bits)}",
+            **counted(sens),
             "detail": f"{sens.num_candidates} candidates, "
             + (f"{sens.num_samples:,} samples" if sens.num_samples else "scores from elsewhere"),
         }
@@ -163,6 +163,15 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
     return out
 
 
+def counted(sens: Sensitivity) -> dict[str, str]:
+    """Layers, and how many candidates each has."""
+    counts = sens.candidates.counts
+    least, most = min(counts), max(counts)
+    if len(set(sens.candidates.schemes)) == 1:
+        return {"label": "layers × widths", "value": f"{len(counts)} × {most}"}
+    return {"label": "layers × schemes", "value": f"{len(counts)} × {least}" + (f" … {most}" if most > least else "")}
+
+
 def clear_share(sens: Sensitivity) -> float | None:
     """Share of the interactions beyond two standard errors; None where these are unknown."""
     outside = np.triu(~sens.candidates.same_layer)
@@ -171,7 +180,7 @@ def clear_share(sens: Sensitivity) -> float | None:
     return float((value[known] > 2 * error[known]).mean()) if known.any() else None
 
 
-def byte_rows(sens: Sensitivity, plan: Plan | None) -> list[dict[str, Any]]:
+def byte_rows(plan: Plan | None) -> list[dict[str, Any]]:
     """Where the plan's bytes are, by width: codes without padding, then scales and padding."""
     if plan is None or not plan.bits:
         return []
@@ -195,19 +204,24 @@ def byte_rows(sens: Sensitivity, plan: Plan | None) -> list[dict[str, Any]]:
 
 
 def layer_rows(sens: Sensitivity, plan: Plan | None) -> list[dict[str, Any]]:
-    """Every layer with its loss increases and what was chosen."""
-    rows = []
-    for k, layer in enumerate(sens.layers):
-        entries = range(k * len(sens.bits), (k + 1) * len(sens.bits))
+    """Every layer with its loss increases, one for each scheme that occurs, and what was chosen."""
+    rows, distinct = [], sens.candidates.distinct
+    chosen = {name: Scheme.of(label) for name, label in plan.schemes.items()} if plan is not None else {}
+    sizes = plan.layer_bytes if plan is not None and chosen else {}
+    for layer, own in zip(sens.layers, sens.candidates.schemes, strict=True):
+        entries = {scheme: sens.index(layer.name, scheme) for scheme in own}
+        losses = {scheme: with_error(sens.delta_loss[v], sens.stderr[v, v]) for scheme, v in entries.items()}
+        taken = chosen.get(layer.name)
         rows.append(
             {
                 "name": layer.name,
                 "kind": layer.kind,
                 "shape": " × ".join(map(str, layer.shape)),
                 "weights": f"{layer.numel:,}",
-                "losses": [with_error(sens.delta_loss[v], sens.stderr[v, v]) for v in entries],
-                "bits": plan.bits[layer.name] if plan is not None and plan.bits else "",
-                "bytes": f"{plan.layer_bytes[layer.name]:,}" if plan is not None and plan.bits else "",
+                "losses": [losses.get(scheme, "") for scheme in distinct],
+                "chosen": distinct.index(taken) if taken is not None else None,
+                "bits": taken.bits if taken is not None else "",
+                "bytes": f"{sizes[layer.name]:,}" if sizes else "",
             }
         )
     return rows
@@ -222,18 +236,18 @@ def commands(contents: Contents) -> list[str]:
 
 def settings(sens: Sensitivity) -> dict[str, str]:
     """How the matrix was measured."""
-    info, group = sens.info, sens.quantizer.group_size
+    known, notes, group = sens.provenance, sens.notes, sens.quantizer.group_size
     scales = {-1: "one per output channel", 0: "one per tensor"}.get(group, f"one per {group} inputs")
     out = {
-        "estimator": info.get("estimator", "from elsewhere"),
-        "exact pairs": f"{len(info['corrected_pairs']):,}" if "corrected_pairs" in info else "",
-        "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(info.get("loss", ""), ""),
-        "precision": info.get("precision", ""),
+        "estimator": known.estimator or "from elsewhere",
+        "exact pairs": f"{len(known.corrected_pairs):,}" if known.corrected_pairs else "",
+        "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(known.loss or "", ""),
+        "precision": known.precision or "",
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
-        "work": f"{info['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in info else "",
-        "time": f"{info['seconds']:,.1f} s on {info.get('device', '')}" if "seconds" in info else "",
-        "left in float": ", ".join(info.get("float_layers", {})),
-        "warnings": "; ".join(info.get("warnings", [])),
+        "work": f"{notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else "",
+        "time": f"{notes['seconds']:,.1f} s on {notes.get('device', '')}" if "seconds" in notes else "",
+        "left in float": ", ".join(known.float_layers),
+        "warnings": "; ".join(notes.get("warnings", [])),
     }
     return {name: str(value) for name, value in out.items() if value}
 

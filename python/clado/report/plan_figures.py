@@ -1,8 +1,4 @@
-"""Figures as Vega-Lite specifications: one definition serves the report, single files and ``clado pareto --plot``.
-
-A colour in a specification is a name of :data:`PALETTES` behind a dollar sign; :func:`painted` puts hexadecimal values or CSS
-variables in its place, so that one drawing follows the page from light to dark and onto paper.
-"""
+"""Figures of plans: bits per layer, the frontier, predicted against measured loss increase."""
 
 from __future__ import annotations
 
@@ -11,7 +7,16 @@ from typing import Any
 
 from ..artifacts import Plan, Sensitivity
 from ..common import require
-from .style import AXES, Spec, colour_of_bits, decades, error_bar, note, rule, with_error
+from ..quant import Scheme, inputs_kept
+from .style import Spec, decades, note, rule, with_error
+
+AXES = {  # of the frontier, by the budget that varies
+    "avg_bits": "budget: bits per weight on average",
+    "size_bytes": "budget: bytes",
+    "size_mb": "budget: MiB",
+    "bitops": "budget: BitOps",
+    "latency_ms": "budget: milliseconds",
+}
 
 
 def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
@@ -21,6 +26,7 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         CladoError: a plan without bits.
     """
     require(bool(plan.bits), "figure", "plan", "have bits", plan.status)
+    plain = inputs_kept(map(Scheme.of, plan.schemes.values()))
     rows: list[Spec] = []
     start = 0
     for layer in plan.layers:
@@ -36,8 +42,10 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
             "bytes": f"{plan.layer_bytes[layer.name]:,}",
             "alone": "",
         }
-        if sens is not None and bits in sens.bits:
-            v = sens.index(layer.name, bits)
+        if not plain:
+            row["scheme"] = plan.schemes[layer.name]
+        if sens is not None and sens.candidates.has(layer.name, plan.schemes[layer.name]):
+            v = sens.index(layer.name, plan.schemes[layer.name])
             row["alone"] = with_error(sens.delta_loss[v], sens.stderr[v, v])
         rows.append(row)
         start += layer.numel
@@ -49,6 +57,8 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         {"field": "weights", "title": "weights"},
         {"field": "bytes", "title": "bytes"},
     ]
+    if not plain:
+        tooltip.insert(2, {"field": "scheme", "title": "scheme"})
     if any(row["alone"] for row in rows):
         tooltip.append({"field": "alone", "title": "loss increase alone"})
     blocks = {
@@ -85,6 +95,16 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
     return {"width": "container", "height": 220, "data": {"values": rows}, "layer": [blocks, average]}
 
 
+def colour_of_bits(widths: Sequence[int]) -> Spec:
+    """The colour channel of bit-widths; a width has the same colour everywhere."""
+    return {
+        "field": "bits",
+        "type": "ordinal",
+        "scale": {"domain": list(widths), "range": [f"$bits{bits}" for bits in widths]},
+        "legend": {"title": None, "orient": "top", "symbolType": "square", "labelExpr": "datum.label + ' bits'"},
+    }
+
+
 def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured: Sequence[dict[str, Any]] = ()) -> Spec:
     """Predicted loss increase against the budget that varies; what is not yet proven as a bar below each point.
 
@@ -111,10 +131,10 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
         }
         for plan in known
     ]
-    by_bits = {tuple(record["bits"]): record for record in measured}
+    by_schemes = {tuple(record["schemes"]): record for record in measured}
     checks: list[Spec] = []
     for plan, row in zip(known, rows, strict=True):
-        record = by_bits.get(tuple(plan.bits.values()))
+        record = by_schemes.get(tuple(plan.schemes.values()))
         if record is not None:
             checks.append(error_bar(record) | {"budget": row["budget"], "status": "measured on held-out samples"})
     logarithmic = min(row["loss"] for row in rows) > 0 and all(row["increase"] > 0 for row in checks)
@@ -218,6 +238,17 @@ def budget_on(plan: Plan, axis: str) -> float | None:
         return plan.usage[axis]["limit"]
     sizes = {"avg_bits": plan.avg_bits, "size_bytes": float(plan.size_bytes), "size_mb": plan.size_bytes / 2**20}
     return sizes.get(axis)
+
+
+def error_bar(record: dict[str, Any]) -> dict[str, Any]:
+    """A measured plan with the ends of its bar of two standard errors."""
+    error = record["stderr"] if record["stderr"] is not None else 0.0
+    kept = {key: record[key] for key in ("name", "kind", "avg_bits", "predicted", "increase")}
+    return kept | {
+        "low": record["increase"] - 2 * error,
+        "high": record["increase"] + 2 * error,
+        "text": with_error(record["increase"], error),
+    }
 
 
 def agreement_figure(measured: Sequence[dict[str, Any]]) -> Spec:

@@ -1,10 +1,15 @@
-"""How figures look and are saved: palettes, themes, rules, rounded numbers."""
+"""How figures look and are saved: palettes, the theme, rules and notes, numbers as text.
+
+Figures are Vega-Lite specifications: one definition serves the report, single files and ``clado pareto --plot``. A colour in a
+specification is a name of :data:`PALETTES` behind a dollar sign; :func:`painted` puts hexadecimal values or CSS variables in its
+place, so that one drawing follows the page from light to dark and onto paper.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -148,36 +153,6 @@ def themed(spec: Spec) -> Spec:
     return {"background": None, "padding": 2, **spec, "config": config}
 
 
-def colour_of_bits(widths: Sequence[int]) -> Spec:
-    """The colour channel of bit-widths; a width has the same colour everywhere."""
-    return {
-        "field": "bits",
-        "type": "ordinal",
-        "scale": {"domain": list(widths), "range": [f"$bits{bits}" for bits in widths]},
-        "legend": {"title": None, "orient": "top", "symbolType": "square", "labelExpr": "datum.label + ' bits'"},
-    }
-
-
-AXES = {
-    "avg_bits": "budget: bits per weight on average",
-    "size_bytes": "budget: bytes",
-    "size_mb": "budget: MiB",
-    "bitops": "budget: BitOps",
-    "latency_ms": "budget: milliseconds",
-}
-
-
-def error_bar(record: dict[str, Any]) -> dict[str, Any]:
-    """A measured plan with the ends of its bar of two standard errors."""
-    error = record["stderr"] if record["stderr"] is not None else 0.0
-    kept = {key: record[key] for key in ("name", "kind", "avg_bits", "predicted", "increase")}
-    return kept | {
-        "low": record["increase"] - 2 * error,
-        "high": record["increase"] + 2 * error,
-        "text": with_error(record["increase"], error),
-    }
-
-
 def decades(values: Iterable[float]) -> list[float]:
     """Ticks of a logarithmic axis: powers of ten, and where there are few of them 2 and 5 times these."""
     positive = [value for value in values if value > 0]
@@ -190,6 +165,7 @@ def decades(values: Iterable[float]) -> list[float]:
 
 
 def rule(channel: str, value: float) -> Spec:
+    """A dashed line through a value of the "x" or the "y" axis."""
     return {
         "mark": {"type": "rule", "strokeDash": [5, 4], "color": "$ink", "opacity": 0.7, "strokeWidth": 1.2},
         "encoding": {channel: {"datum": value, "type": "quantitative"}},
@@ -202,14 +178,14 @@ def note(text: str, x: Spec, y: Spec, align: str = "left", dx: int = 0) -> Spec:
     return {"data": {"values": [{}]}, "mark": mark, "encoding": {"x": x, "y": y}}
 
 
-def figure(value: float, digits: int = 4) -> float:
+def few_digits(value: float, digits: int = 4) -> float:
     """A number with few digits, for a small file."""
     return float(f"{value:.{digits - 1}e}")
 
 
 def rounded(values: NDArray[np.float64]) -> list[float | None]:
     """Flat list with three digits; None where unknown."""
-    return [figure(value, 3) if math.isfinite(value) else None for value in values.ravel().tolist()]
+    return [few_digits(value, 3) if math.isfinite(value) else None for value in values.ravel().tolist()]
 
 
 def with_error(value: float, error: float) -> str:
