@@ -19,7 +19,7 @@ import clado
 from clado.artifacts import Sensitivity
 from clado.graph import Captured
 from clado.graph.capture import capture
-from clado.profiling import checkpoint, plan_run, profile, run, with_defaults
+from clado.profiling import Options, checkpoint, plan_run, profile, run
 from tests.models import tiny_vit
 
 # Forks a profile again and again from one warm process and kills each at a random moment of its measuring, a few chunks on
@@ -148,7 +148,7 @@ def test_interrupted_run_goes_on_and_does_not_repeat(
 @torch.no_grad()
 def half_the_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
     """A cap under which eight samples can't advance together."""
-    ready = run.Run(model, [x], with_defaults(batch_size=8))
+    ready = run.Run(model, [x], Options(batch_size=8))
     return ready.fixed_bytes() + (ready.chunk_bytes() or 0) // 2
 
 

@@ -12,7 +12,7 @@ import torch
 from clado.artifacts import Sensitivity
 from clado.common import CladoError, digest
 from clado.improve import correct
-from clado.profiling import ESTIMATORS, Ranks, Run, Share, profile, with_defaults
+from clado.profiling import ESTIMATORS, Options, Ranks, Run, Share, profile
 from clado.profiling.estimators import expected_work
 from clado.profiling.share import split
 from tests.models import tiny_vit
@@ -139,7 +139,7 @@ def test_split_covers_every_item_once_and_evenly(parts: int) -> None:
 
 def test_fewer_chunks_than_ranks_are_shared() -> None:
     model, loader = data()
-    options = with_defaults(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
+    options = Options(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
     with torch.no_grad():
         run = Run(model, loader, options)  # five chunks
     assert [run.members(world, 0) for world in (1, 5, 10)] == [1, 1, 2]

@@ -15,7 +15,7 @@ import torch
 import clado
 from clado.graph import Captured
 from clado.graph.capture import capture
-from clado.profiling import Run, plan_run, profile, with_defaults
+from clado.profiling import Options, Run, plan_run, profile
 from clado.profiling import run as run_module
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
@@ -40,7 +40,7 @@ def captured_once(net: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(net: Any, **arguments: Any) -> Run:
-    return Run(net[0], [net[1]], with_defaults(**{"scale_steps": 1, **arguments}))
+    return Run(net[0], [net[1]], Options(**{"scale_steps": 1, **arguments}))
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "corrected", "exact"])
@@ -73,9 +73,8 @@ def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() 
 GROWTH = """
 import torch
 from pathlib import Path
-from clado.heap import heap
-from clado.profiler import with_defaults
-from clado.profiling import Run
+from clado.profiling import Options, Run
+from clado.profiling.heap import heap
 from torch.nn import GELU, Linear, Sequential
 
 def resident(line):
@@ -86,7 +85,7 @@ parts = [Sequential(Linear(64, 64 * k), GELU(), Linear(64 * k, 64)) for k in ran
 net = Sequential(*parts, Linear(64, 4))
 settings = dict(batch_size=8192, num_samples=8192, quantize_ends=True, scale_steps=1)
 with heap(keep=False), torch.no_grad():
-    run = Run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
+    run = Run(net.eval(), [torch.randn(8192, 64)], Options(estimator="logit", **settings))
     planned = run.fixed_bytes() + run.chunk_bytes()
     before = resident("VmRSS") - run.fixed_bytes()
     run.measure(verbose=False)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .estimators import ESTIMATORS, Later, corrected
     from .losses import Loss
     from .options import LOSSES, Options
-    from .profiler import plan_run, profile, with_defaults
+    from .profiler import plan_run, profile
     from .run import Run
     from .run_plan import RunPlan
     from .samples import SampleStream, sample_digests
@@ -46,6 +46,5 @@ __all__ = [
     "recorded",
     "sample_digests",
     "torchrun_group",
-    "with_defaults",
     "writing",
 ]
