@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import clado
 from clado.artifacts import Sensitivity
 from clado.graph.capture import Captured, capture
-from clado.profiling import checkpoint, open_run, plan_run, profile, run, with_defaults
+from clado.profiling import Options, checkpoint, open_run, plan_run, profile, run
 from clado.quant import variants
 from tests.models import tiny_vit
 
@@ -147,7 +147,7 @@ def test_interrupted_run_goes_on_and_does_not_repeat(
 @torch.no_grad()
 def half_the_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
     """A cap under which eight samples can't advance together."""
-    pieces = open_run(model, [x], with_defaults(batch_size=8)).pieces
+    pieces = open_run(model, [x], Options(batch_size=8)).pieces
     return pieces.fixed_bytes() + (pieces.chunk_bytes() or 0) // 2
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clado.artifacts import Sensitivity
-from clado.profiling import open_run, profile, with_defaults
+from clado.profiling import Options, open_run, profile
 from tests.ops.devices import DEVICES
 
 BITS, SAMPLES = (2, 4, 8), 12
@@ -139,7 +139,7 @@ def test_a_chunk_takes_the_memory_that_is_planned(estimator: str) -> None:
     torch.manual_seed(0)
     model, x = Transformer(64).eval().cuda(), torch.randn(256, 1, 64, 64)
     with torch.no_grad():
-        ready = open_run(model, [x], with_defaults(estimator=estimator, batch_size=256, num_samples=256, scale_steps=1))
+        ready = open_run(model, [x], Options(estimator=estimator, batch_size=256, num_samples=256, scale_steps=1))
         planned = ready.pieces.chunk_bytes()
         assert planned is not None
         torch.cuda.synchronize()

@@ -12,7 +12,7 @@ import torch
 from clado.artifacts import Sensitivity
 from clado.common import CladoError, digest
 from clado.improve import correct
-from clado.profiling import ESTIMATORS, Ranks, open_run, profile, with_defaults
+from clado.profiling import ESTIMATORS, Options, Ranks, open_run, profile
 from clado.profiling.estimators import Passes
 from clado.profiling.share import Share, split
 from tests.models import tiny_vit
@@ -137,7 +137,7 @@ def test_split_covers_every_item_once_and_evenly(parts: int) -> None:
 
 def test_fewer_chunks_than_ranks_are_shared() -> None:
     model, loader = data()
-    options = with_defaults(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
+    options = Options(bits=(2, 4), estimator="exact", num_samples=20, batch_size=4, scale_steps=1)
     with torch.no_grad():
         run = open_run(model, loader, options)  # five chunks
     work, count = run.work, run.stream.expected

@@ -16,7 +16,7 @@ import torch
 import clado
 from clado.graph.capture import Captured, capture
 from clado.graph.rehearsal import LiveBytes
-from clado.profiling import ESTIMATORS, Run, open_run, plan_run, profile, with_defaults
+from clado.profiling import ESTIMATORS, Options, Run, open_run, plan_run, profile
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
 from tests.models import tiny_vit
@@ -39,7 +39,7 @@ def captured_once(net: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(net: Any, **arguments: Any) -> Run:
-    return open_run(net[0], [net[1]], with_defaults(**{"scale_steps": 1, **arguments}))
+    return open_run(net[0], [net[1]], Options(**{"scale_steps": 1, **arguments}))
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "corrected", "exact"])
@@ -72,7 +72,7 @@ def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() 
 GROWTH = """
 import torch
 from pathlib import Path
-from clado.profiling import open_run, with_defaults
+from clado.profiling import open_run, Options
 from clado.profiling.heap import heap
 from torch.nn import GELU, Linear, Sequential
 
@@ -84,7 +84,7 @@ parts = [Sequential(Linear(64, 64 * k), GELU(), Linear(64 * k, 64)) for k in ran
 net = Sequential(*parts, Linear(64, 4))
 settings = dict(batch_size=8192, num_samples=8192, quantize_ends=True, scale_steps=1)
 with heap(keep=False), torch.no_grad():
-    run = open_run(net.eval(), [torch.randn(8192, 64)], with_defaults(estimator="logit", **settings))
+    run = open_run(net.eval(), [torch.randn(8192, 64)], Options(estimator="logit", **settings))
     planned = run.pieces.fixed_bytes() + run.pieces.chunk_bytes()
     before = resident("VmRSS") - run.pieces.fixed_bytes()
     run.measure(verbose=False)

@@ -35,7 +35,6 @@ from ..profiling import (
     open_run,
     recorded,
     sample_digests,
-    with_defaults,
     writing,
 )
 from ..solver import given_plan, solve
@@ -96,7 +95,7 @@ def correct(
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
     skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
-    options = with_defaults(
+    options = Options(
         bits=sens.bits,
         estimator="corrected",
         loss=sens.provenance.loss,

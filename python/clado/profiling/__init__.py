@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .estimators import ESTIMATORS
     from .open import open_run
     from .options import LOSSES, Options
-    from .profiler import plan_run, profile, with_defaults
+    from .profiler import plan_run, profile
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
@@ -44,6 +44,5 @@ __all__ = [
     "recorded",
     "sample_digests",
     "torchrun_group",
-    "with_defaults",
     "writing",
 ]

@@ -48,8 +48,3 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], options: Options, *, 
     """
     with heap(keep=options.max_memory is None), full_precision(), torch.no_grad():
         return open_run(model, data_loader, options, verbose).plan()
-
-
-def with_defaults(**given: Any) -> Options:
-    """Some arguments of :func:`profile`, and its defaults for the others."""
-    return Options(**given)
