@@ -55,30 +55,23 @@ def open_run(
     ranges = _ranges(model, stream, reader, act_samples, verbose) if task is None else task.ranges
     if ranges:
         model = quantize_activations(model, ranges)
-    runner = open_runner(
-        model,
-        inputs,
-        ignore=options.ignore,
-        quantize_ends=options.quantize_ends,
-        forward_step=reader.step,
-        device=device,
-        dtype=reader.dtype,
-    )
+    plain = _opened(model, inputs, reader)
     example = two_samples(reader.moved(inputs))
-    reader = replace(reader, classes=check_output(_output(runner, example), options.loss))
+    reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
 
     @cache
     def every() -> list[list[Tensor]]:
         return quantized_variants(model, plain.layers, options.bits, options.quantizer, device, reader.dtype)
 
-    notes = [] if runner.note is None else [runner.note]
-    plain, probed = runner, dict[str, Any]()
+    notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.precision in LOW_PRECISIONS:
         runner, probed = _lowered(plain, every, first, reader, stream.expected, known.get("products"), notes)
-    low = runner is not plain
+    kept_plain = options.precision in LOW_PRECISIONS and runner is plain
+    products = "float32" if kept_plain else options.precision
     widest = len(options.bits) if task is None else 1
     size = options.batch_size or known.get("batch_size") or default_batch(runner, widest, options.estimator, device)
     few = options.exact_samples or known.get("exact_samples") or max(2, stream.expected // 8)
+    exact_samples = few if options.estimator == "corrected" else None
     pieces = Pieces(
         runner,
         options.estimator,
@@ -93,39 +86,58 @@ def open_run(
     pieces.fit(options.max_memory, device)
     if options.batch_size is None and "batch_size" not in known:
         size = pieces.together
-    exact_samples = few if options.estimator == "corrected" else None
     settings = {
         "weights": weights_digest(model),
         "layers": digest([asdict(layer) for layer in runner.layers]),
-        "bits": options.bits,
-        "estimator": options.estimator,
         "exact_samples": exact_samples,
-        "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
-        "forward_step": code_digest(options.forward_step),
-        "precision": options.precision,
-        "products": options.precision if low or options.precision not in LOW_PRECISIONS else "float32",
+        "products": products,
         "batch_size": size,
-        "quantizer": options.quantizer.to_json(),
-        "act_bits": options.act_bits,
         "act_samples": act_samples if ranges else None,
         "act_ranges": digest(ranges) if ranges else None,
         "device": device.type,
+        **_asked(options),
     }
     return Run(
-        runner,
-        reader,
-        options,
-        stream,
-        every,
-        pieces,
-        size,
-        exact_samples,
-        settings,
-        ranges,
-        notes,
-        probed,
-        started,
-        task,
+        runner=runner,
+        reader=reader,
+        options=options,
+        stream=stream,
+        every=every,
+        pieces=pieces,
+        size=size,
+        exact_samples=exact_samples,
+        own_settings=settings,
+        ranges=ranges,
+        notes=notes,
+        probed=probed,
+        started=started,
+        task=task,
+    )
+
+
+def _asked(options: Options) -> dict[str, Any]:
+    """The options that decide the result as they are."""
+    return {
+        "bits": options.bits,
+        "estimator": options.estimator,
+        "loss": options.loss if options.loss_func is None else code_digest(options.loss_func),
+        "forward_step": code_digest(options.forward_step),
+        "precision": options.precision,
+        "quantizer": options.quantizer.to_json(),
+        "act_bits": options.act_bits,
+    }
+
+
+def _opened(model: nn.Module, inputs: Any, reader: Reader) -> Runner:
+    options = reader.options
+    return open_runner(
+        model,
+        inputs,
+        ignore=options.ignore,
+        quantize_ends=options.quantize_ends,
+        forward_step=reader.step,
+        device=reader.device,
+        dtype=reader.dtype,
     )
 
 
