@@ -82,7 +82,7 @@ def test_carried_differences_forget_the_weights_they_began_with() -> None:
     assert torch.equal(runner.clean(state), wanted)
     moved = runner.finish(runner.fork(runner.advance(state, 1), 1, variants[1][:1]))
     again = plain.finish(plain.fork(plain.advance(plain.start(x), 1), 1, variants[1][:1])) - wanted
-    assert torch.allclose(moved, again, rtol=1e-2, atol=2e-3 * again.abs().max())
+    assert torch.allclose(moved, again, rtol=1e-2, atol=2e-3 * again.abs().max().item())
 
 
 @pytest.mark.parametrize("whole", [False, True])

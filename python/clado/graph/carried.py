@@ -143,11 +143,11 @@ class CarriedExecutor(Executor):
         if product is None or not simple or isinstance(at.d.get(x), Unsplit):
             return [self._recompute(node, at, own) for own in weights]
         d = at.d.get(x)
-        base = None if d is None else product(at, node, self.precision.operand(d), self._clean.operand(w))
+        base = None if d is None else product(node, at, self.precision.operand(d), self._clean.operand(w))
         entry = self.precision.operand(at.x(x) if d is None else at.total(x))
         out = []
         for own in weights:
-            moved = product(at, node, entry, self._change(w, own))
+            moved = product(node, at, entry, self._change(w, own))
             if d is None:
                 moved = repeated(moved, node.meta["val"], at.streams)
             out.append(moved if base is None else moved.add_(base))

@@ -67,12 +67,12 @@ _LINEAR = {
 }
 
 
-def _linear_product(at: Differences, node: Any, x: Tensor, w: Tensor) -> Tensor:
+def _linear_product(node: Any, at: Differences, x: Tensor, w: Tensor) -> Tensor:
     with at.clean.precision.product():
         return torch.nn.functional.linear(x, w)
 
 
-def _conv_product(at: Differences, node: Any, x: Tensor, w: Tensor) -> Tensor:
+def _conv_product(node: Any, at: Differences, x: Tensor, w: Tensor) -> Tensor:
     rest = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
     with at.clean.precision.product():
         return node.target(x, w, None, *node.args[3:], **rest)
@@ -85,7 +85,7 @@ def _matmul(at: Differences, a: Tensor, b: Tensor) -> Tensor:
 
 
 # Operators that multiply with a weight, bias aside.
-PRODUCTS: dict[Any, Callable[[Differences, Node, Tensor, Tensor], Tensor]] = {
+PRODUCTS: dict[Any, Callable[[Node, Differences, Tensor, Tensor], Tensor]] = {
     aten.linear.default: _linear_product,
     **dict.fromkeys(CONVOLUTIONS, _conv_product),
 }
@@ -96,7 +96,7 @@ def _weighted(node: Any, at: Differences) -> Any:
     x, w = node.args[0], node.args[1]
     if at.d.get(x) is None or at.varies(w) or (len(node.args) > 2 and at.varies(node.args[2])):
         return None
-    return PRODUCTS[node.target](at, node, at.clean.precision.operand(at.d[x]), at.clean.operand(w))
+    return PRODUCTS[node.target](node, at, at.clean.precision.operand(at.d[x]), at.clean.operand(w))
 
 
 def _product(node: Any, at: Differences) -> Any:
@@ -159,7 +159,7 @@ def add_and_norm(node: Any, at: Differences, residual: Tensor, branch: Tensor) -
     """Sum of two differences together with the layer norm that reads it; the norm's value waits in ``at.d``."""
     norms = [user for user in node.users if user.target == aten.layer_norm.default and user.args[0] is node]
     norms = [norm for norm in norms if not at.clean.perturbable(norm)]
-    given = _norm_arguments(at, norms[0]) if norms and residual.shape == branch.shape else None
+    given = _norm_arguments(norms[0], at) if norms and residual.shape == branch.shape else None
     if given is None:
         return None
     total, at.d[norms[0]] = clado_ext.carried_add_layer_norm(
@@ -245,13 +245,13 @@ def _gelu(node: Any, at: Differences) -> Any:
 
 
 def _layer_norm(node: Any, at: Differences) -> Any:
-    x, given = node.args[0], _norm_arguments(at, node)
+    x, given = node.args[0], _norm_arguments(node, at)
     if given is None:
         return None
     return clado_ext.carried_layer_norm(at.x(x), at.d[x], *given, at.clean.precision.half)
 
 
-def _norm_arguments(at: Differences, node: Any) -> tuple[Tensor | None, float] | None:
+def _norm_arguments(node: Any, at: Differences) -> tuple[Tensor | None, float] | None:
     """(weight, eps) of a layer norm over the last dimension; None: any other."""
     x, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
     dynamic = any(isinstance(a, Node) and at.varies(a) for a in (weight, bias))

@@ -26,6 +26,7 @@ from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
 from ..profiling import (
     Later,
+    Options,
     PairTask,
     Ranks,
     Run,

@@ -115,7 +115,8 @@ def refine(
     budgets = {k: v for k, v in arguments.items() if k in BUDGETS}
     result = given_plan(sens, best, **budgets)
     note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
-    note["refine_forward_equivalents"] = ground.runner.work / len(inputs)
+    # In clean passes of the runner: what nobody reads is no part of them.
+    note["refine_forward_equivalents"] = ground.runner.work / ground.runner.forward_share / len(inputs)
     if ground.runner.note is not None:
         note["refine_note"] = ground.runner.note
     return replace(result, info=note)

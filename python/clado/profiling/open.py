@@ -56,32 +56,25 @@ def open_run(
     ranges = _ranges(model, stream, reader, act_samples, verbose) if task is None else task.ranges
     if ranges:
         model = quantize_activations(model, ranges)
-    runner = open_runner(
-        model,
-        inputs,
-        ignore=options.ignore,
-        quantize_ends=options.quantize_ends,
-        forward_step=reader.step,
-        device=device,
-        dtype=reader.dtype,
-    )
+    plain = _opened(model, inputs, reader)
     example = two_samples(reader.moved(inputs))
-    reader = replace(reader, classes=check_output(_output(runner, example), options.loss))
+    reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
 
-    candidates = options.candidates(runner.layers) if task is None else _of_task(task, runner)
+    candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
 
     @cache
     def every() -> list[list[Tensor]]:
         return variants(model, candidates, options.quantizer, device, reader.dtype)
 
-    notes = [] if runner.note is None else [runner.note]
-    plain, probed = runner, dict[str, Any]()
+    notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.precision in LOW_PRECISIONS:
         runner, probed = _lowered(plain, every, first, reader, stream.expected, known.get("products"), notes)
-    low = runner is not plain
+    kept_plain = options.precision in LOW_PRECISIONS and runner is plain
+    products = "float32" if kept_plain else options.precision
     widest = max(candidates.counts) if task is None else 1
     size = options.batch_size or known.get("batch_size") or default_batch(runner, widest, options.estimator, device)
     few = options.exact_samples or known.get("exact_samples") or max(2, stream.expected // 8)
+    exact_samples = few if ESTIMATORS[options.estimator].residual else None
     pieces = Pieces(
         runner,
         options.estimator,
@@ -96,11 +89,10 @@ def open_run(
     pieces.fit(options.max_memory, device)
     if options.batch_size is None and "batch_size" not in known:
         size = pieces.together
-    exact_samples = few if ESTIMATORS[options.estimator].residual else None
     settings = {
         "weights": weights_digest(model),
         "layers": digest([asdict(layer) for layer in runner.layers]),
-        "products": options.precision if low or options.precision not in LOW_PRECISIONS else "float32",
+        "products": products,
         "act_ranges": digest(ranges.to_json()) if ranges else None,
         **options.settings(
             exact_samples=exact_samples,
@@ -110,21 +102,22 @@ def open_run(
         ),
     }
     return Run(
-        runner,
-        reader,
-        options,
-        stream,
-        candidates,
-        every,
-        pieces,
-        size,
-        exact_samples,
-        settings,
-        ranges,
-        notes,
-        probed,
-        started,
-        task,
+        runner=runner,
+        reader=reader,
+        options=options,
+        stream=stream,
+        candidates=candidates,
+        every=every,
+        pieces=pieces,
+        size=size,
+        exact_samples=exact_samples,
+        own_settings=settings,
+        ranges=ranges,
+        notes=notes,
+        probed=probed,
+        started=started,
+        task=task,
+    )
     )
 
 

@@ -125,9 +125,9 @@ class Run:
 
     def take(self, task: PairTask, stream: SampleStream) -> None:
         """Measure another choice of candidates and pairs from now on, from the first sample of ``stream``."""
-        self.task, self.stream = task, stream
+        self.task, self.stream, every = task, stream, self.every
         self.stream.peek()
-        self.pieces.variants = lambda: task.of(self.every())
+        self.pieces.variants = lambda: task.of(every())
         self.runner.work, self.measured = 0.0, 0
 
     def checkpoint(self, folder: Path | None) -> Checkpoint:
