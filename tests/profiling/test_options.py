@@ -17,7 +17,7 @@ from torch import nn
 import clado
 from clado import CladoError, Layer, Quantizer
 from clado.common import code_digest, digest
-from clado.profiling import Options, Run, plan_run, profile
+from clado.profiling import Options, open_run, plan_run, profile
 
 NAMES = [f.name for f in fields(Options)]
 LAYERS = [
@@ -142,7 +142,7 @@ def test_settings_are_those_of_earlier_runs(given: dict[str, Any], recorded: dic
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     data = [(torch.randn(16, 4), torch.zeros(16, dtype=torch.int64))]
-    run = Run(model, data, Options(**given))
+    run = open_run(model, data, Options(**given))
     assert {name: run.settings[name] for name in recorded} | settings == dict(settings)
     if given.get("loss_func") is None and given.get("act_bits") is None:
         names = ("weights", "layers", "products", "act_ranges")
