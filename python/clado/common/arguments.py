@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import require
 
+A = TypeVar("A", bound="Arguments")
 R = TypeVar("R")
 WIDTH = 126  # columns of a generated docstring
 
@@ -103,6 +104,16 @@ class Arguments:
                 require(False, self.op, name, must, check.got(value))
             if kept is not None:
                 object.__setattr__(self, name, kept(value))
+
+    @classmethod
+    def of(cls: type[A], **given: Any) -> A:
+        """From arguments as a caller gives them, of wider types than the fields have.
+
+        Raises:
+            CladoError: one that cannot be meant, or that there is not.
+        """
+        check_known(cls.op, given, cls.about())
+        return cls(**given)
 
     @classmethod
     def about(cls) -> dict[str, About]:

@@ -96,7 +96,7 @@ def correct(
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
     skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
-    options = Options(
+    options = Options.of(
         bits=sens.bits,
         estimator="corrected",
         loss=sens.provenance.loss,

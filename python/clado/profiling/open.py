@@ -120,6 +120,19 @@ def open_run(
     )
 
 
+def _opened(model: nn.Module, inputs: Any, reader: Reader) -> Runner:
+    options = reader.options
+    return open_runner(
+        model,
+        inputs,
+        ignore=options.ignore,
+        quantize_ends=options.quantize_ends,
+        forward_step=reader.step,
+        device=reader.device,
+        dtype=reader.dtype,
+    )
+
+
 def _check_batch(first: Any, options: Options) -> None:
     plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
     must = "be given for batches that are neither inputs nor (inputs, …)"
