@@ -153,5 +153,5 @@ def test_the_plan_counts_the_work(net: Any) -> None:
     assert plan.forward_equivalents == pytest.approx(SAMPLES * found.info["forward_equivalents"])
     assert plan.seconds > 0
     assert "in all" in str(plan)
-    with pytest.raises(clado.CladoError, match="arguments must be among those of .*, got colour"):
+    with pytest.raises(clado.CladoError, match=r"arguments must be among those of .*, got colour"):
         plan_run(net[0], [net[1]], colour="red")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..common import digest, progress_bar, require, two_samples, weights_digest
-from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision
+from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
 from ..quant import ActivationRanges, Candidates, calibrate, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
