@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -261,10 +262,8 @@ def candidates_of(
     Raises:
         CladoError: a layer that no pattern fits, a pattern that fits no layer.
     """
-    import fnmatch
-
     if not isinstance(schemes, Mapping):
-        return Candidates.uniform(layers, _sorted(schemes))
+        return Candidates.uniform(layers, schemes)
     taken: list[tuple[Scheme, ...]] = []
     unused = set(schemes)
     for layer in layers:
@@ -272,10 +271,6 @@ def candidates_of(
         if found is None:
             raise CladoError(f"profile: schemes must have a pattern for every layer, got none for {layer.name}")
         unused.discard(found)
-        taken.append(_sorted(schemes[found]))
+        taken.append(tuple(map(Scheme.of, schemes[found])))
     require(not unused, "profile", "schemes", "hold patterns that fit a layer first", sorted(unused)[:3])
     return Candidates(tuple(layers), tuple(taken))
-
-
-def _sorted(schemes: Sequence[Scheme | str | int]) -> tuple[Scheme, ...]:
-    return tuple(sorted(Scheme.of(scheme) for scheme in schemes))
