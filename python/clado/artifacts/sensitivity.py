@@ -87,7 +87,7 @@ class Sensitivity:
     @property
     def matrix(self) -> NDArray[np.float64]:
         """G: ``[V, V]`` with 2ΔL on the diagonal and Ω off it; ½ xᵀGx is the predicted loss increase of a one-hot x."""
-        matrix = self.interaction.copy()
+        matrix: NDArray[np.float64] = self.interaction.copy()
         np.fill_diagonal(matrix, 2 * self.delta_loss)
         return matrix
 
@@ -232,7 +232,7 @@ class Sensitivity:
     @property
     def _mean(self) -> NDArray[np.float64]:
         """``[V, V]``: ΔL on the diagonal, Ω off it."""
-        mean = self.interaction.copy()
+        mean: NDArray[np.float64] = self.interaction.copy()
         np.fill_diagonal(mean, self.delta_loss)
         return mean
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -62,7 +63,7 @@ def run(folder: Path, avg_bits: float) -> None:
     console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 2.5   clado --help")
 
 
-def table(model: nn.Module, sens: Sensitivity, diagonal: Plan, plan: Plan, data: list) -> Table:
+def table(model: nn.Module, sens: Sensitivity, diagonal: Plan, plan: Plan, data: list[Any]) -> Table:
     """Size, held-out loss and accuracy of the float net, uniform widths, the diagonal plan and ours."""
     count = len(data[0][1])
     out = Table(

@@ -81,7 +81,8 @@ def _exchange(one: Path, other: Path) -> bool:
         swap = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError, TypeError):
         return False
-    return swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+    found: bool = swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

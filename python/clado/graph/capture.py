@@ -143,7 +143,7 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad(), _quiet():
             shapes = (pytree.tree_map(lambda leaf: {0: batch}, example),)
-            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+            program: torch.export.ExportedProgram = torch.export.export(model, (example,), dynamic_shapes=shapes)
             program = program.run_decompositions({})  # decomposes nothing, but removes mutation
     except Exception as error:  # torch.export raises whatever the model's code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -69,8 +69,10 @@ class CarriedExecutor(Executor):
         clean = self._clean.values[output]
         found = end.values.get(output)
         if found is None:
-            return clean.new_zeros(end.streams, *clean.shape)
-        return found.float().view(end.streams, end.samples, *clean.shape[1:])
+            nothing: Tensor = clean.new_zeros(end.streams, *clean.shape)
+            return nothing
+        value: Tensor = found.float().view(end.streams, end.samples, *clean.shape[1:])
+        return value
 
     def outputs(self, state: State) -> list[Any]:
         end = self.advance(state, self.num_layers)
@@ -79,7 +81,8 @@ class CarriedExecutor(Executor):
         return super().outputs(State(end.position, values, end.samples, end.overrides))
 
     def clean(self, state: State) -> Tensor:
-        return self._clean.values[self.captured.outputs[0]]
+        found: Tensor = self._clean.values[self.captured.outputs[0]]
+        return found
 
     def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
         return finished

@@ -75,7 +75,8 @@ def _linear_product(node: Any, at: Differences, x: Tensor, w: Tensor) -> Tensor:
 def _conv_product(node: Any, at: Differences, x: Tensor, w: Tensor) -> Tensor:
     rest = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
     with at.clean.precision.product():
-        return node.target(x, w, None, *node.args[3:], **rest)
+        found: Tensor = node.target(x, w, None, *node.args[3:], **rest)
+        return found
 
 
 def _matmul(at: Differences, a: Tensor, b: Tensor) -> Tensor:

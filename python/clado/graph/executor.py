@@ -106,7 +106,8 @@ class Executor:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.captured.constants[self.captured.sources[0][0]].device
+        found: torch.device = self.captured.constants[self.captured.sources[0][0]].device
+        return found
 
     @property
     def forward_share(self) -> float:
@@ -172,7 +173,8 @@ class Executor:
         """Outputs ``[S, N, …]`` of every stream, of a model that returns one tensor."""
         end = self.advance(state, self.num_layers)
         output = end.values[self.captured.outputs[0]]
-        return output.reshape(end.streams, end.samples, *output.shape[1:])
+        found: Tensor = output.reshape(end.streams, end.samples, *output.shape[1:])
+        return found
 
     def clean(self, state: State) -> Tensor:
         """Clean outputs ``[N, …]`` from a state without perturbations."""
@@ -213,7 +215,8 @@ class Executor:
 
         def under(weight: Tensor | None) -> Tensor:
             own = {} if weight is None else dict.fromkeys(sources, weight)
-            return self._evaluate(tap.node, tap.inputs, own, count)
+            found: Tensor = self._evaluate(tap.node, tap.inputs, own, count)
+            return found
 
         return slopes(tap, gradient, self.captured.constants[sources[0]], variants, sources, under, count)
 
@@ -279,7 +282,8 @@ class Executor:
                     measure(twin, weights, batch)
             except Exception:  # whatever an operator says to tensors without data
                 return None
-        return live.peak
+        found: int | None = live.peak
+        return found
 
     def take_costs(self, other: Executor) -> None:
         """What the segments of the same graph cost, where another runner counted it."""

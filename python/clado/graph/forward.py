@@ -57,7 +57,7 @@ class _Watch(TorchDispatchMode):
     """Notes the first operator that draws at random, and the first that normalizes over a batch of ``samples``."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.random: str | None = None
         self.statistics: str | None = None
         self._samples = samples

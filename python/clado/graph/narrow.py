@@ -141,7 +141,7 @@ def _rows(node: Node, span: Span) -> Sources | None:
 def _along(node: Node, span: Span) -> Sources | None:
     """Softmax, slice: along every dimension but their own."""
     dim = node.args[1] if len(node.args) > 1 else 0
-    return _first(node, span) if span.dim != dim % node.meta["val"].dim() else None  # type: ignore[operator]
+    return _first(node, span) if span.dim != dim % node.meta["val"].dim() else None
 
 
 def _first(node: Node, span: Span) -> Sources:
@@ -152,9 +152,9 @@ def _transposed(node: Node, span: Span) -> Sources | None:
     rank = node.meta["val"].dim()
     order = list(range(rank))
     if node.target == aten.permute.default:
-        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
+        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
     else:
-        a, b = (d % rank for d in node.args[1:3])  # type: ignore[operator]
+        a, b = (d % rank for d in node.args[1:3])
         order[a], order[b] = b, a
     return _first(node, span._replace(dim=order[span.dim]))
 

@@ -19,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, before: Any = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._device = device.type
         self._before = {t.untyped_storage()._cdata for t in tensors(before)}

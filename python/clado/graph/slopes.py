@@ -100,4 +100,4 @@ def _patches(node: Node, x: Tensor, gradient: Tensor, shape: Sequence[int]) -> t
 
 def _two(value: Any) -> tuple[int, int]:
     both = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return both if len(both) == 2 else both * 2  # type: ignore[return-value]
+    return both if len(both) == 2 else both * 2

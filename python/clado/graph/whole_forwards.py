@@ -135,7 +135,7 @@ class WholeForwards:
             with torch.enable_grad(), self._watch(range(first, self.num_layers), record):
                 results.append(self._forward(state.batch, own, state.samples))
         with torch.enable_grad():
-            total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))  # type: ignore[arg-type]
+            total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))
         found = gradients(total, [tap[-1] for tap in taps])
         for (stream, layer, module, x, _), gradient in zip(taps, found, strict=True):
             clean: Any = self._base.get(self.layers[layer].names[0], module.weight)
@@ -237,7 +237,7 @@ class WholeForwards:
             Layer(
                 layer_name(names[key][0]),
                 "linear" if isinstance(used[0], nn.Linear) else "conv2d",
-                tuple(used[0].weight.shape),  # type: ignore[union-attr,arg-type]
+                tuple(used[0].weight.shape),  # type: ignore[arg-type]
                 macs[key],
                 tuple(names[key]),
             )
@@ -249,5 +249,6 @@ class WholeForwards:
 def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What a Linear or Conv2d makes of its input under another weight, without bias."""
     if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, None)
+        found: Tensor = module._conv_forward(x, weight, None)
+        return found
     return torch.nn.functional.linear(x, weight)

@@ -168,7 +168,8 @@ def _correct(
 
 def _rows(sens: Sensitivity, plan: Plan) -> list[int]:
     """The plan's candidate of every layer."""
-    return sens.candidates.indices(plan.schemes).tolist()
+    found: list[int] = sens.candidates.indices(plan.schemes).tolist()
+    return found
 
 
 def _measured(run: Run, ranks: Ranks, folder: Path | None, verbose: bool) -> Sums:

@@ -99,7 +99,8 @@ class Array:
 
 
 def _array(data: Any, dtype: Dtype, shape: Any, order: str = "C") -> NDArray[Any]:
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    found: NDArray[Any] = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return found
 
 
 def _tensor(

@@ -10,14 +10,14 @@ from ..common import door
 if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
-    from .estimators import ESTIMATORS
+    from .estimators import ESTIMATORS, Later
     from .open import open_run
     from .options import LOSSES, Options
     from .profiler import plan_run, profile
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
-    from .work import Later, RunPlan
+    from .work import RunPlan
 else:
     __getattr__, __dir__ = door(__name__)
 

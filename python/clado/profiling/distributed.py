@@ -175,7 +175,7 @@ def _flat(sums: Sums) -> Tensor:
 
 def _sides(tensor: Tensor) -> tuple[int, int]:
     """Two numbers that tell the shape of at most two dimensions, given how many they are."""
-    return (*tensor.shape, 1, 1)[:2]  # type: ignore[return-value]
+    return (*tensor.shape, 1, 1)[:2]
 
 
 def _unflat(flat: Tensor, like: Sums, sides: list[list[int]], samples: int) -> Sums:

@@ -103,7 +103,8 @@ class UserLoss:
             f"return a loss per sample [{self.samples}] or their mean",
             tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__,
         )
-        return value
+        found: Tensor = value
+        return found
 
     def values(self, outputs: Sequence[Any]) -> Tensor:
         """Losses ``[S, N]`` float64 of every stream's output."""

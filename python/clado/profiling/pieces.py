@@ -119,7 +119,8 @@ class Pieces:
         inputs = sum(samples * t[:1].nbytes for t in pytree.tree_leaves(self.example))
         count, tried = sum(map(len, variants)), sum(len(variants[k]) for k in chosen)
         logits = (count - tried) * samples * self.classes * 2 * variants[0][0].element_size()
-        return peak + inputs + sums_bytes(count, name) - sums_bytes(tried, name) + logits
+        found: int | None = peak + inputs + sums_bytes(count, name) - sums_bytes(tried, name) + logits
+        return found
 
 
 def default_batch(runner: Runner, widest: int, estimator: str, device: torch.device) -> int:

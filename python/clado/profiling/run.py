@@ -18,7 +18,7 @@ from ..graph import Runner
 from ..quant import ActivationRanges, Candidates
 from .checkpoint import Checkpoint, check_writable, writing
 from .distributed import Ranks
-from .estimators import ESTIMATORS
+from .estimators import ESTIMATORS, Later
 from .losses import Loss
 from .options import Options
 from .pieces import Pieces, disk_bytes
@@ -26,7 +26,7 @@ from .reader import Reader
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
 from .sums import Sums, assemble
-from .work import Later, RunPlan, Work
+from .work import RunPlan, Work
 
 
 @dataclass(frozen=True)

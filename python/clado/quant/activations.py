@@ -131,7 +131,8 @@ def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
         return x
     zero = min(levels, max(0, round(-low / scale)))
     steps = (x / scale).clamp(-zero, levels - zero)
-    return (steps + (steps.round() - steps).detach()) * scale  # the sum is exact: an integer
+    found: Tensor = (steps + (steps.round() - steps).detach()) * scale  # the sum is exact: an integer
+    return found
 
 
 def quantize_activations(model: nn.Module, activations: ActivationRanges) -> nn.Module:

@@ -132,7 +132,8 @@ class Candidates:
     @cached_property
     def same_layer(self) -> NDArray[np.bool_]:
         """``[V, V]`` mask of candidate pairs that belong to one layer."""
-        return self.layer_of[:, None] == self.layer_of[None, :]
+        found: NDArray[np.bool_] = self.layer_of[:, None] == self.layer_of[None, :]
+        return found
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:

@@ -46,7 +46,7 @@ def build_data(
         images, labels = load_data(rest)
         return list(zip(images[skip:].split(batch_size), labels[skip:].split(batch_size), strict=True))
     if Path(data).exists() or not rest:
-        dataset = _image_folder(data, _transform(model, spec))
+        dataset: Any = _image_folder(data, _transform(model, spec))
     elif scheme in ("timm", "hf"):
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query))
@@ -59,7 +59,8 @@ def build_data(
             require(
                 skip == 0, "data", data, "be a dataset with a length for images that were not profiled", "a data loader"
             )
-            return dataset
+            batches: Iterable[Any] = dataset
+            return batches
     require(len(dataset) > 0, "data", "data", "hold images", f"none in {data}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[skip:]
     require(len(order) > 0, "data", "folder", f"hold more than the {skip} images the matrix was made of", len(dataset))

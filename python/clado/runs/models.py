@@ -88,7 +88,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
 
 
 def _own(name: str) -> nn.Module:
-    model = named("model", "name", name)()
+    model: nn.Module = named("model", "name", name)()
     require(isinstance(model, nn.Module), "model", name, "return a torch module", type(model).__name__)
     return model
 

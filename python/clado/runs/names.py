@@ -32,4 +32,5 @@ def named(op: str, argument: str, name: str, must: str = f"be {SPELLING}") -> Ca
         reason = f"{type(error).__name__}: {error}"
         raise CladoError(f"{op}: {argument} must {must} that can be imported, got {name} ({reason})") from error
     require(callable(found), op, argument, must, f"{name}, {type(found).__name__}")
-    return found
+    function_or_class: Callable[..., Any] = found
+    return function_or_class

@@ -78,4 +78,5 @@ def _controller() -> ThreadpoolController:
 
 def blas_threads(count: int) -> AbstractContextManager[Any]:
     """A context in which BLAS runs on ``count`` threads."""
-    return _controller().limit(limits=count, user_api="blas")
+    found: AbstractContextManager[Any] = _controller().limit(limits=count, user_api="blas")
+    return found

@@ -31,7 +31,7 @@ def objective_matrix(matrix: Matrix, stderr: Matrix, inside: NDArray[np.bool_], 
         CladoError: an unknown name, or ``shrunk`` where a standard error is unknown.
     """
     require(name in NAMES, "solve", "objective", f"be one of {NAMES}", repr(name))
-    out = (matrix + matrix.T) / 2
+    out: Matrix = (matrix + matrix.T) / 2
     crossing = inside & ~np.eye(len(matrix), dtype=bool)
     if name == "clipped":
         out[crossing] = 0

@@ -79,7 +79,8 @@ def _positive_factor(matrix: Array) -> Array:
     """F with FFᵀ the positive semidefinite part of a matrix."""
     values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2, driver="evd", check_finite=False, overwrite_a=True)
     positive = values > 0
-    return vectors[:, positive] * np.sqrt(values[positive])
+    found: Array = vectors[:, positive] * np.sqrt(values[positive])
+    return found
 
 
 def _dual(program: Program, form: ConvexForm, lift: Array, cost: Array) -> Array:

@@ -55,7 +55,8 @@ class Program:
     def row_scale(self) -> NDArray[np.float64]:
         """``[P]``: what to divide a budget row by so that its numbers are near one."""
         largest = np.abs(self.rows).max(axis=1, initial=1).astype(float)
-        return np.maximum(np.abs(self.limits).astype(float), largest)
+        found: NDArray[np.float64] = np.maximum(np.abs(self.limits).astype(float), largest)
+        return found
 
     def value(self, choice: NDArray[np.int64]) -> float:
         """½ xᵀGx of ``[L]`` chosen candidates."""
@@ -121,7 +122,8 @@ def _least_value_with(program: Program) -> NDArray[np.float64]:
     share = half + least.sum(axis=1) / 2
     others = np.minimum.reduceat(share[None, :] - least.T[program.layer] / 2 + across, first, axis=1)
     others[each, program.layer] = 0
-    return half + others.sum(axis=1)
+    found: NDArray[np.float64] = half + others.sum(axis=1)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

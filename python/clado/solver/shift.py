@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -57,7 +58,8 @@ class ConvexForm:
         """``[V]``: a minimizer of the form within the budgets, nearly; zero where it is unknown."""
         if self.moments is None:
             return np.zeros(program.size)
-        return np.maximum(0.0, one_hot_map(program) @ self.moments[0])
+        found: Array = np.maximum(0.0, one_hot_map(program) @ self.moments[0])
+        return found
 
     def scaled(self, factor: float) -> ConvexForm:
         """The form of the same program with its objective multiplied by ``factor``."""
@@ -95,12 +97,21 @@ class _Semidefinite:
     Row k of A is Σ_e R[k, e] Y[p_e, q_e] with R sparse.
     """
 
-    def __init__(self, cost: Array, p: NDArray, q: NDArray, rows: scipy.sparse.csr_matrix, right: Array, slacks: int):
+    def __init__(
+        self,
+        cost: Array,
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        rows: scipy.sparse.csr_matrix,
+        right: Array,
+        slacks: int,
+    ):
         self.cost, self.p, self.q, self.rows, self.right, self.slacks = cost, p, q, rows, right, slacks
         self.equal = len(right) - slacks
 
     def apply(self, matrix: Array) -> Array:
-        return self.rows @ ((matrix[self.p, self.q] + matrix[self.q, self.p]) / 2)
+        found: Array = self.rows @ ((matrix[self.p, self.q] + matrix[self.q, self.p]) / 2)
+        return found
 
     def adjoint(self, dual: Array) -> scipy.sparse.csr_matrix:
         """Aᵀ(dual), symmetric."""
@@ -110,7 +121,8 @@ class _Semidefinite:
 
     def barrier(self, dual: Array) -> Array:
         """C − Aᵀ(dual), dense."""
-        return self.cost - self.adjoint(dual).toarray()
+        found: Array = self.cost - self.adjoint(dual).toarray()
+        return found
 
     def schur(self, primal: Array, inverse: Array, deadline: float) -> Array | None:
         """M[k, l] = ⟨A_k, primal · A_l · inverse⟩, built in strips so that large programs stay in the cache."""
@@ -128,7 +140,8 @@ class _Semidefinite:
             part += _take(xa, q) * _take(zb, p)
             strips.append(part @ columns / 4)
         out = self.rows @ np.concatenate(strips)
-        return (out + out.T) / 2
+        found: Array | None = (out + out.T) / 2
+        return found
 
     def solve(
         self, primal: Array, dual: Array, tolerance: float, deadline: float, target: float
@@ -181,7 +194,7 @@ class _Semidefinite:
             took = time.monotonic() - began
         return best, primal
 
-    def _step(self, state: tuple[Array, ...], solver: tuple, centre: float, affine: _Step | None) -> _Step:
+    def _step(self, state: tuple[Array, ...], solver: tuple[Any, ...], centre: float, affine: _Step | None) -> _Step:
         """Newton step towards complementarity ``centre``; with the second-order term of ``affine`` if given."""
         primal, slack, dual, _, inverse = state
         reduced = -dual[self.equal :]
@@ -224,15 +237,18 @@ def _take(matrix: Array, columns: NDArray[np.int64]) -> Array:
 
 def _product(left: Array, middle: scipy.sparse.csr_matrix, right: Array) -> Array:
     """left · middle · right for symmetric ``left`` and ``middle``."""
-    return (middle @ left).T @ right
+    found: Array = (middle @ left).T @ right
+    return found
 
 
 def _symmetric(matrix: Array) -> Array:
-    return (matrix + matrix.T) / 2
+    found: Array = (matrix + matrix.T) / 2
+    return found
 
 
 def _definite(matrix: Array) -> bool:
-    return scipy.linalg.lapack.dpotrf(matrix, lower=1, clean=0)[1] == 0
+    found: bool = scipy.linalg.lapack.dpotrf(matrix, lower=1, clean=0)[1] == 0
+    return found
 
 
 def _longest(matrix: Array, direction: Array, vector: Array, change: Array) -> float:
@@ -289,7 +305,9 @@ def one_hot_map(program: Program) -> Array:
     return np.hstack([constant, basis.toarray()])
 
 
-def _build(program: Program, basis: scipy.sparse.csc_matrix, base: NDArray, cost: Array) -> tuple[_Semidefinite, int]:
+def _build(
+    program: Program, basis: scipy.sparse.csc_matrix, base: NDArray[np.int64], cost: Array
+) -> tuple[_Semidefinite, int]:
     """The semidefinite program; its first rows (count returned) are the in-layer ones, then Y_00 = 1, then budgets."""
     count = basis.shape[1]
     layer = program.layer[program.free]

@@ -212,7 +212,8 @@ def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
         return pack(codes.contiguous(), bits)
     fit, columns = 32 // bits, codes.shape[1]
     unsigned = nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -columns % fit)).unflatten(1, (-1, fit))
-    return (unsigned << (bits * torch.arange(fit))).sum(-1).int()
+    found: Tensor = (unsigned << (bits * torch.arange(fit))).sum(-1).int()
+    return found
 
 
 def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:
