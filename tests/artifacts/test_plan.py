@@ -62,7 +62,7 @@ def test_every_truncation_is_refused(plan: Plan) -> None:
         ({"schemes": []}, "schemes must be an object"),
         ({"schemes": dict.fromkeys(LAYERS, "W9A16")}, "label must be one of"),
         ({"schemes": dict.fromkeys(LAYERS, "4")}, "label must be one of"),
-        ({"schemes": dict.fromkeys(LAYERS, True)}, "label must be one of"),
+        ({"schemes": dict.fromkeys(LAYERS, True)}, "bits must lie in"),
         ({"schemes": {"layer0": "W4A16"}}, "schemes must name every layer"),
         ({"schemes": {}}, "schemes must be there unless infeasible"),
         ({"objective": "low"}, "file must be a whole clado plan"),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .plan import PLAN_FILE, Plan
+    from .plan import PLAN_FILE, ChosenOn, Plan
     from .provenance import Provenance
     from .sensitivity import MATRIX_FILE, Sensitivity
 else:
     __getattr__, __dir__ = door(__name__)
 
-__all__ = ["MATRIX_FILE", "PLAN_FILE", "Plan", "Provenance", "Sensitivity"]
+__all__ = ["MATRIX_FILE", "PLAN_FILE", "ChosenOn", "Plan", "Provenance", "Sensitivity"]

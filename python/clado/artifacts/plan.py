@@ -18,6 +18,14 @@ STATUSES = ("optimal", "feasible", "infeasible", "given")
 
 
 @dataclass(frozen=True)
+class ChosenOn:
+    """Held-out samples that chose a plan among others, and so may not judge it: the first ``samples`` of ``data``."""
+
+    data: str
+    samples: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A scheme per layer.
 
@@ -34,6 +42,7 @@ class Plan:
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
         activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
+        chosen_on: held-out samples that chose it, as far as a command knows them; None: none.
         info: solver, seconds, what else is worth knowing.
     """
 
@@ -49,6 +58,7 @@ class Plan:
     fingerprint: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     activations: ActivationRanges | None = None
+    chosen_on: ChosenOn | None = None
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
@@ -131,6 +141,7 @@ class Plan:
                 data["fingerprint"],
                 data["info"],
                 ActivationRanges.from_json(data["activations"]),
+                None if data["chosen_on"] is None else ChosenOn(**data["chosen_on"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):
@@ -164,7 +175,10 @@ def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     activations = data.get("activations", {})
     inputs = activations["bits"] if activations else KEPT
     schemes = {name: Scheme.of(bits, inputs).label for name, bits in data["bits"].items()}
-    return {**data, "schemes": schemes, "activations": activations}
+    info = dict(data["info"])
+    known = "rerank_data" in info
+    chosen = {"data": info.pop("rerank_data"), "samples": info.get("rerank_samples", 0)} if known else None
+    return {**data, "schemes": schemes, "activations": activations, "info": info, "chosen_on": chosen}
 
 
 def _layer(item: dict[str, Any]) -> Layer:

@@ -198,13 +198,14 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: st
 
     from rich.table import Table
 
+    from ..artifacts import ChosenOn
     from ..improve import rerank
     from ..runs import heldout, heldout_data, load_run
     from .tables import console
 
     model, spec, note = load_run(run)
     best = rerank(model, heldout(model, spec, note, data, count, 32), plans, device=device)
-    best = replace(best, info={**best.info, "rerank_data": heldout_data(note, data)})
+    best = replace(best, chosen_on=ChosenOn(heldout_data(note, data), best.info["rerank_samples"]))
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
         table.add_column(name, justify="left" if name == "plan" else "right")

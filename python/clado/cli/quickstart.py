@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .. import apply, evaluate, export, given_plan, load, profile, rerank, shortlist, solve
-from ..artifacts import Plan, Sensitivity
+from ..artifacts import ChosenOn, Plan, Sensitivity
 from ..common import CladoError, progress_bar
 from ..improve import Score
 from ..report import write_report
@@ -44,7 +44,7 @@ def run(folder: Path, avg_bits: float) -> None:
         plans = shortlist(sens, avg_bits=avg_bits, time_limit=SECONDS)
         show(2)
     plan = rerank(model, choosing, plans)
-    plan = replace(plan, info={**plan.info, "rerank_data": HELDOUT, "command": command})
+    plan = replace(plan, chosen_on=ChosenOn(HELDOUT, CHOOSING), info={**plan.info, "command": command})
     plan.save(folder)
     written = export(model, plan, folder / "out")
     if not same(load(folder / "out", model), apply(model, plan)):

@@ -100,9 +100,8 @@ def heldout(
 
 def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int:
     """How many of the first held-out images chose the plan, and so may not judge it."""
-    if plan is None or plan.info.get("rerank_data") != heldout_data(note, data):
-        return 0
-    return int(plan.info.get("rerank_samples", 0))
+    chosen = None if plan is None else plan.chosen_on
+    return chosen.samples if chosen is not None and chosen.data == heldout_data(note, data) else 0
 
 
 def merge_notes(runs: list[Path], target: Path) -> None:
