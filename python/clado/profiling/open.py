@@ -42,15 +42,12 @@ def open_run(
     check_model(model)
     stream = SampleStream(data_loader, options.num_samples, options.seed)
     first = stream.peek(SAMPLES)
-    _check_batch(first, options)
     known = recorded(options.output_dir)
     device = options.device or next(model.parameters()).device
     if options.precision == "auto":
         options = replace(options, precision=auto_precision(device, options.estimator))
     reader = Reader(options, device, PRECISIONS[options.precision])
-    inputs, targets = reader.parts(first)
-    labelled = options.loss != "cross_entropy" or targets is not None
-    require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+    inputs = _checked(first, reader)
 
     act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
     ranges = _ranges(model, stream, reader, act_samples, verbose) if task is None else task.ranges
@@ -59,7 +56,6 @@ def open_run(
     plain = _opened(model, inputs, reader)
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
-
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
 
     @cache
@@ -90,10 +86,8 @@ def open_run(
     if options.batch_size is None and "batch_size" not in known:
         size = pieces.together
     settings = {
-        "weights": weights_digest(model),
-        "layers": digest([asdict(layer) for layer in runner.layers]),
         "products": products,
-        "act_ranges": digest(ranges.to_json()) if ranges else None,
+        **_of_model(model, plain, ranges),
         **options.settings(
             exact_samples=exact_samples,
             batch_size=size,
@@ -133,10 +127,25 @@ def _opened(model: nn.Module, inputs: Any, reader: Reader) -> Runner:
     )
 
 
-def _check_batch(first: Any, options: Options) -> None:
+def _checked(first: Any, reader: Reader) -> Any:
+    """What the model is run on of the first batch; raises unless the options fit such batches."""
+    options = reader.options
     plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
     must = "be given for batches that are neither inputs nor (inputs, …)"
     require(plain or not options.whole_batches, "profile", "forward_step", must, type(first).__name__)
+    inputs, targets = reader.parts(first)
+    labelled = options.loss != "cross_entropy" or targets is not None
+    require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+    return inputs
+
+
+def _of_model(model: nn.Module, runner: Runner, ranges: ActivationRanges | None) -> dict[str, Any]:
+    """Settings that decide the result and come from the model."""
+    return {
+        "weights": weights_digest(model),
+        "layers": digest([asdict(layer) for layer in runner.layers]),
+        "act_ranges": digest(ranges.to_json()) if ranges else None,
+    }
 
 
 def _of_task(task: PairTask, runner: Runner) -> Candidates:
