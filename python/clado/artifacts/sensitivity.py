@@ -303,7 +303,8 @@ class Sensitivity:
 
 def _candidates(layers: tuple[Layer, ...], schemes: Any) -> Candidates:
     """From one list of schemes, {pattern: schemes}, or a list for each layer."""
-    if isinstance(schemes, Mapping) or not all(isinstance(item, (list, tuple)) for item in schemes):
+    nested = len(schemes) > 0 and all(isinstance(item, (list, tuple)) for item in schemes)
+    if isinstance(schemes, Mapping) or not nested:
         return candidates_of(layers, schemes)
     return Candidates(layers, tuple(tuple(map(Scheme.of, own)) for own in schemes))
 
