@@ -185,10 +185,10 @@ def programs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterat
             program = (*(at(x) for x in arrays), layers, budgets)
             shift = max(0.0, -float(np.linalg.eigvalsh(arrays[0])[0]))
             quadratic, linear = arrays[0] + shift * np.eye(size), np.full(size, -shift / 2)
-            zeros, removed = np.zeros(size), np.zeros((size, size))
+            multipliers, point, removed = np.zeros(budgets), np.zeros(size), np.zeros((size, size))
             choice, alive, outcome = np.full(layers, -1), np.zeros(size, np.uint8), np.zeros(3)
             found = native.iqp_search_cpu(program, at(choice), 1, 2000, 60.0, -np.inf)
-            form = (at(quadratic), at(linear), at(zeros), at(removed), at(zeros), 0.0, 1e-9)
+            form = (at(quadratic), at(linear), at(multipliers), at(removed), at(point), 0.0, 1e-9)
             start = choice.copy() if found else np.full(layers, -1)
             native.iqp_prove_cpu(program, form, at(start), at(alive), at(outcome), 1e-6, 200, 60.0)
             return [choice, start, alive, outcome]

@@ -18,6 +18,20 @@ CLADO_INLINE void add_scaled_body(double* out, const double* a, double s, int64_
 }
 CLADO_SIMD_KERNEL(add_scaled, (double* out, const double* a, double s, int64_t n), (out, a, s, n))
 
+// Room for the descent in one layer: its candidates, their slopes, how far x moved, and curvatures. Few candidates are served
+// from the stack by loops whose bound the compiler knows, which saves a twentieth of a proof; any number from memory.
+constexpr int kFew = 8;
+struct Few {
+  int64_t candidate[kFew];
+  double slope[kFew], moved[kFew], curve[kFew][kFew];
+};
+struct Many {
+  std::vector<int64_t> candidate;
+  std::vector<double> slope, moved;
+  std::vector<std::vector<double>> curve;
+  explicit Many(size_t most = 0) : candidate(most), slope(most), moved(most), curve(most, std::vector<double>(most)) {}
+};
+
 struct Node {
   double bound;
   int64_t order;
@@ -53,7 +67,7 @@ class Relaxation {
     }
     int64_t most = 0;
     for (int64_t i = 0; i < p_.layers; ++i) most = std::max(most, p_.starts[i + 1] - p_.starts[i]);
-    left_.resize(most), slope_.resize(most), moved_.resize(most), curve_.resize(most * most);
+    if (most > kFew) many_ = Many(most);
     set_stiffness();
   }
 
@@ -163,40 +177,44 @@ class Relaxation {
 
   // Exact enough minimisation over one layer's simplex by pairwise exchanges.
   void update(int64_t i) {
-    int64_t* const v = left_.data();
-    double *const h = slope_.data(), *const moved = moved_.data(), *const curve = curve_.data();
-    int64_t n = 0;
+    if (p_.starts[i + 1] - p_.starts[i] > kFew) return update(i, many_);
+    Few few;
+    update(i, few);
+  }
+  template <class Room>
+  CLADO_INLINE void update(int64_t i, Room& room) {
+    auto& [v, h, moved, curve] = room;
+    int n = 0;
     for (int64_t c = p_.starts[i]; c < p_.starts[i + 1]; ++c)
       if ((*alive_)[c]) v[n++] = c;
     for (int64_t r = 0; r < p_.budgets; ++r) mu_[r] = multiplier(r);
-    for (int64_t a = 0; a < n; ++a) {
+    for (int a = 0; a < n; ++a) {
       moved[a] = 0;
       h[a] = gradient_[v[a]];
       for (int64_t r = 0; r < p_.budgets; ++r) h[a] += mu_[r] * use_[r * size_ + v[a]];
-      for (int64_t b = 0; b < n; ++b) {
-        double bend = quadratic(v[a])[v[b]];
-        for (int64_t r = 0; r < p_.budgets; ++r) bend += stiffness_[r] * use_[r * size_ + v[a]] * use_[r * size_ + v[b]];
-        curve[b * n + a] = bend;  // by columns, which the exchanges read
+      for (int b = 0; b < n; ++b) {
+        curve[a][b] = quadratic(v[a])[v[b]];
+        for (int64_t r = 0; r < p_.budgets; ++r)
+          curve[a][b] += stiffness_[r] * use_[r * size_ + v[a]] * use_[r * size_ + v[b]];
       }
     }
-    for (int64_t step = 0; step < 3 * n; ++step) {
-      int64_t low = 0, high = -1;
-      for (int64_t a = 0; a < n; ++a) {
+    for (int step = 0; step < 3 * n; ++step) {
+      int low = 0, high = -1;
+      for (int a = 0; a < n; ++a) {
         if (h[a] < h[low]) low = a;
         if (x_[v[a]] > 0 && (high < 0 || h[a] > h[high])) high = a;
       }
       const double slope = h[high] - h[low];
       if (slope <= 1e-11 * (std::abs(h[high]) + std::abs(h[low]))) break;
-      const double *to = curve + low * n, *from = curve + high * n;
-      const double bend = to[low] + from[high] - 2 * from[low];
+      const double bend = curve[low][low] + curve[high][high] - 2 * curve[low][high];
       const double full = x_[v[high]];
       const double t = bend * full > slope ? slope / bend : full;
       x_[v[high]] = t == full ? 0 : full - t;
       x_[v[low]] += t;
       moved[high] -= t, moved[low] += t;
-      for (int64_t a = 0; a < n; ++a) h[a] += t * (to[a] - from[a]);
+      for (int a = 0; a < n; ++a) h[a] += t * (curve[a][low] - curve[a][high]);
     }
-    for (int64_t a = 0; a < n; ++a) {
+    for (int a = 0; a < n; ++a) {
       if (moved[a] == 0) continue;
       if (!quiet_[v[a]]) add_scaled(gradient_.data(), quadratic(v[a]), moved[a], size_);
       for (int64_t r = 0; r < p_.budgets; ++r) residual_[r] += moved[a] * use_[r * size_ + v[a]];
@@ -237,8 +255,7 @@ class Relaxation {
   std::vector<double> x_, linear_, gradient_, reduced_, scratch_, use_, limit_, residual_, lambda_, mu_, best_mu_, stiffness_, units_;
   std::vector<uint8_t> quiet_;
   std::vector<int64_t> active_, fixed_;
-  std::vector<int64_t> left_;                   // update's room, for the largest layer: candidates that are alive,
-  std::vector<double> slope_, moved_, curve_;  // slopes, what x moved, and curvatures
+  Many many_;
   double bound_ = -kInfinity, last_ = -kInfinity, gap_ = 0;
 };
 
