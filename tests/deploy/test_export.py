@@ -333,7 +333,9 @@ LIES: dict[str, Callable[[dict], object]] = {
     "symmetric": lambda h: h["plan"]["quantizer"].update(symmetric=True),
     "settings of another quantizer": lambda h: h["plan"]["quantizer"].update(code="x"),
     "dtype that runs": lambda h: h["dtypes"].update({"0": "load"}),
-    "infeasible": lambda h: h["plan"].update(bits={}, status="infeasible"),
+    "scheme that is none": lambda h: h["plan"]["schemes"].update({"0": "W9A16"}),
+    "another scheme": lambda h: h["plan"]["schemes"].update({"0": "W2A16" if h["plan"]["bits"]["0"] != 2 else "W3A16"}),
+    "infeasible": lambda h: h["plan"].update(bits={}, schemes={}, status="infeasible"),
 }
 
 
@@ -366,8 +368,8 @@ def test_plan_files(tmp_path: Path) -> None:
         "",
         "[]",
         text[:100],
-        text.replace('"schema": 1', '"schema": 7'),
-        text.replace('"bits"', '"bite"'),
+        text.replace('"schema": 2', '"schema": 7'),
+        text.replace('"schemes"', '"schemas"'),
         "\x00\xff",
     ):
         (tmp_path / "plan.json").write_text(broken)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.graph import Runner, in_precision, open_runner
-from clado.quant import Quantizer, quantized_variants
+from clado.quant import Candidates, Quantizer, variants
 from tests.graph.test_whole_forwards import Unexportable
 from tests.models import small_cnn, tiny_vit
 
@@ -25,7 +25,7 @@ def opened(whole: bool, dtype: torch.dtype = torch.float64) -> tuple[Runner, lis
     used = Unexportable(model).eval() if whole else model
     runner = open_runner(used, x, quantize_ends=True, dtype=dtype)
     assert (runner.note is not None) == whole
-    return runner, quantized_variants(used, runner.layers, BITS, Quantizer(), x.device, dtype), x
+    return runner, variants(used, Candidates.uniform(runner.layers, BITS), Quantizer(), x.device, dtype), x
 
 
 def stages(model: nn.Module, x: Tensor) -> dict[str, Any]:

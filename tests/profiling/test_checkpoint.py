@@ -249,7 +249,7 @@ def test_merged_parts_equal_the_whole(estimator: str, tmp_path: Path) -> None:
     with pytest.raises(clado.CladoError, match="8 samples in common"):
         Sensitivity.merge([parts[0], whole])
     other = profile(model, [x[:8]], estimator=estimator, bits=(2, 4), verbose=False)
-    with pytest.raises(clado.CladoError, match="the same bits"):
+    with pytest.raises(clado.CladoError, match="the same candidates"):
         Sensitivity.merge([parts[0], other])
     with pytest.raises(clado.CladoError, match="at least one"):
         Sensitivity.merge([])

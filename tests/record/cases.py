@@ -38,8 +38,9 @@ def noted(plan: clado.Plan, name: str) -> Any:
 
 def codes_of(quantizer: clado.Quantizer, weight: Tensor, bits: int) -> dict[str, Tensor]:
     """Codes, scales and zero points of a weight."""
-    found = quantizer.quantize(weight, bits)._asdict()
-    return {name: part for name, part in found.items() if part is not None}
+    found = quantizer.quantize(weight, bits)
+    parts = {"codes": found.codes, "scale": found.scale, "zero_point": found.zero_point}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def values_of(quantizer: clado.Quantizer, weight: Tensor, bits: tuple[int, ...]) -> Tensor:

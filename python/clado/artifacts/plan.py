@@ -127,6 +127,9 @@ class Plan:
             data = _of_schema_1(data) if schema == 1 else data
             for name in ("schemes", "values", "usage", "fingerprint", "info"):
                 require(isinstance(data[name], dict), "plan", name, "be an object", type(data[name]).__name__)
+            bits = {name: Scheme.of(label).bits for name, label in data["schemes"].items()}
+            agrees = data.get("bits", bits) == bits
+            require(agrees, "plan", "bits", "be those of the schemes", "others")
             layers = tuple(_layer(item) for item in data["layers"])
             return Plan(
                 layers,
