@@ -44,24 +44,24 @@ def measure(device: str = "cpu") -> list[dict[str, Any]]:
     works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "fake_quant": (
             lambda: clado_ext.fake_quant(weight, scale, bits),
-            lambda: _native.fake_quant_cpu(w, 0, s, 0, v, e, 4, 32, 32, list(bits), 1),
+            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, s, 0, v, e, 1),
         ),
         "fake_quant_into": (
             lambda: clado_ext.fake_quant_into(weight, scale, bits, values, sqerr),
-            lambda: _native.fake_quant_cpu(w, 0, s, 0, v, e, 4, 32, 32, list(bits), 1),
+            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, s, 0, v, e, 1),
         ),
         "scale_search": (
             lambda: clado_ext.scale_search(weight, bits),
-            lambda: _native.scale_search_cpu(w, 0, s, 0, 4, 32, 32, list(bits), 95, 1),
+            lambda: _native.scale_search_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, 95, s, 0, 1),
         ),
         "pack": (lambda: clado_ext.pack(codes, 8), lambda: _native.pack_cpu(c, p, 12, 32, 8, 1)),
         "batched_ce": (
             lambda: clado_ext.batched_ce(logits, delta),
-            lambda: _native.batched_ce_cpu(z, d, 0, t, 3, 2, 10, False, 1),
+            lambda: _native.batched_ce_cpu((z, d, 3, 2, 10, False), 0, t, 1),
         ),
         "pairwise_ce": (
             lambda: clado_ext.pairwise_ce(logits, delta),
-            lambda: _native.pairwise_ce_cpu(z, d, t, q, 3, 2, 10, False, 1),
+            lambda: _native.pairwise_ce_cpu((z, d, 3, 2, 10, False), t, q, 1),
         ),
     }
     before = torch.get_num_threads()
