@@ -141,7 +141,7 @@ class FileImages(torch.utils.data.Dataset[tuple[Any, ...]]):
         from PIL import Image
 
         file, label = self.reader[index]
-        with Image.open(file) as image:
+        with file, Image.open(file) as image:  # the reader opens the file and leaves it to us
             inputs = self.transform(image.convert("RGB"))
         return (inputs, -1 if label is None else int(label)) if self.labelled else (inputs,)
 
