@@ -151,11 +151,11 @@ def run(step: str, commands: list[list[str]], seconds: float) -> Outcome:
 
         timer = threading.Timer(max(0.1, seconds - (time.perf_counter() - start)), stop)
         timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail.append(line.rstrip())
-        code = process.wait()
+        with process:  # closes the pipe
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                tail.append(line.rstrip())
+        code = process.returncode
         timer.cancel()
         if late.is_set() or code != 0:
             outcome.result = "TIMED OUT" if late.is_set() else "FAILED"
