@@ -341,8 +341,8 @@ class HostCopies(TorchDispatchMode):
         return out
 
 
-# Without "gradient": autograd on a CUDA tensor asks for the device itself. Weights without data have an address all the same, which
-# tells them apart where differences of weights are kept; torch warns of it.
+# Without "gradient": autograd on a CUDA tensor asks for the device itself. Weights without data have an address all the same,
+# which tells them apart where differences of weights are kept; torch warns of it.
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "corrected", "exact", "user loss"])
