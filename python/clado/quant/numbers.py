@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ import clado_ext
 from clado_ext import packed_columns
 
 from ..common import require
-
-if TYPE_CHECKING:
-    from .quantizer import Quantizer
+from .scaling import Scaling
 
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 Stored = dict[str, tuple[tuple[int, int], torch.dtype]]  # {tensor: (shape, dtype)}
@@ -36,7 +34,7 @@ class Scales(NamedTuple):
 
 
 class Number(Protocol):
-    """A number format. A matrix is the ``[rows, columns]`` view of a weight that :meth:`Quantizer.matrix` gives.
+    """A number format. A matrix is the ``[rows, columns]`` view of a weight that :meth:`Scaling.matrix` gives.
 
     Attributes:
         name: as plans and files have it.
@@ -49,7 +47,7 @@ class Number(Protocol):
     @property
     def bits(self) -> int: ...
 
-    def scales(self, matrix: Tensor, quantizer: Quantizer) -> Scales:
+    def scales(self, matrix: Tensor, scaling: Scaling) -> Scales:
         """The scales that the settings ask for."""
         ...
 
@@ -65,7 +63,7 @@ class Number(Protocol):
         """``decode`` of ``encode``, bit for bit, in the matrix's dtype."""
         ...
 
-    def stored(self, shape: tuple[int, ...], quantizer: Quantizer) -> Stored:
+    def stored(self, shape: tuple[int, ...], scaling: Scaling) -> Stored:
         """Shapes and dtypes of the tensors that :meth:`pack` gives for a weight."""
         ...
 
@@ -73,9 +71,7 @@ class Number(Protocol):
         """Codes and scales as they are stored, by name."""
         ...
 
-    def unpack(
-        self, packed: Mapping[str, Tensor], shape: tuple[int, ...], quantizer: Quantizer
-    ) -> tuple[Tensor, Scales]:
+    def unpack(self, packed: Mapping[str, Tensor], shape: tuple[int, ...], scaling: Scaling) -> tuple[Tensor, Scales]:
         """Inverse of :meth:`pack`."""
         ...
 
@@ -94,14 +90,14 @@ class Integer:
     def name(self) -> str:
         return f"int{self.bits}"
 
-    def scales(self, matrix: Tensor, quantizer: Quantizer) -> Scales:
-        return self.all_scales([self], matrix, quantizer)[0]
+    def scales(self, matrix: Tensor, scaling: Scaling) -> Scales:
+        return self.all_scales([self], matrix, scaling)[0]
 
     @staticmethod
-    def all_scales(numbers: Sequence[Integer], matrix: Tensor, quantizer: Quantizer) -> list[Scales]:
+    def all_scales(numbers: Sequence[Integer], matrix: Tensor, scaling: Scaling) -> list[Scales]:
         """The scales of several widths from one read of the matrix."""
-        group, steps, bits = quantizer.group_size or -1, quantizer.scale_steps, [number.bits for number in numbers]
-        if quantizer.symmetric:
+        group, steps, bits = scaling.group_size or -1, scaling.scale_steps, [number.bits for number in numbers]
+        if scaling.symmetric:
             return [Scales(scale, None, group) for scale in clado_ext.scale_search(matrix, bits, group, steps)]
         found = clado_ext.range_search(matrix, bits, group, steps)
         return [Scales(scale, zero_point, group) for scale, zero_point in zip(*found, strict=True)]
@@ -127,13 +123,13 @@ class Integer:
         values, _ = clado_ext.fake_quant(matrix, scale, bits, group, torch.stack(zeros) if zeros else None)
         return list(values)
 
-    def stored(self, shape: tuple[int, ...], quantizer: Quantizer) -> Stored:
-        (rows, columns), groups = quantizer.rows_columns(shape), quantizer.groups(shape)
+    def stored(self, shape: tuple[int, ...], scaling: Scaling) -> Stored:
+        (rows, columns), groups = scaling.rows_columns(shape), scaling.groups(shape)
         parts: Stored = {
             PACKED: ((rows, packed_columns(columns, self.bits)), torch.int32),
             SCALE: ((rows, groups), torch.float32),
         }
-        if not quantizer.symmetric:
+        if not scaling.symmetric:
             parts[ZERO_POINT] = ((packed_columns(rows, self.bits), groups), torch.int32)
         return parts
 
@@ -143,12 +139,10 @@ class Integer:
             packed[ZERO_POINT] = clado_ext.pack(scales.zero_point, self.bits, dim=0)
         return packed
 
-    def unpack(
-        self, packed: Mapping[str, Tensor], shape: tuple[int, ...], quantizer: Quantizer
-    ) -> tuple[Tensor, Scales]:
-        rows, columns = quantizer.rows_columns(shape)
-        zero_point = None if quantizer.symmetric else clado_ext.unpack(packed[ZERO_POINT], self.bits, rows, dim=0)
-        scales = Scales(packed[SCALE], zero_point, quantizer.group_size or -1)
+    def unpack(self, packed: Mapping[str, Tensor], shape: tuple[int, ...], scaling: Scaling) -> tuple[Tensor, Scales]:
+        rows, columns = scaling.rows_columns(shape)
+        zero_point = None if scaling.symmetric else clado_ext.unpack(packed[ZERO_POINT], self.bits, rows, dim=0)
+        scales = Scales(packed[SCALE], zero_point, scaling.group_size or -1)
         return clado_ext.unpack(packed[PACKED], self.bits, columns), scales
 
 
@@ -160,11 +154,11 @@ def _batched(scales: Scales) -> tuple[Tensor, Tensor | None]:
 NUMBERS: dict[str, Number] = {number.name: number for number in map(Integer, range(2, 9))}
 
 
-def all_scales(numbers: Sequence[Number], matrix: Tensor, quantizer: Quantizer) -> list[Scales]:
+def all_scales(numbers: Sequence[Number], matrix: Tensor, scaling: Scaling) -> list[Scales]:
     """The scales of a matrix in several formats; integers share a read of it."""
     together = [number for number in numbers if isinstance(number, Integer)]
-    found = dict(zip(together, Integer.all_scales(together, matrix, quantizer), strict=True)) if together else {}
-    return [found[n] if isinstance(n, Integer) else n.scales(matrix, quantizer) for n in numbers]
+    found = dict(zip(together, Integer.all_scales(together, matrix, scaling), strict=True)) if together else {}
+    return [found[n] if isinstance(n, Integer) else n.scales(matrix, scaling) for n in numbers]
 
 
 def all_nearest(numbers: Sequence[Number], matrix: Tensor, scales: Sequence[Scales]) -> list[Tensor]:

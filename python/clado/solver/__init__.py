@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .budgets import LinearConstraint, read_latency
+    from .constraints import LinearConstraint, read_constraints, read_latency
     from .contenders import shortlist
     from .frontier import pareto
     from .objectives import NAMES as OBJECTIVES
@@ -29,6 +29,7 @@ __all__ = [
     "negative_mass",
     "objective_matrix",
     "pareto",
+    "read_constraints",
     "read_latency",
     "shortlist",
     "solve",

@@ -14,7 +14,7 @@ from ..common import Arguments, Check, Line, argument, one_of, require
 
 if TYPE_CHECKING:
     from ..artifacts import Plan
-    from .budgets import LinearConstraint, Table
+    from .constraints import LinearConstraint, Table
 
 
 def _objectives() -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def _wrong_group(value: Any) -> str:
 
 
 def _read_constraints(value: Any) -> tuple[LinearConstraint, ...]:
-    from .budgets import read_constraints
+    from .constraints import read_constraints
 
     return tuple(read_constraints(value) if isinstance(value, (str, os.PathLike)) else value)
 
@@ -119,7 +119,7 @@ class SolveOptions(Arguments):
     _: KW_ONLY
     latency: Table | str | os.PathLike[str] | None = argument(
         None,
-        "{layer: {bits: ms}}, or a file that :func:`clado.solver.budgets.read_latency` reads.",
+        "{layer: {bits: ms}}, or a file that :func:`clado.solver.read_latency` reads.",
         Line("--latency", "text", "Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
         group="budget",
     )
@@ -133,7 +133,7 @@ class SolveOptions(Arguments):
     )
     constraints: tuple[LinearConstraint, ...] = argument(
         (),
-        "linear constraints of your own, or a file that :func:`clado.solver.budgets.read_constraints` reads.",
+        "linear constraints of your own, or a file that :func:`clado.solver.read_constraints` reads.",
         Line("--constraints", "text", "JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."),
         check=Check(lambda value: isinstance(value, (Collection, os.PathLike)), "be LinearConstraints or a file"),
         kept=_read_constraints,
