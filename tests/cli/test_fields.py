@@ -110,7 +110,7 @@ def test_what_solve_is_told(tmp_path: Path) -> None:
         "solver": "auto",
     }
     for text in ("blocks", "=4", "a=", "a=four"):
-        with pytest.raises(CladoError, match="solve: pin must read LAYER=BITS, got"):
+        with pytest.raises(CladoError, match="solve: pin must read LAYER=BITS or LAYER=W4A16, got"):
             read("solve", SolveOptions, tmp_path, "--pin", text)
 
 

@@ -175,8 +175,9 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
     def settings(schemes: Any) -> Any:
         return json.loads(json.dumps(Options(schemes=schemes).settings(), default=list))
 
-    assert settings(["W4A16", "W2A16"])["schemes"] == [["*", ["W2A16", "W4A16"]]]
-    assert settings(["W4A16", "W2A16"])["bits"] == []
+    assert settings(["W4A16", "W2A16"]) == json.loads(json.dumps(Options(bits=(2, 4)).settings(), default=list))
+    assert settings({"a*": ["W4A16", "W2A16"], "*": [8]})["schemes"] == [["a*", ["W2A16", "W4A16"]], ["*", ["W8A16"]]]
+    assert settings({"a*": [2], "*": [4]})["bits"] == []
     first, second = {"a*": [2], "*": [4]}, {"*": [4], "a*": [2]}
     assert digest(settings(first)) != digest(settings(second))
     assert "schemes" not in Options().settings()
@@ -186,7 +187,10 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
     ("given", "message"),
     [
         ({"bits": (2, 4), "schemes": ["W4A16"]}, "profile: bits must be left out with schemes, got (2, 4)"),
-        ({"act_bits": 8, "schemes": ["W4A16"]}, "profile: act_bits must be left out with schemes, got 8"),
+        (
+            {"act_bits": 8, "schemes": ["W4A16"]},
+            "profile: act_bits must be left out with schemes (it goes with bits), got 8",
+        ),
         ({"schemes": ["W4A8"]}, "profile: schemes must leave the layers' inputs in float"),
         ({"schemes": ["W9A16"]}, "scheme: label must be one of W2A16"),
         ({"schemes": "W4A16"}, "profile: schemes must be labels such as W4A16, or {pattern: labels}, got 'W4A16'"),

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import clado
 from clado import CladoError, Layer, Quantizer
 from clado.artifacts import Sensitivity
 from clado.quant import NUMBERS, Candidates, Scheme, candidates_of, stored_bytes
+from clado.quant.numbers import Integer
 
 LABELS = [f"W{bits}A{inputs}" for bits in range(2, 9) for inputs in range(1, 17)]
 LAYERS = (
@@ -49,6 +52,31 @@ def test_rows_bytes_and_bits_of_ragged_lists(lists: list[list[str]]) -> None:
     assert candidates.bits == tuple(sorted({scheme.bits for _, scheme in flat}))
 
 
+def test_a_format_that_is_no_integer_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Eighth(Integer):
+        """Eight bits under another name."""
+
+        name = "fp8_toy"
+
+    monkeypatch.setitem(NUMBERS, "fp8_toy", Eighth(8))
+    toy, rounded = Scheme("fp8_toy"), Scheme("fp8_toy", 8)
+    assert (toy.label, rounded.label, str(toy)) == ("FP8_TOY", "FP8_TOY-A8", "FP8_TOY")
+    assert (Scheme.of("FP8_TOY"), Scheme.of("FP8_TOY-A8")) == (toy, rounded)
+    sens = Sensitivity.from_matrix(np.diag([3.0, 2.0, 1.0]), [("a", 6)], schemes=[("W4A16", "FP8_TOY", "W8A16")])
+    plan = clado.solve(sens, avg_bits=8, pin={"a": "FP8_TOY"})
+    assert plan.schemes == {"a": "FP8_TOY"}
+    assert clado.Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(CladoError, match=r"label must be one of W2A16 … W8A16 .*, FP8_TOY, got 'FP8'"):
+        Scheme.of("FP8")
+
+
+def test_rounded_inputs_need_their_ranges() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    layer = Layer("0", "linear", (4, 6), 24, ("0.weight",))
+    with pytest.raises(CladoError, match="apply: plan must hold ranges for inputs of 8 bits, got ranges for none"):
+        clado.apply(model, clado.Plan((layer,), {"0": "W4A8"}, "given"))
+
+
 @given(st.sampled_from(LABELS))
 def test_labels_are_read_back(label: str) -> None:
     assert Scheme.of(label).label == label
@@ -59,7 +87,7 @@ def test_labels_are_read_back(label: str) -> None:
 def test_bits_mean_the_only_scheme_of_so_many() -> None:
     candidates = Candidates(LAYERS[:2], (ordered(["W4A8", "W8A8"]), ordered(["W4A4", "W4A8"])))
     assert candidates.index("a", 4) == 0
-    with pytest.raises(CladoError, match=r"bits must be one of \(4, 4\), got 4"):
+    with pytest.raises(CladoError, match=r"bits must be one of \(4, 4\) for b.qkv, got 4"):
         candidates.index("b.qkv", 4)
     assert not candidates.has("a", 2)
     assert not candidates.has("nowhere", 4)

@@ -78,7 +78,10 @@ def test_constraints_of_a_file_are_read_once(tmp_path: Path) -> None:
         ({"avg_bits": 4, "start": 3}, "solve: start must be a Plan, got 3"),
         ({"avg_bits": 4, "min_bits": {"layer0": "4"}}, "solve: min_bits must hold whole widths, got '4'"),
         ({"avg_bits": 4, "pin": ["layer0"]}, "solve: pin must be {layer: bits, or a scheme's label}, got ['layer0']"),
-        ({"avg_bits": 4, "pin": {"layer0": "W3A16"}}, "scheme must be one of W2A16, W4A16, W8A16, got W3A16"),
+        (
+            {"avg_bits": 4, "pin": {"layer0": "W3A16"}},
+            "scheme must be one of W2A16, W4A16, W8A16 for layer0, got W3A16",
+        ),
         ({"avg_bits": 4, "pin": {"layer0": "four"}}, "scheme: label must be one of W2A16"),
         ({"avg_bits": 4, "shared_layers": "layer0"}, "solve: shared_layers must hold groups of layer names, got 'l'"),
         ({"avg_bits": 4, "constraints": 3}, "solve: constraints must be LinearConstraints or a file, got 3"),

@@ -90,7 +90,7 @@ def test_pins_bans_groups_and_neighbours() -> None:
         )
     plans = clado.shortlist(sens, avg_bits=6, near=3)
     assert len({tuple(plan.schemes.items()) for plan in plans}) == len(plans) > 1
-    with pytest.raises(clado.CladoError, match=r"bits must be one of \(2, 8\), got 4"):
+    with pytest.raises(clado.CladoError, match=r"bits must be one of \(2, 8\) for b, got 4"):
         clado.solve(sens, avg_bits=8, pin={"b": 4})
     front = clado.pareto(sens, avg_bits=(3, 5, 8))
     assert [plan.status for plan in front] == ["optimal"] * 3

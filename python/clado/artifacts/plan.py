@@ -38,7 +38,6 @@ class Plan:
         objective_name: "original", "clipped", "shrunk" or "diagonal": what ``objective`` and ``bound`` belong to.
         values: predicted loss increase of this plan under every objective that can be computed.
         usage: {budget: {"used": …, "limit": …}}.
-        layer_bytes: {layer name: bytes of packed codes and scales}.
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
         activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
@@ -130,7 +129,7 @@ class Plan:
             bits = {name: Scheme.of(label).bits for name, label in data["schemes"].items()}
             agrees = data.get("bits", bits) == bits
             require(agrees, "plan", "bits", "be those of the schemes", "others")
-            layers = tuple(_layer(item) for item in data["layers"])
+            layers = tuple(Layer.from_json(item, "plan", "plan") for item in data["layers"])
             return Plan(
                 layers,
                 data["schemes"],
@@ -182,14 +181,6 @@ def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     known = "rerank_data" in info
     chosen = {"data": info.pop("rerank_data"), "samples": info.get("rerank_samples", 0)} if known else None
     return {**data, "schemes": schemes, "activations": activations, "info": info, "chosen_on": chosen}
-
-
-def _layer(item: dict[str, Any]) -> Layer:
-    layer = Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
-    named = all(isinstance(name, str) for name in (layer.name, *layer.names))  # imported scores know no parameters
-    sized = bool(layer.shape) and all(type(size) is int and size > 0 for size in layer.shape)
-    require(named and sized, "plan", "layers", "have names and positive shapes", f"{layer.name!r} {layer.shape}")
-    return layer
 
 
 def _refuse(name: str) -> None:

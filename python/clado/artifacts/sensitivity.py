@@ -37,7 +37,7 @@ class Sensitivity:
         notes: work in forward-equivalents, seconds, warnings: what is worth knowing beside.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
-        activations: {"bits", "ranges": {layer: [lowest, highest]}} of the layers' inputs (clado.quant); empty: float.
+        activations: how the layers' inputs are rounded; None: they stay float.
     """
 
     candidates: Candidates
@@ -58,6 +58,8 @@ class Sensitivity:
             array = getattr(self, name)
             require(array.shape == shape, "sensitivity", name, f"have shape {shape}", array.shape)
             require(array.dtype == np.float64, "sensitivity", name, "be float64", array.dtype)
+        counted = type(self.num_samples) is int and self.num_samples >= 0
+        require(counted, "sensitivity", "num_samples", "be a whole number", repr(self.num_samples))
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -283,10 +285,7 @@ class Sensitivity:
                 require(schema in (1, SCHEMA), "load", "schema", f"be 1 or {SCHEMA}", schema)
                 header = _of_schema_1(header) if schema == 1 else header
                 arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
-            layers = tuple(
-                Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
-                for item in header["layers"]
-            )
+            layers = tuple(Layer.from_json(item, "load", "sensitivity file") for item in header["layers"])
             return Sensitivity(
                 _candidates(layers, header["schemes"]),
                 **arrays,
@@ -297,7 +296,9 @@ class Sensitivity:
                 fingerprint=header["fingerprint"],
                 activations=ActivationRanges.from_json(header["activations"]),
             )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        except CladoError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
 
 

@@ -43,8 +43,8 @@ def _per_layer(op: str, name: str, given: tuple[str, ...]) -> list[tuple[str, in
     pairs: list[tuple[str, int | str]] = []
     for text in given:
         layer, _, scheme = text.rpartition("=")
-        known = bool(layer) and (scheme.isdigit() or scheme.startswith("W"))
-        require(known, op, name, "read LAYER=BITS", repr(text))
+        known = bool(layer) and (scheme.isdigit() or scheme[:1].isupper())
+        require(known, op, name, "read LAYER=BITS or LAYER=W4A16", repr(text))
         pairs.append((layer, int(scheme) if scheme.isdigit() else scheme))
     return pairs
 

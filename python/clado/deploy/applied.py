@@ -10,7 +10,7 @@ from torch import nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import Quantized, codes, quantize_activations
+from ..quant import KEPT, Quantized, Scheme, codes, quantize_activations
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -45,6 +45,10 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
         for name in layer.names:
             known = name in parameters and tuple(parameters[name].shape) == layer.shape
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")
+    rounded = {scheme.input_bits for scheme in map(Scheme.of, plan.schemes.values())} - {KEPT}
+    given = set() if plan.activations is None else {plan.activations.bits}
+    must = f"hold ranges for inputs of {', '.join(map(str, sorted(rounded)))} bits"
+    require(rounded <= given, op, "plan", must, f"ranges for {', '.join(map(str, given)) or 'none'}")
     known_weights = plan.fingerprint.get("weights")
     require(
         known_weights in (None, weights_digest(model)), op, "model", "be the one the plan was made for", "other weights"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..graph import ForwardStep
-    from ..quant import Candidates, Layer, Quantizer
+    from ..quant import Candidates, Layer, Quantizer, Scheme
     from .losses import LossFunc
 
 LOSSES = ("kl", "cross_entropy")
@@ -72,7 +72,7 @@ def _patterns(schemes: Any) -> dict[str, tuple[str, ...]]:
         labels = tuple(scheme.label for scheme in found)
         require(0 < len(set(found)) == len(found), "profile", "schemes", "be distinct, at least one of a layer", labels)
         rounded = [scheme.label for scheme in found if scheme.input_bits != KEPT]
-        must = "leave the layers' inputs in float, as W4A16 does; act_bits rounds those of all layers"
+        must = "leave the layers' inputs in float, as W4A16 does (bits with act_bits rounds those of all layers)"
         require(not rounded, "profile", "schemes", must, ", ".join(rounded))
         kept[str(pattern)] = labels
     require(len(kept) > 0, "profile", "schemes", "hold a list of labels at least", "none")
@@ -282,7 +282,9 @@ class Options(Arguments):
             return
         object.__setattr__(self, "bits", self.bits or ())
         require(not self.bits, "profile", "bits", "be left out with schemes", self.bits)
-        require(self.act_bits is None, "profile", "act_bits", "be left out with schemes", self.act_bits)
+        require(
+            self.act_bits is None, "profile", "act_bits", "be left out with schemes (it goes with bits)", self.act_bits
+        )
 
     def _check_loss(self) -> None:
         from .estimators import ESTIMATORS
@@ -321,11 +323,19 @@ class Options(Arguments):
         Raises:
             CladoError: ``schemes`` without a pattern for one of them, or with one for none.
         """
-        from ..quant import KEPT, Candidates, Scheme, candidates_of
+        from ..quant import Candidates, candidates_of
+
+        if self.schemes is None or set(self.schemes) == {"*"}:
+            return Candidates.uniform(layers, self._uniform())
+        return candidates_of(layers, self.schemes)
+
+    def _uniform(self) -> list[Scheme]:
+        """The schemes of every layer where all have the same."""
+        from ..quant import KEPT, Scheme
 
         if self.schemes is not None:
-            return candidates_of(layers, self.schemes)
-        return Candidates.uniform(layers, [Scheme.of(bits, self.act_bits or KEPT) for bits in self.bits])
+            return [Scheme.of(label) for label in self.schemes["*"]]
+        return [Scheme.of(bits, self.act_bits or KEPT) for bits in self.bits]
 
     def settings(self, **found: Any) -> dict[str, Any]:
         """What decides the result, as JSON values by name.
@@ -334,7 +344,7 @@ class Options(Arguments):
         """
         from ..common import code_digest
 
-        stated = {
+        stated: dict[str, Any] = {
             "loss": self.loss if self.loss_func is None else code_digest(self.loss_func),
             "forward_step": code_digest(self.forward_step),
             "quantizer": self.quantizer.to_json(),
@@ -343,6 +353,7 @@ class Options(Arguments):
         }
         names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
         stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
-        if self.schemes is None:
-            del stated["schemes"]  # as in run directories from before there were any
+        if self.schemes is None or set(self.schemes) == {"*"}:
+            stated["bits"] = tuple(scheme.bits for scheme in self._uniform())
+            del stated["schemes"]  # one list for all is what bits are short for
         return stated

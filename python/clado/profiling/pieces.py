@@ -107,7 +107,8 @@ class Pieces:
         """Peak bytes of live values while samples advance together, weights and variants aside; None where nobody knows."""
         variants, samples, name, runner = self.variants(), self.together, self.estimator, self.runner
         pairs = ESTIMATORS[name].pairs
-        chosen = _telling(runner.layers) if pairs else list(range(runner.num_layers))
+        counts = [len(own) for own in variants]
+        chosen = _telling(runner.layers, counts) if pairs else list(range(runner.num_layers))
 
         def measure(runner: Runner, variants: Variants, batch: Any) -> None:
             ESTIMATORS[name].run(runner, variants, batch, self.make_loss(batch, samples), lambda: None)
@@ -149,8 +150,8 @@ def sums_bytes(candidates: int, estimator: str) -> int:
     return 8 * (parts * candidates**2 + 2 * candidates)
 
 
-def _telling(layers: Sequence[Layer]) -> list[int]:
-    """Layers whose pairs show the largest live sets: the first and the last of every shape."""
-    shapes = [layer.shape for layer in layers]
+def _telling(layers: Sequence[Layer], counts: Sequence[int]) -> list[int]:
+    """Layers whose pairs show the largest live sets: the first and the last of every shape and number of candidates."""
+    shapes = [(layer.shape, count) for layer, count in zip(layers, counts, strict=True)]
     first = {shape: k for k, shape in reversed(list(enumerate(shapes)))}
     return sorted({*first.values(), *{shape: k for k, shape in enumerate(shapes)}.values()})

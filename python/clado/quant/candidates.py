@@ -36,10 +36,12 @@ class Scheme:
     def __post_init__(self) -> None:
         known = self.weight in NUMBERS
         require(known, "scheme", "weight", f"be one of {', '.join(NUMBERS)}", repr(self.weight))
+        fits = type(self.input_bits) is int and 1 <= self.input_bits <= KEPT
+        require(fits, "scheme", "input_bits", f"lie in 1..{KEPT}", repr(self.input_bits))
 
     @staticmethod
     def of(given: Scheme | str | int, input_bits: int = KEPT) -> Scheme:
-        """From a label such as ``W4A16``, or from the bits of an integer weight.
+        """From a label such as ``W4A16`` (other formats go by their names), or from the bits of an integer weight.
 
         Raises:
             CladoError: another label or width.
@@ -50,9 +52,14 @@ class Scheme:
             integer(given)
             return Scheme(f"int{given}", input_bits)
         found = _LABEL.fullmatch(given)
-        require(found is not None, "scheme", "label", "be one of W2A16 … W8A16 (W4A8: 8-bit inputs)", repr(given))
-        assert found is not None
-        return Scheme(f"int{found[1]}", int(found[2]))
+        if found is not None:
+            return Scheme(f"int{found[1]}", int(found[2]))
+        name, _, inputs = given.partition("-A")
+        other = {known.upper(): known for known in NUMBERS if not _integer(known)}
+        fits = name in other and (inputs == "" or inputs.isdecimal())
+        listed = ", ".join(["W2A16 … W8A16 (W4A8: 8-bit inputs)", *other])
+        require(fits, "scheme", "label", f"be one of {listed}", repr(given))
+        return Scheme(other[name], int(inputs or KEPT))
 
     @property
     def number(self) -> Number:
@@ -66,14 +73,22 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        return f"W{self.bits}A{self.input_bits}"
+        """``W4A16`` for integers, else the format's name: ``FP8_E4M3``, or ``FP8_E4M3-A8`` where inputs are rounded."""
+        if _integer(self.weight):
+            return f"W{self.weight.removeprefix('int')}A{self.input_bits}"
+        return self.weight.upper() + ("" if self.input_bits == KEPT else f"-A{self.input_bits}")
 
     def __str__(self) -> str:
-        return f"{self.bits} bits"
+        return f"{self.bits} bits" if _integer(self.weight) else self.label
 
     def __lt__(self, other: Scheme) -> bool:
         """By stored bits."""
         return (self.bits, self.weight, self.input_bits) < (other.bits, other.weight, other.input_bits)
+
+
+def _integer(number: str) -> bool:
+    """Whether a format's name is that of integers, which labels spell by their bits."""
+    return re.fullmatch(r"int\d+", number) is not None
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,7 @@ class Candidates:
         number = isinstance(scheme, int)
         listed = tuple(own.bits for own in known) if number else ", ".join(own.label for own in known)
         fits = wanted in known
-        require(fits, "sensitivity", "bits" if number else "scheme", f"be one of {listed}", scheme)
+        require(fits, "sensitivity", "bits" if number else "scheme", f"be one of {listed} for {layer}", scheme)
         assert wanted is not None
         return int(self.starts[k]) + known.index(wanted)
 

@@ -28,6 +28,25 @@ class Layer:
     def numel(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @staticmethod
+    def from_json(item: Any, op: str, what: str) -> Layer:
+        """From an object of a file.
+
+        Raises:
+            CladoError: other fields, names that are no text, shapes or numbers that are none.
+        """
+        try:
+            layer = Layer(item["name"], item["kind"], tuple(item["shape"]), item["macs"], tuple(item["names"]))
+        except (KeyError, TypeError) as error:
+            raise CladoError(f"{op}: file must be a whole clado {what}, got a layer without {error}") from None
+        named = all(isinstance(name, str) for name in (layer.name, layer.kind, *layer.names))
+        named = named and not isinstance(item["names"], str)  # imported scores know no parameters: none is right
+        sized = bool(layer.shape) and all(type(size) is int and size > 0 for size in layer.shape)
+        counted = type(layer.macs) is int and layer.macs >= 0
+        shown = f"{layer.name!r} {layer.shape}"
+        require(named and sized and counted, op, "layers", "have names, positive shapes and macs", shown)
+        return layer
+
 
 def storage(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ..artifacts import Sensitivity
 from ..common import CladoError, require
-from ..quant import Scheme
 from .constraints import LinearConstraint, read_latency
 from .options import SolveOptions
 
@@ -113,7 +112,8 @@ def allowed_candidates(sens: Sensitivity, asked: SolveOptions) -> NDArray[np.boo
         block = _block(sens, name)
         allowed[block] &= np.arange(block.start, block.stop) == sens.index(name, chosen)
     for name, widths in (asked.forbid or {}).items():
-        for scheme in [widths] if isinstance(widths, (int, str, Scheme)) else widths:
+        banned: list[Any] = list(widths) if isinstance(widths, Iterable) and not isinstance(widths, str) else [widths]
+        for scheme in banned:
             allowed[sens.index(name, scheme)] = False
     for sign, limit in ((1, asked.min_bits), (-1, asked.max_bits)):
         per_layer = limit if isinstance(limit, Mapping) else {} if limit is None else dict.fromkeys(names, limit)
