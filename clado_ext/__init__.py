@@ -6,6 +6,7 @@ from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
 from .carried import carried_add_layer_norm, carried_gelu, carried_layer_norm, carried_softmax
+from .compensate import compensate
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
@@ -27,6 +28,7 @@ __all__ = [
     "carried_gelu",
     "carried_layer_norm",
     "carried_softmax",
+    "compensate",
     "dequantize",
     "fake_quant",
     "fake_quant_into",

@@ -14,6 +14,8 @@ MOST_BITS: int
 
 # A weight in place: address, dtype, rows, columns, row stride, columns of a group.
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
+# Upper factors of inverse moments: addresses of the factors and of the order of their columns (or 0), their number.
+Factors: TypeAlias = tuple[int, int, int]
 # Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
 Streams: TypeAlias = tuple[int, int, int, bool, bool]
 # Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
@@ -98,6 +100,33 @@ def carried_softmax_cuda(
     out: int,
     streams: Streams,
     scale: float,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# compensate
+def compensate_cpu(
+    weight: Weight,
+    bits: Sequence[int],
+    factors: Factors,
+    scales: int,
+    zeros: int,
+    codes: int,
+    loss: int,
+    threads: int,
+    /,
+) -> bool: ...
+def compensate_workspace(rows: int, columns: int, num_bits: int, /) -> int: ...
+def compensate_cuda(
+    weight: Weight,
+    bits: Sequence[int],
+    factors: Factors,
+    scales: int,
+    zeros: int,
+    codes: int,
+    loss: int,
+    workspace: int,
     device: int,
     stream: int,
     /,

@@ -28,6 +28,28 @@ def check_weight(op: str, weight: Tensor, bits: Sequence[int], group_size: int) 
         raise refusal(op, "group_size", "be -1 or positive", group_size)
 
 
+def check_scales(
+    op: str, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+) -> None:
+    """:func:`check_weight`, and raise unless ``scale``, and ``zero_point`` where there is one, fit the weight."""
+    check_weight(op, weight, bits, group_size)
+    rows, _, _, groups = matrix_shape(weight, group_size)
+    shape = (len(bits), rows, groups)
+    check_like(op, "scale", scale, torch.float32, shape, weight)
+    if zero_point is not None:
+        check_like(op, "zero_point", zero_point, torch.int8, shape, weight)
+
+
+def check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], weight: Tensor) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has that shape and dtype and lies where the weight does."""
+    if tensor.shape != shape:
+        raise refusal(op, name, f"have shape {shape}", tuple(tensor.shape))
+    if tensor.dtype != dtype:
+        raise refusal(op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
+    if tensor.device != weight.device:
+        raise refusal(op, name, f"be on {weight.device}", tensor.device)
+
+
 def check_steps(op: str, steps: int) -> None:
     """Raise ``ValueError`` unless a search can try so many shrink factors."""
     if not 1 <= steps <= MOST_STEPS:
@@ -60,3 +82,8 @@ def given(weight: Tensor, group_size: int) -> tuple[Tensor, _native.Weight]:
         else:
             weight = weight.contiguous()
     return weight, (weight.data_ptr(), DTYPES[weight.dtype], rows, columns, row_stride, size)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

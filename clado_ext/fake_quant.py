@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, check_output, checked, define, refusal, require
-from ._weights import check_steps, check_weight, given, matrix_shape
+from ._registry import call, check_output, checked, define, require
+from ._weights import address, check_scales, check_steps, check_weight, given, matrix_shape
 
 
 class QuantizedWeight(NamedTuple):
@@ -66,7 +66,7 @@ def fake_quant_into(
     Raises:
         ValueError: as :func:`fake_quant`, or outputs of another shape, dtype, device or layout.
     """
-    _check("fake_quant_into", weight, scale, zero_point, bits, group_size)
+    check_scales("fake_quant_into", weight, scale, zero_point, bits, group_size)
     check_output("fake_quant_into", "values", values, weight, (len(bits), *weight.shape), weight.dtype)
     check_output("fake_quant_into", "sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
     _launch_fake_quant(weight, scale, zero_point, bits, group_size, values, sqerr)
@@ -204,30 +204,10 @@ def _spread(values: Tensor, size: int, columns: int) -> Tensor:
     return values.repeat_interleave(size, -1)[..., :columns] if values.shape[-1] > 1 else values
 
 
-def _check(
-    op: str, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
-) -> None:
-    check_weight(op, weight, bits, group_size)
-    rows, _, _, groups = matrix_shape(weight, group_size)
-    shape = (len(bits), rows, groups)
-    _check_like(op, "scale", scale, torch.float32, shape, weight)
-    if zero_point is not None:
-        _check_like(op, "zero_point", zero_point, torch.int8, shape, weight)
-
-
-def _check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], weight: Tensor) -> None:
-    if tensor.shape != shape:
-        raise refusal(op, name, f"have shape {shape}", tuple(tensor.shape))
-    if tensor.dtype != dtype:
-        raise refusal(op, name, f"be {str(dtype).removeprefix('torch.')}", tensor.dtype)
-    if tensor.device != weight.device:
-        raise refusal(op, name, f"be on {weight.device}", tensor.device)
-
-
 def _allocate_fake_quant(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> tuple[Tensor, Tensor]:
-    _check("fake_quant", weight, scale, zero_point, bits, group_size)
+    check_scales("fake_quant", weight, scale, zero_point, bits, group_size)
     return (
         weight.new_empty((len(bits), *weight.shape)),
         weight.new_empty((len(bits), weight.shape[0]), dtype=torch.float64),
@@ -245,7 +225,7 @@ def _launch_fake_quant(
 ) -> None:
     weight, numbers = given(weight, group_size)
     scales, zeros = scale.contiguous(), _contiguous(zero_point)
-    addresses = (scales.data_ptr(), _address(zeros), values.data_ptr(), sqerr.data_ptr())
+    addresses = (scales.data_ptr(), address(zeros), values.data_ptr(), sqerr.data_ptr())
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
         _, _, rows, columns, _, _ = numbers
@@ -296,7 +276,7 @@ def _launch_quantize_weight(
 def _allocate_quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> Tensor:
-    _check("quantize", weight, scale, zero_point, bits, group_size)
+    check_scales("quantize", weight, scale, zero_point, bits, group_size)
     return weight.new_empty((len(bits), *weight.shape), dtype=torch.int8)
 
 
@@ -305,16 +285,12 @@ def _launch_quantize(
 ) -> None:
     weight, numbers = given(weight, group_size)
     scales, zeros = scale.contiguous(), _contiguous(zero_point)
-    addresses = (scales.data_ptr(), _address(zeros), codes.data_ptr())
+    addresses = (scales.data_ptr(), address(zeros), codes.data_ptr())
     call("quantize", weight.device, numbers, bits, *addresses)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 _fake_quant = define(

@@ -163,6 +163,50 @@ def carried(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterato
                 yield run
 
 
+def compensation(
+    native: ModuleType | AsNative, draw: np.random.Generator
+) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    for rows, columns, group, factors in (
+        (1, 1, 1, 1),
+        (6, 9, 4, 3),
+        (17, 33, 33, 1),
+        (40, 150 if ON_CPU else 70, 1, 2),
+        (0, 3, 3, 1),
+    ):
+        for dtype in (0, 1):
+            for ranged in (False, True):
+                raw = draw.standard_normal((rows, columns), np.float32)
+                weight = raw if dtype == 0 else raw.astype(np.float16)
+                factor = draw.standard_normal((factors, columns, columns), np.float32) / 8 + np.eye(
+                    columns, dtype=np.float32
+                )
+                order = np.stack([draw.permutation(columns) for _ in range(factors)]) if ranged else None
+                scale = np.full((3, rows, -(-columns // group)), 0.3, np.float32)
+                zero = np.ones(scale.shape, np.int8) if ranged else None
+
+                def run(
+                    threads: int,
+                    weight: np.ndarray = weight,
+                    dtype: int = dtype,
+                    group: int = group,
+                    factor: np.ndarray = factor,
+                    order: np.ndarray | None = order,
+                    scale: np.ndarray = scale,
+                    zero: np.ndarray | None = zero,
+                ) -> list[np.ndarray]:
+                    rows, columns = weight.shape
+                    codes, loss = np.zeros((3, rows, columns), np.int8), np.zeros((3, rows))
+                    taken = (
+                        (at(weight), dtype, rows, columns, columns, group),
+                        BITS,
+                        (at(factor), at(order), len(factor)),
+                    )
+                    assert native.compensate_cpu(*taken, at(scale), at(zero), at(codes), at(loss), threads)
+                    return [codes, loss]
+
+                yield run
+
+
 def programs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
     """Ragged layers, of one candidate to many; nothing here has a CUDA kernel."""
     for counts in ((1,), (3, 1, 8), (9, 2, 40), (64, 1), (5,) * 20) if ON_CPU else ():
@@ -207,7 +251,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses, carried, programs):
+    for family in (quantization, packing, losses, carried, compensation, programs):
         for run in family(native, draw):
             first = None
             for level in levels:

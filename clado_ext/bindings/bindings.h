@@ -38,6 +38,7 @@ inline void expect_memory(const char* op, int64_t elements, std::initializer_lis
 void bind_batched_ce(py::module_& m);
 void bind_bitpack(py::module_& m);
 void bind_carried(py::module_& m);
+void bind_compensate(py::module_& m);
 void bind_fake_quant(py::module_& m);
 void bind_iqp_prove(py::module_& m);
 void bind_iqp_search(py::module_& m);

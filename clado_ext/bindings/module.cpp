@@ -20,6 +20,7 @@ PYBIND11_MODULE(_native, m) {
   bind_batched_ce(m);
   bind_bitpack(m);
   bind_carried(m);
+  bind_compensate(m);
   bind_fake_quant(m);
   bind_iqp_prove(m);
   bind_iqp_search(m);

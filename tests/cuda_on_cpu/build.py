@@ -164,6 +164,8 @@ class AsNative:
         """Bytes of each, as the torch op asks for them."""
         if stem == "pairwise_ce":
             return [int(self.module.pairwise_ce_workspace(*args[0][2:]))]
+        if stem == "compensate":
+            return [int(self.module.compensate_workspace(*args[0][2:4], len(args[1])))]
         if stem == "scale_search":
             return [self._search_workspace(*args[:3])]
         if stem == "fake_quant":

@@ -5,6 +5,7 @@
 #include "batched_ce.cpp"
 #include "bitpack.cpp"
 #include "carried.cpp"
+#include "compensate.cpp"
 #include "fake_quant.cpp"
 #include "pairwise_ce.cpp"
 #include "scale_search.cpp"
@@ -14,6 +15,7 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   bind_batched_ce(m);
   bind_bitpack(m);
   bind_carried(m);
+  bind_compensate(m);
   bind_fake_quant(m);
   bind_pairwise_ce(m);
   bind_scale_search(m);

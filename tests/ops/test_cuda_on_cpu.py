@@ -21,7 +21,7 @@ from torch import Tensor
 import clado_ext
 from clado_ext import _registry
 from tests.cuda_on_cpu.build import AsNative, build, build_broken, load, translate
-from tests.ops import test_batched_ce, test_carried, test_pairwise_ce
+from tests.ops import test_batched_ce, test_carried, test_compensate, test_pairwise_ce
 from tests.ops.devices import same_bits
 
 FORWARD, BACKWARD, SHUFFLED = ORDERS = range(3)
@@ -221,6 +221,35 @@ def test_packing_is_that_of_the_cpu(bits: int, kernels: AsNative) -> None:
             assert same_bits(packed, clado_ext.pack(codes, bits))
             words = offset(packed, by)
             assert same_bits(in_every_order(kernels, lambda w=words, n=shape[1]: clado_ext.unpack(w, bits, n)), codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranged", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "factors"),
+    [(1, 1, -1, 1), (3, 9, 4, 3), (45, 33, 5, 1), (24, 130, 1, 2), (2, 200, 64, 1), (8, 3, -1, 8)],
+)
+def test_compensation_is_that_of_the_cpu(
+    rows: int, columns: int, group: int, factors: int, ranged: bool, dtype: torch.dtype, kernels: AsNative
+) -> None:
+    made = test_compensate.given_to(test_compensate.case(rows, columns, group, factors, ranged))
+    made["weight"] = made["weight"].to(dtype)
+    if ranged:
+        made["order"] = torch.stack([torch.randperm(columns) for _ in range(factors)])
+
+    def run() -> tuple[Tensor, ...]:
+        return clado_ext.compensate(**made, bits=test_compensate.BITS, group_size=group)
+
+    assert same_bits(in_every_order(kernels, run), run())
+
+
+def test_compensation_at_its_edges(kernels: AsNative) -> None:
+    with on_cuda(kernels):
+        test_compensate.test_strides_and_what_lies_below_the_diagonal("cpu")
+        test_compensate.test_what_is_not_finite_spoils_its_row_alone("cpu")
+        outside = torch.tensor([[0, 1, 7, -1]])  # not looked for: no access, and the losses say it
+        _, loss = clado_ext.compensate(torch.ones(6, 4), torch.eye(4)[None], torch.ones(1, 6, 1), (4,), order=outside)
+    assert loss.isnan().all()
 
 
 @pytest.mark.parametrize("size", [1e-4, 0.2, 1.0, 50.0])

@@ -18,6 +18,7 @@ def inputs(device: str = "cpu") -> dict[str, torch.Tensor]:
     return {
         "weight": torch.randn(4, 3, 5, device=device),
         "codes": torch.randint(-8, 8, (3, 40), dtype=torch.int8, device=device),
+        "factor": torch.randn(2, 15, 15, device=device).triu() + 4 * torch.eye(15, device=device),
         "logits": torch.randn(3, 10, device=device),
         "delta": torch.randn(2, 3, 10, device=device),
     }
@@ -27,6 +28,9 @@ WORKS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "quantize_weight": lambda x: tuple(clado_ext.quantize_weight(x["weight"], BITS, 7, 5)[:3]),
     "asymmetric": lambda x: tuple(clado_ext.quantize_weight(x["weight"], BITS, -1, 5, symmetric=False)),
     "quantize": lambda x: clado_ext.quantize(x["weight"], clado_ext.scale_search(x["weight"], BITS), BITS),
+    "compensate": lambda x: clado_ext.compensate(
+        x["weight"], x["factor"], clado_ext.scale_search(x["weight"], BITS), BITS
+    ),
     "bitpack": lambda x: clado_ext.unpack(clado_ext.pack(x["codes"], 4, 0), 4, 3, 0),
     "batched_ce": lambda x: clado_ext.batched_ce(x["logits"], x["delta"]),
     "pairwise_ce": lambda x: clado_ext.pairwise_ce(x["logits"], x["delta"]),

@@ -123,10 +123,11 @@ def test_losses(logits: torch.Tensor, delta: torch.Tensor, fit: bool) -> None:
     bits=WIDTHS,
     steps=st.integers(-1, 101),
     dtype=st.integers(-1, 4),
+    factors=st.integers(-1, 3),
     null=st.booleans(),
 )
 def test_bindings_refuse_numbers_that_make_no_sense(
-    rows: int, columns: int, stride: int, group: int, bits: list[int], steps: int, dtype: int, null: bool
+    rows: int, columns: int, stride: int, group: int, bits: list[int], steps: int, dtype: int, factors: int, null: bool
 ) -> None:
     space = np.zeros(8 * 4 * 40 * 8, np.int8)
     a = 0 if null else space.ctypes.data
@@ -143,6 +144,7 @@ def test_bindings_refuse_numbers_that_make_no_sense(
         "scale_search_cpu": ((*given, steps, a, 0, 1), sound and 1 <= steps <= 99),
         "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
         "quantize_cpu": ((*given, a, 0, a, 1), sound),
+        "compensate_cpu": ((*given, (a, 0, factors), a, 0, a, a, 1), sound and factors > 0 and rows % factors == 0),
     }
     for name, (arguments, fine) in calls.items():
         if fine:  # in place would not be safe to run: only what is refused is tried
@@ -186,6 +188,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "fake_quant": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
     "fake_quant_into": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4), "values": VALUES, "sqerr": SQERR},
     "quantize": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
+    "compensate": {"weight": WEIGHT, "factor": torch.eye(4)[None], "scale": SCALE, "bits": (2, 4)},
     "quantize_weight": {"weight": WEIGHT, "bits": (2, 4)},
     "scale_search": {"weight": WEIGHT, "bits": (2, 4)},
     "straight_through": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
@@ -205,6 +208,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     **{name: (np.ones((2, 4), np.float32), None, [1.0], WEIGHT.to_sparse()) for name in ("weight", "codes", "packed")},
     **{name: (np.ones((2, 2, 1), np.float32), None) for name in ("scale", "values", "logits", "delta", "clean")},
     "zero_point": ([0],),
+    "factor": (np.ones((1, 4, 4), np.float32), None),
+    "order": ([[0, 1, 2, 3]],),
     "target": ([0, 1],),
     "bfloat16": ("yes",),
 }
