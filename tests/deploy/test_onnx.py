@@ -241,7 +241,7 @@ def test_rounded_inputs_before_every_layout(
     assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, "onnx")
     with torch.no_grad():
         wanted = clado.apply(model, plan)(x).numpy()
-        plain = clado.apply(model, replace(plan, activations={}))(x).numpy()
+        plain = clado.apply(model, replace(plan, activations=None))(x).numpy()
     found = writer.run(tmp_path / "out", x)
     assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()
     integer = {node.op_type for node in optimized(tmp_path / "out").node if node.op_type.startswith(("Q", "MatMulI"))}

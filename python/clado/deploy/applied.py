@@ -46,7 +46,7 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
             known = name in parameters and tuple(parameters[name].shape) == layer.shape
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")
     rounded = {scheme.input_bits for scheme in map(Scheme.of, plan.schemes.values())} - {KEPT}
-    given = set() if plan.activations is None else {plan.activations.bits}
+    given = {plan.activations.bits} if plan.activations else set()
     must = f"hold ranges for inputs of {', '.join(map(str, sorted(rounded)))} bits"
     require(rounded <= given, op, "plan", must, f"ranges for {', '.join(map(str, given)) or 'none'}")
     known_weights = plan.fingerprint.get("weights")
