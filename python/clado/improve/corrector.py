@@ -112,7 +112,8 @@ def correct(
         **asdict(sens.quantizer),
     )
     first = sens.candidates.choice(sens.candidates.starts[:-1])
-    check_fit(model, Plan(sens.layers, first, "given", fingerprint=sens.fingerprint), "correct")
+    alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
+    check_fit(model, alike, "correct")
     with full_precision(), torch.no_grad():
         run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations))
         return _correct(run, held, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
