@@ -13,17 +13,7 @@ import clado
 from clado.profiling import profile
 from tests.profiling.test_estimators import BITS
 from tests.profiling.test_profile import net_and_data, relative
-
-
-class Unexportable(nn.Module):
-    """A model whose Python reads a value, which no graph can hold."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if float(x.abs().sum()) >= 0 else x
+from tests.record.nets import Unexportable
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "exact"])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,25 @@ class Plan:
         there = bool(given) == (self.status != "infeasible")
         require(there, "plan", "schemes", "be there unless infeasible", self.status)
 
-    @property
+    @cached_property
+    def chosen(self) -> dict[str, Scheme]:
+        """{layer name: its scheme}; empty when infeasible."""
+        return {name: Scheme.of(label) for name, label in self.schemes.items()}
+
+    @cached_property
     def bits(self) -> dict[str, int]:
         """{layer name: bits of its weight's codes}; empty when infeasible."""
-        return {name: Scheme.of(label).bits for name, label in self.schemes.items()}
+        return {name: scheme.bits for name, scheme in self.chosen.items()}
 
     @property
     def gap(self) -> float:
         """``objective - bound`` in nats: how much better a plan could be at most."""
         return self.objective - self.bound
 
-    @property
+    @cached_property
     def layer_bytes(self) -> dict[str, int]:
         """{layer name: bytes of packed codes and scales}."""
-        chosen = self.schemes
-        return {layer.name: stored_bytes(layer, Scheme.of(chosen[layer.name]), self.quantizer) for layer in self.layers}
+        return {layer.name: stored_bytes(layer, self.chosen[layer.name], self.quantizer) for layer in self.layers}
 
     @property
     def size_bytes(self) -> int:
@@ -92,8 +97,8 @@ class Plan:
     @property
     def avg_bits(self) -> float:
         """Bits per weight, codes alone."""
-        bits = self.bits
-        return sum(bits[layer.name] * layer.numel for layer in self.layers) / sum(layer.numel for layer in self.layers)
+        total = sum(layer.numel for layer in self.layers)
+        return sum(self.bits[layer.name] * layer.numel for layer in self.layers) / total
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite are written as null."""

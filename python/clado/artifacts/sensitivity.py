@@ -108,9 +108,8 @@ class Sensitivity:
 
     def predict(self, choice: Mapping[str, Scheme | str | int]) -> float:
         """Predicted loss increase ½ xᵀGx of a choice {layer: scheme}, in nats."""
-        taken = self.candidates.indices(
-            choice
-        )  # entries of dropped candidates are NaN: only those that are meant count
+        taken = self.candidates.indices(choice)
+        # Entries of dropped candidates are NaN: only those that are meant count.
         return float(0.5 * self.matrix[np.ix_(taken, taken)].sum())
 
     @staticmethod

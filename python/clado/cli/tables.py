@@ -27,7 +27,7 @@ def show_plan(plan: Any) -> None:
     if not plan.bits:
         click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
         return
-    taken = [Scheme.of(label) for label in plan.schemes.values()]
+    taken = list(plan.chosen.values())
     layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
     click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
     click.echo(
@@ -114,7 +114,7 @@ def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
 
 def plan_table(sens: Sensitivity, plan: Plan) -> Table:
     """Every layer's scheme and bytes as bars, and what it costs alone."""
-    schemes = {name: Scheme.of(label) for name, label in plan.schemes.items()}
+    schemes = plan.chosen
     names = scheme_names(schemes.values())
     rows = []
     largest = max(plan.layer_bytes.values())

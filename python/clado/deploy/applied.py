@@ -10,7 +10,7 @@ from torch import nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import KEPT, Quantized, Scheme, codes, quantize_activations
+from ..quant import KEPT, Quantized, codes, quantize_activations
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -45,7 +45,7 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
         for name in layer.names:
             known = name in parameters and tuple(parameters[name].shape) == layer.shape
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")
-    rounded = {scheme.input_bits for scheme in map(Scheme.of, plan.schemes.values())} - {KEPT}
+    rounded = {scheme.input_bits for scheme in plan.chosen.values()} - {KEPT}
     given = {plan.activations.bits} if plan.activations else set()
     must = f"hold ranges for inputs of {', '.join(map(str, sorted(rounded)))} bits"
     require(rounded <= given, op, "plan", must, f"ranges for {', '.join(map(str, given)) or 'none'}")

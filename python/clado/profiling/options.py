@@ -325,17 +325,16 @@ class Options(Arguments):
         """
         from ..quant import Candidates, candidates_of
 
-        if self.schemes is None or set(self.schemes) == {"*"}:
-            return Candidates.uniform(layers, self._uniform())
-        return candidates_of(layers, self.schemes)
+        same = self._of_every_layer()
+        return candidates_of(layers, self.schemes or {}) if same is None else Candidates.uniform(layers, same)
 
-    def _uniform(self) -> list[Scheme]:
-        """The schemes of every layer where all have the same."""
+    def _of_every_layer(self) -> list[Scheme] | None:
+        """The schemes that all layers have, None where their lists may differ."""
         from ..quant import KEPT, Scheme
 
-        if self.schemes is not None:
-            return [Scheme.of(label) for label in self.schemes["*"]]
-        return [Scheme.of(bits, self.act_bits or KEPT) for bits in self.bits]
+        if self.schemes is None:
+            return [Scheme.of(bits, self.act_bits or KEPT) for bits in self.bits]
+        return [Scheme.of(label) for label in self.schemes["*"]] if list(self.schemes) == ["*"] else None
 
     def settings(self, **found: Any) -> dict[str, Any]:
         """What decides the result, as JSON values by name.
@@ -353,7 +352,8 @@ class Options(Arguments):
         }
         names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
         stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
-        if self.schemes is None or set(self.schemes) == {"*"}:
-            stated["bits"] = tuple(scheme.bits for scheme in self._uniform())
+        same = self._of_every_layer()
+        if same is not None:
+            stated["bits"] = tuple(scheme.bits for scheme in same)
             del stated["schemes"]  # one list for all is what bits are short for
         return stated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..common import CladoError, require
 from .layers import Layer
-from .numbers import NUMBERS, Number, integer
+from .numbers import NUMBERS, Number, integer, stored_nbytes
 from .quantizer import Quantizer
 
 _LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
@@ -258,8 +257,7 @@ def scheme_names(schemes: Iterable[Scheme], unit: str = "") -> dict[Scheme, str]
 
 def stored_bytes(layer: Layer, scheme: Scheme, quantizer: Quantizer) -> int:
     """Bytes of a layer's packed codes and scales."""
-    stored = scheme.number.stored(layer.shape, quantizer).values()
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+    return stored_nbytes(scheme.number.stored(layer.shape, quantizer))
 
 
 def check_bits(bits: Sequence[int]) -> None:

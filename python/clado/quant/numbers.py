@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,6 +18,11 @@ from .scaling import Scaling
 
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 Stored = dict[str, tuple[tuple[int, int], torch.dtype]]  # {tensor: (shape, dtype)}
+
+
+def stored_nbytes(stored: Stored) -> int:
+    """Bytes of tensors of these shapes and dtypes."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
 
 
 class Scales(NamedTuple):

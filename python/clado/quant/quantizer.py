@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .numbers import Quantized, Stored, all_nearest, all_scales, integer
+from .numbers import Quantized, Stored, all_nearest, all_scales, integer, stored_nbytes
 from .scaling import Scaling
 
 
@@ -33,7 +32,7 @@ class Quantizer(Scaling):
 
     def storage_bytes(self, shape: Sequence[int], bits: int) -> int:
         """Bytes of one packed layer: int32 words of codes, float32 scales, int32 words of zero points, padding included."""
-        return sum(math.prod(part) * dtype.itemsize for part, dtype in self.stored(shape, bits).values())
+        return stored_nbytes(self.stored(shape, bits))
 
     def scales(self, weight: Tensor, bits: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Scales ``[B, rows, groups]`` float32 of a weight at every width, and zero points int8, None when symmetric."""

@@ -31,7 +31,7 @@ class Choice(Protocol):
     def layers(self) -> Sequence[Layer]: ...
 
     @property
-    def schemes(self) -> Mapping[str, str]: ...
+    def chosen(self) -> Mapping[str, Scheme]: ...
 
     @property
     def quantizer(self) -> Quantizer: ...
@@ -74,7 +74,7 @@ def codes(
     Args, errors: as :func:`variants`; ``plan`` names layers, widths and settings.
     """
     weights = _Weight.of(model, plan.layers, plan.quantizer, rounding, moments)
-    return {weight.name: weight.codes(Scheme.of(plan.schemes[weight.name]).number) for weight in weights}
+    return {weight.name: weight.codes(plan.chosen[weight.name].number) for weight in weights}
 
 
 class _Weight:

@@ -118,7 +118,7 @@ def save_measured(run: Path, key: dict[str, Any], records: Sequence[Record]) -> 
 def named(records: Sequence[Record], plans: Mapping[str, Sequence[Plan]]) -> list[Record]:
     """Records with the kind and name their plan has now; a plan that is of several kinds takes the last."""
     known = {tuple(record["schemes"]): record for record in records}
-    read = scheme_names(Scheme.of(label) for members in plans.values() for p in members for label in p.schemes.values())
+    read = scheme_names(scheme for members in plans.values() for p in members for scheme in p.chosen.values())
     out: dict[tuple[str, ...], Record] = {}
     for kind, members in plans.items():
         for k, plan in enumerate(members):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..artifacts import Plan, Sensitivity
 from ..common import atomic_file, require
-from ..quant import Scheme, scheme_names
+from ..quant import scheme_names
 from ..runs import versions
 from ..solver import negative_mass
 from .contents import Contents, gather
@@ -206,7 +206,7 @@ def byte_rows(plan: Plan | None) -> list[dict[str, Any]]:
 def layer_rows(sens: Sensitivity, plan: Plan | None) -> list[dict[str, Any]]:
     """Every layer with its loss increases, one for each scheme that occurs, and what was chosen."""
     rows, distinct = [], sens.candidates.distinct
-    chosen = {name: Scheme.of(label) for name, label in plan.schemes.items()} if plan is not None else {}
+    chosen = plan.chosen if plan is not None else {}
     sizes = plan.layer_bytes if plan is not None and chosen else {}
     for layer, own in zip(sens.layers, sens.candidates.schemes, strict=True):
         entries = {scheme: sens.index(layer.name, scheme) for scheme in own}
