@@ -52,7 +52,7 @@ def measure(device: str = "cpu") -> list[dict[str, Any]]:
         ),
         "scale_search": (
             lambda: clado_ext.scale_search(weight, bits),
-            lambda: _native.scale_search_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, 95, s, 0, 1),
+            lambda: _native.scale_search_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, 95, (0, 1), s, 0, 1),
         ),
         "pack": (lambda: clado_ext.pack(codes, 8), lambda: _native.pack_cpu(c, p, 12, 32, 8, 1)),
         "batched_ce": (

@@ -16,6 +16,8 @@ MOST_BITS: int
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
 # Upper factors of inverse moments: addresses of the factors and of the order of their columns (or 0), their number.
 Factors: TypeAlias = tuple[int, int, int]
+# What errors count: address (or 0), rows.
+Importances: TypeAlias = tuple[int, int]
 # Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
 Streams: TypeAlias = tuple[int, int, int, bool, bool]
 # Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
@@ -197,13 +199,21 @@ def quantize_cuda(
 MOST_STEPS: int  # shrink factors
 
 def scale_search_cpu(
-    weight: Weight, bits: Sequence[int], steps: int, scales: int, zeros: int, threads: int, /
-) -> None: ...
+    weight: Weight,
+    bits: Sequence[int],
+    steps: int,
+    importance: Importances,
+    scales: int,
+    zeros: int,
+    threads: int,
+    /,
+) -> bool: ...
 def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
 def scale_search_cuda(
     weight: Weight,
     bits: Sequence[int],
     steps: int,
+    importance: Importances,
     scales: int,
     zeros: int,
     workspace: int,

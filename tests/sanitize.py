@@ -50,6 +50,7 @@ def quantization(
                         else (raw.view(np.uint32) >> 16).astype(np.uint16)
                     )
                     groups = -(-columns // group)
+                    importance = draw.random((max(rows, 1) if ranged else 1, columns), np.float32).round(1)
 
                     def run(
                         threads: int,
@@ -57,6 +58,7 @@ def quantization(
                         dtype: int = dtype,
                         group: int = group,
                         ranged: bool = ranged,
+                        importance: np.ndarray = importance,
                         shape: tuple[int, int, int] = (rows, columns, groups),
                     ) -> list[np.ndarray]:
                         rows, columns, groups = shape
@@ -65,7 +67,11 @@ def quantization(
                         values = np.zeros((3, rows, columns), weight.dtype)
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
                         given = ((at(weight), dtype, rows, columns, columns, group), BITS)
-                        native.scale_search_cpu(*given, STEPS, at(scale), at(zero), threads)
+                        by_importance = np.ones_like(scale)
+                        assert native.scale_search_cpu(
+                            *given, STEPS, (at(importance), len(importance)), at(by_importance), at(zero), threads
+                        )
+                        assert native.scale_search_cpu(*given, STEPS, (0, 1), at(scale), at(zero), threads)
                         native.fake_quant_cpu(*given, at(scale), at(zero), at(values), at(error), threads)
                         native.quantize_cpu(*given, at(scale), at(zero), at(codes), threads)
                         outputs = [scale, values, error, *([] if zero is None else [zero])]
@@ -74,7 +80,7 @@ def quantization(
                         addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
                         native.quantize_weight_cpu(*given, STEPS, *addresses, threads)
                         assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
-                        return [*outputs, codes]
+                        return [*outputs, codes, by_importance]
 
                     yield run
 

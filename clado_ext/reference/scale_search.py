@@ -18,16 +18,26 @@ def grid(group: Tensor, bits: int, steps: int, symmetric: bool = True) -> tuple[
     return torch.clamp(first * factors, min=tiny), min(zero, 2 ** (bits - 1) - 1)
 
 
-def step_errors(group: Tensor, bits: int, steps: int, symmetric: bool = True) -> Tensor:
-    """Squared error of every step, float64 ``[steps]``."""
+def step_errors(
+    group: Tensor, bits: int, steps: int, symmetric: bool = True, importance: Tensor | None = None
+) -> Tensor:
+    """Squared error of every step, float64 ``[steps]``; weighted, unless nothing that could be wrong has weight."""
     tried, zero = grid(group, bits, steps, symmetric)
     scales, w = tried.double().unsqueeze(1), group.double().unsqueeze(0)
     codes = torch.round(w / scales).clamp(-(2 ** (bits - 1)) - zero, 2 ** (bits - 1) - 1 - zero)
-    return (codes * scales - w).square().sum(1)
+    squares = (codes * scales - w).square()
+    if importance is not None and importance[group != 0].any():
+        squares = squares * importance.double()
+    return squares.sum(1)
 
 
 def range_search(
-    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = False
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int = -1,
+    steps: int = 95,
+    importance: Tensor | None = None,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales float32 and zero points int8 ``[B, N, groups]``; see :func:`clado_ext.range_search`."""
     flat = weight.float().reshape(weight.shape[0], -1)
@@ -35,16 +45,20 @@ def range_search(
     groups = -(-flat.shape[1] // max(size, 1))
     scales = torch.ones(len(bits), len(flat), groups)
     zeros = torch.zeros(len(bits), len(flat), groups, dtype=torch.int8)
+    shared = torch.ones_like(flat[:1]) if importance is None else importance.reshape(-1, flat.shape[1])
+    weights = shared.repeat_interleave(len(flat) // len(shared), 0)
     for k, b in enumerate(bits):
-        for n, row in enumerate(flat):
-            for g, group in enumerate(row.split(max(size, 1))):
+        for n, (row, h) in enumerate(zip(flat, weights, strict=True)):
+            for g, (group, part) in enumerate(zip(row.split(max(size, 1)), h.split(max(size, 1)), strict=True)):
                 if group.any():
                     tried, zero = grid(group, b, steps, symmetric)
-                    scales[k, n, g] = tried[step_errors(group, b, steps, symmetric).argmin()]
+                    scales[k, n, g] = tried[step_errors(group, b, steps, symmetric, part).argmin()]
                     zeros[k, n, g] = zero
     return scales.to(weight.device), zeros.to(weight.device)
 
 
-def scale_search(weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95) -> Tensor:
+def scale_search(
+    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, importance: Tensor | None = None
+) -> Tensor:
     """float32 ``[B, N, groups]``; see :func:`clado_ext.scale_search`."""
-    return range_search(weight, bits, group_size, steps, symmetric=True)[0]
+    return range_search(weight, bits, group_size, steps, importance, symmetric=True)[0]

@@ -333,7 +333,7 @@ void quantize_weight_cpu(const WeightView& weight, const BitList& bits, int step
                          double* sqerr, int threads) {
   const int workers = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
   if (weight.rows < 4 * workers && workers > 1) {  // too few rows to share: the threads share their blocks
-    scale_search_cpu(weight, bits, steps, scales, zeros, threads);
+    scale_search_cpu(weight, {}, bits, steps, scales, zeros, threads);
     return fake_quant_cpu(weight, bits, scales, zeros, values, sqerr, threads);
   }
   const Quantizer quantizer{weight, bits, scales, zeros};

@@ -174,7 +174,7 @@ void fake_quant_cuda(const WeightView& weight, const BitList& bits, const float*
 
 void quantize_weight_cuda(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* values,
                           double* sqerr, void* search_workspace, void* workspace, int device, void* stream) {
-  scale_search_cuda(weight, bits, steps, scales, zeros, search_workspace, device, stream);
+  scale_search_cuda(weight, {}, bits, steps, scales, zeros, search_workspace, device, stream);
   fake_quant_cuda(weight, bits, scales, zeros, values, sqerr, workspace, device, stream);
 }
 

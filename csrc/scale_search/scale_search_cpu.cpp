@@ -16,12 +16,14 @@ constexpr int kChunk = 8;       // steps between two looks at whether later ones
 constexpr int kKept = 16;       // blocks of a group that are kept as float32 between chunks
 constexpr int64_t kPanel = 64;  // blocks of a long group whose errors are kept at a time
 
+constexpr int padded_count(int count) { return (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes; }
+
 // A block of weights as float32, padded with zeros to whole lanes; returns the padded count.
 template <class F, DType D>
 CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
   const int whole = count / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<F, D>(weight, i));
-  const int padded = (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
+  const int padded = padded_count(count);
   if (padded > whole) {
     alignas(64) char tail[2 * kBlockLanes * 4] = {};
     std::memcpy(tail, weights_at<D>(weight, whole), static_cast<size_t>((count - whole) * kWeightBytes<D>));
@@ -53,11 +55,24 @@ CLADO_INLINE void extremes_body(const float* w, int padded, float* bottom, float
   if (sum_halves(spoiled) != 0.0f) *bottom = *top = std::numeric_limits<float>::quiet_NaN();
 }
 
-// errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale; *clipped = the part of the last
-// one that comes from elements beyond the limits.
+// Importance of a block times `factor`, 0 beside weights of zero, whose error is 0 however large it is; *largest of these.
 template <class F>
-CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
-                                    float* errors, float* clipped) {
+CLADO_INLINE void read_importance_body(const float* importance, const float* w, int count, float factor, float* out,
+                                       float* largest) {
+  F top;
+  for (int i = 0; i < padded_count(count); i += kLanes) {
+    const F h = select(F::load(w + i) == 0.0f, F{}, F::load_part(importance + i, count - i) * factor);
+    store(out + i, h);
+    top = select(h > top, h, top);
+  }
+  *largest = max_lanes(top);
+}
+
+// errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale, every element's times its h where
+// Weighted; *clipped = the part of the last one that comes from elements beyond the limits.
+template <class F, bool Weighted>
+CLADO_INLINE void rate(const float* w, const float* h, int padded, const float* inverse, int steps, float low, float high,
+                       float* errors, float* clipped) {
   for (int k = 0; k < steps; k += kTogether) {
     F sum[kTogether][2];
     float inv[kTogether];
@@ -66,10 +81,15 @@ CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inv
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const F v = F::load(w + i + kLanes * half);
+        F importance;
+        if constexpr (Weighted) importance = F::load(h + i + kLanes * half);
 #pragma GCC unroll 2
         for (int t = 0; t < kTogether; ++t) {
           const F x = v * inv[t], e = round_even(clamp(x, low, high)) - x;
-          sum[t][half] += e * e;
+          if constexpr (Weighted)
+            sum[t][half] += importance * (e * e);
+          else
+            sum[t][half] += e * e;
         }
       }
     for (int t = 0; t < kTogether && k + t < steps; ++t) errors[k + t] = sum_block_lanes(sum[t][0], sum[t][1]);
@@ -77,9 +97,22 @@ CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inv
   F beyond;
   for (int i = 0; i < padded; i += kLanes) {
     const F x = F::load(w + i) * inverse[steps - 1], e = clamp(x, low, high) - x;
-    beyond += e * e;
+    if constexpr (Weighted)
+      beyond += F::load(h + i) * (e * e);
+    else
+      beyond += e * e;
   }
   *clipped = sum_halves(beyond);
+}
+template <class F>
+CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
+                                    float* errors, float* clipped) {
+  rate<F, false>(w, nullptr, padded, inverse, steps, low, high, errors, clipped);
+}
+template <class F>
+CLADO_INLINE void weighted_errors_body(const float* w, const float* h, int padded, const float* inverse, int steps, float low,
+                                       float high, float* errors, float* clipped) {
+  rate<F, true>(w, h, padded, inverse, steps, low, high, errors, clipped);
 }
 
 CLADO_LANES_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
@@ -89,26 +122,41 @@ CLADO_LANES_KERNEL(block_errors,
                    (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
                     float* clipped),
                    (w, padded, inverse, steps, low, high, errors, clipped))
+CLADO_LANES_KERNEL(read_importance,
+                   (const float* importance, const float* w, int count, float factor, float* out, float* largest),
+                   (importance, w, count, factor, out, largest))
+CLADO_LANES_KERNEL(weighted_errors,
+                   (const float* w, const float* h, int padded, const float* inverse, int steps, float low, float high,
+                    float* errors, float* clipped),
+                   (w, h, padded, inverse, steps, low, high, errors, clipped))
 
 struct Group {
-  const void* weight;  // its first element
+  const void* weight;       // its first element
+  const float* importance;  // of that; or null
   DType dtype;
   int64_t length;
   const void* at(int64_t block) const {
     return static_cast<const char*>(weight) + block * kBlock * weight_bytes(dtype);
   }
+  int count(int64_t block) const { return static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock)); }
   int read(int64_t block, float* out) const {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, length - block * kBlock));
     int padded = 0;
-    read_block(at(block), dtype, count, out, &padded);
+    read_block(at(block), dtype, count(block), out, &padded);
     return padded;
+  }
+  // h of a block whose weights are w; returns the largest.
+  float weigh(int64_t block, const float* w, float factor, float* out) const {
+    float largest = 0.0f;
+    read_importance(importance + block * kBlock, w, count(block), factor, out, &largest);
+    return largest;
   }
 };
 
 // The search of one width: steps are rated in order, a chunk at a time, until no later one can win.
 class Search {
  public:
-  Search(const Grid& grid, int64_t length, int steps) : grid_(grid), length_(static_cast<double>(length)), steps_(steps) {}
+  // `counted`: the sum of what the elements count, or more.
+  Search(const Grid& grid, int64_t counted, int steps) : grid_(grid), counted_(static_cast<double>(counted)), steps_(steps) {}
 
   bool over() const { return next_ >= steps_; }
   int chunk() const { return std::min(kChunk, steps_ - next_); }
@@ -128,14 +176,14 @@ class Search {
     // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds
     // the best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
     const double scale = static_cast<double>(grid_.scale(next_ + count - 1));
-    const double lost = (0.999 * std::sqrt(sums[count]) - 1e-4 * std::sqrt(length_)) * scale;
+    const double lost = (0.999 * std::sqrt(sums[count]) - 1e-4 * std::sqrt(counted_)) * scale;
     next_ = !better && lost > 0 && lost * lost > least_ ? steps_ : next_ + count;
   }
   float best() const { return grid_.scale(best_); }
 
  private:
   Grid grid_;
-  double length_;
+  double counted_;
   int steps_, next_ = 0, best_ = -1;
   double least_ = 0.0;
 };
@@ -151,19 +199,26 @@ struct Result {
 };
 
 // The scales of one group; the blocks of a long group are shared by the threads, a panel of them at a time.
+template <bool Weighted>
 void search_group(const Group& group, const Result& result, const BitList& bits, int steps, int threads) {
   const int64_t blocks = blocks_of(group.length);
   const bool keep = blocks <= kKept;
-  alignas(64) static thread_local float kept[kKept * kBlock];
+  alignas(64) static thread_local float kept[(Weighted ? 2 : 1) * kKept * kBlock];
   float* const shared = kept;  // of the calling thread
+  [[maybe_unused]] float* const shared_importance = Weighted ? kept + kKept * kBlock : nullptr;
   std::vector<float> bottoms(static_cast<size_t>(blocks)), tops(static_cast<size_t>(blocks));
   std::vector<int> padded(static_cast<size_t>(blocks));
+  [[maybe_unused]] std::vector<float> largest(static_cast<size_t>(Weighted ? blocks : 0));
   parallel_for(blocks, threads, [&](int64_t i) {
     alignas(64) float own[kBlock];
     float* w = keep ? shared + i * kBlock : own;
     const auto at = static_cast<size_t>(i);
     padded[at] = group.read(i, w);
     extremes(w, padded[at], &bottoms[at], &tops[at]);
+    if constexpr (Weighted) {
+      alignas(64) float importance[kBlock];
+      largest[at] = group.weigh(i, w, 1.0f, importance);
+    }
   });
   float bottom = 0.0f, top = 0.0f;
   for (size_t i = 0; i < bottoms.size(); ++i) {
@@ -174,6 +229,13 @@ void search_group(const Group& group, const Result& result, const BitList& bits,
     for (int b = 0; b < bits.count; ++b) result.set(b, bottom != bottom ? bottom : 1.0f, 0);
     return;
   }
+  [[maybe_unused]] float factor = 1.0f;
+  if constexpr (Weighted) {
+    const float most = *std::max_element(largest.begin(), largest.end());
+    if (most == 0.0f) return search_group<false>(group, result, bits, steps, threads);
+    factor = leveller(most);
+    for (int64_t i = 0; keep && i < blocks; ++i) group.weigh(i, shared + i * kBlock, factor, shared_importance + i * kBlock);
+  }
   std::vector<float> panel(static_cast<size_t>(std::min(kPanel, blocks) * (kChunk + 1)));
   for (int b = 0; b < bits.count; ++b) {
     if (steps == 1) {
@@ -181,7 +243,7 @@ void search_group(const Group& group, const Result& result, const BitList& bits,
       result.set(b, grid.scale(0), grid.zero);
       continue;
     }
-    Search search(Grid(bottom, top, bits.width[b], result.zero == nullptr), group.length, steps);
+    Search search(Grid(bottom, top, bits.width[b], result.zero == nullptr), (Weighted ? kMostLevelled : 1) * group.length, steps);
     const Grid& grid = search.grid();
     while (!search.over()) {
       float inverse[kChunk];
@@ -195,7 +257,15 @@ void search_group(const Group& group, const Result& result, const BitList& bits,
           const float* w = keep ? shared + (start + i) * kBlock : own;
           if (!keep) group.read(start + i, own);
           float* errors = &panel[static_cast<size_t>(i * (kChunk + 1))];
-          block_errors(w, padded[static_cast<size_t>(start + i)], inverse, count, grid.low, grid.high, errors, errors + count);
+          const int size = padded[static_cast<size_t>(start + i)];
+          if constexpr (Weighted) {
+            alignas(64) float own_importance[kBlock];
+            const float* h = keep ? shared_importance + (start + i) * kBlock : own_importance;
+            if (!keep) group.weigh(start + i, w, factor, own_importance);
+            weighted_errors(w, h, size, inverse, count, grid.low, grid.high, errors, errors + count);
+          } else {
+            block_errors(w, size, inverse, count, grid.low, grid.high, errors, errors + count);
+          }
         });
         for (int64_t i = 0; i < here; ++i)
           for (int j = 0; j <= count; ++j) sums[j] += static_cast<double>(panel[static_cast<size_t>(i * (kChunk + 1) + j)]);
@@ -206,31 +276,42 @@ void search_group(const Group& group, const Result& result, const BitList& bits,
   }
 }
 
-void search_group(const WeightView& weight, int64_t row, int64_t group, const BitList& bits, int steps, float* scales, int8_t* zeros,
-                  int threads) {
+void search_group(const WeightView& weight, const Importance& importance, int64_t row, int64_t group, const BitList& bits, int steps,
+                  float* scales, int8_t* zeros, int threads) {
   const int64_t start = group * weight.group_size, at = row * weight.groups() + group;
-  const Group part{weight.at(row, start), weight.dtype, std::min(weight.group_size, weight.columns - start)};
+  const Group part{weight.at(row, start), importance.at(weight, row, start), weight.dtype,
+                   std::min(weight.group_size, weight.columns - start)};
   const Result result{scales + at, zeros ? zeros + at : nullptr, weight.rows * weight.groups()};
-  search_group(part, result, bits, steps, threads);
+  const auto search = part.importance && steps > 1 ? search_group<true> : search_group<false>;
+  search(part, result, bits, steps, threads);
+}
+
+bool sound(const float* importance, int64_t count) {
+  bool spoiled = false;
+  for (int64_t i = 0; i < count; ++i) spoiled |= !(importance[i] >= 0.0f) | !(importance[i] <= FLT_MAX);
+  return !spoiled;
 }
 
 }  // namespace
 
 void scale_search_row_cpu(const WeightView& weight, int64_t row, const BitList& bits, int steps, float* scales, int8_t* zeros) {
-  for (int64_t group = 0; group < weight.groups(); ++group) search_group(weight, row, group, bits, steps, scales, zeros, 1);
+  for (int64_t group = 0; group < weight.groups(); ++group) search_group(weight, {}, row, group, bits, steps, scales, zeros, 1);
 }
 
-void scale_search_cpu(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, int threads) {
+bool scale_search_cpu(const WeightView& weight, const Importance& importance, const BitList& bits, int steps, float* scales,
+                      int8_t* zeros, int threads) {
+  if (importance.data && !sound(importance.data, importance.count * weight.columns)) return false;
   const int64_t groups = weight.groups(), all = weight.rows * groups;
   threads = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
   const auto one = [&](int64_t index, int workers) {
-    search_group(weight, index / groups, index % groups, bits, steps, scales, zeros, workers);
+    search_group(weight, importance, index / groups, index % groups, bits, steps, scales, zeros, workers);
   };
   if (all >= 4 * threads || threads == 1) {
     parallel_for(all, threads, [&](int64_t i) { one(i, 1); });
   } else {
     for (int64_t i = 0; i < all; ++i) one(i, threads);
   }
+  return true;
 }
 
 }  // namespace clado

@@ -15,92 +15,134 @@ constexpr int kChunk = 8;  // steps rated before it is asked whether later ones 
 
 struct Shape {
   int64_t rows, columns, row_stride, group_size, groups, blocks;  // blocks of 1024 in a whole group
+  int64_t rows_each;                                              // rows that share a row of importance
   __host__ __device__ int64_t all() const { return rows * groups; }
   __device__ int64_t first(int64_t group) const { return group / groups * row_stride + group % groups * group_size; }
+  __device__ int64_t first_importance(int64_t group) const {
+    return group / groups / rows_each * columns + group % groups * group_size;
+  }
   __device__ int64_t length(int64_t group) const {
     const int64_t rest = columns - group % groups * group_size;
     return rest < group_size ? rest : group_size;
   }
 };
 
-// bottom = min(w, 0), top = max(w, 0); both NaN when something is not finite.
+// bottom = min(w, 0), top = max(w, 0); both NaN when something is not finite, or an importance negative. The largest importance
+// beside a weight that is not 0; 0 where there is none.
 struct Extremes {
-  float bottom, top;
+  float bottom, top, importance;
   __device__ void merge(Extremes other) {
     if (other.bottom < bottom || other.bottom != other.bottom) bottom = other.bottom;
     if (other.top > top || other.top != other.top) top = other.top;
+    importance = fmaxf(importance, other.importance);
   }
 };
 
-template <int PerLane, class T>
-__device__ void load_block(const T* group, int64_t start, int64_t length, float (&w)[PerLane]) {
+// A lane's part of a block of weights and, where Weighted, of their importance.
+template <int PerLane, bool Weighted>
+struct Part {
+  float w[PerLane], h[Weighted ? PerLane : 1];
+
+  template <class T>
+  __device__ void load(const T* __restrict__ weight, const float* __restrict__ importance, const Shape& shape, int64_t group,
+                       int64_t start) {
+    const int64_t length = shape.length(group);
+    const T* const weights = weight + shape.first(group);
 #pragma unroll
-  for (int j = 0; j < PerLane; ++j) {
-    const int64_t i = start + j * kBlockLanes + threadIdx.x;
-    w[j] = i < length ? to_float(group[i]) : 0.0f;
+    for (int j = 0; j < PerLane; ++j) {
+      const int64_t i = start + j * kBlockLanes + threadIdx.x;
+      w[j] = i < length ? to_float(weights[i]) : 0.0f;
+    }
+    if constexpr (Weighted) {
+      const float* const from = importance + shape.first_importance(group);
+#pragma unroll
+      for (int j = 0; j < PerLane; ++j) {
+        const int64_t i = start + j * kBlockLanes + threadIdx.x;
+        h[j] = i < length ? from[i] : 0.0f;
+      }
+    }
   }
-}
+
+  // From importance to h; `largest` of the group.
+  __device__ void level(float largest) {
+    if constexpr (Weighted) {
+      const float factor = leveller(largest);
+#pragma unroll
+      for (int j = 0; j < PerLane; ++j) h[j] = largest == 0.0f ? 1.0f : w[j] == 0.0f ? 0.0f : h[j] * factor;
+    }
+  }
+
+  __device__ float counted(int j, float square) const {
+    if constexpr (Weighted) return h[j] * square;
+    return square;
+  }
+};
 
 // Squared error of a block at one step, in units of the scale, in lane 0.
-template <int PerLane>
-__device__ float block_error(const float (&w)[PerLane], float inverse, const Grid& grid) {
+template <int PerLane, bool Weighted>
+__device__ float block_error(const Part<PerLane, Weighted>& part, float inverse, const Grid& grid) {
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < PerLane; ++j) {
-    const float x = w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
-    sum += e * e;
+    const float x = part.w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
+    sum += part.counted(j, e * e);
   }
   return sum_block_lanes(sum);
 }
 
 // The part of it that clipping makes.
-template <int PerLane>
-__device__ float clipped_error(const float (&w)[PerLane], float inverse, const Grid& grid) {
+template <int PerLane, bool Weighted>
+__device__ float clipped_error(const Part<PerLane, Weighted>& part, float inverse, const Grid& grid) {
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < PerLane; ++j) {
-    const float x = w[j] * inverse, e = fminf(fmaxf(x, grid.low), grid.high) - x;
-    sum += e * e;
+    const float x = part.w[j] * inverse, e = fminf(fmaxf(x, grid.low), grid.high) - x;
+    sum += part.counted(j, e * e);
   }
   return sum_block_lanes(sum);
 }
 
-// Bottom and top of a block by its warp, in lane 0.
-template <int PerLane>
-__device__ Extremes block_extremes(const float (&w)[PerLane]) {
-  float bottom = 0.0f, top = 0.0f, spoiled = 0.0f;
+// Extremes of a block by its warp, in lane 0.
+template <int PerLane, bool Weighted>
+__device__ Extremes block_extremes(const Part<PerLane, Weighted>& part) {
+  float bottom = 0.0f, top = 0.0f, spoiled = 0.0f, importance = 0.0f;
 #pragma unroll
   for (int j = 0; j < PerLane; ++j) {
-    bottom = fminf(bottom, w[j]), top = fmaxf(top, w[j]);
-    spoiled += w[j] * 0.0f;
+    bottom = fminf(bottom, part.w[j]), top = fmaxf(top, part.w[j]);
+    spoiled += part.w[j] * 0.0f;
+    if constexpr (Weighted) {
+      spoiled += part.h[j] < 0.0f ? nanf("") : part.h[j] * 0.0f;
+      importance = fmaxf(importance, part.w[j] == 0.0f ? 0.0f : part.h[j]);
+    }
   }
   for (int half = 16; half > 0; half /= 2) {
     bottom = fminf(bottom, __shfl_down_sync(0xffffffffu, bottom, half));
     top = fmaxf(top, __shfl_down_sync(0xffffffffu, top, half));
     spoiled += __shfl_down_sync(0xffffffffu, spoiled, half);
+    if constexpr (Weighted) importance = fmaxf(importance, __shfl_down_sync(0xffffffffu, importance, half));
   }
-  return spoiled != 0.0f ? Extremes{nanf(""), nanf("")} : Extremes{bottom, top};
+  return spoiled != 0.0f ? Extremes{nanf(""), nanf(""), 0.0f} : Extremes{bottom, top, importance};
 }
 
 // ---- groups of up to kTeam blocks: all in one kernel ----
 
 // One block of threads per group and width, one warp per block of it, whose weights stay in registers. All warps add the blocks'
 // errors in order and so decide alike.
-template <int PerLane, class T>
+template <int PerLane, bool Weighted, class T>
 __global__ void __launch_bounds__(32 * kTeam, 1)
-    search_kernel(const T* __restrict__ weight, Shape shape, BitList bits, int steps, float* __restrict__ scales,
-                  int8_t* __restrict__ zeros) {
+    search_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, BitList bits, int steps,
+                  float* __restrict__ scales, int8_t* __restrict__ zeros) {
   __shared__ Extremes ends[kTeam];
   __shared__ float sums[2][kTeam][kChunk + 1];  // of the steps of a chunk, then what is clipped at its last one
-  const int64_t group = blockIdx.x, length = shape.length(group), at = blockIdx.y * shape.all() + group;
+  const int64_t group = blockIdx.x, at = blockIdx.y * shape.all() + group;
   const int warp = threadIdx.y, lane = threadIdx.x, warps = blockDim.y;
   const bool first = warp == 0 && lane == 0;
-  float w[PerLane];
-  load_block(weight + shape.first(group), static_cast<int64_t>(warp) * kBlock, length, w);
-  const Extremes own = block_extremes(w);
+  Part<PerLane, Weighted> part;
+  part.load(weight, importance, shape, group, static_cast<int64_t>(warp) * kBlock);
+  const Extremes own = block_extremes(part);
   if (lane == 0) ends[warp] = own;
   __syncthreads();
-  Extremes all{0.0f, 0.0f};
+  Extremes all{0.0f, 0.0f, 0.0f};
   for (int i = 0; i < warps; ++i) all.merge(ends[i]);
   if (all.bottom != all.bottom || (all.bottom == 0.0f && all.top == 0.0f)) {
     if (first) scales[at] = all.bottom != all.bottom ? all.bottom : 1.0f;
@@ -108,15 +150,17 @@ __global__ void __launch_bounds__(32 * kTeam, 1)
     return;
   }
   const Grid grid(all.bottom, all.top, bits.width[blockIdx.y], zeros == nullptr);
+  part.level(all.importance);
+  const double counted = static_cast<double>(shape.length(group)) * (Weighted && all.importance > 0.0f ? kMostLevelled : 1);
   double least = INFINITY;
   int best = 0;
   for (int next = 0, turn = 0; next < steps; next += kChunk, turn ^= 1) {
     const int count = steps - next < kChunk ? steps - next : kChunk;
     for (int j = 0; j < count; ++j) {
-      const float sum = block_error(w, 1.0f / grid.scale(next + j), grid);
+      const float sum = block_error(part, 1.0f / grid.scale(next + j), grid);
       if (lane == 0) sums[turn][warp][j] = sum;
     }
-    const float clipped = clipped_error(w, 1.0f / grid.scale(next + count - 1), grid);
+    const float clipped = clipped_error(part, 1.0f / grid.scale(next + count - 1), grid);
     if (lane == 0) sums[turn][warp][kChunk] = clipped;
     __syncthreads();
     double error = 0.0;
@@ -133,7 +177,7 @@ __global__ void __launch_bounds__(32 * kTeam, 1)
     // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds the
     // best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
     const double last = grid.scale(next + count - 1);
-    const double lost = (0.999 * sqrt(all_clipped) - 1e-4 * sqrt(static_cast<double>(length))) * last;
+    const double lost = (0.999 * sqrt(all_clipped) - 1e-4 * sqrt(counted)) * last;
     if (!better && lost > 0.0 && lost * lost > least) break;
   }
   if (first) scales[at] = grid.scale(best);
@@ -143,14 +187,14 @@ __global__ void __launch_bounds__(32 * kTeam, 1)
 // ---- longer groups: extremes, errors of every block and step, choice ----
 
 // One warp per block.
-template <class T>
-__global__ void extremes_kernel(const T* __restrict__ weight, Shape shape, Extremes* __restrict__ extremes) {
+template <bool Weighted, class T>
+__global__ void extremes_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape,
+                                Extremes* __restrict__ extremes) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
-  const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  float w[kPerLane];
-  load_block(weight + shape.first(group), start, length, w);
-  const Extremes own = block_extremes(w);
+  Part<kPerLane, Weighted> part;
+  part.load(weight, importance, shape, index / shape.blocks, index % shape.blocks * kBlock);
+  const Extremes own = block_extremes(part);
   if (threadIdx.x == 0) extremes[index] = own;
 }
 
@@ -158,7 +202,7 @@ __global__ void extremes_kernel(const T* __restrict__ weight, Shape shape, Extre
 __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Extremes* out) {
   __shared__ Extremes parts[256];
   const int64_t group = blockIdx.x;
-  Extremes mine{0.0f, 0.0f};
+  Extremes mine{0.0f, 0.0f, 0.0f};
   for (int64_t i = threadIdx.x; i < shape.blocks; i += blockDim.x) mine.merge(extremes[group * shape.blocks + i]);
   parts[threadIdx.x] = mine;
   __syncthreads();
@@ -170,18 +214,20 @@ __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Ext
 }
 
 // One warp per block: its weights stay in registers while all steps of all widths are rated.
-template <class T>
-__global__ void errors_kernel(const T* __restrict__ weight, Shape shape, BitList bits, int steps, bool symmetric,
-                              const Extremes* __restrict__ group_extremes, float* __restrict__ errors) {
+template <bool Weighted, class T>
+__global__ void errors_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, BitList bits,
+                              int steps, bool symmetric, const Extremes* __restrict__ group_extremes,
+                              float* __restrict__ errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
-  const int64_t group = index / shape.blocks, start = index % shape.blocks * kBlock, length = shape.length(group);
-  float w[kPerLane];
-  load_block(weight + shape.first(group), start, length, w);
+  const int64_t group = index / shape.blocks;
+  Part<kPerLane, Weighted> part;
+  part.load(weight, importance, shape, group, index % shape.blocks * kBlock);
+  part.level(group_extremes[group].importance);
   for (int b = 0; b < bits.count; ++b) {
     const Grid grid(group_extremes[group].bottom, group_extremes[group].top, bits.width[b], symmetric);
     for (int k = 0; k < steps; ++k) {
-      const float sum = block_error(w, 1.0f / grid.scale(k), grid);
+      const float sum = block_error(part, 1.0f / grid.scale(k), grid);
       if (threadIdx.x == 0) errors[(index * bits.count + b) * steps + k] = sum;
     }
   }
@@ -215,56 +261,64 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extrem
   if (zeros) zeros[b * shape.all() + group] = !finite || nothing ? int8_t{0} : static_cast<int8_t>(grid.zero);
 }
 
-Shape shape_of(const WeightView& weight) {
+Shape shape_of(const WeightView& weight, const Importance& importance) {
   const int64_t longest = std::min(weight.columns, weight.group_size);
-  return {weight.rows, weight.columns, weight.row_stride, weight.group_size, weight.groups(), blocks_of(longest)};
+  return {weight.rows,     weight.columns,     weight.row_stride,           weight.group_size,
+          weight.groups(), blocks_of(longest), importance.rows_each(weight)};
+}
+
+template <bool Weighted, class T>
+void search(const T* weight, const float* importance, const Shape& shape, const BitList& bits, int steps, float* scales,
+            int8_t* zeros, void* workspace, cudaStream_t queue) {
+  const int64_t items = shape.all() * shape.blocks;
+  const auto groups = static_cast<unsigned>(shape.all());
+  if (shape.blocks <= kTeam) {
+    const auto together = [&](auto per_lane) {
+      const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
+      search_kernel<decltype(per_lane)::value, Weighted>
+          <<<dim3(groups, bits.count), warps, 0, queue>>>(weight, importance, shape, bits, steps, scales, zeros);
+    };
+    const int64_t longest = std::min(shape.columns, shape.group_size);
+    if (longest <= 4 * kBlockLanes)
+      together(std::integral_constant<int, 4>());
+    else if (longest <= 12 * kBlockLanes)
+      together(std::integral_constant<int, 12>());
+    else if (longest <= 24 * kBlockLanes)
+      together(std::integral_constant<int, 24>());
+    else
+      together(std::integral_constant<int, kPerLane>());
+    return;
+  }
+  auto* extremes = static_cast<Extremes*>(workspace);
+  Extremes* group_extremes = extremes + items;
+  auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
+  const dim3 warps(kBlockLanes, kWarps);
+  const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
+  const auto choices = static_cast<unsigned>(ceil_div(shape.all() * bits.count, kWarps));
+  extremes_kernel<Weighted><<<grid, warps, 0, queue>>>(weight, importance, shape, extremes);
+  group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
+  errors_kernel<Weighted>
+      <<<grid, warps, 0, queue>>>(weight, importance, shape, bits, steps, zeros == nullptr, group_extremes, errors);
+  choose_kernel<<<choices, warps, 0, queue>>>(shape, bits, steps, group_extremes, errors, scales, zeros);
 }
 
 }  // namespace
 
 int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps) {
-  const Shape shape = shape_of({nullptr, DType::float32, rows, columns, columns, group_size});
+  const Shape shape = shape_of({nullptr, DType::float32, rows, columns, columns, group_size}, {});
   const int64_t items = shape.blocks > kTeam ? shape.all() * shape.blocks : 0;
   return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_bits * steps;
 }
 
-void scale_search_cuda(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* workspace,
-                       int device, void* stream) {
-  const Shape shape = shape_of(weight);
-  const int64_t items = shape.all() * shape.blocks;
-  if (items == 0) return;
+void scale_search_cuda(const WeightView& weight, const Importance& importance, const BitList& bits, int steps, float* scales,
+                       int8_t* zeros, void* workspace, int device, void* stream) {
+  const Shape shape = shape_of(weight, importance);
+  if (shape.all() * shape.blocks == 0) return;
   const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const auto groups = static_cast<unsigned>(shape.all());
   with_type(weight.dtype, [&](auto type) {
     const auto* typed = static_cast<const decltype(type)*>(weight.data);
-    if (shape.blocks <= kTeam) {
-      const auto search = [&](auto per_lane) {
-        const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
-        search_kernel<decltype(per_lane)::value>
-            <<<dim3(groups, bits.count), warps, 0, queue>>>(typed, shape, bits, steps, scales, zeros);
-      };
-      const int64_t longest = std::min(shape.columns, shape.group_size);
-      if (longest <= 4 * kBlockLanes)
-        search(std::integral_constant<int, 4>());
-      else if (longest <= 12 * kBlockLanes)
-        search(std::integral_constant<int, 12>());
-      else if (longest <= 24 * kBlockLanes)
-        search(std::integral_constant<int, 24>());
-      else
-        search(std::integral_constant<int, kPerLane>());
-      return;
-    }
-    auto* extremes = static_cast<Extremes*>(workspace);
-    Extremes* group_extremes = extremes + items;
-    auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
-    const dim3 warps(kBlockLanes, kWarps);
-    const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
-    const auto choices = static_cast<unsigned>(ceil_div(shape.all() * bits.count, kWarps));
-    extremes_kernel<<<grid, warps, 0, queue>>>(typed, shape, extremes);
-    group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-    errors_kernel<<<grid, warps, 0, queue>>>(typed, shape, bits, steps, zeros == nullptr, group_extremes, errors);
-    choose_kernel<<<choices, warps, 0, queue>>>(shape, bits, steps, group_extremes, errors, scales, zeros);
+    const auto run = importance.data ? search<true, decltype(type)> : search<false, decltype(type)>;
+    run(typed, importance.data, shape, bits, steps, scales, zeros, workspace, static_cast<cudaStream_t>(stream));
   });
   check_launch("scale_search");
 }

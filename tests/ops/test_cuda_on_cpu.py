@@ -21,7 +21,7 @@ from torch import Tensor
 import clado_ext
 from clado_ext import _registry
 from tests.cuda_on_cpu.build import AsNative, build, build_broken, load, translate
-from tests.ops import test_batched_ce, test_carried, test_compensate, test_pairwise_ce
+from tests.ops import test_batched_ce, test_carried, test_compensate, test_pairwise_ce, test_scale_search
 from tests.ops.devices import same_bits
 
 FORWARD, BACKWARD, SHUFFLED = ORDERS = range(3)
@@ -124,6 +124,58 @@ def test_all_steps_of_the_search(kernels: AsNative) -> None:
         for order in ORDERS if shape[1] < 9999 else (FORWARD,):
             with on_cuda(kernels, order):
                 assert same_bits(search(weight, (2, 4, 8), -1, steps), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "group", "steps", "shared"),
+    [
+        ((1, 1), -1, 95, 1),
+        ((6, 31), 7, 20, 3),
+        ((4, 100), -1, 99, 4),
+        ((2, 384), -1, 95, 1),
+        ((2, 700), -1, 95, 2),
+        ((4, 4, 3, 3), 12, 95, 2),
+        ((2, 3000), 1100, 40, 1),
+        ((2, 16_500), -1, 9, 2),
+        ((1, 17_000), 16_500, 1, 1),
+        ((0, 5), -1, 5, 1),
+        ((5, 0), -1, 5, 5),
+    ],
+)
+def test_a_search_by_importance_is_that_of_the_cpu(
+    shape: tuple[int, ...], group: int, steps: int, shared: int, dtype: torch.dtype, kernels: AsNative
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    weight[weight < -1.5] = 0
+    columns = torch.Size(shape[1:]).numel()
+    for importance in (
+        test_scale_search.spread(shared, columns),
+        torch.rand(shared, columns).square() * 2.0**127,
+        torch.rand(shared, columns) * 2.0**-127,
+        torch.where(weight.view(-1, columns)[:1] == 0, 3e38, 0.0) if columns and shape[0] else torch.zeros(columns),
+        torch.ones(columns) if columns else torch.zeros(0),
+    ):
+        for search in test_scale_search.SEARCHES:
+
+            def run(search: Callable[..., Any] = search, importance: Tensor = importance) -> Any:
+                return search(weight, (2, 4, 8), group, steps, importance)
+
+            assert same_bits(in_every_order(kernels, run), run())
+
+
+def test_bad_importance_spoils_its_groups(kernels: AsNative) -> None:
+    def search(weight: Tensor, importance: Tensor) -> Tensor:
+        with on_cuda(kernels):
+            return clado_ext.scale_search(weight, (2, 4), 8, 95, importance)
+
+    test_scale_search.check_spoiled(search)
+    weight, importance = torch.randn(2, 33_000), torch.rand(2, 33_000)
+    importance[0, 20_000] = torch.nan
+    with on_cuda(kernels, FORWARD):
+        scale, zero = clado_ext.range_search(weight, (2,), -1, 2, importance)
+    assert scale.isnan().flatten().tolist() == [True, False]
+    assert not zero[0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,12 +23,15 @@ def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
     weight, codes = torch.randn(5, 1029).to(device), torch.randint(-4, 4, (3, 1027), dtype=torch.int8).to(device)
     logits, delta = 3 * torch.randn(3, 70).to(device), torch.randn(67, 3, 70).to(device)
     target = torch.tensor([0, 69, 5]).to(device)
-    halves = weight.half()
+    halves, long = weight.half(), torch.randn(2, 20_000).to(device)
     # Rows on whole 16 bytes: the wide paths.
     even, even_codes = torch.randn(5, 2080).to(device), torch.randint(-8, 8, (3, 1024), dtype=torch.int8).to(device)
     even_logits, even_delta = 3 * torch.randn(3, 72).to(device), 0.1 * torch.randn(67, 3, 72).to(device)
+    importance = torch.rand(5, 1029).square().to(device)
     x, d = torch.randn(6, 40).to(device), 0.1 * torch.randn(18, 40).to(device)
     return {
+        "importance": (lambda: clado_ext.range_search(halves, BITS, 33, 9, importance), True),
+        "importance_of_long_rows": (lambda: clado_ext.scale_search(long, BITS, -1, 9, long[0].square()), True),
         "quantize_weight_even": (lambda: tuple(clado_ext.quantize_weight(even, BITS, 32, 9)[:3]), True),
         "half_even": (lambda: tuple(clado_ext.quantize_weight(even.half(), (2, 3, 5, 8), -1, 9)[:3]), True),
         "quantize_even": (lambda: clado_ext.quantize(even.bfloat16(), clado_ext.scale_search(even, BITS), BITS), True),

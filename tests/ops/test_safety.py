@@ -141,7 +141,10 @@ def test_bindings_refuse_numbers_that_make_no_sense(
     sound &= not null or rows * columns == 0
     given = ((a, dtype, rows, columns, stride, group), bits)
     calls = {
-        "scale_search_cpu": ((*given, steps, a, 0, 1), sound and 1 <= steps <= 99),
+        "scale_search_cpu": (
+            (*given, steps, (0, factors), a, 0, 1),
+            sound and 1 <= steps <= 99 and factors > 0 and rows % factors == 0,
+        ),
         "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
         "quantize_cpu": ((*given, a, 0, a, 1), sound),
         "compensate_cpu": ((*given, (a, 0, factors), a, 0, a, a, 1), sound and factors > 0 and rows % factors == 0),
@@ -191,6 +194,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "compensate": {"weight": WEIGHT, "factor": torch.eye(4)[None], "scale": SCALE, "bits": (2, 4)},
     "quantize_weight": {"weight": WEIGHT, "bits": (2, 4)},
     "scale_search": {"weight": WEIGHT, "bits": (2, 4)},
+    "range_search": {"weight": WEIGHT, "bits": (2, 4)},
     "straight_through": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
     "dequantize": {"codes": CODES[None], "scale": SCALE[:1]},
     "pack": {"codes": CODES, "bits": 4},
@@ -211,6 +215,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "factor": (np.ones((1, 4, 4), np.float32), None),
     "order": ([[0, 1, 2, 3]],),
     "target": ([0, 1],),
+    "importance": ([1.0] * 4, np.ones(4, np.float32), WEIGHT.to_sparse()),
     "bfloat16": ("yes",),
 }
 
