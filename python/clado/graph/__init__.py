@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
+    from .blocks import Block, Blocks, Live
     from .forward import ForwardStep, check_model
+    from .moments import PairSums, Use
     from .open import in_precision, open_runner
     from .precision import LOW_PRECISIONS, PRECISIONS, converted, full_precision
     from .runner import Objective, Runner, Variants
@@ -18,9 +20,14 @@ else:
 __all__ = [
     "LOW_PRECISIONS",
     "PRECISIONS",
+    "Block",
+    "Blocks",
     "ForwardStep",
+    "Live",
     "Objective",
+    "PairSums",
     "Runner",
+    "Use",
     "Variants",
     "check_model",
     "converted",

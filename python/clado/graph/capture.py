@@ -23,7 +23,7 @@ from .narrow import narrow
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-_KINDS: dict[Any, str] = {aten.linear.default: "linear", **dict.fromkeys(CONVOLUTIONS, "conv2d")}
+KINDS: dict[Any, str] = {aten.linear.default: "linear", **dict.fromkeys(CONVOLUTIONS, "conv2d")}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Captured:
         inputs: a placeholder per tensor of the batch, in pytree order.
         outputs: a node per tensor of the output, in pytree order; other leaves as they are.
         unflatten: builds the model's output from such leaves.
+        parameters: the name in the model of every placeholder of a parameter or buffer.
     """
 
     graph: Graph
@@ -52,6 +53,7 @@ class Captured:
     outputs: tuple[Any, ...]
     unflatten: Callable[[Sequence[Any]], Any]
     skipped: dict[str, str] = field(default_factory=dict)
+    parameters: dict[Node, str] = field(default_factory=dict)
 
 
 class NotCapturable(CladoError):
@@ -99,7 +101,7 @@ def capture(
     outputs = tuple(next(node for node in program.graph.nodes if node.op == "output").args[0])
     entries = [placeholders[name] for name in signature.user_inputs]
     nodes = _live_nodes(program.graph, entries, outputs)
-    positions = {node: _positions(node) for node in nodes if node.target in _KINDS}  # of the whole forward
+    positions = {node: _positions(node) for node in nodes if node.target in KINDS}  # of the whole forward
     narrow(program.graph, nodes, outputs)
     nodes = _live_nodes(program.graph, entries, outputs)
     used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
@@ -135,6 +137,7 @@ def capture(
         outputs=outputs,
         unflatten=lambda leaves: pytree.tree_unflatten(list(leaves), program.call_spec.out_spec),
         skipped={**skipped, **keep},
+        parameters=_named(model, constants, [placeholders[key] for key in names]),
     )
 
 
@@ -245,7 +248,7 @@ def _find_layers(
     kinds: dict[tuple[Any, ...], str] = {}
     skipped: dict[str, str] = {}
     for node, count in positions.items():
-        kind = _KINDS[node.target]
+        kind = KINDS[node.target]
         weight = node.args[1]
         if not isinstance(weight, Node) or weight not in names or storage(constants[weight]) not in aliases:
             skipped[str(node)] = "its weight is computed, not a parameter"
@@ -265,8 +268,18 @@ def _find_layers(
     return layers, sources, skipped
 
 
+def _named(model: nn.Module, constants: dict[Node, Any], placeholders: Sequence[Node]) -> dict[Node, str]:
+    """The first name in the model of what each placeholder stands for; tensors of the graph's own are left out."""
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in own:
+        first.setdefault(storage(tensor), name)
+    known = [node for node in placeholders if node in constants and storage(constants[node]) in first]
+    return {node: first[storage(constants[node])] for node in known}
+
+
 def _positions(node: Node) -> int:
     """How often the weight is applied per sample: output elements over output channels."""
     shape = node.meta["val"].shape
-    channel = 1 if _KINDS[node.target] == "conv2d" else len(shape) - 1
+    channel = 1 if KINDS[node.target] == "conv2d" else len(shape) - 1
     return math.prod(size for d, size in enumerate(shape) if d != channel and not isinstance(size, torch.SymInt))

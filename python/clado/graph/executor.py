@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..common import require
 from ..quant import Layer
-from .capture import Captured, NotCapturable, evaluate, is_size
+from .capture import KINDS, Captured, NotCapturable, evaluate, is_size
 from .cuts import Cuts, Segment
+from .moments import Use
 from .rehearsal import LiveBytes
 from .runner import Objective, Runner, Variants
 from .slopes import Tap, outer_pays, slopes
@@ -209,6 +210,21 @@ class Executor:
             self._product_flops[first] = counter.get_total_flops() / count
         self.work += self._product_flops[first] / self._forward_flops * count
         return out.view(-1, state.streams, state.samples)
+
+    def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
+        values: dict[Node, Any] = dict(self.start(batch).values)
+        count = len(pytree.tree_leaves(batch)[0])
+        for index, node in enumerate(self.captured.nodes):
+            layer = self.cuts.layer_of.get(node.args[1]) if node.target in KINDS else None  # type: ignore[arg-type]
+            if layer is not None:
+                entered = node.args[0]
+                assert isinstance(entered, Node)
+                x = values[entered] if entered in values else self._constant(entered, {})
+                see(layer, Use.of_node(node, self.captured.layers[layer].shape), x)
+            values[node] = self._evaluate(node, values, {}, count)
+            for dead in self.cuts.dying[index]:
+                values.pop(dead, None)
+        self.work += self.forward_share * count
 
     def _slopes(self, tap: Tap, gradient: Tensor, variants: Sequence[Tensor], count: int) -> Tensor:
         sources = self.captured.sources[tap.layer]

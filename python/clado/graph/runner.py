@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..quant import Layer
+from .moments import Use
 
 Objective = Callable[[Any], Tensor]
 Variants = Sequence[Sequence[Tensor]]
@@ -96,6 +97,13 @@ class Runner(Protocol):
 
         Returns:
             float64 ``[candidates of the layers not yet run, S, N]``, layer-major.
+        """
+        ...
+
+    def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
+        """One clean pass; ``see(layer, use, input)`` whenever a layer's weight is applied, in the order of the forward.
+
+        A graph leaves out positions that the output does not depend on, such as all tokens but one behind a last attention.
         """
         ...
 

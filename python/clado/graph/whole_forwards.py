@@ -17,6 +17,7 @@ from ..common import require
 from ..quant import Layer, ignored, layer_name, storage
 from .executor import gradients
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
+from .moments import Use, used
 from .runner import Objective, Runner, Variants
 from .streams import close, tensors
 
@@ -147,6 +148,14 @@ class WholeForwards:
                 out[starts[layer - first] + m, stream] += value.to("cpu", torch.float64)
         self.work += 2 * state.streams * state.samples
         return out
+
+    def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
+        def record(layer: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            see(layer, *used(module, x))
+            return y
+
+        with self._watch(range(self.num_layers), record):
+            self._forward(batch, {}, len(pytree.tree_leaves(batch)[0]))
 
     def rebase(self, weights: Mapping[int, Tensor]) -> None:
         self._base = {**self._base, **self._named(weights)}

@@ -1,0 +1,226 @@
+"""A captured graph as a row of blocks that run one after the other, under weights that the caller may change and learn.
+
+A block begins where a single tensor lives (between residual blocks, say) and holds a few layers; where a model has no such
+place for long, it begins before a layer, whatever lives there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from ..quant import Layer
+from .capture import KINDS, Captured, evaluate, is_size
+from .cuts import Cuts
+from .executor import Executor
+from .moments import Use
+from .runner import Runner
+from .streams import batch_dim, tensors
+
+MOST_LAYERS = 4  # of a block, unless a single tensor lives nowhere inside: a transformer block has four
+See = Callable[[Layer, Use, Tensor], None]
+Weights = Mapping[str, Tensor]  # {parameter or buffer: its value}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes ``first`` to ``last`` - 1.
+
+    Attributes:
+        layers: those whose weight is first used in it.
+        parameters: parameters that it reads, layers' weights aside.
+    """
+
+    first: int
+    last: int
+    layers: tuple[Layer, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Live:
+    """Live values of some samples before a block."""
+
+    values: Mapping[Node, Any]
+    samples: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that hold numbers."""
+        return [tensor for tensor in tensors(list(self.values.values())) if tensor.is_floating_point()]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Live:
+        """With every tensor as ``move`` gives it."""
+        changed = {
+            n: pytree.tree_map(lambda v: move(v) if isinstance(v, Tensor) else v, v) for n, v in self.values.items()
+        }
+        return Live(changed, self.samples)
+
+
+class Blocks:
+    """The blocks of a captured graph.
+
+    Args:
+        captured: the graph.
+        single: whether every layer begins a block of its own.
+    """
+
+    def __init__(self, captured: Captured, single: bool = False) -> None:
+        self.captured, self.cuts = captured, Cuts(captured)
+        held = captured.constants.items()
+        self._constants = {
+            n: v.detach() if isinstance(v, Tensor) else v for n, v in held
+        }  # nothing of the model is learned
+        self._last_uses = self.cuts.last_uses()
+        self._behind: dict[Node, frozenset[Node]] = {}
+        self._nodes: dict[str, list[Node]] = {}
+        for node, name in captured.parameters.items():
+            self._nodes.setdefault(name, []).append(node)
+        bounds = self._before_layers() if single else self._between_blocks()
+        ends = [*bounds[1:], len(captured.nodes)]
+        self.blocks = [self._block(a, b) for a, b in zip(bounds, ends, strict=True)]
+
+    @staticmethod
+    def of(runner: Runner, single: bool = False) -> Blocks | None:
+        """Of a runner's graph; None where it has none."""
+        return Blocks(runner.captured, single) if isinstance(runner, Executor) else None
+
+    def start(self, batch: Any) -> Live:
+        """Before the first block, for inputs ``[N, …]`` or a nest of them."""
+        leaves = pytree.tree_leaves(batch)
+        return Live(dict(zip(self.captured.inputs, leaves, strict=True)), len(leaves[0]))
+
+    def run(self, block: Block, live: Live, weights: Weights, see: See | None = None) -> Live:
+        """Behind a block, some parameters replaced; derivatives by them are recorded where autograd is on.
+
+        ``see(layer, use, input)`` is called before a layer's weight is applied.
+        """
+        own = {node: tensor for name, tensor in weights.items() for node in self._nodes.get(name, ())}
+        known: dict[Node, Any] = {}
+
+        def value(node: Node) -> Any:
+            if node in values:
+                return values[node]
+            if is_size(node):
+                return self.cuts.size(node, live.samples)
+            if node in own:
+                return own[node]
+            if not self._sources(node).intersection(own):
+                return self._constants[node]
+            if node not in known:
+                known[node] = evaluate(node, value)
+            return known[node]
+
+        values = dict(live.values)
+        for index in range(block.first, block.last):
+            node = self.captured.nodes[index]
+            if see is not None:
+                self._show(node, value, see)
+            values[node] = evaluate(node, value)
+            for dead in self.cuts.dying[index]:
+                values.pop(dead, None)
+        return Live(values, live.samples)
+
+    def entering(self, block: Block, live: Live) -> tuple[Use, Tensor] | None:
+        """How a block's first node applies its layer's weight, and to what; None where it does not begin with a layer."""
+        found: list[tuple[Use, Tensor]] = []
+        first = Block(block.first, block.first + 1, (), ())
+        if self.captured.nodes[block.first].target in KINDS:
+            self.run(first, live, {}, lambda layer, use, x: found.append((use, x)))
+        return found[0] if found else None
+
+    def outputs(self, live: Live) -> Any:
+        """The model's output, behind the last block."""
+        found = [live.values.get(node) if isinstance(node, Node) else node for node in self.captured.outputs]
+        return self.captured.unflatten(found)
+
+    def absorbs(self, layer: Layer) -> tuple[str, float] | None:
+        """(parameter or buffer, sign) that a shift of a layer's output can be added to, ``[outputs]`` each; None: nothing can.
+
+        Its own bias takes the shift's negative; where it has none, the running mean of a batch norm right behind takes the shift.
+        """
+        node = self.captured.nodes[self._first_use(layer)]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        if isinstance(bias, Node):
+            name = self.captured.parameters.get(bias)
+            return None if name is None else (name, -1.0)
+        users = list(node.users)
+        if len(users) == 1 and "batch_norm" in str(users[0].target):
+            mean = users[0].args[3]
+            name = self.captured.parameters.get(mean) if isinstance(mean, Node) else None
+            return None if name is None else (name, 1.0)
+        return None
+
+    def _show(self, node: Node, value: Callable[[Node], Any], see: See) -> None:
+        layer = self.cuts.layer_of.get(node.args[1]) if node.target in KINDS else None  # type: ignore[arg-type]
+        if layer is not None:
+            known = self.captured.layers[layer]
+            see(known, Use.of_node(node, known.shape), value(node.args[0]))  # type: ignore[arg-type]
+
+    def _sources(self, node: Node) -> frozenset[Node]:
+        """Placeholders that a constant is computed from."""
+        if node not in self._behind:
+            inputs = node.all_input_nodes
+            behind = frozenset[Node]().union(*map(self._sources, inputs)) if inputs else frozenset([node])
+            self._behind[node] = behind
+        return self._behind[node]
+
+    def _first_use(self, layer: Layer) -> int:
+        return self.cuts.starts[self.captured.layers.index(layer)]
+
+    def _before_layers(self) -> list[int]:
+        return [0, *sorted(set(self.cuts.starts) - {0})]
+
+    def _between_blocks(self) -> list[int]:
+        """The first node of every block: as many layers together as fit, cut where a single tensor lives."""
+        bounds, here, held = [0], 0, 0
+        starts = sorted(self.cuts.starts)
+        for point in [*self._single_points, len(self.captured.nodes)]:
+            inside = sum(here <= start < point for start in starts)
+            if held and held + inside > MOST_LAYERS:
+                bounds.append(here)
+                held = 0
+            if inside > 2 * MOST_LAYERS:  # nowhere a single tensor for long
+                cuts = [start for start in starts if here <= start < point][MOST_LAYERS::MOST_LAYERS]
+                bounds += cuts
+                inside = sum(cuts[-1] <= start < point for start in starts)
+            here, held = point, held + inside
+        return bounds
+
+    @cached_property
+    def _single_points(self) -> Sequence[int]:
+        """Nodes before which a single tensor lives, one that counts samples."""
+        alive: set[Node] = {node for node in self.captured.inputs if node in self._last_uses}
+        points = []
+        for index, node in enumerate(self.captured.nodes):
+            if index and len(alive) == 1:
+                meta = next(iter(alive)).meta["val"]
+                if isinstance(meta, Tensor) and batch_dim(meta) is not None:
+                    points.append(index)
+            alive.add(node)
+            alive -= set(self.cuts.dying[index])
+        return points
+
+    def _block(self, first: int, last: int) -> Block:
+        starts, nodes = self.cuts.starts, self.captured.nodes[first:last]
+        layers = tuple(
+            self.captured.layers[k]
+            for k in sorted(range(len(starts)), key=starts.__getitem__)
+            if first <= starts[k] < last
+        )
+        weights = {name for layer in self.captured.layers for name in layer.names}
+        read = {
+            source
+            for node in nodes
+            for argument in node.all_input_nodes
+            if argument in self.captured.constants
+            for source in self._sources(argument)
+        }
+        names = {self.captured.parameters[node] for node in read if node in self.captured.parameters}
+        return Block(first, last, layers, tuple(sorted(names - weights)))
