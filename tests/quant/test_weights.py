@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,23 @@ import clado
 import clado_ext
 from clado.common import tensor_digest
 from clado.deploy import pack_model, time_layers, verify
-from clado.quant import ROUNDINGS, Candidates, Number, Quantizer, Rounding, Scheme, codes, variants, weights
+from clado.quant import (
+    ROUNDINGS,
+    Candidates,
+    Number,
+    Quantizer,
+    Rounded,
+    Rounding,
+    Scheme,
+    codes,
+    round_weights,
+    variants,
+    weights,
+)
+from clado.quant.factors import Factors
 from clado.quant.numbers import Scales
+from clado.quant.rounding import Coded
+from clado.quant.scaling import Scaling
 from tests.models import random_plan, small_cnn, tiny_vit
 
 CPU = torch.device("cpu")
@@ -167,32 +183,68 @@ def test_devices_share_scales(searched: Counter[tuple[str, int]]) -> None:
 
 
 class Down(Rounding):
-    """A toy: one code below the nearest where a moment says so."""
+    """A toy: one code below the nearest where the first input is the strongest."""
 
     needs_moments = True
 
-    def codes(
-        self, matrix: Tensor, numbers: Sequence[Number], scales: Sequence[Scales], moments: Tensor | None
-    ) -> list[Tensor]:
-        assert moments is not None
-        found = [(number, number.encode(matrix, own)) for number, own in zip(numbers, scales, strict=True)]
-        return [torch.where(moments > 0, (own - 1).clamp_min(-(2 ** (n.bits - 1))), own) for n, own in found]
+    def rounded(
+        self, matrix: Tensor, numbers: Sequence[Number], scaling: Scaling, factors: Factors | None
+    ) -> list[Coded]:
+        assert factors is not None
+        found = ROUNDINGS["nearest"].rounded(matrix, numbers, scaling, None)
+        down = int(factors.order[0, 0] == 0)
+        return [
+            ((own - down).clamp_min(-(2 ** (n.bits - 1))), scales)
+            for n, (own, scales) in zip(numbers, found, strict=True)
+        ]
 
 
 def test_another_rounding_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUNDINGS, "down", Down())
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    near = random_plan(model, Quantizer(), (4,))
+    candidates = Candidates.uniform(near.layers, (3, 4))
+    moments = {"0": torch.diag(torch.tensor([2.0, 1, 1, 1, 1, 1]))[None], "1": torch.diag(torch.arange(1.0, 6))[None]}
+    seen: list[None] = []
+    made = round_weights(model, candidates, near.quantizer, "down", moments, torch.arange(7), lambda: seen.append(None))
+    assert len(seen) == 2
+    assert made.by.rounding == "down"
+    assert made.by.samples == 7
+    down = replace(near, rounding=made.by, held=made)
+    nearest, found = codes(model, near), codes(model, down)
+    assert torch.equal(found["0"].codes, (nearest["0"].codes - 1).clamp_min(-8))
+    assert torch.equal(found["1"].codes, nearest["1"].codes)
+    settings = (near.quantizer, CPU, torch.float32)
+    measured = variants(model, candidates, *settings, made)
+    for own, wanted in zip(measured, found.values(), strict=True):
+        assert torch.equal(own[1], wanted.values(torch.float32))
+
+
+def test_rounded_weights_that_do_not_fit_are_one_line() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
     plan = random_plan(model, Quantizer(), (4,))
-    moments = {"0": torch.ones(5, 6), "1": torch.zeros(3, 5)}
-    near, down = codes(model, plan), codes(model, plan, "down", moments)
-    assert torch.equal(down["0"].codes, (near["0"].codes - 1).clamp_min(-8))
-    assert torch.equal(down["1"].codes, near["1"].codes)
-    settings = (plan.quantizer, CPU, torch.float32)
-    measured = variants(model, Candidates.uniform(plan.layers, (4,)), *settings, "down", moments)
-    assert all(
-        torch.equal(own[0], found.values(torch.float32)) for own, found in zip(measured, down.values(), strict=True)
-    )
-    with pytest.raises(clado.CladoError, match="quantize: moments must be there for 1 and down rounding, got none"):
-        codes(model, plan, "down", {"0": moments["0"]})
-    with pytest.raises(clado.CladoError, match="quantize: rounding must be one of nearest, down, got 'up'"):
-        variants(model, Candidates.uniform(plan.layers, (4,)), *settings, "up")
+    candidates = Candidates.uniform(plan.layers, (4,))
+    moments = {"0": torch.eye(6)[None], "1": torch.eye(5)[None]}
+    digests = torch.zeros(1, dtype=torch.int64)
+
+    def rounded(rounding: str = "compensated", **changed: Tensor) -> Rounded:
+        given = {name: own for name, own in (moments | changed).items() if own.numel()}
+        return round_weights(model, candidates, plan.quantizer, rounding, given, digests)
+
+    for message, arguments in (
+        ("round: rounding must be one of compensated, got 'nearest'", {"rounding": "nearest"}),
+        ("round: rounding must be one of compensated, got 'up'", {"rounding": "up"}),
+        ("round: moments must be there for 1 and compensated rounding, got none", {"1": torch.zeros(0)}),
+        (r"round: moments must be \[G, 5, 5\] for 1, got \(1, 6, 6\)", {"1": torch.eye(6)[None]}),
+        (r"round: moments must be \[G, 5, 5\] for 1, got \(2, 5, 5\)", {"1": torch.eye(5).repeat(2, 1, 1)}),
+        ("round: moments must be finite for 1, got NaN or infinity", {"1": torch.full((1, 5, 5), torch.nan)}),
+    ):
+        with pytest.raises(clado.CladoError, match=f"^{message}$"):
+            rounded(**arguments)
+    made = rounded()
+    with pytest.raises(clado.CladoError, match="quantize: rounded weights must be made with"):
+        variants(model, candidates, Quantizer(scale_steps=3), CPU, torch.float32, made)
+    with pytest.raises(clado.CladoError, match="round: rounded weights must hold 0 as int3"):
+        variants(model, Candidates.uniform(plan.layers, (3,)), plan.quantizer, CPU, torch.float32, made)
+    with pytest.raises(clado.CladoError, match="plan: rounded weights must be at hand, got none"):
+        codes(model, replace(plan, rounding=made.by))

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
     from .layers import Layer, ignored, layer_name, modules, storage
+    from .learned import LearnedWeight
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
     from .quantizer import Quantizer
+    from .rounded import Rounded, RoundedBy
     from .rounding import ROUNDINGS, Rounding
-    from .weights import codes, variants
+    from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
 
@@ -28,20 +30,25 @@ __all__ = [
     "ActivationRanges",
     "Candidates",
     "Layer",
+    "LearnedWeight",
     "Number",
     "Quantized",
     "Quantizer",
+    "Rounded",
+    "RoundedBy",
     "Rounding",
     "Scheme",
     "calibrate",
     "candidates_of",
     "check_bits",
     "codes",
+    "compensated",
     "ignored",
     "inputs_kept",
     "layer_name",
     "modules",
     "quantize_activations",
+    "round_weights",
     "scheme_names",
     "storage",
     "stored_bytes",

@@ -104,9 +104,10 @@ class Integer:
         """The scales of several widths from one read of the matrix."""
         group, steps, bits = scaling.group_size or -1, scaling.scale_steps, [number.bits for number in numbers]
         if scaling.symmetric:
-            return [Scales(scale, None, group) for scale in clado_ext.scale_search(matrix, bits, group, steps)]
-        found = clado_ext.range_search(matrix, bits, group, steps)
-        return [Scales(scale, zero_point, group) for scale, zero_point in zip(*found, strict=True)]
+            found = clado_ext.scale_search(matrix, bits, group, steps)
+            return [Scales(scale, None, group) for scale in found]
+        ranges = clado_ext.range_search(matrix, bits, group, steps)
+        return [Scales(scale, zero_point, group) for scale, zero_point in zip(*ranges, strict=True)]
 
     def encode(self, matrix: Tensor, scales: Scales) -> Tensor:
         scale, zero_point = _batched(scales)
@@ -161,7 +162,7 @@ NUMBERS: dict[str, Number] = {number.name: number for number in map(Integer, ran
 
 
 def all_scales(numbers: Sequence[Number], matrix: Tensor, scaling: Scaling) -> list[Scales]:
-    """The scales of a matrix in several formats; integers share a read of it."""
+    """:meth:`Number.scales` of a matrix in several formats; integers share a read of it."""
     together = [number for number in numbers if isinstance(number, Integer)]
     found = dict(zip(together, Integer.all_scales(together, matrix, scaling), strict=True)) if together else {}
     return [found[n] if isinstance(n, Integer) else n.scales(matrix, scaling) for n in numbers]
@@ -222,6 +223,10 @@ class Quantized:
 
     def cpu(self) -> Quantized:
         """The same on the CPU."""
-        zero_point = None if self.zero_point is None else self.zero_point.cpu()
-        scales = self.scales._replace(scale=self.scale.cpu(), zero_point=zero_point)
-        return Quantized(self.number, self.shape, self.codes.cpu(), scales)
+        return self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Quantized:
+        """The same on a device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        scales = self.scales._replace(scale=self.scale.to(device), zero_point=zero_point)
+        return Quantized(self.number, self.shape, self.codes.to(device), scales)

@@ -1,17 +1,28 @@
-"""Roundings: how a scaled weight becomes codes. A new one is one class and one line of ``ROUNDINGS``."""
+"""Roundings: how a weight becomes scales and codes. A new one is one class and one line of ``ROUNDINGS``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .numbers import Number, Scales, all_nearest
+import clado_ext
+
+from ..common import require
+from .factors import Factors
+from .numbers import Integer, Number, Scales, all_scales
+from .scaling import Scaling
+
+Coded = tuple[Tensor, Scales]  # int8 codes [rows, columns] and what they are multiples of
+
+# A row's scale under compensation, as multiples of the one of least squared error: tried first, then steps around the best.
+SPREAD, STEPS = (1.0, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2), (0.05, 0.025)
 
 
 class Rounding(ABC):
-    """A way to choose codes under scales that are fixed.
+    """A way to choose scales and codes.
 
     Attributes:
         needs_moments: whether it needs the second moments Σ x xᵀ of the layer's input.
@@ -20,40 +31,136 @@ class Rounding(ABC):
     needs_moments: bool
 
     @abstractmethod
-    def codes(
-        self, matrix: Tensor, numbers: Sequence[Number], scales: Sequence[Scales], moments: Tensor | None
-    ) -> list[Tensor]:
-        """The codes of a ``[rows, columns]`` matrix in several formats, each int8 of that shape.
+    def rounded(
+        self, matrix: Tensor, numbers: Sequence[Number], scaling: Scaling, factors: Factors | None
+    ) -> list[Coded]:
+        """A matrix in several formats.
 
         Args:
-            matrix: the weight as :meth:`Quantizer.matrix` gives it.
+            matrix: the weight as :meth:`Scaling.matrix` gives it.
             numbers: the formats.
-            scales: of each format for this matrix.
-            moments: of the layer's input; None where the rounding needs none.
+            scaling: the settings.
+            factors: of the moments of the layer's input; None where the rounding needs none.
         """
-
-    def values(
-        self, matrix: Tensor, numbers: Sequence[Number], scales: Sequence[Scales], moments: Tensor | None
-    ) -> list[Tensor]:
-        """What :meth:`codes` stand for, in the matrix's dtype."""
-        found = zip(numbers, self.codes(matrix, numbers, scales, moments), scales, strict=True)
-        return [number.decode(codes, own, matrix.dtype) for number, codes, own in found]
 
 
 class Nearest(Rounding):
-    """Every element by itself, half to even."""
+    """Scales of least squared error, every element by itself, half to even."""
 
     needs_moments = False
 
-    def codes(
-        self, matrix: Tensor, numbers: Sequence[Number], scales: Sequence[Scales], moments: Tensor | None
-    ) -> list[Tensor]:
-        return [number.encode(matrix, own) for number, own in zip(numbers, scales, strict=True)]
-
-    def values(
-        self, matrix: Tensor, numbers: Sequence[Number], scales: Sequence[Scales], moments: Tensor | None
-    ) -> list[Tensor]:
-        return all_nearest(numbers, matrix, scales)  # one read of the weight for all, instead of two for each
+    def rounded(
+        self, matrix: Tensor, numbers: Sequence[Number], scaling: Scaling, factors: Factors | None
+    ) -> list[Coded]:
+        scales = all_scales(numbers, matrix, scaling)
+        return [(number.encode(matrix, own), own) for number, own in zip(numbers, scales, strict=True)]
 
 
-ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest()}
+class Compensated(Rounding):
+    """Every column makes up for the errors of those before it, all formats in one pass (:func:`clado_ext.compensate`).
+
+    The best scale of a row under compensation is another than under nearest rounding, so each row takes the one of least layer
+    loss ``(w − q) H (w − q)ᵀ`` among multiples of the scale of least squared error, and fits it to its codes by least squares. A
+    row for which nearest rounding is better than all of these, as it may be for few columns, takes that.
+    On EfficientNet-Lite0 at 4 bits that takes the KL to the float net from 1.06 to 0.26, smaller damping included; starting from
+    the scale of least error weighted by the inputs' second moments is worse, 0.43 to 0.33.
+    """
+
+    needs_moments = True
+
+    def rounded(
+        self, matrix: Tensor, numbers: Sequence[Number], scaling: Scaling, factors: Factors | None
+    ) -> list[Coded]:
+        assert factors is not None
+        integers = [number for number in numbers if isinstance(number, Integer)]
+        others = [number.name for number in numbers if not isinstance(number, Integer)]
+        require(not others, "round", "rounding", "be nearest for formats that are no integers", ", ".join(others))
+        return _Search(matrix, integers, scaling, factors).best()
+
+
+class _Search:
+    """Looks for the scales of a matrix's rows in several widths: rows are independent, unless all share one scale.
+
+    Attributes:
+        rows: ``[N, K]``, a row per output channel.
+        scale, zero_point: ``[B, N, groups]``.
+        group: columns that share a scale; -1: a whole row.
+        shared: whether all rows have one scale.
+    """
+
+    def __init__(self, matrix: Tensor, numbers: Sequence[Integer], scaling: Scaling, factors: Factors) -> None:
+        self.matrix, self.factors, self.bits = matrix, factors, [number.bits for number in numbers]
+        self.rows = matrix.reshape(-1, factors.factor.shape[-1])
+        self.shared = len(self.rows) != len(matrix)
+        found = all_scales(numbers, matrix, scaling)
+        zeros = [own.zero_point for own in found if own.zero_point is not None]
+        self.group = found[0].group_size
+        self.scale = self._of_rows(torch.stack([own.scale for own in found]))
+        self.zero_point = self._of_rows(torch.stack(zeros)) if zeros else None
+
+    def best(self) -> list[Coded]:
+        """Codes and scales in every width."""
+        first, scale = self.scale, self.scale.clone()
+        codes, loss = self._tried(first)
+        for step in SPREAD[1:]:
+            self._take_better(first * step, codes, loss, scale)
+        for step in STEPS:
+            centre = scale.clone()
+            for side in (1 - step, 1 + step):
+                self._take_better(centre * side, codes, loss, scale)
+        self._take_better(first, codes, loss, scale, self._nearest())
+        scale *= self._fit(codes, scale)
+        codes, scale = codes.view(len(codes), *self.matrix.shape), scale[:, : len(self.matrix)]
+        zeros = [None] * len(codes) if self.zero_point is None else list(self.zero_point[:, : len(self.matrix)])
+        return [(c, Scales(s.contiguous(), z, self.group)) for c, s, z in zip(codes, scale, zeros, strict=True)]
+
+    def _tried(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[B, N, K]`` under a scale, and the loss ``[B, N]`` that each row decides by."""
+        factors = self.factors
+        codes, loss = clado_ext.compensate(
+            self.rows, factors.factor, scale, self.bits, self.group, self.zero_point, factors.order
+        )
+        return codes, self._decisive(loss)
+
+    def _decisive(self, loss: Tensor) -> Tensor:
+        """What each row decides by: its own loss, or that of all that share a scale with it."""
+        return loss.sum(1, keepdim=True).expand_as(loss).contiguous() if self.shared else loss
+
+    def _times_moments(self, values: Tensor) -> Tensor:
+        """``[B, N, K]`` times H of each row's group."""
+        moments = self.factors.moments
+        return (values.view(len(values), len(moments), -1, values.shape[-1]) @ moments).view_as(values)
+
+    def _nearest(self) -> tuple[Tensor, Tensor]:
+        """:meth:`_tried` without compensation, under the first scale: few columns leave it little to make up for errors with."""
+        codes = clado_ext.quantize(self.rows, self.scale, self.bits, self.group, self.zero_point)
+        values = clado_ext.dequantize(codes, self.scale, self.group, torch.float32, self.zero_point)
+        error = self.rows.float() - values
+        loss = (self._times_moments(error) * error).double().sum(-1)
+        return codes, self._decisive(loss)
+
+    def _take_better(
+        self, scale: Tensor, codes: Tensor, loss: Tensor, best: Tensor, given: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Where this scale's loss is lower, it, its codes and its loss take the places of those before."""
+        tried, found = self._tried(scale) if given is None else given
+        better = found < loss
+        codes[better], best[better] = tried[better], scale[better]
+        loss[better] = found[better]
+
+    def _fit(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """``[B, N, 1]``: what each row's scales are multiplied with for the least loss of these codes: (w H q) / (q H q)."""
+        values = clado_ext.dequantize(codes, scale, self.group, torch.float32, self.zero_point)
+        weighted = self._times_moments(values)
+        one, two = ((weighted * x).double().sum(-1, keepdim=True) for x in (self.rows.float(), values))
+        if self.shared:
+            one, two = (x.sum(1, keepdim=True).expand_as(one) for x in (one, two))
+        sound = (one > 0) & (two > 0)
+        return torch.where(sound, one / torch.where(sound, two, 1.0), 1.0).float()
+
+    def _of_rows(self, scales: Tensor) -> Tensor:
+        """``[B, 1, 1]`` as every row's, where they share it."""
+        return scales.expand(-1, len(self.rows), -1).contiguous() if self.shared else scales
+
+
+ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest(), "compensated": Compensated()}

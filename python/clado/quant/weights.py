@@ -1,26 +1,31 @@
-"""The two calls that quantize the weights of a model: ``variants`` for what is measured, ``codes`` for what ships.
+"""The calls that quantize the weights of a model: ``variants`` for what is measured, ``codes`` for what ships.
 
-Both search a scale once per weight and format in a process: scales are kept by the content of the weight.
+Under nearest rounding both search a scale once per weight and format in a process: scales are kept by the content of the weight.
+Under any other both hand out what ``round_weights`` made once.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..common import require, tensor_digest
+from ..common import require, tensor_digest, weights_digest
 from .candidates import Candidates, Scheme
+from .factors import factored
 from .layers import Layer
-from .numbers import Number, Quantized, Scales, all_scales
+from .numbers import Number, Quantized, Scales, all_nearest, all_scales
 from .quantizer import Quantizer
-from .rounding import ROUNDINGS, Rounding
+from .rounded import Rounded
+from .rounding import ROUNDINGS
 
-Moments = Mapping[str, Tensor]  # {layer: [inputs, inputs]}
+Moments = Mapping[str, Tensor]  # {layer: [G, inputs, inputs]}
 _KEPT_BYTES = 256 << 20  # of scales: a thousand million weights in groups of 64 take as much at four widths
 
 
@@ -36,6 +41,9 @@ class Choice(Protocol):
     @property
     def quantizer(self) -> Quantizer: ...
 
+    @property
+    def rounded(self) -> Rounded | None: ...
+
 
 def variants(
     model: nn.Module,
@@ -43,8 +51,7 @@ def variants(
     quantizer: Quantizer,
     device: torch.device,
     dtype: torch.dtype,
-    rounding: str = "nearest",
-    moments: Moments | None = None,
+    rounded: Rounded | None = None,
 ) -> list[list[Tensor]]:
     """For every layer its weight as each of its candidates has it, quantized in the weight's own dtype, then converted.
 
@@ -53,59 +60,119 @@ def variants(
         candidates: the layers and their schemes.
         quantizer: settings of the quantization.
         device, dtype: of the result.
-        rounding: one of ``ROUNDINGS``.
-        moments: second moments of the layers' inputs, for a rounding that needs them.
+        rounded: the weights as :func:`round_weights` made them; None: nearest rounding.
 
     Raises:
-        CladoError: a width without a format, an unknown rounding, or no moments where they are needed.
+        CladoError: a width without a format, or rounded weights that lack a candidate.
     """
-    weights = _Weight.of(model, candidates.layers, quantizer, rounding, moments)
+    weights = _Weight.of(model, candidates.layers, quantizer, rounded)
     return [
         [value.to(device, dtype) for value in weight.values([scheme.number for scheme in schemes])]
         for weight, schemes in zip(weights, candidates.schemes, strict=True)
     ]
 
 
-def codes(
-    model: nn.Module, plan: Choice, rounding: str = "nearest", moments: Moments | None = None
-) -> dict[str, Quantized]:
+def codes(model: nn.Module, plan: Choice) -> dict[str, Quantized]:
     """{layer: its weight as the plan has it}, on the weight's device. What is packed, written, timed or applied is this.
 
-    Args, errors: as :func:`variants`; ``plan`` names layers, widths and settings.
+    Args, errors: as :func:`variants`; ``plan`` names layers, widths, settings and rounded weights.
     """
-    weights = _Weight.of(model, plan.layers, plan.quantizer, rounding, moments)
+    weights = _Weight.of(model, plan.layers, plan.quantizer, plan.rounded)
     return {weight.name: weight.codes(plan.chosen[weight.name].number) for weight in weights}
+
+
+def round_weights(
+    model: nn.Module,
+    candidates: Candidates,
+    quantizer: Quantizer,
+    rounding: str,
+    moments: Moments,
+    sample_digests: Tensor,
+    done: Callable[[], None] = lambda: None,
+) -> Rounded:
+    """All candidates' weights by a rounding that needs moments: one factorization of a layer serves all its formats.
+
+    Args:
+        model: holds the weights; not changed.
+        candidates: the layers and their schemes.
+        quantizer: settings of the quantization.
+        rounding: one of ``ROUNDINGS`` that needs moments.
+        moments: second moments of the layers' inputs, ``[G, K, K]`` each.
+        sample_digests: of the samples that they are of.
+        done: called after every layer.
+
+    Raises:
+        CladoError: an unknown rounding; moments that are missing, not finite or of another layer.
+    """
+    known = [name for name, rounding_ in ROUNDINGS.items() if rounding_.needs_moments]
+    require(rounding in known, "round", "rounding", f"be one of {', '.join(known)}", repr(rounding))
+    rounder = ROUNDINGS[rounding]
+    packed: dict[tuple[str, str], dict[str, Tensor]] = {}
+    damped: dict[str, float] = {}
+    dead: dict[str, int] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for layer, schemes in zip(candidates.layers, candidates.schemes, strict=True):
+        name, weight = layer.name, parameters[layer.names[0]].detach()
+        require(name in moments, "round", "moments", f"be there for {name} and {rounding} rounding", "none")
+        own, inputs = moments[name], math.prod(layer.shape[1:])
+        fits = own.dim() == 3 and own.shape[1:] == (inputs, inputs) and layer.shape[0] % len(own) == 0
+        require(fits, "round", "moments", f"be [G, {inputs}, {inputs}] for {name}", tuple(own.shape))
+        matrix, numbers = (
+            quantizer.matrix(weight).to(own.device),
+            list(dict.fromkeys(scheme.number for scheme in schemes)),
+        )
+        factors = factored(own, name)
+        found = rounder.rounded(matrix, numbers, quantizer, factors)
+        for number, (codes_, scales) in zip(numbers, found, strict=True):
+            packed[name, number.name] = Quantized(number, layer.shape, codes_, scales).cpu().packed()
+        damped[name] = factors.damping
+        dead |= {name: factors.dead} if factors.dead else {}
+        done()
+    shapes = {layer.name: layer.shape for layer in candidates.layers}
+    return Rounded(rounding, weights_digest(model), quantizer, shapes, packed, sample_digests, damped=damped, dead=dead)
+
+
+def compensated(
+    weight: Tensor, number: Number, quantizer: Quantizer, moments: Tensor, layer: str = "a layer"
+) -> Quantized:
+    """One weight by compensated rounding, for moments ``[G, K, K]`` of its input; errors as :func:`round_weights`."""
+    found = ROUNDINGS["compensated"].rounded(quantizer.matrix(weight), [number], quantizer, factored(moments, layer))
+    return Quantized(number, tuple(weight.shape), *found[0])
 
 
 class _Weight:
     """A layer's weight under the settings of a run."""
 
-    def __init__(self, name: str, weight: Tensor, quantizer: Quantizer, rounding: Rounding, moments: Tensor | None):
-        self.name, self.weight, self.quantizer, self.rounding, self.moments = name, weight, quantizer, rounding, moments
+    def __init__(self, name: str, weight: Tensor, quantizer: Quantizer, rounded: Rounded | None) -> None:
+        self.name, self.weight, self.quantizer, self.rounded = name, weight, quantizer, rounded
         self.matrix = quantizer.matrix(weight)
-        self.digest = tensor_digest({"": self.matrix})
 
     @staticmethod
     def of(
-        model: nn.Module, layers: Sequence[Layer], quantizer: Quantizer, rounding: str, moments: Moments | None
+        model: nn.Module, layers: Sequence[Layer], quantizer: Quantizer, rounded: Rounded | None
     ) -> Iterator[_Weight]:
         """One after the other, so that no second copy of all of them is ever there."""
-        require(rounding in ROUNDINGS, "quantize", "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding))
-        rounder, known = ROUNDINGS[rounding], moments or {}
+        same = rounded is None or rounded.quantizer == quantizer
+        require(same, "quantize", "rounded weights", f"be made with {quantizer}", rounded and rounded.quantizer)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer in layers:
-            there = not rounder.needs_moments or layer.name in known
-            require(there, "quantize", "moments", f"be there for {layer.name} and {rounding} rounding", "none")
-            yield _Weight(layer.name, parameters[layer.names[0]].detach(), quantizer, rounder, known.get(layer.name))
+            yield _Weight(layer.name, parameters[layer.names[0]].detach(), quantizer, rounded)
+
+    @cached_property
+    def digest(self) -> str:
+        return tensor_digest({"": self.matrix})
 
     def values(self, numbers: Sequence[Number]) -> list[Tensor]:
-        values = self.rounding.values(self.matrix, numbers, self.scales(numbers), self.moments)
+        if self.rounded is not None:
+            return [self.codes(number).values(self.weight.dtype) for number in numbers]
+        values = all_nearest(numbers, self.matrix, self.scales(numbers))
         return [value.view(self.weight.shape).to(self.weight.dtype) for value in values]
 
     def codes(self, number: Number) -> Quantized:
-        scales = self.scales([number])
-        found = self.rounding.codes(self.matrix, [number], scales, self.moments)
-        return Quantized(number, tuple(self.weight.shape), found[0], scales[0])
+        if self.rounded is not None:
+            return self.rounded.of(self.name, number).to(self.weight.device)
+        scales = self.scales([number])[0]
+        return Quantized(number, tuple(self.weight.shape), number.encode(self.matrix, scales), scales)
 
     def scales(self, numbers: Sequence[Number]) -> list[Scales]:
         """Those that are kept; the others are searched together."""
