@@ -55,8 +55,8 @@ def test_every_truncation_is_refused(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 3}, "schema must be 1 or 2, got 3"),
-        ({"schema": None}, "schema must be 1 or 2"),
+        ({"schema": 4}, "schema must be 1 to 3, got 4"),
+        ({"schema": None}, "schema must be 1 to 3"),
         ({"status": "great"}, "status must be one of"),
         ({"status": None}, "status must be one of"),
         ({"schemes": []}, "schemes must be an object"),

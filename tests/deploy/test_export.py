@@ -368,7 +368,7 @@ def test_plan_files(tmp_path: Path) -> None:
         "",
         "[]",
         text[:100],
-        text.replace('"schema": 2', '"schema": 7'),
+        text.replace('"schema": 3', '"schema": 7'),
         text.replace('"schemes"', '"schemas"'),
         "\x00\xff",
     ):

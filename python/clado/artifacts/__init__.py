@@ -10,8 +10,19 @@ from ..common import door
 if TYPE_CHECKING:
     from .plan import PLAN_FILE, ChosenOn, Plan
     from .provenance import Provenance
+    from .rounded_file import read_rounded, rounded_name, save_held
     from .sensitivity import MATRIX_FILE, Sensitivity
 else:
     __getattr__, __dir__ = door(__name__)
 
-__all__ = ["MATRIX_FILE", "PLAN_FILE", "ChosenOn", "Plan", "Provenance", "Sensitivity"]
+__all__ = [
+    "MATRIX_FILE",
+    "PLAN_FILE",
+    "ChosenOn",
+    "Plan",
+    "Provenance",
+    "Sensitivity",
+    "read_rounded",
+    "rounded_name",
+    "save_held",
+]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..common import CladoError, atomic_file, require
-from ..quant import KEPT, ActivationRanges, Layer, Quantizer, Scheme, stored_bytes
+from ..quant import KEPT, ActivationRanges, Layer, Quantizer, Rounded, RoundedBy, Scheme, stored_bytes
+from .rounded_file import Held, RoundedFile, discard, held_weights, rounded_path, save_held
+from .sensitivity import Sensitivity
 
-SCHEMA = 2
+SCHEMA = 3
 PLAN_FILE = "plan.json"
 STATUSES = ("optimal", "feasible", "infeasible", "given")
 
@@ -44,6 +46,8 @@ class Plan:
         activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
         chosen_on: held-out samples that chose it, as far as a command knows them; None: none.
         info: solver, seconds, what else is worth knowing.
+        rounding: how its weights were rounded; None: to the nearest code.
+        held: the weights that were rounded so, or the file that holds them.
     """
 
     layers: tuple[Layer, ...]
@@ -59,6 +63,8 @@ class Plan:
     info: dict[str, Any] = field(default_factory=dict)
     activations: ActivationRanges | None = None
     chosen_on: ChosenOn | None = None
+    rounding: RoundedBy | None = None
+    held: Held = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require(self.status in STATUSES, "plan", "status", f"be one of {', '.join(STATUSES)}", repr(self.status))
@@ -78,6 +84,15 @@ class Plan:
     def bits(self) -> dict[str, int]:
         """{layer name: bits of its weight's codes}; empty when infeasible."""
         return {name: scheme.bits for name, scheme in self.chosen.items()}
+
+    @property
+    def rounded(self) -> Rounded | None:
+        """The weights as ``rounding`` made them; None for nearest rounding.
+
+        Raises:
+            CladoError: they are not at hand, or damaged.
+        """
+        return held_weights(self.held, self.rounding, "plan")
 
     @property
     def gap(self) -> float:
@@ -104,7 +119,7 @@ class Plan:
         """One JSON object; numbers that are not finite are written as null."""
         data = {
             "schema": SCHEMA,
-            **asdict(self),
+            **{field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "held"},
             "quantizer": self.quantizer.to_json(),
             "objective": _finite(self.objective),
             "bound": _finite(self.bound),
@@ -127,8 +142,9 @@ class Plan:
             plan = isinstance(data, dict) and ("schemes" in data or "bits" in data)
             require(plan, "plan", "file", "be a clado plan", "another file")
             schema = data.get("schema")
-            require(schema in (1, SCHEMA), "plan", "schema", f"be 1 or {SCHEMA}", schema)
+            require(schema in (1, 2, SCHEMA), "plan", "schema", f"be 1 to {SCHEMA}", schema)
             data = _of_schema_1(data) if schema == 1 else data
+            data = {"rounding": None, **data} if schema < SCHEMA else data
             for name in ("schemes", "values", "usage", "fingerprint", "info"):
                 require(isinstance(data[name], dict), "plan", name, "be an object", type(data[name]).__name__)
             bits = {name: Scheme.of(label).bits for name, label in data["schemes"].items()}
@@ -149,6 +165,7 @@ class Plan:
                 data["info"],
                 ActivationRanges.from_json(data["activations"]),
                 None if data["chosen_on"] is None else ChosenOn(**data["chosen_on"]),
+                RoundedBy.from_json(data["rounding"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CladoError):
@@ -156,10 +173,19 @@ class Plan:
             raise CladoError(f"plan: file must be a whole clado plan, got {type(error).__name__}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path`` (a file, or a run directory) whole or not at all; returns the file."""
+        """Write ``path`` (a file, or a run directory) whole or not at all; returns the file.
+
+        Rounded weights are written beside it first, and those of a plan that it replaces go, unless another plan or a matrix
+        there has them.
+        """
         target = _file(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        before = _rounding_of(target)
+        save_held(self.held, target.parent)
         with atomic_file(target) as temporary:
             temporary.write_text(self.to_json())
+        if before is not None and before != self.rounding and before not in _roundings_in(target.parent):
+            discard(rounded_path(target.parent, before))
         return target
 
     @staticmethod
@@ -172,9 +198,42 @@ class Plan:
         source = _file(path)
         require(source.is_file(), "plan", "path", "be a plan file or a run directory that holds one", source)
         try:
-            return Plan.from_json(source.read_text())
+            plan = Plan.from_json(source.read_text())
+            held = None if plan.rounding is None else RoundedFile(source.parent, plan.rounding)
+            return replace(plan, held=held)
         except UnicodeDecodeError:
             raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _rounding_of(path: Path) -> RoundedBy | None:
+    """What a plan file says of rounded weights; None where there is no plan that can be read."""
+    try:
+        return Plan.from_json(path.read_text()).rounding
+    except (OSError, UnicodeDecodeError, CladoError):
+        return None
+
+
+def _roundings_in(folder: Path) -> list[RoundedBy | None]:
+    """What the plans and matrices in a folder say of rounded weights."""
+    return [
+        *(_rounding_of(path) for path in folder.glob("*.json")),
+        *(_rounding_of_matrix(path) for path in folder.glob("*.safetensors")),
+    ]
+
+
+def _rounding_of_matrix(path: Path) -> RoundedBy | None:
+    """As :func:`_rounding_of`, of the file of a matrix."""
+    try:
+        return Sensitivity.load(path).provenance.rounding
+    except CladoError:
+        return None
 
 
 def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:

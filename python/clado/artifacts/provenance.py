@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..quant import RoundedBy
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -17,6 +19,7 @@ class Provenance:
         float_layers: {layer that was kept in float: why}.
         dropped: (layer, label of the scheme) of candidates whose loss was not finite.
         corrected_pairs: (v, w) whose interaction :func:`clado.correct` measured exactly.
+        rounding: how the weights were rounded; None: to the nearest code.
     """
 
     estimator: str | None = None
@@ -25,6 +28,7 @@ class Provenance:
     float_layers: dict[str, str] = field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
     corrected_pairs: tuple[tuple[int, int], ...] = ()
+    rounding: RoundedBy | None = None
 
     @property
     def known(self) -> bool:
@@ -39,4 +43,5 @@ class Provenance:
         """Inverse of :meth:`to_json`, by way of JSON."""
         pairs = tuple((int(v), int(w)) for v, w in data["corrected_pairs"])
         dropped = tuple((str(layer), str(label)) for layer, label in data["dropped"])
-        return Provenance(**{**data, "dropped": dropped, "corrected_pairs": pairs})
+        rounding = RoundedBy.from_json(data.get("rounding"))
+        return Provenance(**{**data, "dropped": dropped, "corrected_pairs": pairs, "rounding": rounding})

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, require
-from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Scheme, candidates_of
+from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Rounded, Scheme, candidates_of
 from .provenance import Provenance
+from .rounded_file import Held, RoundedFile, held_weights, save_held
 
-SCHEMA = 2
+SCHEMA = 3
 MATRIX_FILE = "sensitivity.safetensors"
 Schemes = Sequence[Scheme | str | int] | Mapping[str, Sequence[Scheme | str | int]]
 _TENSORS = ("delta_loss", "interaction", "stderr", "sample_digests")
@@ -38,6 +39,7 @@ class Sensitivity:
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
         activations: how the layers' inputs are rounded; None: they stay float.
+        held: the weights that ``provenance.rounding`` made, or the file that holds them; None: nearest rounding.
     """
 
     candidates: Candidates
@@ -51,6 +53,7 @@ class Sensitivity:
     fingerprint: dict[str, str] = field(default_factory=dict)
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     activations: ActivationRanges | None = None
+    held: Held = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         size = self.num_candidates
@@ -70,6 +73,15 @@ class Sensitivity:
     def bits(self) -> tuple[int, ...]:
         """The weights' bit-widths that occur, ascending."""
         return self.candidates.bits
+
+    @property
+    def rounded(self) -> Rounded | None:
+        """The weights as they were measured; None for nearest rounding.
+
+        Raises:
+            CladoError: they are not at hand, or damaged.
+        """
+        return held_weights(self.held, self.provenance.rounding, "sensitivity")
 
     @property
     def num_candidates(self) -> int:
@@ -191,6 +203,11 @@ class Sensitivity:
             require(
                 known, "merge", "parts", "come from clado.profile", f"one of {len(part.sample_digests)} known samples"
             )
+            same = part.provenance.rounding == first.provenance.rounding
+            must = (
+                "have the same rounded weights (profile the later ones with rounded_as, or --rounded-as, of the first)"
+            )
+            require(same, "merge", "parts", must, "others")
             for name in ("weights", "settings"):
                 same = part.fingerprint.get(name) == first.fingerprint.get(name)
                 require(same, "merge", "parts", f"be of the same {name}", "others")
@@ -248,6 +265,8 @@ class Sensitivity:
         from safetensors.numpy import save
 
         target = _file(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_held(self.held, target.parent)
         header = {
             "schema": SCHEMA,
             "layers": [asdict(layer) for layer in self.layers],
@@ -281,19 +300,21 @@ class Sensitivity:
                 header = json.loads(metadata.get("clado.sensitivity", "null"))
                 require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
                 schema = header.get("schema")
-                require(schema in (1, SCHEMA), "load", "schema", f"be 1 or {SCHEMA}", schema)
+                require(schema in (1, 2, SCHEMA), "load", "schema", f"be 1 to {SCHEMA}", schema)
                 header = _of_schema_1(header) if schema == 1 else header
                 arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
             layers = tuple(Layer.from_json(item, "load", "sensitivity file") for item in header["layers"])
+            provenance = Provenance.from_json(header["provenance"])
             return Sensitivity(
                 _candidates(layers, header["schemes"]),
                 **arrays,
                 num_samples=header["num_samples"],
                 quantizer=Quantizer(**header["quantizer"]),
-                provenance=Provenance.from_json(header["provenance"]),
+                provenance=provenance,
                 notes=header["notes"],
                 fingerprint=header["fingerprint"],
                 activations=ActivationRanges.from_json(header["activations"]),
+                held=None if provenance.rounding is None else RoundedFile(source.parent, provenance.rounding),
             )
         except CladoError:
             raise

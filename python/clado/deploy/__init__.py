@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .applied import apply, check_fit
+    from .applied import adapted, apply, check_fit
     from .exporter import Exported, export, load, predicted_bytes, verify
     from .formats import FORMATS
     from .formats.safetensors import MODEL_FILE
@@ -23,6 +23,7 @@ __all__ = [
     "Exported",
     "QuantConv2d",
     "QuantLinear",
+    "adapted",
     "apply",
     "check_fit",
     "export",

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import KEPT, Quantized, codes, quantize_activations
+from ..quant import KEPT, Quantized, Rounded, codes, quantize_activations
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -27,13 +27,31 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> nn.Module:
     """:func:`apply` with the plan's weights as :func:`clado.quant.codes` gives them."""
-    quantized = copy.deepcopy(model)
+    quantized = copy.deepcopy(with_adapted(model, plan))
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for layer in plan.layers:
             weight = parameters[layer.names[0]]
             weight.copy_(weights[layer.name].values(weight.dtype))
     return quantize_activations(quantized, plan.activations) if plan.activations else quantized
+
+
+def adapted(plan: Plan) -> Mapping[str, Tensor]:
+    """{parameter or buffer: its value} of what was adapted with the plan's weights; empty where nothing was."""
+    return plan.rounded.others if plan.rounded is not None else {}
+
+
+def with_adapted(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with what was adapted with the plan's weights, in a copy; itself where nothing was."""
+    changed = adapted(plan)
+    if not changed:
+        return model
+    made = copy.deepcopy(model)
+    state = made.state_dict()
+    with torch.no_grad():
+        for name, value in changed.items():
+            state[name].copy_(value)
+    return made
 
 
 def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
@@ -49,7 +67,21 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
     given = {plan.activations.bits} if plan.activations else set()
     must = f"hold ranges for inputs of {', '.join(map(str, sorted(rounded)))} bits"
     require(rounded <= given, op, "plan", must, f"ranges for {', '.join(map(str, given)) or 'none'}")
+    if plan.rounded is not None:
+        _check_rounded(plan, plan.rounded, model, op)
     known_weights = plan.fingerprint.get("weights")
     require(
         known_weights in (None, weights_digest(model)), op, "model", "be the one the plan was made for", "other weights"
     )
+
+
+def _check_rounded(plan: Plan, held: Rounded, model: nn.Module, op: str) -> None:
+    """Raise unless rounded weights are of this plan, and what was adapted with them of this model."""
+    lacking = [layer.name for layer in plan.layers if not held.has(layer.name, plan.chosen[layer.name].number)]
+    require(not lacking, op, "plan", "have rounded weights for every layer's scheme", f"none for {lacking[:3]}")
+    same = plan.fingerprint.get("weights") in (None, held.weights)
+    require(same, op, "plan", "have weights that were rounded from the model's", "another model's")
+    state = model.state_dict()
+    for name, value in held.others.items():
+        fits = name in state and state[name].shape == value.shape
+        require(fits, op, "model", f"have a {name} of shape {tuple(value.shape)}", "another model")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan
 from ..common import atomic_folder, require
-from .applied import check_fit
+from .applied import check_fit, with_adapted
 from .formats import FORMATS, Request, safetensors
 
 
@@ -67,7 +67,7 @@ def export(
         files = sum(file.stat().st_size for file in folder.iterdir())
         kept = tuple(layer.name for layer in FORMATS[format].kept(request))
         note = {"format": format, "quantized_bytes": quantized, "leftover_bytes": leftovers, "float_layers": kept}
-        replace(plan, info={**plan.info, "export": note}).save(folder / PLAN_FILE)
+        replace(plan, info={**plan.info, "export": note}, held=None).save(folder / PLAN_FILE)  # the codes lie there
     return Exported(target, quantized, leftovers, files - quantized - leftovers, kept)
 
 
@@ -130,7 +130,7 @@ def _request(model: nn.Module, plan: Plan, format: str, options: Mapping[str, An
     require(format in FORMATS, "export", "format", f"be one of {', '.join(FORMATS)}", repr(format))
     given = _given(format, options)
     check_fit(model, plan, "export")
-    return Request(model, plan, FORMATS[format].options(**given))
+    return Request(with_adapted(model, plan), plan, FORMATS[format].options(**given))
 
 
 def _given(format: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def plan_of(sens: Sensitivity, chosen: Sequence[int] | NDArray[np.int64]) -> Pla
         quantizer=sens.quantizer,
         fingerprint=sens.fingerprint,
         activations=sens.activations,
+        rounding=sens.provenance.rounding,
+        held=sens.held,
     )
 
 

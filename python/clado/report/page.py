@@ -243,6 +243,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
         "exact pairs": f"{len(known.corrected_pairs):,}" if known.corrected_pairs else "",
         "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(known.loss or "", ""),
         "precision": known.precision or "",
+        "rounding": "to the nearest code" if known.rounding is None else str(known.rounding),
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
         "work": f"{notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else "",
         "time": f"{notes['seconds']:,.1f} s on {notes.get('device', '')}" if "seconds" in notes else "",

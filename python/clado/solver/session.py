@@ -208,6 +208,8 @@ class Solver:
             quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
             activations=sens.activations,
+            rounding=sens.provenance.rounding,
+            held=sens.held,
             info=info,
         )
 
@@ -305,6 +307,8 @@ def given_plan(
         quantizer=sens.quantizer,
         fingerprint=dict(sens.fingerprint),
         activations=sens.activations,
+        rounding=sens.provenance.rounding,
+        held=sens.held,
     )
 
 

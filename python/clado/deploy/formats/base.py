@@ -23,7 +23,10 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Request(Generic[O]):
-    """A model, its plan, and the options of the format."""
+    """A model, its plan, and the options of the format.
+
+    ``model`` holds what was adapted with the plan's weights.
+    """
 
     model: nn.Module
     plan: Plan
