@@ -45,6 +45,13 @@ with torchrun_group() as device:
             sens = profile(model, loader, num_samples=samples, output_dir=place, device=device, **SETTINGS)
             sens, plan = correct(model, loader, sens, num_samples=3, batch_size=2, output_dir=place, **WISHES)
             plan.save(f"{place}/rank{rank}.json")
+        elif estimator == "compensated":
+            how = dict(rounding=estimator, num_samples=samples, output_dir=place, device=device)
+            sens = profile(model, loader, **how, **SETTINGS)
+            plan = correct(model, loader, sens, num_samples=3, batch_size=2, **WISHES)[1]
+            assert plan.rounded.by == sens.rounded.by == sens.provenance.rounding
+            os.makedirs(f"{place}/rank{rank}")
+            plan.save(f"{place}/rank{rank}/plan.json")
         else:
             sens = profile(
                 model, loader, estimator=estimator, num_samples=samples, output_dir=place, device=device, **SETTINGS
@@ -76,6 +83,8 @@ def one_rank(estimator: str, samples: int, output_dir: Path | None = None) -> Se
         if estimator == "correct":
             sens = profile(model, loader, num_samples=samples, **SETTINGS)  # type: ignore[arg-type]
             return correct(model, loader, sens, num_samples=3, batch_size=2, **WISHES)[0]
+        if estimator == "compensated":
+            return profile(model, loader, rounding=estimator, num_samples=samples, **SETTINGS)  # type: ignore[arg-type]
         arguments = {"estimator": estimator, "num_samples": samples, "output_dir": output_dir}
         return profile(model, loader, **arguments, **SETTINGS)  # type: ignore[arg-type]
     finally:
@@ -95,7 +104,7 @@ def check_same(got: Sensitivity, wanted: Sensitivity) -> None:
     [
         (
             2,
-            [("logit", 3), ("corrected", 22), ("correct", 8)],
+            [("logit", 3), ("corrected", 22), ("correct", 8), ("compensated", 8)],
         ),  # one chunk that both share, and six that each takes half of
         (3, [(name, 4) for name in ESTIMATORS]),  # one chunk, by three
         (4, [("exact", 7)]),  # two chunks, each by two
@@ -110,6 +119,7 @@ def test_ranks_give_what_one_gives(tmp_path: Path, ranks: int, runs: list[tuple[
             given = Sensitivity.load(tmp_path / f"{estimator}{samples}" / f"rank{rank}.safetensors")
             check_same(given, wanted)
             assert given.info["ranks"] == ranks
+            assert given.provenance == wanted.provenance  # under compensated rounding with the digest of the very codes
 
 
 @pytest.mark.slow

@@ -363,8 +363,8 @@ def test_sensitivity_file_round_trip_and_refusals(tmp_path: Path) -> None:
         (tmp_path / f"{name}.safetensors").write_bytes(broken)
         with pytest.raises(clado.CladoError, match="load: path must be"):
             Sensitivity.load(tmp_path / f"{name}.safetensors")
-    (tmp_path / "schema.safetensors").write_bytes(data.replace(b'\\"schema\\": 2', b'\\"schema\\": 9'))
-    with pytest.raises(clado.CladoError, match="schema must be 1 or 2, got 9"):
+    (tmp_path / "schema.safetensors").write_bytes(data.replace(b'\\"schema\\": 3', b'\\"schema\\": 9'))
+    with pytest.raises(clado.CladoError, match="schema must be 1 to 3, got 9"):
         Sensitivity.load(tmp_path / "schema.safetensors")
     with pytest.raises(clado.CladoError, match="path must be a sensitivity file"):
         Sensitivity.load(tmp_path / "nowhere")

@@ -115,7 +115,7 @@ def correct(
     alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
     check_fit(model, alike, "correct")
     with full_precision(), torch.no_grad():
-        run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations))
+        run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations, sens.rounded))
         return _correct(run, held, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
 
 
@@ -146,7 +146,7 @@ def _correct(
         history.append({"objective": plans[-1].objective if plans else None, "pairs": missing})
         if missing == 0 or left == 0:
             break
-        task = PairTask(sens.candidates, sens.activations, rows, later, f"correct ({missing:,} pairs)")
+        task = PairTask(sens.candidates, sens.activations, sens.rounded, rows, later, f"correct ({missing:,} pairs)")
         run.take(task, SampleStream([held], run.options.num_samples))
         sums = _measured(run, ranks, folder, verbose)
         known[np.ix_(rows, rows)] = True
@@ -155,15 +155,16 @@ def _correct(
             history[-1]["forward_equivalents"] = run.runner.work / run.measured
             _keep(sens, folder)
     if not ranks.writes:
-        return ranks.receive(Sensitivity.load, MATRIX_FILE), ranks.receive(Plan.load, PLAN_FILE)
+        parts = ranks.receive(Sensitivity.load, MATRIX_FILE), ranks.receive(Plan.load, PLAN_FILE)
+        return replace(parts[0], held=sens.held), replace(parts[1], held=sens.held)
     stands = missing == 0
     plan = plans[-1] if stands else _best(sens, plans)
     notes: dict[str, Any] = {"correct": history, "stands": stands, "correct_samples": run.options.num_samples}
     if run.runner.note is not None:
         notes["correct_note"] = run.runner.note
     plan = replace(plan, info={**plan.info, **notes})
-    ranks.send(sens.save)
-    ranks.send(plan.save)
+    ranks.send(replace(sens, held=None).save)
+    ranks.send(replace(plan, held=None).save)
     return sens, plan
 
 

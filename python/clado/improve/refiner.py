@@ -161,7 +161,7 @@ class _Ground:
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        self.variants = variants(model, sens.candidates, sens.quantizer, first.device, first.dtype)
+        self.variants = variants(model, sens.candidates, sens.quantizer, first.device, first.dtype, sens.rounded)
         parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(chunk)]
         clean = torch.cat(parts).double().log_softmax(1)
         check_targets(targets, clean.shape[1])

@@ -24,10 +24,10 @@ from ..common import (
     said,
     split_batch,
 )
-from ..deploy import apply, check_fit
+from ..deploy import adapted, apply, check_fit
 from ..graph import Runner, full_precision, open_runner
 from ..profiling import LOSSES
-from ..quant import Candidates, Quantizer, variants
+from ..quant import Candidates, variants
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _plan_outputs(
     """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
     for plan in plans:
         check_fit(model, plan, "rerank")
-    if any(plan.activations for plan in plans):  # the graph of the float model does not round
+    if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither
         return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
     place = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = next(model.parameters()).dtype
@@ -235,8 +235,9 @@ def _plan_outputs(
         parts: list[list[Tensor]] = [[] for _ in plans]
 
         @cache
-        def variant(k: int, quantizer: Quantizer, scheme: str) -> Tensor:
-            return variants(model, Candidates.uniform((layers[k],), (scheme,)), quantizer, place, dtype)[0][0]
+        def variant(k: int, m: int) -> Tensor:
+            one = Candidates.uniform((layers[k],), (plans[m].schemes[layers[k].name],))
+            return variants(model, one, plans[m].quantizer, place, dtype, plans[m].rounded)[0][0]
 
         def walk(state: Any, k: int, members: list[int]) -> None:
             state = runner.advance(state, k)
@@ -247,9 +248,10 @@ def _plan_outputs(
                 return
             groups: dict[Any, list[int]] = {}
             for m in members:
-                groups.setdefault((plans[m].quantizer, plans[m].schemes.get(layers[k].name)), []).append(m)
-            for (quantizer, scheme), group in groups.items():
-                planned = state if scheme is None else runner.fork(state, k, [variant(k, quantizer, scheme)])
+                scheme = plans[m].schemes.get(layers[k].name)
+                groups.setdefault((plans[m].quantizer, plans[m].rounding, scheme), []).append(m)
+            for (*_, scheme), group in groups.items():
+                planned = state if scheme is None else runner.fork(state, k, [variant(k, group[0])])
                 walk(planned, k + 1, group)
 
         with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:

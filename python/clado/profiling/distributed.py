@@ -119,6 +119,22 @@ class Ranks:
             dist.gather(sent, parts, dst=0)
         return [part.cpu() for part in parts or ()]
 
+    def everyone(self, data: bytes) -> list[bytes]:
+        """What every rank gives, in their order, on every rank."""
+        size = torch.tensor([len(data)], device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.world)]
+        with peers():
+            dist.all_gather(sizes, size)
+        parts = []
+        for rank, count in enumerate(sizes):
+            own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if rank == self.rank else None
+            part = torch.empty(int(count), dtype=torch.uint8) if own is None else own
+            moved = part.to(self.device)
+            with peers():
+                dist.broadcast(moved, rank)
+            parts.append(moved.cpu().numpy().tobytes())
+        return parts
+
     def send(self, save: Callable[[Path], Path]) -> None:
         """Give the file that ``save`` writes into a folder to every other rank."""
         if self.world == 1:

@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 
 from ..common import digest, progress_bar, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
-from ..quant import ActivationRanges, Candidates, calibrate, quantize_activations, variants
+from ..quant import ActivationRanges, Candidates, Rounded, calibrate, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
 from .options import Options
 from .pieces import Pieces, default_batch
 from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader, first_of_batch
+from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
 from .run import PairTask, Run
 from .samples import SampleStream
 
@@ -29,11 +30,19 @@ ACT_SAMPLES, ACT_STEPS, ACT_BATCH = 1024, 32, 8
 
 
 def open_run(
-    model: nn.Module, data_loader: Iterable[Any], options: Options, verbose: bool = False, task: PairTask | None = None
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    options: Options,
+    verbose: bool = False,
+    task: PairTask | None = None,
+    dry: bool = False,
 ) -> Run:
-    """Look at the data, calibrate inputs, open a runner, probe a low precision, and fit chunks to memory.
+    """Look at the data, calibrate inputs, open a runner, round the weights, probe a low precision, and fit chunks to memory.
 
     What is not asked for stays as an interrupted run in ``options.output_dir`` had it.
+
+    Args:
+        dry: the run will not be measured: nearest rounding gives weights of the same size sooner.
 
     Raises:
         CladoError: as :func:`clado.profile`; nothing is written.
@@ -57,10 +66,18 @@ def open_run(
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
+    rounded, moments = None if task is None else task.rounded, None
+    if task is None and needs_moments(options.rounding):
+        rounded = held_already(model, candidates, options, known)
+        if rounded is None:
+            first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, stream.expected)
+            moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
+            if not dry:
+                rounded = made_from(model, plain, candidates, stream, reader, first_ones, verbose)
 
     @cache
     def every() -> list[list[Tensor]]:
-        return variants(model, candidates, options.quantizer, device, reader.dtype)
+        return variants(model, candidates, options.quantizer, device, reader.dtype, rounded)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.precision in LOW_PRECISIONS:
@@ -93,6 +110,7 @@ def open_run(
             batch_size=size,
             act_samples=act_samples if ranges else None,
             device=device.type,
+            **_of_rounded(rounded, options, known),
         ),
     }
     return Run(
@@ -107,6 +125,8 @@ def open_run(
         exact_samples=exact_samples,
         own_settings=settings,
         ranges=ranges,
+        rounded=rounded,
+        moments=moments,
         notes=notes,
         probed=probed,
         started=started,
@@ -146,6 +166,14 @@ def _of_model(model: nn.Module, runner: Runner, ranges: ActivationRanges | None)
         "layers": digest([asdict(layer) for layer in runner.layers]),
         "act_ranges": digest(ranges.to_json()) if ranges else None,
     }
+
+
+def _of_rounded(rounded: Rounded | None, options: Options, known: dict[str, Any]) -> dict[str, Any]:
+    """Settings that come from rounded weights; before they are made, those of the run that the directory holds."""
+    if rounded is not None:
+        return {"moment_samples": len(rounded.sample_digests), "rounded": rounded.by.digest}
+    of_run: dict[str, Any] = {name: known[name] for name in ("moment_samples", "rounded") if name in known}
+    return of_run if needs_moments(options.rounding) else {}
 
 
 def _of_task(task: PairTask, runner: Runner) -> Candidates:

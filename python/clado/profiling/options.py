@@ -29,6 +29,12 @@ def _estimators() -> tuple[str, ...]:
     return tuple(ESTIMATORS)
 
 
+def _roundings() -> tuple[str, ...]:
+    from ..quant import ROUNDINGS
+
+    return tuple(ROUNDINGS)
+
+
 def _precisions() -> tuple[str, ...]:
     from ..graph import PRECISIONS
 
@@ -185,6 +191,31 @@ class Options(Arguments):
         Line("--asymmetric", "unless", "A zero point with every scale."),
         setting="quantizer",
     )
+    rounding: str = argument(
+        "nearest",
+        '"nearest" (every weight by itself), or "compensated" (every column of a weight makes up for the errors of those before '
+        "it, by the second moments of the layer's input on the first ``moment_samples``; GPTQ, arXiv 2210.17323). The weights "
+        "that are measured are kept with the matrix, and are those that every later stage applies and exports.",
+        Line("--rounding", "text", "How weights are rounded: nearest or compensated."),
+        check=one_of(_roundings),
+    )
+    moment_samples: int | None = argument(
+        None,
+        "samples whose second moments decide the rounding, read before the run; None: all, 1,024 at most, or as many as an "
+        "interrupted run in ``output_dir``. With more samples later the weights stay those of the first ones.",
+        Line("--moment-samples", "count", "Images that decide the rounding; all, at most 1,024, when left out."),
+        check=COUNT,
+        kept=operator.index,
+    )
+    rounded_as: Path | None = argument(
+        None,
+        "run directory whose rounded weights are measured, instead of making them from these samples: so runs over different "
+        "samples can be merged.",
+        Line("--rounded-as", "folder", "Measure the rounded weights of this run, so that both can be merged."),
+        check=Check(lambda value: isinstance(value, (str, os.PathLike)) and str(value) != "", "be a folder"),
+        kept=Path,
+        takes="str | os.PathLike[str] | None",
+    )
     act_bits: int | None = argument(
         None,
         "also round the inputs of the layers to so many bits, on per-tensor asymmetric ranges calibrated on the first "
@@ -270,6 +301,7 @@ class Options(Arguments):
         self._check_candidates()
         self._check_loss()
         self._check_precision()
+        self._check_rounding()
         _ = self.quantizer  # refuses what it cannot be
 
     def _check_candidates(self) -> None:
@@ -305,6 +337,14 @@ class Options(Arguments):
         carries = ESTIMATORS[self.estimator].carries or self.precision not in LOW_PRECISIONS
         require(carries, "profile", "precision", must, repr(self.precision))
 
+    def _check_rounding(self) -> None:
+        from ..quant import ROUNDINGS
+
+        if not ROUNDINGS[self.rounding].needs_moments:
+            for name in ("moment_samples", "rounded_as"):
+                given = getattr(self, name)
+                require(given is None, "profile", name, f"be left out with {self.rounding} rounding", given)
+
     @property
     def quantizer(self) -> Quantizer:
         """How the weights are quantized."""
@@ -339,7 +379,8 @@ class Options(Arguments):
     def settings(self, **found: Any) -> dict[str, Any]:
         """What decides the result, as JSON values by name.
 
-        ``found``: what a run found for settings that may be left open: exact_samples, batch_size, act_samples, device.
+        ``found``: what a run found for settings that may be left open: exact_samples, batch_size, act_samples, device, and
+        moment_samples and the digest of the weights where rounding needs moments.
         """
         from ..common import code_digest
 
@@ -352,6 +393,8 @@ class Options(Arguments):
         }
         names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
         stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
+        if self.rounding != "nearest":  # what no setting says is nearest, as it was before there was another
+            stated["rounding"] = self.rounding
         same = self._of_every_layer()
         if same is not None:
             stated["bits"] = tuple(scheme.bits for scheme in same)

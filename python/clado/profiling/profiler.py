@@ -47,4 +47,4 @@ def plan_run(model: nn.Module, data_loader: Iterable[Any], options: Options, *, 
         CladoError: whatever :func:`profile` would refuse before its first chunk.
     """
     with heap(keep=options.max_memory is None), full_precision(), torch.no_grad():
-        return open_run(model, data_loader, options, verbose).plan()
+        return open_run(model, data_loader, options, verbose, dry=True).plan()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..artifacts import MATRIX_FILE, Provenance, Sensitivity
+from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
-from ..quant import ActivationRanges, Candidates
+from ..quant import ActivationRanges, Candidates, Rounded
 from .checkpoint import Checkpoint, check_writable, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
@@ -23,6 +23,7 @@ from .losses import Loss
 from .options import Options
 from .pieces import Pieces, disk_bytes
 from .reader import Reader
+from .rounded_weights import MomentWork, kept_bytes, needs_moments
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
 from .sums import Sums, assemble
@@ -36,6 +37,7 @@ class PairTask:
     Attributes:
         candidates: what they are chosen from.
         ranges: of the layers' inputs; none are calibrated.
+        rounded: the candidates' weights; None: nearest rounding.
         rows: the candidate of every layer; None: not chosen yet.
         later: for every layer the layers behind it that it is paired with.
         title: of the progress bar.
@@ -43,6 +45,7 @@ class PairTask:
 
     candidates: Candidates
     ranges: ActivationRanges | None
+    rounded: Rounded | None = None
     rows: Sequence[int] | None = None
     later: Later | None = None
     title: str = "pairs"
@@ -76,6 +79,8 @@ class Run:
         exact_samples: how many samples pay for exact pairs; None: all.
         own_settings: JSON values by name that decide the result.
         ranges: of the layers' inputs; None for a weight-only run.
+        rounded: the candidates' weights; None: nearest rounding.
+        moments: what it takes to round them; None where they are rounded to the nearest code, or at hand.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
         task: what is measured instead of all candidates and pairs.
@@ -93,6 +98,8 @@ class Run:
     exact_samples: int | None
     own_settings: dict[str, Any]
     ranges: ActivationRanges | None
+    rounded: Rounded | None
+    moments: MomentWork | None
     notes: list[str]
     probed: dict[str, Any]
     started: float
@@ -145,6 +152,9 @@ class Run:
         members = work.members(world, count, finished)
         left = work.path(world // members, members, count, finished)
         shared = f"{members} of {world} ranks measure each chunk together" if members > 1 else ""
+        moments = self.moments or MomentWork(0, 0.0, 0)
+        left += moments.samples * moments.forwards
+        weights = kept_bytes(self.candidates, options.quantizer, moments.samples or count) if self._keeps_weights else 0
         count_v, layers = sum(self.counts), self.runner.num_layers
         pairs = (count_v**2 - sum(c**2 for c in self.counts)) // 2
         return RunPlan(
@@ -155,16 +165,22 @@ class Run:
             samples=count,
             finished=finished,
             evaluations=1 + count_v + (pairs if ESTIMATORS[options.estimator].pairs else 0),
-            forward_equivalents=work.total(count),
+            forward_equivalents=work.total(count) + moments.samples * moments.forwards,
             seconds=left / self._throughput() if left else 0.0,
             batch_size=self.size,
             together=pieces.together,
             stack=pieces.stack,
             fixed_bytes=pieces.fixed_bytes(),
             chunk_bytes=pieces.chunk_bytes(),
-            disk_bytes=disk_bytes(count_v, count, options.estimator),
+            moment_bytes=moments.nbytes,
+            disk_bytes=disk_bytes(count_v, count, options.estimator) + weights,
             notes=(*self.notes, shared) if shared else tuple(self.notes),
         )
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether the run directory gets the candidates' weights."""
+        return self.rounded is not None or needs_moments(self.options.rounding)
 
     def _throughput(self) -> float:
         """Forward-equivalents per second, by stacked forwards from a few cuts; the second of two rounds counts."""
@@ -187,7 +203,7 @@ class Run:
         ranks = Ranks(self.device)
         if not ranks.writes:
             self.gather(ranks, self.checkpoint(None), 0, False)
-            return ranks.receive(Sensitivity.load, MATRIX_FILE)
+            return replace(ranks.receive(Sensitivity.load, MATRIX_FILE), held=self.rounded)
         folder = self.options.output_dir
         if folder is not None:
             check_writable(folder)
@@ -195,6 +211,8 @@ class Run:
         known = earlier_result(folder, self.settings)
         if known is not None and known.num_samples > len(checkpoint.expected):
             checkpoint.expected = torch.from_numpy(known.sample_digests)
+        if self.rounded is not None:
+            self._keep_rounded(self.rounded, checkpoint)
         seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
         if known is None or seen != known.num_samples:
             checkpoint.check_end(seen)
@@ -202,8 +220,17 @@ class Run:
             if folder is not None:
                 with writing(folder):
                     known.save(folder / MATRIX_FILE)
-        ranks.send(known.save)
+        ranks.send(replace(known, held=None).save)
         return known
+
+    def _keep_rounded(self, rounded: Rounded, checkpoint: Checkpoint) -> None:
+        """Write the weights before they are measured; the samples that decided them come first, or are another run's."""
+        own, seen = rounded.sample_digests, checkpoint.expected
+        if self.options.rounded_as is None and len(own) > len(seen) and torch.equal(own[: len(seen)], seen):
+            checkpoint.expected = own
+        if self.options.output_dir is not None:
+            with writing(self.options.output_dir):
+                save_held(rounded, self.options.output_dir)
 
     def gather(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
         """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
@@ -318,7 +345,10 @@ class Run:
             "data": data_digest(checkpoint.digests.numpy()),
             "settings": digest(self.settings),
         }
-        provenance = Provenance(options.estimator, options.loss, self.settings["products"], self.runner.skipped)
+        rounding = None if self.rounded is None else self.rounded.by
+        provenance = Provenance(
+            options.estimator, options.loss, self.settings["products"], self.runner.skipped, rounding=rounding
+        )
         result = assemble(sums, self.candidates, options.quantizer, provenance, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples:
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
@@ -327,7 +357,7 @@ class Run:
             self.notes.append(
                 f"memory changed: samples and perturbations at a time were {shown}; last digits depend on it"
             )
-        result = replace(result, activations=self.ranges)
+        result = replace(result, activations=self.ranges, held=self.rounded)
         result.notes["warnings"] = self.notes + result.notes["warnings"]
         result.notes.update(
             **self.probed,

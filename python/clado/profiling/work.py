@@ -84,6 +84,7 @@ class RunPlan:
         seconds: about, from a short probe of this machine.
         batch_size: samples of a chunk; together: how many of them advance at a time, with ``stack`` perturbations.
         fixed_bytes: weights, variants, sums; chunk_bytes: live values at most, None where they cannot be planned.
+        moment_bytes: of the second moments that decide the rounding, before the run; 0 where it needs none.
         disk_bytes: of the run directory.
     """
 
@@ -102,6 +103,7 @@ class RunPlan:
     fixed_bytes: int
     chunk_bytes: int | None
     disk_bytes: int
+    moment_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -118,6 +120,7 @@ class RunPlan:
             ("time", f"about {timedelta(seconds=round(self.seconds))}" if self.seconds >= 1 else "about a second"),
             ("at a time", f"{self.together} samples, {self.stack} perturbations; chunks of {self.batch_size} samples"),
             ("memory", f"{_size(self.fixed_bytes)} weights and variants, {live} live values{total}"),
+            *([("moments", f"{_size(self.moment_bytes)} before the run")] if self.moment_bytes else []),
             ("disk", _size(self.disk_bytes)),
             *(("note", note) for note in self.notes),
         )

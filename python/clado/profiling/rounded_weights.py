@@ -1,0 +1,187 @@
+"""Weights that are rounded with the help of data, before they are measured: one clean pass over the first samples of the set.
+
+What comes out is kept: a run that goes on, is prolonged or is merged has the weights of the samples they were made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Sensitivity, read_rounded, rounded_name, save_held
+from ..common import CladoError, progress_bar, require, weights_digest
+from ..graph import Runner, Use
+from ..quant import ROUNDINGS, Candidates, Quantizer, Rounded, round_weights
+from .distributed import Ranks
+from .options import Options
+from .reader import Reader
+from .samples import SampleStream, sample_digests
+
+MOMENT_SAMPLES, TOGETHER = 1024, 16  # samples at most; of a pass: sums depend on it in their last bits
+
+
+def needs_moments(rounding: str) -> bool:
+    return ROUNDINGS[rounding].needs_moments
+
+
+def held_already(model: nn.Module, candidates: Candidates, options: Options, known: dict[str, Any]) -> Rounded | None:
+    """The weights of the run that ``rounded_as`` names, or those that an earlier call of this run kept; None: to be made.
+
+    Args:
+        known: settings of the run that ``output_dir`` holds.
+
+    Raises:
+        CladoError: they are missing, damaged, or those of another model or other options.
+    """
+    if options.rounded_as is not None:
+        return _of_run(options.rounded_as, model, candidates, options)
+    found = _kept_in(options.output_dir, known.get("rounded"))
+    same = found is not None and options.moment_samples in (None, len(found.sample_digests))
+    return found if same else None
+
+
+def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
+    """The rounded weights of another run's directory."""
+    found = Sensitivity.load(folder).rounded
+    if found is None:
+        must = "be a run whose weights were rounded by data"
+        raise CladoError(f"profile: rounded_as must {must}, got {folder}, whose were rounded to the nearest code")
+    must = "be a run of the same"
+    flat = [
+        (layer.name, scheme) for layer, own in zip(candidates.layers, candidates.schemes, strict=True) for scheme in own
+    ]
+    lacking = [f"no {scheme.label} of {name}" for name, scheme in flat if not found.has(name, scheme.number)]
+    for what, same, other in (
+        ("model", found.weights == weights_digest(model), "other weights"),
+        ("rounding", found.rounding == options.rounding, found.rounding),
+        ("quantizer", found.quantizer == options.quantizer, found.quantizer),
+        ("candidates", not lacking, lacking[:1]),
+    ):
+        require(same, "profile", "rounded_as", f"{must} {what}", f"{folder}, which has {other}")
+    return found
+
+
+def _kept_in(folder: Path | None, digest: str | None) -> Rounded | None:
+    """The weights that an interrupted run, or a finished one, has in its directory; None where there are none."""
+    path = None if folder is None or digest is None else folder / rounded_name(digest)
+    return None if path is None or not path.exists() else read_rounded(path)
+
+
+def made_from(
+    model: nn.Module,
+    runner: Runner,
+    candidates: Candidates,
+    stream: SampleStream,
+    reader: Reader,
+    samples: int,
+    verbose: bool,
+) -> Rounded:
+    """The weights of all candidates, rounded on the moments of the first samples; on every rank the same.
+
+    Every rank reads all these samples and keeps the moments of its share of the layers: sums do not depend on how many ranks
+    there are, and no rank holds all.
+
+    Raises:
+        CladoError: moments that are not finite, data that fails.
+    """
+    options, ranks = reader.options, Ranks(reader.device)
+    mine = shares(candidates, ranks.world)[ranks.rank]
+    moments, digests = second_moments(runner, stream, reader, samples, mine, verbose)
+    own = Candidates(tuple(candidates.layers[k] for k in mine), tuple(candidates.schemes[k] for k in mine))
+    with progress_bar("round", len(mine), "layers", verbose) as show:
+        count = iter(range(1, len(mine) + 1))
+        found = round_weights(
+            model, own, options.quantizer, options.rounding, moments, digests, lambda: show(next(count))
+        )
+    return found if ranks.world == 1 else _joined(found, ranks)
+
+
+def shares(candidates: Candidates, world: int) -> list[list[int]]:
+    """The layers whose moments each rank keeps, the largest first dealt in turn; every rank has one at least."""
+    sizes = [layer.numel // layer.shape[0] for layer in candidates.layers]
+    order = sorted(range(len(sizes)), key=lambda k: -sizes[k])
+    return [sorted(order[rank::world]) or [order[0]] for rank in range(world)]
+
+
+def second_moments(
+    runner: Runner, stream: SampleStream, reader: Reader, samples: int, layers: Sequence[int], verbose: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """{layer: Σ x xᵀ ``[G, K, K]``} over the first samples, and their digests."""
+    totals: dict[int, Tensor] = {}
+    wanted, digests = set(layers), []
+
+    def see(layer: int, use: Use, x: Tensor) -> None:
+        if layer in wanted:
+            if layer not in totals:
+                groups, inputs = use.sides
+                totals[layer] = x.new_zeros(groups, inputs, inputs)
+            use.add_moments(x, totals[layer])
+
+    with progress_bar("moments", samples, "samples", verbose) as show:
+        done = 0
+        for part in stream.early(samples, TOGETHER):
+            digests.append(sample_digests(part))
+            runner.inputs(reader.moved(reader.parts(part)[0]), see)
+            done += len(digests[-1])
+            show(done)
+    return {runner.layers[k].name: total for k, total in totals.items()}, torch.cat(digests)
+
+
+@dataclass(frozen=True)
+class MomentWork:
+    """What moments take before a run.
+
+    Attributes:
+        samples: how many they are of.
+        forwards: of a sample, in forward-equivalents.
+        nbytes: of all layers' moments.
+    """
+
+    samples: int
+    forwards: float
+    nbytes: int
+
+    @staticmethod
+    def of(runner: Runner, example: Any, samples: int, itemsize: int) -> MomentWork:
+        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in."""
+        sides: dict[int, tuple[int, int]] = {}
+        runner.inputs(example, lambda layer, use, x: sides.update({layer: use.sides}))
+        runner.work = 0.0
+        layers = runner.layers
+        forward = sum(layer.macs for layer in layers)
+        products = sum(layers[k].macs * groups * inputs / layers[k].shape[0] for k, (groups, inputs) in sides.items())
+        nbytes = sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
+        return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes)
+
+
+def kept_bytes(candidates: Candidates, quantizer: Quantizer, samples: int) -> int:
+    """Of the file of all candidates' weights, at most: a few hundred bytes of header for each of its tensors."""
+    flat = [(layer, scheme) for layer, own in zip(candidates.layers, candidates.schemes, strict=True) for scheme in own]
+    tensors = sum(len(scheme.number.stored(layer.shape, quantizer)) for layer, scheme in flat)
+    names = max(len(layer.name) for layer in candidates.layers)
+    return int(candidates.stored_bytes(quantizer).sum()) + 8 * samples + (tensors + 8) * (names + 192)
+
+
+def _joined(own: Rounded, ranks: Ranks) -> Rounded:
+    """The parts of all ranks, which travel as files do; each is read from its own, since what is read stays mapped to it."""
+    with TemporaryDirectory() as folder:
+        sent = save_held(own, Path(folder))
+        assert sent is not None
+        parts = []
+        for rank, data in enumerate(ranks.everyone(sent.read_bytes())):
+            place = Path(folder) / str(rank)
+            place.write_bytes(data)
+            parts.append(read_rounded(place))
+    return replace(
+        own,
+        shapes={name: shape for part in parts for name, shape in part.shapes.items()},
+        packed={key: held for part in parts for key, held in part.packed.items()},
+        damped={name: share for part in parts for name, share in part.damped.items()},
+        dead={name: count for part in parts for name, count in part.dead.items()},
+    )
