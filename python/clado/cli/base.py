@@ -83,8 +83,8 @@ def positive(ctx: click.Context, parameter: click.Parameter, value: float | None
     return value
 
 
-def named_folder(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    require(bool(value), op_of(ctx), "output-dir", "name a folder", repr(value))
+def named_folder(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    require(value != "", op_of(ctx), parameter.opts[0].removeprefix("--"), "name a folder", repr(value))
     return value
 
 

@@ -35,7 +35,16 @@ wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
     type=COUNT,
     help="Measure the plan's pairs exactly on so many images of the sensitivity set, and solve again, until it stands.",
 )
-@click.option("--device", help="Where --rerank, --refine and --correct run: cpu or cuda.")
+@click.option(
+    "--finish",
+    type=click.Choice(["compensated", "learned"]),
+    help="Round the plan's weights for the net that ships, on images of the sensitivity set: in the order of the forward "
+    "(minutes), or learned from there (longer, better).",
+)
+@click.option(
+    "--finish-samples", type=click.IntRange(min=2), default=640, show_default=True, help="Images for --finish."
+)
+@click.option("--device", help="Where --rerank, --refine, --correct and --finish run: cpu or cuda.")
 @wishes
 def solve(
     run: str,
@@ -43,6 +52,8 @@ def solve(
     data: str | None,
     refine: int | None,
     correct: int | None,
+    finish: str | None,
+    finish_samples: int,
     device: str | None,
     **options: Any,
 ) -> None:
@@ -53,6 +64,7 @@ def solve(
     clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
+    clado solve run --avg-bits 3 --finish learned   # the plan's weights, rounded once more for the net that ships
     """
     from dataclasses import replace
 
@@ -79,6 +91,8 @@ def solve(
             plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
         plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
+    if finish is not None:
+        plan = _finish(run, sens, plan, finish, finish_samples, device)
     replace(plan, info={**plan.info, "command": command_line()}).save(Path(run) / PLAN_FILE)
     show_plan(plan)
     click.echo(f"next: clado export {run}   clado report {run}")
@@ -190,6 +204,20 @@ def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str
     losses = [row["loss_increase"] for row in best.info["refine"]]
     click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
     return best
+
+
+def _finish(run: str, sens: Any, plan: Any, method: str, count: int, device: str | None) -> Any:
+    """The plan with weights rounded once more, on images of the sensitivity set."""
+    from ..improve import finish
+
+    model, images, seed = _profiled(run, sens)
+    found = finish(model, plan, images, method, num_samples=min(count, sens.num_samples), device=device, seed=seed)
+    note = found.info["finish"]
+    stages = ", ".join(f"{value:.4f} {name}" for name, value in note["loss_increase"].items())
+    click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} of them: {stages}")
+    if note.get("kept"):
+        click.echo("no stage made the plan better: its weights stay as they were measured")
+    return found
 
 
 def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: str | None) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, read_rounded, rounded_name
 from ..common import CladoError
 from ..profiling import PROGRESS_FILE, read_progress
 from ..runs import RUN_FILE
@@ -15,15 +15,16 @@ from ..runs import RUN_FILE
 def holdings(folder: Path) -> list[tuple[str, int, str]]:
     """Name, bytes and meaning of everything in a run directory that clado wrote; a damaged file says so."""
     out = []
-    for name, (meaning, describe) in _ARTIFACTS.items():
-        path = folder / name
-        if path.exists():
+    for pattern, (meaning, describe) in _ARTIFACTS.items():
+        for path in sorted(folder.glob(pattern)):
             files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
             try:
                 text = describe(path)
             except (CladoError, OSError, ValueError, KeyError, TypeError, IndexError):
                 text = "damaged"
-            out.append((name, sum(file.stat().st_size for file in files), f"{meaning}: {text}" if text else meaning))
+            out.append(
+                (path.name, sum(file.stat().st_size for file in files), f"{meaning}: {text}" if text else meaning)
+            )
     return out
 
 
@@ -59,6 +60,7 @@ _ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     RUN_FILE: ("model", lambda path: str(json.loads(path.read_text())["spec"]["model"])),
     PROGRESS_FILE: ("running sums", _progress),
     MATRIX_FILE: ("matrix", lambda path: _matrix(Sensitivity.load(path))),
+    rounded_name("*"): ("rounded weights", lambda path: str(read_rounded(path).by)),
     "pairs": ("running sums of a correction", lambda path: ""),
     PLAN_FILE: ("plan", _plan),
     "pareto.json": ("frontier", _front),

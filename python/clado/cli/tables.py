@@ -84,7 +84,8 @@ def show_run(folder: Path) -> None:
     known, notes = sens.provenance, sens.notes
     work = f", {notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else ""
     source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
-    click.echo(f"\n{source}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
+    rounding = "" if known.rounding is None else f", {known.rounding}"
+    click.echo(f"\n{source}{rounding}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))

@@ -9,9 +9,10 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .corrector import correct
+    from .finisher import finish
     from .refiner import refine
     from .true_loss import Score, evaluate, loss_increases, rerank, standard_error
 else:
     __getattr__, __dir__ = door(__name__)
 
-__all__ = ["Score", "correct", "evaluate", "loss_increases", "refine", "rerank", "standard_error"]
+__all__ = ["Score", "correct", "evaluate", "finish", "loss_increases", "refine", "rerank", "standard_error"]

@@ -1,0 +1,132 @@
+"""Compensated rounding of a plan in the order of the forward: every layer makes up for the errors of those before it.
+
+A layer's inputs come through the layers already rounded, its targets from the float net. With x the clean and x̃ the rounded
+input, ‖W x − Q x̃‖² is least, before rounding, for W E[x x̃ᵀ] E[x̃ x̃ᵀ]⁻¹; that weight is rounded under the moments of x̃
+(GPTAQ, arXiv 2504.02692, has the same target). The mean error goes into the bias, or the running mean of the batch norm behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..artifacts import Plan
+from ..graph import Blocks, Live, PairSums, Use
+from ..quant import Quantized, compensated
+
+DAMPING = 0.1  # of the mean second moment, for the weight before it is rounded: towards the float one
+
+
+@dataclass
+class Finished:
+    """A plan's weights on the way.
+
+    Attributes:
+        weights: {layer: its weight as it ships}.
+        others: {parameter or buffer: its value}, adapted with them.
+    """
+
+    weights: dict[str, Quantized]
+    others: dict[str, Tensor]
+
+    def tensors(self, plan: Plan, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{parameter or buffer: value}, dequantized."""
+        names = {layer.name: layer.names for layer in plan.layers}
+        made = {name: held.values(dtype) for name, held in self.weights.items()}
+        return {p: value for name, value in made.items() for p in names[name]} | self.others
+
+
+def compensate_in_order(
+    blocks: Blocks,
+    plan: Plan,
+    start: Finished,
+    parts: Sequence[Live],
+    state: dict[str, Tensor],
+    done: Callable[[], None],
+) -> Finished:
+    """Round the layers of a plan one after the other.
+
+    Args:
+        blocks: the float model, every layer at the beginning of a block.
+        plan: which layers, and their formats.
+        start: their weights; a layer that no block begins with keeps its own.
+        parts: some samples each, before the first block.
+        state: the float model's parameters and buffers, on its device.
+        done: called after every block.
+    """
+    finished = Finished(dict(start.weights), {})
+    chosen, planned = plan.chosen, {layer.name: layer for layer in plan.layers}
+    clean, rounded, dtype = list(parts), list(parts), dtype_of(plan, state)
+    for block in blocks.blocks:
+        layer = next((planned[own.name] for own in block.layers if own.name in planned), None)
+        pairs = [] if layer is None else [_entering(blocks, block, *pair) for pair in zip(clean, rounded, strict=True)]
+        if layer is not None and all(pair is not None for pair in pairs):
+            absorbs = blocks.absorbs(layer)
+            inputs = _Inputs.of([pair for pair in pairs if pair is not None], absorbs is not None)
+            weight = state[layer.names[0]]
+            held = compensated(
+                inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name
+            )
+            finished.weights[layer.name] = held
+            if absorbs is not None:
+                name, sign = absorbs
+                shift = inputs.shift(weight, held.values(torch.float32))
+                finished.others[name] = (state[name].double() + sign * shift).to(state[name].dtype)
+        given = finished.tensors(plan, dtype)
+        clean = [blocks.run(block, live, {}) for live in clean]
+        rounded = [blocks.run(block, live, given) for live in rounded]
+        done()
+    return finished
+
+
+def dtype_of(plan: Plan, state: Mapping[str, Tensor]) -> torch.dtype:
+    """Of the model's weights."""
+    return state[plan.layers[0].names[0]].dtype
+
+
+def _entering(blocks: Blocks, block: object, clean: Live, rounded: Live) -> tuple[Use, Tensor, Tensor] | None:
+    one, other = (blocks.entering(block, live) for live in (clean, rounded))  # type: ignore[arg-type]
+    return None if one is None or other is None else (one[0], one[1], other[1])
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What two nets give to the same layer, over all samples.
+
+    Attributes:
+        moments: float64 ``[G, K, K]`` of the rounded net's, around their mean where a shift is taken up.
+        products: of the clean one's with the rounded one's, likewise.
+        means: ``[G, K]`` of the clean one and of the rounded one.
+    """
+
+    moments: Tensor
+    products: Tensor
+    means: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Use, Tensor, Tensor]], centered: bool) -> _Inputs:
+        sums = PairSums(pairs[0][0])
+        for _, clean, rounded in pairs:
+            sums.add(clean, rounded)
+        products, moments, *means = sums.moments(centered)
+        moments.diagonal(dim1=1, dim2=2).clamp_(min=0.0)  # zero but for what a difference lost
+        return _Inputs(moments, products, (means[0], means[1]))
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The weight that does on rounded inputs what ``weight`` does on clean ones, as far as one can."""
+        rows = weight.double().reshape(len(self.moments), -1, self.moments.shape[-1])
+        mean = self.moments.diagonal(dim1=1, dim2=2).mean(1)
+        added = torch.diag_embed((DAMPING * torch.where(mean > 0, mean, 1.0))[:, None].expand(-1, rows.shape[-1]))
+        wanted = rows @ (self.products + added)
+        found: Tensor = torch.linalg.solve(self.moments + added, wanted, left=False)
+        return found.reshape(weight.shape).to(weight.dtype)
+
+    def shift(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """``[outputs]``: by how much the mean output rises."""
+        groups, inputs = len(self.moments), self.moments.shape[-1]
+        before, after = (w.double().reshape(groups, -1, inputs) for w in (weight, rounded))
+        one, other = self.means
+        return ((after @ other[:, :, None]) - (before @ one[:, :, None])).reshape(-1)

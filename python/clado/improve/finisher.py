@@ -1,0 +1,200 @@
+"""A plan's weights, rounded once more for the net that ships: in the order of the forward, then learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..artifacts import Plan
+from ..common import moved_to, progress_bar, require, split_batch, weights_digest
+from ..deploy import adapted, check_fit
+from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
+from ..profiling import SampleStream, sample_digests
+from ..quant import Rounded, codes, quantize_activations
+from .compensation import Finished, compensate_in_order, dtype_of
+from .learning import Pace, learn_blocks, relative_error
+
+METHODS = ("compensated", "learned")
+# Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
+BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
+APART = 5  # one sample in so many judges
+
+
+def finish(
+    model: nn.Module,
+    plan: Plan,
+    data_loader: Iterable[Any],
+    method: str = "learned",
+    *,
+    num_samples: int = 640,
+    batch_size: int = 16,
+    forward_step: ForwardStep | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    verbose: bool = True,
+) -> Plan:
+    """The plan with weights that were rounded for the whole net that ships.
+
+    "compensated": layer after layer in the order of the forward, each on inputs that come through the layers already rounded
+    and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": from there,
+    block by block codes, scales, biases and norm weights by gradients of the squared error of the block's values.
+
+    Args:
+        model: the float model the plan was made for, in eval mode; it is not changed.
+        plan: whose schemes stay as they are.
+        data_loader: batches of inputs or (inputs, …): the sensitivity set will do. No labels are needed.
+        method: "compensated" or "learned".
+        num_samples: how many samples of the loader to use; one in five judges what is learned and is not learned from.
+        batch_size: samples that run together.
+        forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
+        device: where to run; None: where the model is.
+        seed: of the order of samples.
+        verbose: show a progress bar.
+
+    Returns:
+        The plan with the new weights, and what was adapted with them, in ``plan.rounded``; ``info["finish"]`` has the KL to the
+        float net on the samples that judge, of the plan as it came and after every stage. A plan that nothing made better keeps
+        its weights.
+
+    Raises:
+        CladoError: a plan for other weights, a model that is no graph, data without two samples or with NaN.
+    """
+    require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
+    check_fit(model, plan, "finish")
+    held = SampleStream(data_loader, num_samples, seed).peek(num_samples)
+    digests = sample_digests(held)
+    require(len(digests) >= 2, "finish", "data_loader", "yield two samples at least", len(digests))
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    inputs = held if forward_step is not None else split_batch(held, "finish")[0]
+    with torch.no_grad(), full_precision():
+        ground = _Ground(model, plan, inputs, forward_step, place, batch_size)
+        found, losses = ground.finished(method, seed, verbose)
+    note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": losses}
+    if found is None:
+        return replace(plan, info={**plan.info, "finish": {**note, "kept": True}})
+    rounded = Rounded(
+        method,
+        weights_digest(model),
+        plan.quantizer,
+        {layer.name: layer.shape for layer in plan.layers},
+        {(name, held_.number.name): held_.cpu().packed() for name, held_ in found.weights.items()},
+        digests,
+        {name: value.detach().cpu() for name, value in found.others.items()},
+    )
+    return replace(plan, rounding=rounded.by, held=rounded, info={**plan.info, "finish": note})
+
+
+class _Ground:
+    """The float model as blocks, and samples to learn from and to judge by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        inputs: Any,
+        forward_step: ForwardStep | None,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        dtype = next(model.parameters()).dtype
+        self.plan = plan
+        self.model = converted(
+            quantize_activations(model, plan.activations) if plan.activations else model, device, dtype
+        )
+        inputs = moved_to(inputs, device, dtype)
+        finite = all(t.isfinite().all() for t in pytree.tree_leaves(inputs) if t.is_floating_point())
+        require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
+        self.runner = open_runner(
+            self.model, inputs, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish"
+        )
+        self.blocks, self.single = self._blocks(self.runner), self._blocks(self.runner, True)
+        self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
+        count = len(pytree.tree_leaves(inputs)[0])
+        self.judges = max(1, count // APART)
+        learn, judge = (
+            pytree.tree_map(lambda t, a=a, b=b: t[a:b], inputs) for a, b in ((0, -self.judges), (-self.judges, None))
+        )
+        self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
+        with torch.no_grad():
+            self.clean = [self._outputs(live, {}) for live in self.apart]
+
+    def _blocks(self, runner: Runner, single: bool = False) -> Blocks:
+        found = Blocks.of(runner, single)
+        require(found is not None, "finish", "model", "be captured as a graph", runner.note or "none")
+        assert found is not None
+        return found
+
+    def _parts(self, inputs: Any, size: int) -> list[Live]:
+        count = len(pytree.tree_leaves(inputs)[0])
+        return [
+            self.blocks.start(pytree.tree_map(lambda t, a=a: t[a : a + size], inputs)) for a in range(0, count, size)
+        ]
+
+    def _outputs(self, live: Live, given: dict[str, Tensor]) -> Any:
+        for block in self.blocks.blocks:
+            live = self.blocks.run(block, live, given)
+        return self.blocks.outputs(live)
+
+    def loss(self, finished: Finished) -> float:
+        """Mean loss increase over the float net on the samples that judge."""
+        given = finished.tensors(self.plan, dtype_of(self.plan, self.state))
+        total = sum(
+            gap(self._outputs(live, given), wanted).item() * live.samples
+            for live, wanted in zip(self.apart, self.clean, strict=True)
+        )
+        return total / self.judges
+
+    def finished(self, method: str, seed: int, verbose: bool) -> tuple[Finished | None, dict[str, float]]:
+        """The best weights, None for those of the plan, and the loss after every stage."""
+        start = Finished(
+            codes(self.model, self.plan), {n: v.to(self.state[n].device) for n, v in adapted(self.plan).items()}
+        )
+        best, losses = start, {"before": self.loss(start)}
+        steps = len(self.single.blocks)
+        if method == "learned":
+            steps += len(self.blocks.blocks)
+        with progress_bar(f"finish ({method})", steps, "steps", verbose) as show:
+            count = iter(range(1, steps + 1))
+
+            def done() -> None:
+                show(next(count))
+
+            for name, stage in self._stages(method, seed, done):
+                found = stage(best)
+                losses[name] = self.loss(found)
+                if losses[name] < min(value for key, value in losses.items() if key != name):
+                    best = found
+        return (None if best is start else best), losses
+
+    def _stages(
+        self, method: str, seed: int, done: Callable[[], None]
+    ) -> Sequence[tuple[str, Callable[[Finished], Finished]]]:
+        def compensated(start: Finished) -> Finished:
+            return compensate_in_order(self.single, self.plan, start, self.parts, self.state, done)
+
+        def blocks(start: Finished) -> Finished:
+            return learn_blocks(self.blocks, self.plan, start, self.parts, self.apart, self.state, BLOCK, seed, done)
+
+        stages: list[tuple[str, Callable[[Finished], Finished]]] = [("compensated", compensated)]
+        if method == "learned":
+            stages.append(("blocks", blocks))
+        return stages
+
+
+def gap(found: Any, wanted: Any) -> Tensor:
+    """Mean KL to the float net's logits ``[N, C]``; of other outputs the squared error relative to their squares."""
+    if isinstance(wanted, Tensor) and wanted.dim() == 2:
+        clean = wanted.float().log_softmax(1)
+        value: Tensor = (clean.exp() * (clean - found.float().log_softmax(1))).sum(1).mean()
+        return value
+    pairs = [
+        (a, b)
+        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
+        if b.is_floating_point()
+    ]
+    return relative_error([a for a, _ in pairs], [b for _, b in pairs])

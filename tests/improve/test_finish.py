@@ -1,0 +1,200 @@
+"""A finished plan: lower loss on samples apart, the weights that were judged are those that ship, bad input in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clado
+from clado.artifacts import PLAN_FILE
+from clado.deploy import adapted, pack_model, verify
+from clado.graph import Use
+from clado.improve import loss_increases
+from clado.improve.compensation import _Inputs
+from clado.quant import LearnedWeight, Quantizer
+from tests.models import small_cnn, tiny_vit
+
+
+def data(shape: tuple[int, ...], count: int = 96) -> Tensor:
+    """Inputs that go together, as images do."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count, *shape, generator=generator)
+    return (
+        x + 2 * torch.randn(count, *[1] * len(shape), generator=generator) + torch.randn(1, *shape, generator=generator)
+    )
+
+
+def planned(model: nn.Module, x: Tensor, bits: float = 3.0, **options: object) -> clado.Plan:
+    sens = clado.profile(model, [x[:16]], bits=(2, 3, 4, 8), scale_steps=20, num_samples=16, verbose=False, **options)
+    return clado.solve(sens, avg_bits=bits, time_limit=2)
+
+
+def uniform(model: nn.Module, x: Tensor, **options: object) -> clado.Plan:
+    """Two bits everywhere, where there is much to gain."""
+    sens = clado.profile(model, [x[:16]], bits=(2, 8), scale_steps=20, num_samples=16, verbose=False, **options)
+    return clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "compensated", "symmetric": False}, {"group_size": 4}])
+@pytest.mark.parametrize("make", [small_cnn, tiny_vit])
+def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, options: dict[str, object]) -> None:
+    model, shape = make()  # type: ignore[operator]
+    x, fresh = data(shape).split([64, 32])
+    plan = uniform(model, x, **options)
+    compensated = clado.finish(model, plan, [x], "compensated", num_samples=64, verbose=False)
+    learned = clado.finish(model, plan, [x], "learned", num_samples=64, verbose=False)
+    before, one, two = loss_increases(model, [fresh], [plan, compensated, learned]).mean(1).tolist()
+    assert two < before
+    # Eight channels at two bits leave the order of layers nothing to make up for; then the weights stay.
+    assert one < before or (make is small_cnn and compensated.info["finish"]["kept"])
+    losses = learned.info["finish"]["loss_increase"]
+    assert losses["compensated"] == compensated.info["finish"]["loss_increase"]["compensated"]
+    assert list(losses) == ["before", "compensated", "blocks"]
+    assert plan.schemes == learned.schemes
+    assert learned.rounding is not None
+    assert learned.rounding.rounding == "learned"
+
+
+def test_what_was_judged_is_what_ships(tmp_path: Path) -> None:
+    model, shape = small_cnn()
+    x = data(shape)
+    plan = clado.finish(model, planned(model, x), [x], "learned", num_samples=64, verbose=False)
+    applied = clado.apply(model, plan)
+    state = applied.state_dict()
+    assert {"norms.0.running_mean", "stem.bias"} & set(adapted(plan))
+    plan.save(tmp_path)
+    again = clado.Plan.load(tmp_path)
+    assert again == plan
+    for format, options in (("safetensors", {}), ("compressed-tensors", {}), ("onnx", {"example": x[:2]})):
+        clado.export(model, again, tmp_path / format, format=format, **options)
+        verify(model, again, tmp_path / format, format=format, **options)
+    loaded = clado.load(tmp_path / "safetensors", model).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    with torch.no_grad():
+        assert torch.equal(pack_model(model, again)(x[:4]), applied(x[:4]))
+        wanted = (
+            model(x[:8]).double().softmax(1)
+            * (model(x[:8]).double().log_softmax(1) - applied(x[:8]).double().log_softmax(1))
+        ).sum(1)
+    assert torch.allclose(loss_increases(model, [x[:8]], [again])[0], wanted, atol=1e-6)
+
+
+def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> None:
+    model, shape = tiny_vit()
+    x, before = data(shape, 48), {name: value.clone() for name, value in model.state_dict().items()}
+    plan = planned(model, x)
+    one, two = (clado.finish(model, plan, [x], num_samples=48, verbose=False) for _ in range(2))
+    assert one.rounding == two.rounding
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rounded_inputs_and_another_forward_step() -> None:
+    model, shape = tiny_vit()
+    x = data(shape, 48)
+    plan = planned(model, x, 4.0, act_bits=8)
+    found = clado.finish(
+        model, plan, [{"image": x}], num_samples=48, verbose=False, forward_step=lambda m, batch: m(batch["image"])
+    )
+    losses = found.info["finish"]["loss_increase"]
+    assert min(losses.values()) < losses["before"]
+
+
+class Tokens(nn.Module):
+    """Whole numbers in; a weight that is used twice, once through its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 16)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(self.table(x)))
+        return self.second((y @ self.first.weight).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_whole_numbers_as_inputs_and_weights_of_any_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Tokens().eval().to(dtype), torch.randint(0, 12, (64, 6))
+    plan = uniform(model, x, quantize_ends=True)
+    found = clado.finish(model, plan, [x], num_samples=64, verbose=False)
+    losses = found.info["finish"]["loss_increase"]
+    assert min(losses.values()) < losses["before"]
+    assert all(value.dtype == dtype for value in clado.apply(model, found).state_dict().values())
+
+
+def test_a_plan_that_nothing_makes_better_keeps_its_weights() -> None:
+    model, shape = tiny_vit()
+    x = data(shape, 32)
+    plan = planned(model, x, 8.0, rounding="compensated")
+    found = clado.finish(model, plan, [x[:2]], "compensated", num_samples=2, verbose=False)
+    losses = found.info["finish"]["loss_increase"]
+    assert (found.rounding == plan.rounding) == (losses["compensated"] >= losses["before"])
+    assert ("kept" in found.info["finish"]) == (found.rounding == plan.rounding)
+
+
+def test_a_finished_plan_replaces_its_file(tmp_path: Path) -> None:
+    model, shape = tiny_vit()
+    x = data(shape, 32)
+    plan = planned(model, x)
+    one = clado.finish(model, plan, [x], "compensated", num_samples=32, verbose=False)
+    two = clado.finish(model, plan, [x], "compensated", num_samples=20, verbose=False)
+    assert one.rounding != two.rounding
+    one.save(tmp_path)
+    two.save(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [PLAN_FILE, f"rounded-{two.rounding.digest[:12]}.safetensors"]  # type: ignore[union-attr]
+
+
+def test_the_target_is_the_weight_of_least_squares() -> None:
+    torch.manual_seed(0)
+    clean = torch.randn(400, 7, dtype=torch.float64)
+    rounded = clean + 0.3 * torch.randn(400, 7, dtype=torch.float64)
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    inputs = _Inputs.of([(Use((5, 7)), clean, rounded)], centered=False)
+    wanted = torch.linalg.lstsq(rounded, clean @ weight.T).solution.T
+    loss = [(weight @ clean.T - w @ rounded.T).square().sum() for w in (weight, inputs.target(weight), wanted)]
+    assert loss[2] <= loss[1] < loss[0]  # damping keeps it from the very least
+    shifted = _Inputs.of([(Use((5, 7)), clean, rounded + 1)], centered=True)
+    mean = ((rounded + 1) @ weight.T - clean @ weight.T).mean(0)
+    assert torch.allclose(shifted.shift(weight, weight), mean)
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(), Quantizer(0, 5, False), Quantizer(3, 5)])
+def test_learning_begins_at_the_weight_it_is_given(quantizer: Quantizer) -> None:
+    weight = torch.randn(6, 70)
+    start = quantizer.quantize(weight, 3)
+    learned = LearnedWeight(weight, start)
+    assert torch.allclose(learned.value(), start.values(torch.float32), rtol=1e-6, atol=1e-7)
+    assert torch.equal(learned.quantized().codes, start.codes)
+    learned.value().square().sum().backward()
+    assert learned.log_scale.grad is not None
+    with torch.no_grad():
+        learned.offset += 1
+        learned.log_scale += 0.1
+    moved = learned.quantized()
+    assert torch.equal(moved.codes, (start.codes + 1).clamp(-4, 3))
+    assert torch.allclose(moved.values(torch.float32), learned.value(), rtol=1e-5, atol=1e-6)
+
+
+def test_bad_input_is_one_line() -> None:
+    model, shape = tiny_vit()
+    x = data(shape, 16)
+    plan = planned(model, x)
+    with pytest.raises(clado.CladoError, match="finish: method must be one of compensated, learned, got 'magic'"):
+        clado.finish(model, plan, [x], "magic")
+    with pytest.raises(clado.CladoError, match="finish: data_loader must yield two samples at least, got 1"):
+        clado.finish(model, plan, [x[:1]])
+    with pytest.raises(clado.CladoError, match="data_loader must yield at least one sample"):
+        clado.finish(model, plan, [])
+    with pytest.raises(clado.CladoError, match="finish: data_loader must yield finite numbers, got NaN or infinity"):
+        clado.finish(model, plan, [x / 0])
+    other, _ = tiny_vit()
+    with torch.no_grad():
+        other.head.bias += 1
+    with pytest.raises(clado.CladoError, match="finish: model must be the one the plan was made for"):
+        clado.finish(other, plan, [x])
