@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import clado
 from clado.artifacts import PLAN_FILE
 from clado.deploy import adapted, pack_model, verify
 from clado.graph import Use
-from clado.improve import loss_increases
+from clado.improve import finish_progress, finisher, loss_increases
 from clado.improve.compensation import _Inputs
 from clado.quant import LearnedWeight, Quantizer
 from tests.models import small_cnn, tiny_vit
@@ -90,6 +91,54 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> N
     assert one.rounding == two.rounding
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", [("compensate_in_order", 3), ("learn_blocks", 1)])
+def test_an_interrupted_call_goes_on_to_the_same_bits(
+    where: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shape = small_cnn()
+    x = data(shape, 48)
+    plan = planned(model, x)
+    wanted = clado.finish(model, plan, [x], num_samples=48, verbose=False)
+    monkeypatch.setattr(finish_progress, "SECONDS", 0.0)
+    name, most = where
+    run, skipped = getattr(finisher, name), []
+
+    def dying(*arguments: Any) -> Any:
+        *given, skip, done = arguments
+
+        def counted(blocks: int, now: Any) -> None:
+            done(blocks, now)
+            if blocks == most:
+                raise KeyboardInterrupt
+
+        return run(*given, skip, counted)
+
+    def going_on(*arguments: Any) -> Any:
+        skipped.append(arguments[-2])
+        return run(*arguments)
+
+    monkeypatch.setattr(finisher, name, dying)
+    with pytest.raises(KeyboardInterrupt):
+        clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
+    assert (tmp_path / finish_progress.FINISH_FILE).exists()
+    monkeypatch.setattr(finisher, name, going_on)
+    other = clado.finish(model, plan, [x], num_samples=40, verbose=False)  # another call is no part of it
+    found = clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
+    assert skipped == [0, most]
+    assert found.rounding == wanted.rounding != other.rounding
+    assert found.info == wanted.info
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_or_foreign_file_on_the_way_is_begun_anew(tmp_path: Path) -> None:
+    model, shape = small_cnn()
+    x = data(shape, 16)
+    plan = planned(model, x)
+    (tmp_path / finish_progress.FINISH_FILE).write_bytes(b"no")
+    clado.finish(model, plan, [x], "compensated", num_samples=16, verbose=False, output_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_rounded_inputs_and_another_forward_step() -> None:

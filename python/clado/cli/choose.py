@@ -211,7 +211,9 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, device: str
     from ..improve import finish
 
     model, images, seed = _profiled(run, sens)
-    found = finish(model, plan, images, method, num_samples=min(count, sens.num_samples), device=device, seed=seed)
+    found = finish(
+        model, plan, images, method, num_samples=min(count, sens.num_samples), device=device, seed=seed, output_dir=run
+    )
     note = found.info["finish"]
     stages = ", ".join(f"{value:.4f} {name}" for name, value in note["loss_increase"].items())
     click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} of them: {stages}")

@@ -45,23 +45,25 @@ def compensate_in_order(
     start: Finished,
     parts: Sequence[Live],
     state: dict[str, Tensor],
-    done: Callable[[], None],
+    skip: int,
+    done: Callable[[int, Finished], None],
 ) -> Finished:
     """Round the layers of a plan one after the other.
 
     Args:
         blocks: the float model, every layer at the beginning of a block.
         plan: which layers, and their formats.
-        start: their weights; a layer that no block begins with keeps its own.
+        start: their weights; a layer that no block begins with keeps its own. What was adapted belongs to ``skip`` blocks.
         parts: some samples each, before the first block.
         state: the float model's parameters and buffers, on its device.
-        done: called after every block.
+        skip: blocks that are done already, as an interrupted call left them in ``start``.
+        done: called after every block, with how many are done and the weights so far.
     """
-    finished = Finished(dict(start.weights), {})
+    finished = Finished(dict(start.weights), dict(start.others) if skip else {})
     chosen, planned = plan.chosen, {layer.name: layer for layer in plan.layers}
     clean, rounded, dtype = list(parts), list(parts), dtype_of(plan, state)
-    for block in blocks.blocks:
-        layer = next((planned[own.name] for own in block.layers if own.name in planned), None)
+    for index, block in enumerate(blocks.blocks):
+        layer = next((planned[own.name] for own in block.layers if own.name in planned and index >= skip), None)
         pairs = [] if layer is None else [_entering(blocks, block, *pair) for pair in zip(clean, rounded, strict=True)]
         if layer is not None and all(pair is not None for pair in pairs):
             absorbs = blocks.absorbs(layer)
@@ -78,7 +80,7 @@ def compensate_in_order(
         given = finished.tensors(plan, dtype)
         clean = [blocks.run(block, live, {}) for live in clean]
         rounded = [blocks.run(block, live, given) for live in rounded]
-        done()
+        done(index + 1, finished)
     return finished
 
 

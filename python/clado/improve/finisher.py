@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,18 +13,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan
-from ..common import moved_to, progress_bar, require, split_batch, weights_digest
+from ..common import data_digest, digest, moved_to, progress_bar, require, split_batch, weights_digest
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
 from ..profiling import SampleStream, sample_digests
 from ..quant import Rounded, codes, quantize_activations
 from .compensation import Finished, compensate_in_order, dtype_of
+from .finish_progress import Kept, Progress
 from .learning import Pace, learn_blocks, relative_error
 
 METHODS = ("compensated", "learned")
 # Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
 APART = 5  # one sample in so many judges
+Done = Callable[[int, Finished], None]
+Stage = Callable[[Finished, int, Done], Finished]
 
 
 def finish(
@@ -36,6 +41,7 @@ def finish(
     forward_step: ForwardStep | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    output_dir: str | os.PathLike[str] | None = None,
     verbose: bool = True,
 ) -> Plan:
     """The plan with weights that were rounded for the whole net that ships.
@@ -54,6 +60,7 @@ def finish(
         forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
         device: where to run; None: where the model is.
         seed: of the order of samples.
+        output_dir: folder that keeps block after block what is done: the same call goes on after an interruption.
         verbose: show a progress bar.
 
     Returns:
@@ -73,7 +80,17 @@ def finish(
     inputs = held if forward_step is not None else split_batch(held, "finish")[0]
     with torch.no_grad(), full_precision():
         ground = _Ground(model, plan, inputs, forward_step, place, batch_size)
-        found, losses = ground.finished(method, seed, verbose)
+        settings = digest(
+            {
+                "model": weights_digest(model),
+                "plan": [plan.schemes, plan.quantizer.to_json(), plan.rounding and plan.rounding.digest],
+                "data": data_digest(digests.numpy()),
+                "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
+            }
+        )
+        progress = Progress(None if output_dir is None else Path(output_dir), settings, plan, place)
+        found, losses = ground.finished(method, seed, progress, verbose)
+        progress.end()
     note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": losses}
     if found is None:
         return replace(plan, info={**plan.info, "finish": {**note, "kept": True}})
@@ -149,41 +166,48 @@ class _Ground:
         )
         return total / self.judges
 
-    def finished(self, method: str, seed: int, verbose: bool) -> tuple[Finished | None, dict[str, float]]:
+    def finished(
+        self, method: str, seed: int, progress: Progress, verbose: bool
+    ) -> tuple[Finished | None, dict[str, float]]:
         """The best weights, None for those of the plan, and the loss after every stage."""
-        start = Finished(
-            codes(self.model, self.plan), {n: v.to(self.state[n].device) for n, v in adapted(self.plan).items()}
-        )
+        start, kept = self._start(), progress.read()
         best, losses = start, {"before": self.loss(start)}
-        steps = len(self.single.blocks)
-        if method == "learned":
-            steps += len(self.blocks.blocks)
-        with progress_bar(f"finish ({method})", steps, "steps", verbose) as show:
-            count = iter(range(1, steps + 1))
+        if kept is not None:
+            best, losses = kept.best or start, kept.losses
+        stages = self._stages(method, seed)
+        sizes = [len(blocks.blocks) for _, blocks, _ in stages]
+        with progress_bar(f"finish ({method})", sum(sizes), "blocks", verbose) as show:
+            for number, (name, _, stage) in enumerate(stages):
+                if kept is not None and number < kept.stage:
+                    continue
+                resumed = kept if kept is not None and number == kept.stage else None
+                so_far = Kept(number, 0, dict(losses), None if best is start else best, best)
 
-            def done() -> None:
-                show(next(count))
+                def done(blocks: int, now: Finished, so_far: Kept = so_far) -> None:
+                    show(sum(sizes[: so_far.stage]) + blocks)
+                    progress.keep(replace(so_far, blocks=blocks, now=now))
 
-            for name, stage in self._stages(method, seed, done):
-                found = stage(best)
+                found = stage(resumed.now if resumed else best, resumed.blocks if resumed else 0, done)
                 losses[name] = self.loss(found)
                 if losses[name] < min(value for key, value in losses.items() if key != name):
                     best = found
         return (None if best is start else best), losses
 
-    def _stages(
-        self, method: str, seed: int, done: Callable[[], None]
-    ) -> Sequence[tuple[str, Callable[[Finished], Finished]]]:
-        def compensated(start: Finished) -> Finished:
-            return compensate_in_order(self.single, self.plan, start, self.parts, self.state, done)
+    def _start(self) -> Finished:
+        """The plan's weights as they came."""
+        others = {name: value.to(self.state[name].device) for name, value in adapted(self.plan).items()}
+        return Finished(codes(self.model, self.plan), others)
 
-        def blocks(start: Finished) -> Finished:
-            return learn_blocks(self.blocks, self.plan, start, self.parts, self.apart, self.state, BLOCK, seed, done)
+    def _stages(self, method: str, seed: int) -> list[tuple[str, Blocks, Stage]]:
+        def compensated(start: Finished, skip: int, done: Done) -> Finished:
+            return compensate_in_order(self.single, self.plan, start, self.parts, self.state, skip, done)
 
-        stages: list[tuple[str, Callable[[Finished], Finished]]] = [("compensated", compensated)]
-        if method == "learned":
-            stages.append(("blocks", blocks))
-        return stages
+        def blocks(start: Finished, skip: int, done: Done) -> Finished:
+            samples = self.parts, self.apart
+            return learn_blocks(self.blocks, self.plan, start, *samples, self.state, BLOCK, seed, skip, done)
+
+        stages: list[tuple[str, Blocks, Stage]] = [("compensated", self.single, compensated)]
+        return [*stages, ("blocks", self.blocks, blocks)] if method == "learned" else stages
 
 
 def gap(found: Any, wanted: Any) -> Tensor:

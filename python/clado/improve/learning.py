@@ -99,7 +99,8 @@ def learn_blocks(
     state: Mapping[str, Tensor],
     pace: Pace,
     seed: int,
-    done: Callable[[], None],
+    skip: int,
+    done: Callable[[int, Finished], None],
 ) -> Finished:
     """Learn block after block.
 
@@ -111,12 +112,13 @@ def learn_blocks(
         state: the float model's parameters and buffers.
         pace: of a block.
         seed: of the order of samples.
-        done: called after every block.
+        skip: blocks that are done already, as an interrupted call left them in ``start``.
+        done: called after every block, with how many are done and the weights so far.
     """
     known = Finished(dict(start.weights), dict(start.others))
     clean, rounded = [[*parts, *apart] for _ in range(2)]
-    for block in blocks.blocks:
-        layers = [layer.name for layer in block.layers if layer.name in known.weights]
+    for index, block in enumerate(blocks.blocks):
+        layers = [layer.name for layer in block.layers if layer.name in known.weights and index >= skip]
         targets = [blocks.run(block, live, {}) for live in clean]
         if layers and pace.steps:
             better = _learn_block(blocks, block, plan, known, layers, (rounded, targets, len(parts)), state, pace, seed)
@@ -125,7 +127,7 @@ def learn_blocks(
         given = known.tensors(plan, dtype_of(plan, state))
         rounded = [blocks.run(block, live, given) for live in rounded]
         clean = targets
-        done()
+        done(index + 1, known)
     return known
 
 

@@ -1,0 +1,123 @@
+"""A finish on the way: what is done lies in a folder, so that the same call goes on after an interruption, to the same bits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifacts import Plan
+from ..common import atomic_file
+from ..quant import Quantized
+from .compensation import Finished
+
+FINISH_FILE = "finish.safetensors"
+SECONDS = 20.0  # between two writes at least: what is lost is no more than that
+_HEADER = "clado.finish"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a finish stood.
+
+    Attributes:
+        stage, blocks: which stage, and how many of its blocks are done.
+        losses: of the stages before.
+        best: the best weights of the stages before; None: the plan's own.
+        now: the weights of this stage so far.
+    """
+
+    stage: int
+    blocks: int
+    losses: dict[str, float]
+    best: Finished | None
+    now: Finished
+
+
+class Progress:
+    """What a folder keeps of a finish; with ``folder=None`` nothing.
+
+    Args:
+        folder: the run directory.
+        settings: digest of all that decides the result: what another finish left is not gone on with.
+        plan: whose weights.
+        device: where they are wanted.
+    """
+
+    def __init__(self, folder: Path | None, settings: str, plan: Plan, device: torch.device) -> None:
+        self.path = None if folder is None else folder / FINISH_FILE
+        self.settings, self.plan, self.device = settings, plan, device
+        self._written = time.monotonic()
+
+    def read(self) -> Kept | None:
+        """Where the same finish stood; None where there is none, or a damaged file."""
+        from safetensors import SafetensorError, safe_open
+
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                if header.get("settings") != self.settings:
+                    return None
+                tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
+            best = self._finished(tensors, "best") if header["best"] else None
+            return Kept(header["stage"], header["blocks"], header["losses"], best, self._finished(tensors, "now"))
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def keep(self, kept: Kept) -> None:
+        """Write where it stands, unless that was done a moment ago."""
+        from safetensors.torch import save_file
+
+        if self.path is None or time.monotonic() - self._written < SECONDS:
+            return
+        tensors = _named("now", kept.now) | ({} if kept.best is None else _named("best", kept.best))
+        header = {
+            "settings": self.settings,
+            "stage": kept.stage,
+            "blocks": kept.blocks,
+            "losses": kept.losses,
+            "best": kept.best is not None,
+        }
+        with atomic_file(self.path) as temporary:
+            save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+        self._written = time.monotonic()
+
+    def end(self) -> None:
+        """Nothing is on the way any more."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _finished(self, tensors: Mapping[str, Tensor], which: str) -> Finished:
+        parts: dict[str, dict[str, Tensor]] = {}
+        others: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            kind, layer, part = name.split("|")
+            if kind == which and layer:
+                parts.setdefault(layer, {})[part] = tensor
+            elif kind == which:
+                others[part] = tensor
+        shapes = {layer.name: layer.shape for layer in self.plan.layers}
+        return Finished({layer: self._quantized(layer, own, shapes[layer]) for layer, own in parts.items()}, others)
+
+    def _quantized(self, layer: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> Quantized:
+        number = self.plan.chosen[layer].number
+        return Quantized(number, shape, *number.unpack(parts, shape, self.plan.quantizer))
+
+
+def _named(which: str, finished: Finished) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, each of its own storage."""
+    packed: dict[str, Any] = {
+        f"{which}|{layer}|{part}": tensor
+        for layer, held in finished.weights.items()
+        for part, tensor in held.packed().items()
+    }
+    packed |= {f"{which}||{name}": value for name, value in finished.others.items()}
+    return {name: value.detach().cpu().clone().contiguous() for name, value in packed.items()}
