@@ -132,6 +132,17 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(
     assert not any(tmp_path.iterdir())
 
 
+def test_others_may_judge() -> None:
+    model, shape = small_cnn()
+    x, others = data(shape, 60).split([40, 20])
+    plan = uniform(model, x)
+    found = clado.finish(model, plan, [x], "compensated", heldout=[others], num_samples=40, verbose=False)
+    note = found.info["finish"]
+    assert (note["samples"], note["judged_by"]) == (40, 20)
+    before = loss_increases(model, [others], [plan]).mean().item()
+    assert abs(note["loss_increase"]["before"] - before) <= 1e-4 * before  # float32 losses
+
+
 def test_a_damaged_or_foreign_file_on_the_way_is_begun_anew(tmp_path: Path) -> None:
     model, shape = small_cnn()
     x = data(shape, 16)

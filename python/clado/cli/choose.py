@@ -13,6 +13,7 @@ from ..solver import AXES, SolveOptions
 from . import fields
 from .base import COUNT, command_line, main
 
+JUDGES = 128  # held-out images that judge what --finish made, and nothing afterwards
 wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
 
 
@@ -24,7 +25,9 @@ wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
     type=click.IntRange(min=0),
     help="Measure the best plans of every objective on so many other images; keep one.",
 )
-@click.option("--data", help="Image folder for --rerank; the one that was profiled when left out.")
+@click.option(
+    "--data", help="Image folder for --rerank and the judges of --finish; the one that was profiled when left out."
+)
 @click.option(
     "--refine",
     type=COUNT,
@@ -92,7 +95,7 @@ def solve(
         plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     if finish is not None:
-        plan = _finish(run, sens, plan, finish, finish_samples, device)
+        plan = _finish(run, sens, plan, finish, finish_samples, data, device)
     replace(plan, info={**plan.info, "command": command_line()}).save(Path(run) / PLAN_FILE)
     show_plan(plan)
     click.echo(f"next: clado export {run}   clado report {run}")
@@ -206,17 +209,26 @@ def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str
     return best
 
 
-def _finish(run: str, sens: Any, plan: Any, method: str, count: int, device: str | None) -> Any:
+def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str | None, device: str | None) -> Any:
     """The plan with weights rounded once more, on images of the sensitivity set."""
+    from dataclasses import replace
+
+    from ..artifacts import ChosenOn
     from ..improve import finish
+    from ..runs import heldout, heldout_data, load_run, that_chose
 
     model, images, seed = _profiled(run, sens)
-    found = finish(
-        model, plan, images, method, num_samples=min(count, sens.num_samples), device=device, seed=seed, output_dir=run
-    )
+    _, spec, known = load_run(run)
+    seen = that_chose(known, plan, data)
+    judges = heldout(model, spec, known, data, JUDGES, 32, seen)
+    options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": seed, "output_dir": run}
+    found = finish(model, plan, images, method, heldout=judges or None, **options)
+    if judges:
+        taken = seen + sum(len(part[0]) for part in judges)
+        found = replace(found, chosen_on=ChosenOn(heldout_data(known, data), taken))
     note = found.info["finish"]
     stages = ", ".join(f"{value:.4f} {name}" for name, value in note["loss_increase"].items())
-    click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} of them: {stages}")
+    click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} others: {stages}")
     if note.get("kept"):
         click.echo("no stage made the plan better: its weights stay as they were measured")
     return found

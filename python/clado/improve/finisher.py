@@ -25,7 +25,8 @@ from .learning import Pace, learn_blocks, relative_error
 METHODS = ("compensated", "learned")
 # Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
-APART = 5  # one sample in so many judges
+APART = 5  # one sample in so many judges, where no others are given
+MOST_JUDGES = 1024
 Done = Callable[[int, Finished], None]
 Stage = Callable[[Finished, int, Done], Finished]
 
@@ -36,6 +37,7 @@ def finish(
     data_loader: Iterable[Any],
     method: str = "learned",
     *,
+    heldout: Iterable[Any] | None = None,
     num_samples: int = 640,
     batch_size: int = 16,
     forward_step: ForwardStep | None = None,
@@ -55,7 +57,8 @@ def finish(
         plan: whose schemes stay as they are.
         data_loader: batches of inputs or (inputs, …): the sensitivity set will do. No labels are needed.
         method: "compensated" or "learned".
-        num_samples: how many samples of the loader to use; one in five judges what is learned and is not learned from.
+        heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
+        num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
         forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
         device: where to run; None: where the model is.
@@ -77,14 +80,17 @@ def finish(
     digests = sample_digests(held)
     require(len(digests) >= 2, "finish", "data_loader", "yield two samples at least", len(digests))
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    inputs = held if forward_step is not None else split_batch(held, "finish")[0]
+    judges = _judges(held, len(digests), heldout, seed)
+    if heldout is None:
+        held = pytree.tree_map(lambda t: t[: -len(pytree.tree_leaves(judges)[0])], held)
+    learn, judge = (b if forward_step is not None else split_batch(b, "finish")[0] for b in (held, judges))
     with torch.no_grad(), full_precision():
-        ground = _Ground(model, plan, inputs, forward_step, place, batch_size)
+        ground = _Ground(model, plan, (learn, judge), forward_step, place, batch_size)
         settings = digest(
             {
                 "model": weights_digest(model),
                 "plan": [plan.schemes, plan.quantizer.to_json(), plan.rounding and plan.rounding.digest],
-                "data": data_digest(digests.numpy()),
+                "data": [data_digest(d.numpy()) for d in (digests, sample_digests(judges))],
                 "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
             }
         )
@@ -106,6 +112,13 @@ def finish(
     return replace(plan, rounding=rounded.by, held=rounded, info={**plan.info, "finish": note})
 
 
+def _judges(held: Any, count: int, heldout: Iterable[Any] | None, seed: int) -> Any:
+    """The samples that judge: those that are given, or the last of ``held``."""
+    if heldout is None:
+        return pytree.tree_map(lambda t: t[-max(1, count // APART) :], held)
+    return SampleStream(heldout, MOST_JUDGES, seed).peek(MOST_JUDGES)
+
+
 class _Ground:
     """The float model as blocks, and samples to learn from and to judge by."""
 
@@ -113,7 +126,7 @@ class _Ground:
         self,
         model: nn.Module,
         plan: Plan,
-        inputs: Any,
+        samples: tuple[Any, Any],
         forward_step: ForwardStep | None,
         device: torch.device,
         batch_size: int,
@@ -123,19 +136,15 @@ class _Ground:
         self.model = converted(
             quantize_activations(model, plan.activations) if plan.activations else model, device, dtype
         )
-        inputs = moved_to(inputs, device, dtype)
-        finite = all(t.isfinite().all() for t in pytree.tree_leaves(inputs) if t.is_floating_point())
+        learn, judge = (moved_to(part, device, dtype) for part in samples)
+        finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())
         require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
         self.runner = open_runner(
-            self.model, inputs, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish"
+            self.model, learn, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish"
         )
         self.blocks, self.single = self._blocks(self.runner), self._blocks(self.runner, True)
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
-        count = len(pytree.tree_leaves(inputs)[0])
-        self.judges = max(1, count // APART)
-        learn, judge = (
-            pytree.tree_map(lambda t, a=a, b=b: t[a:b], inputs) for a, b in ((0, -self.judges), (-self.judges, None))
-        )
+        self.judges = len(pytree.tree_leaves(judge)[0])
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
         with torch.no_grad():
             self.clean = [self._outputs(live, {}) for live in self.apart]
