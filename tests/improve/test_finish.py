@@ -241,18 +241,32 @@ def test_learning_begins_at_the_weight_it_is_given(quantizer: Quantizer) -> None
     assert torch.allclose(moved.values(torch.float32), learned.value(), rtol=1e-5, atol=1e-6)
 
 
-def test_bad_input_is_one_line() -> None:
+def test_a_plan_of_another_resolution() -> None:
+    model, shape = small_cnn()
+    plan = uniform(model, data(shape, 16))
+    larger = data((1, 12, 12), 32)
+    found = clado.finish(model, plan, [larger], num_samples=32, verbose=False)
+    losses = found.info["finish"]["loss_increase"]
+    assert min(losses.values()) < losses["before"]
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
     model, shape = tiny_vit()
     x = data(shape, 16)
     plan = planned(model, x)
     with pytest.raises(clado.CladoError, match="finish: method must be one of compensated, learned, got 'magic'"):
         clado.finish(model, plan, [x], "magic")
+    (tmp_path / "file").touch()
+    with pytest.raises(clado.CladoError, match="finish: output_dir must be a folder, got"):
+        clado.finish(model, plan, [x], output_dir=tmp_path / "file")
     with pytest.raises(clado.CladoError, match="finish: data_loader must yield two samples at least, got 1"):
         clado.finish(model, plan, [x[:1]])
     with pytest.raises(clado.CladoError, match="data_loader must yield at least one sample"):
         clado.finish(model, plan, [])
     with pytest.raises(clado.CladoError, match="finish: data_loader must yield finite numbers, got NaN or infinity"):
         clado.finish(model, plan, [x / 0])
+    with pytest.raises(clado.CladoError, match="finish: model must run on the samples of data_loader, got"):
+        clado.finish(model, plan, [x[:, :, :4].to(torch.uint8)])
     other, _ = tiny_vit()
     with torch.no_grad():
         other.head.bias += 1

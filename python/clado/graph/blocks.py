@@ -172,7 +172,8 @@ class Blocks:
         return self._behind[node]
 
     def _first_use(self, layer: Layer) -> int:
-        return self.cuts.starts[self.captured.layers.index(layer)]
+        names = [known.name for known in self.captured.layers]
+        return self.cuts.starts[names.index(layer.name)]
 
     def _before_layers(self) -> list[int]:
         return [0, *sorted(set(self.cuts.starts) - {0})]

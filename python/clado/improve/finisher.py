@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan
-from ..common import data_digest, digest, moved_to, progress_bar, require, split_batch, weights_digest
+from ..common import (
+    CladoError,
+    data_digest,
+    digest,
+    is_out_of_memory,
+    moved_to,
+    progress_bar,
+    require,
+    said,
+    split_batch,
+    weights_digest,
+)
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
 from ..profiling import SampleStream, sample_digests
@@ -76,6 +87,8 @@ def finish(
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
     check_fit(model, plan, "finish")
+    folder = None if output_dir is None else Path(output_dir)
+    require(folder is None or folder.is_dir() or not folder.exists(), "finish", "output_dir", "be a folder", folder)
     held = SampleStream(data_loader, num_samples, seed).peek(num_samples)
     digests = sample_digests(held)
     require(len(digests) >= 2, "finish", "data_loader", "yield two samples at least", len(digests))
@@ -94,7 +107,7 @@ def finish(
                 "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
             }
         )
-        progress = Progress(None if output_dir is None else Path(output_dir), settings, plan, place)
+        progress = Progress(folder, settings, plan, place)
         found, losses = ground.finished(method, seed, progress, verbose)
         progress.end()
     note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": losses}
@@ -119,6 +132,15 @@ def _judges(held: Any, count: int, heldout: Iterable[Any] | None, seed: int) -> 
     return SampleStream(heldout, MOST_JUDGES, seed).peek(MOST_JUDGES)
 
 
+def _opened(model: nn.Module, inputs: Any, forward_step: ForwardStep | None) -> Runner:
+    try:
+        return open_runner(model, inputs, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish")
+    except Exception as error:  # whatever a model makes of inputs it does not take
+        if isinstance(error, CladoError) or is_out_of_memory(error):
+            raise
+        raise CladoError(f"finish: model must run on the samples of data_loader, got {said(error)}") from error
+
+
 class _Ground:
     """The float model as blocks, and samples to learn from and to judge by."""
 
@@ -139,9 +161,7 @@ class _Ground:
         learn, judge = (moved_to(part, device, dtype) for part in samples)
         finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())
         require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
-        self.runner = open_runner(
-            self.model, learn, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish"
-        )
+        self.runner = _opened(self.model, learn, forward_step)
         self.blocks, self.single = self._blocks(self.runner), self._blocks(self.runner, True)
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
         self.judges = len(pytree.tree_leaves(judge)[0])
