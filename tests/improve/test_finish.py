@@ -241,6 +241,35 @@ def test_learning_begins_at_the_weight_it_is_given(quantizer: Quantizer) -> None
     assert torch.allclose(moved.values(torch.float32), learned.value(), rtol=1e-5, atol=1e-6)
 
 
+class Buffered(nn.Module):
+    """Constants that are no parameters, one of them in no state dict; one logit that is masked."""
+
+    def __init__(self, outputs: int, masked: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, outputs)
+        self.register_buffer("mean", torch.randn(16))
+        self.register_buffer("off", torch.randn(24), persistent=False)
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x - self.mean)) * self.off)
+        return y.masked_fill(torch.arange(y.shape[1]) == 1, -torch.inf) if self.masked else y
+
+
+@pytest.mark.parametrize(("outputs", "masked"), [(1, False), (4, False), (4, True)])
+def test_buffers_stay_and_any_head_is_judged(outputs: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Buffered(outputs, masked).eval(), data((16,), 80)
+    shapes = {"first": (24, 16), "second": (outputs, 24)}
+    layers = tuple(clado.Layer(name, "linear", shape, 0, (f"{name}.weight",)) for name, shape in shapes.items())
+    plan = clado.Plan(layers, {"first": "W2A16", "second": "W2A16"}, "given")
+    found = clado.finish(model, plan, [x], num_samples=80, verbose=False)
+    losses = found.info["finish"]["loss_increase"]
+    assert 0 < min(losses.values()) < losses["before"]
+    assert not {"mean", "off"} & set(adapted(found))
+    assert clado.Plan.from_json(found.to_json()) == found
+
+
 def test_a_plan_of_another_resolution() -> None:
     model, shape = small_cnn()
     plan = uniform(model, data(shape, 16))
@@ -256,6 +285,15 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     plan = planned(model, x)
     with pytest.raises(clado.CladoError, match="finish: method must be one of compensated, learned, got 'magic'"):
         clado.finish(model, plan, [x], "magic")
+    for wrong in (
+        {"num_samples": 0},
+        {"num_samples": -3},
+        {"num_samples": "x"},
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+    ):
+        with pytest.raises(clado.CladoError, match=f"finish: {next(iter(wrong))} must be a whole number from"):
+            clado.finish(model, plan, [x], **wrong)
     (tmp_path / "file").touch()
     with pytest.raises(clado.CladoError, match="finish: output_dir must be a folder, got"):
         clado.finish(model, plan, [x], output_dir=tmp_path / "file")

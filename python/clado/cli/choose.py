@@ -227,7 +227,10 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
         taken = seen + sum(len(part[0]) for part in judges)
         found = replace(found, chosen_on=ChosenOn(heldout_data(known, data), taken))
     note = found.info["finish"]
-    stages = ", ".join(f"{value:.4f} {name}" for name, value in note["loss_increase"].items())
+    stages = ", ".join(
+        f"{'not finite' if value is None else format(value, '.4f')} {name}"
+        for name, value in note["loss_increase"].items()
+    )
     click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} others: {stages}")
     if note.get("kept"):
         click.echo("no stage made the plan better: its weights stay as they were measured")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -34,7 +34,7 @@ class Block:
 
     Attributes:
         layers: those whose weight is first used in it.
-        parameters: parameters that it reads, layers' weights aside.
+        parameters: parameters that it reads, layers' weights and all buffers aside.
     """
 
     first: int
@@ -223,5 +223,6 @@ class Blocks:
             if argument in self.captured.constants
             for source in self._sources(argument)
         }
-        names = {self.captured.parameters[node] for node in read if node in self.captured.parameters}
+        constants, known = self.captured.constants, self.captured.parameters
+        names = {known[node] for node in read if node in known and isinstance(constants[node], nn.Parameter)}
         return Block(first, last, layers, tuple(sorted(names - weights)))

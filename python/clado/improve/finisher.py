@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -61,7 +62,8 @@ def finish(
 
     "compensated": layer after layer in the order of the forward, each on inputs that come through the layers already rounded
     and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": from there,
-    block by block codes, scales, biases and norm weights by gradients of the squared error of the block's values.
+    block by block codes, scales, biases, norm weights and what else of parameters a block reads, by gradients of the squared
+    error of the block's values; buffers stay.
 
     Args:
         model: the float model the plan was made for, in eval mode; it is not changed.
@@ -79,14 +81,17 @@ def finish(
 
     Returns:
         The plan with the new weights, and what was adapted with them, in ``plan.rounded``; ``info["finish"]`` has the KL to the
-        float net on the samples that judge, of the plan as it came and after every stage. A plan that nothing made better keeps
-        its weights.
+        float net on the samples that judge, of the plan as it came and after every stage, None where it is not finite. A plan
+        that nothing made better keeps its weights.
 
     Raises:
         CladoError: a plan for other weights, a model that is no graph, data without two samples or with NaN.
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
     check_fit(model, plan, "finish")
+    for name, number, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
+        whole = isinstance(number, int) and number >= least
+        require(whole, "finish", name, f"be a whole number from {least} up", repr(number))
     folder = None if output_dir is None else Path(output_dir)
     require(folder is None or folder.is_dir() or not folder.exists(), "finish", "output_dir", "be a folder", folder)
     held = SampleStream(data_loader, num_samples, seed).peek(num_samples)
@@ -110,7 +115,8 @@ def finish(
         progress = Progress(folder, settings, plan, place)
         found, losses = ground.finished(method, seed, progress, verbose)
         progress.end()
-    note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": losses}
+    shown = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+    note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": shown}
     if found is None:
         return replace(plan, info={**plan.info, "finish": {**note, "kept": True}})
     rounded = Rounded(
@@ -201,6 +207,8 @@ class _Ground:
         """The best weights, None for those of the plan, and the loss after every stage."""
         start, kept = self._start(), progress.read()
         best, losses = start, {"before": self.loss(start)}
+        finite = math.isfinite(losses["before"])
+        require(finite, "finish", "plan", "have a finite loss on the samples that judge", losses["before"])
         if kept is not None:
             best, losses = kept.best or start, kept.losses
         stages = self._stages(method, seed)
@@ -240,14 +248,16 @@ class _Ground:
 
 
 def gap(found: Any, wanted: Any) -> Tensor:
-    """Mean KL to the float net's logits ``[N, C]``; of other outputs the squared error relative to their squares."""
-    if isinstance(wanted, Tensor) and wanted.dim() == 2:
+    """Mean KL to the float net's logits ``[N, C]``, C ≥ 2; of other outputs the squared error relative to their squares."""
+    if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.dim() == 2 and wanted.shape[1] > 1:
         clean = wanted.float().log_softmax(1)
-        value: Tensor = (clean.exp() * (clean - found.float().log_softmax(1))).sum(1).mean()
+        terms = clean.exp() * (clean - found.float().log_softmax(1))
+        value: Tensor = torch.where(clean.isneginf(), 0.0, terms).sum(1).mean()  # a class that is masked adds nothing
         return value
     pairs = [
         (a, b)
         for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
         if b.is_floating_point()
     ]
+    require(len(pairs) > 0, "finish", "model", "return numbers that are not whole", "none")
     return relative_error([a for a, _ in pairs], [b for _, b in pairs])

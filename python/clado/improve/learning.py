@@ -145,7 +145,7 @@ def _learn_block(
     """The best state of a block's layers by the samples kept apart; the first one where none is better."""
     inputs, targets, count = pairs
     own = {name: known.others.get(name, state[name]) for name in block.parameters if state[name].is_floating_point()}
-    learner = Learner(plan, known, layers, {name: value for name, value in own.items() if _moves(name)}, state, pace)
+    learner = Learner(plan, known, layers, own, state, pace)
     fixed = {name: value for name, value in known.others.items() if name not in learner.others}
 
     def gap(k: int, given: Mapping[str, Tensor]) -> Tensor:
@@ -186,11 +186,6 @@ def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Σ ‖y − t‖² / ‖t‖² over the tensors of a block's end."""
     parts = [(y - t).square().sum() / t.square().sum().clamp_min(1e-30) for y, t in zip(found, wanted, strict=True)]
     return torch.stack(parts).sum()
-
-
-def _moves(name: str) -> bool:
-    """Whether a parameter is learned: running statistics are not."""
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def _size(value: Tensor) -> float:
