@@ -61,11 +61,20 @@ def spread(*shape: int) -> torch.Tensor:
     return (10 ** (24 * torch.rand(shape) - 12)) * (torch.rand(shape) > 0.3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group_size", [-1, 5, 64])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 1024), (1, 2500), (2, 4, 3, 3)])
+def every_weight(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on weights of all kinds."""
+    for name, values in (
+        ("shape", [(1, 1), (3, 33), (2, 1024), (1, 2500), (2, 4, 3, 3)]),
+        ("symmetric", [True, False]),
+        ("group_size", [-1, 5, 64]),
+        ("dtype", [torch.float32, torch.float16, torch.bfloat16]),
+        ("device", DEVICES),
+    ):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
+@every_weight
 def test_no_step_is_better(
     shape: tuple[int, ...], symmetric: bool, group_size: int, dtype: torch.dtype, device: str
 ) -> None:
@@ -88,11 +97,7 @@ def test_property(
     check((torch.randn(2, columns) + shift) * 2.0**exponent, (2, 6), group, steps, symmetric)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group_size", [-1, 5, 64])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 1024), (1, 2500), (2, 4, 3, 3)])
+@every_weight
 def test_no_step_is_better_by_importance(
     shape: tuple[int, ...], symmetric: bool, group_size: int, dtype: torch.dtype, device: str
 ) -> None:

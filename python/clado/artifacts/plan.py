@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,13 @@ class Plan:
         """One JSON object; numbers that are not finite are written as null."""
         data = {
             "schema": SCHEMA,
-            **{field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "held"},
+            **asdict(replace(self, held=None)),
             "quantizer": self.quantizer.to_json(),
             "objective": _finite(self.objective),
             "bound": _finite(self.bound),
             "activations": self.activations.to_json() if self.activations else {},
         }
+        del data["held"]  # a file of its own
         if self.schemes:
             data["bits"] = self.bits  # derived, for readers of the file, like the bytes
             data["layer_bytes"] = self.layer_bytes
@@ -203,13 +204,6 @@ class Plan:
             return replace(plan, held=held)
         except UnicodeDecodeError:
             raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _rounding_of(path: Path) -> RoundedBy | None:

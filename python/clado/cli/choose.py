@@ -174,21 +174,21 @@ def latency(run: str, batch_size: int, repeats: int, device: str | None, out: st
     click.echo(f"next: clado solve {run} --latency {path} --latency-ms MS")
 
 
-def _profiled(run: str, sens: Any) -> tuple[Any, Any, int]:
-    """Model, images of the sensitivity set, and the seed of their order."""
+def _profiled(run: str, sens: Any) -> tuple[Any, Any, dict[str, Any], Any]:
+    """As ``load_run``: model, how it was built, what was noted; and the images of the sensitivity set."""
     from ..runs import build_data, load_run
 
     model, spec, note = load_run(run)
     skipped = note["num_samples"] - sens.num_samples
-    return model, build_data(note["data"], model, spec, 32, note["seed"], skipped), note["seed"]
+    return model, spec, note, build_data(note["data"], model, spec, 32, note["seed"], skipped)
 
 
 def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
     """The matrix with exact pairs where plans went, and the plan that stands."""
     from ..improve import correct
 
-    model, images, seed = _profiled(run, sens)
-    options = {**wishes, "seed": seed, "device": device}
+    model, _, note, images = _profiled(run, sens)
+    options = {**wishes, "seed": note["seed"], "device": device}
     sens, plan = correct(model, images, sens, num_samples=count, output_dir=run, **options)
     rows = plan.info["correct"]
     stands = "the plan stands" if plan.info["stands"] else "the plan does not stand yet: run the same again to go on"
@@ -202,8 +202,8 @@ def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str
     """The best of the plans, improved on the images of the sensitivity set."""
     from ..improve import refine
 
-    model, images, seed = _profiled(run, sens)
-    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": seed, "device": device})
+    model, _, note, images = _profiled(run, sens)
+    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": note["seed"], "device": device})
     losses = [row["loss_increase"] for row in best.info["refine"]]
     click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
     return best
@@ -215,13 +215,12 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
 
     from ..artifacts import ChosenOn
     from ..improve import finish
-    from ..runs import heldout, heldout_data, load_run, that_chose
+    from ..runs import heldout, heldout_data, that_chose
 
-    model, images, seed = _profiled(run, sens)
-    _, spec, known = load_run(run)
+    model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
     judges = heldout(model, spec, known, data, JUDGES, 32, seen)
-    options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": seed, "output_dir": run}
+    options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": known["seed"], "output_dir": run}
     found = finish(model, plan, images, method, heldout=judges or None, **options)
     if judges:
         taken = seen + sum(len(part[0]) for part in judges)

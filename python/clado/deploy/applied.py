@@ -27,7 +27,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> nn.Module:
     """:func:`apply` with the plan's weights as :func:`clado.quant.codes` gives them."""
-    quantized = copy.deepcopy(with_adapted(model, plan))
+    quantized = copy.deepcopy(model)
+    _take(quantized, adapted(plan))
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for layer in plan.layers:
@@ -47,11 +48,16 @@ def with_adapted(model: nn.Module, plan: Plan) -> nn.Module:
     if not changed:
         return model
     made = copy.deepcopy(model)
-    state = made.state_dict()
-    with torch.no_grad():
-        for name, value in changed.items():
-            state[name].copy_(value)
+    _take(made, changed)
     return made
+
+
+def _take(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into a model by name."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)
 
 
 def check_fit(model: nn.Module, plan: Plan, op: str) -> None:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..quant import Layer
-from .capture import KINDS, Captured, evaluate, is_size
+from .capture import Captured, evaluate, is_size
 from .cuts import Cuts
 from .executor import Executor
 from .moments import Use
@@ -24,7 +24,6 @@ from .runner import Runner
 from .streams import batch_dim, tensors
 
 MOST_LAYERS = 4  # of a block, unless a single tensor lives nowhere inside: a transformer block has four
-See = Callable[[Layer, Use, Tensor], None]
 Weights = Mapping[str, Tensor]  # {parameter or buffer: its value}
 
 
@@ -55,30 +54,19 @@ class Live:
         """Those that hold numbers."""
         return [tensor for tensor in tensors(list(self.values.values())) if tensor.is_floating_point()]
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Live:
-        """With every tensor as ``move`` gives it."""
-        changed = {
-            n: pytree.tree_map(lambda v: move(v) if isinstance(v, Tensor) else v, v) for n, v in self.values.items()
-        }
-        return Live(changed, self.samples)
-
 
 class Blocks:
     """The blocks of a captured graph.
 
     Args:
-        captured: the graph.
+        captured: the graph; cuts: its cuts.
         single: whether every layer begins a block of its own.
     """
 
-    def __init__(self, captured: Captured, single: bool = False) -> None:
-        self.captured, self.cuts = captured, Cuts(captured)
-        held = captured.constants.items()
-        self._constants = {
-            n: v.detach() if isinstance(v, Tensor) else v for n, v in held
-        }  # nothing of the model is learned
-        self._last_uses = self.cuts.last_uses()
-        self._behind: dict[Node, frozenset[Node]] = {}
+    def __init__(self, captured: Captured, cuts: Cuts, single: bool = False) -> None:
+        self.captured, self.cuts = captured, cuts
+        held = captured.constants.items()  # detached: nothing of the model itself is learned
+        self._constants = {n: v.detach() if isinstance(v, Tensor) else v for n, v in held}
         self._nodes: dict[str, list[Node]] = {}
         for node, name in captured.parameters.items():
             self._nodes.setdefault(name, []).append(node)
@@ -89,39 +77,19 @@ class Blocks:
     @staticmethod
     def of(runner: Runner, single: bool = False) -> Blocks | None:
         """Of a runner's graph; None where it has none."""
-        return Blocks(runner.captured, single) if isinstance(runner, Executor) else None
+        return Blocks(runner.captured, runner.cuts, single) if isinstance(runner, Executor) else None
 
     def start(self, batch: Any) -> Live:
         """Before the first block, for inputs ``[N, …]`` or a nest of them."""
         leaves = pytree.tree_leaves(batch)
         return Live(dict(zip(self.captured.inputs, leaves, strict=True)), len(leaves[0]))
 
-    def run(self, block: Block, live: Live, weights: Weights, see: See | None = None) -> Live:
-        """Behind a block, some parameters replaced; derivatives by them are recorded where autograd is on.
-
-        ``see(layer, use, input)`` is called before a layer's weight is applied.
-        """
-        own = {node: tensor for name, tensor in weights.items() for node in self._nodes.get(name, ())}
-        known: dict[Node, Any] = {}
-
-        def value(node: Node) -> Any:
-            if node in values:
-                return values[node]
-            if is_size(node):
-                return self.cuts.size(node, live.samples)
-            if node in own:
-                return own[node]
-            if not self._sources(node).intersection(own):
-                return self._constants[node]
-            if node not in known:
-                known[node] = evaluate(node, value)
-            return known[node]
-
+    def run(self, block: Block, live: Live, weights: Weights) -> Live:
+        """Behind a block, some parameters replaced; derivatives by them are recorded where autograd is on."""
         values = dict(live.values)
+        value = self._reader(values, live.samples, weights)
         for index in range(block.first, block.last):
             node = self.captured.nodes[index]
-            if see is not None:
-                self._show(node, value, see)
             values[node] = evaluate(node, value)
             for dead in self.cuts.dying[index]:
                 values.pop(dead, None)
@@ -129,11 +97,32 @@ class Blocks:
 
     def entering(self, block: Block, live: Live) -> tuple[Use, Tensor] | None:
         """How a block's first node applies its layer's weight, and to what; None where it does not begin with a layer."""
-        found: list[tuple[Use, Tensor]] = []
-        first = Block(block.first, block.first + 1, (), ())
-        if self.captured.nodes[block.first].target in KINDS:
-            self.run(first, live, {}, lambda layer, use, x: found.append((use, x)))
-        return found[0] if found else None
+        node = self.captured.nodes[block.first]
+        layer, entered = self.cuts.applied(node), node.args[0]
+        if layer is None or not isinstance(entered, Node):
+            return None
+        x: Tensor = self._reader(live.values, live.samples, {})(entered)
+        return Use.of_node(node, self.captured.layers[layer].shape), x
+
+    def _reader(self, values: Mapping[Node, Any], samples: int, weights: Weights) -> Callable[[Node], Any]:
+        """What gives every argument of a node: a live value, a size, a parameter that is replaced, or a constant."""
+        own = {node: tensor for name, tensor in weights.items() for node in self._nodes.get(name, ())}
+        known: dict[Node, Any] = {}
+
+        def value(node: Node) -> Any:
+            if node in values:
+                return values[node]
+            if is_size(node):
+                return self.cuts.size(node, samples)
+            if node in own:
+                return own[node]
+            if not self.cuts.sources(node).intersection(own):
+                return self._constants[node]
+            if node not in known:
+                known[node] = evaluate(node, value)
+            return known[node]
+
+        return value
 
     def outputs(self, live: Live) -> Any:
         """The model's output, behind the last block."""
@@ -156,20 +145,6 @@ class Blocks:
             name = self.captured.parameters.get(mean) if isinstance(mean, Node) else None
             return None if name is None else (name, 1.0)
         return None
-
-    def _show(self, node: Node, value: Callable[[Node], Any], see: See) -> None:
-        layer = self.cuts.layer_of.get(node.args[1]) if node.target in KINDS else None  # type: ignore[arg-type]
-        if layer is not None:
-            known = self.captured.layers[layer]
-            see(known, Use.of_node(node, known.shape), value(node.args[0]))  # type: ignore[arg-type]
-
-    def _sources(self, node: Node) -> frozenset[Node]:
-        """Placeholders that a constant is computed from."""
-        if node not in self._behind:
-            inputs = node.all_input_nodes
-            behind = frozenset[Node]().union(*map(self._sources, inputs)) if inputs else frozenset([node])
-            self._behind[node] = behind
-        return self._behind[node]
 
     def _first_use(self, layer: Layer) -> int:
         names = [known.name for known in self.captured.layers]
@@ -197,7 +172,7 @@ class Blocks:
     @cached_property
     def _single_points(self) -> Sequence[int]:
         """Nodes before which a single tensor lives, one that counts samples."""
-        alive: set[Node] = {node for node in self.captured.inputs if node in self._last_uses}
+        alive: set[Node] = set(self.captured.inputs).intersection(self.cuts.last_uses())
         points = []
         for index, node in enumerate(self.captured.nodes):
             if index and len(alive) == 1:
@@ -221,7 +196,7 @@ class Blocks:
             for node in nodes
             for argument in node.all_input_nodes
             if argument in self.captured.constants
-            for source in self._sources(argument)
+            for source in self.cuts.sources(argument)
         }
         constants, known = self.captured.constants, self.captured.parameters
         names = {known[node] for node in read if node in known and isinstance(constants[node], nn.Parameter)}

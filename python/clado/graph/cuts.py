@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..common import require
-from .capture import Captured, is_size
+from .capture import KINDS, Captured, is_size
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Cuts:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self._sizes: dict[tuple[Node, int], int] = {}
+        self._behind: dict[Node, frozenset[Node]] = {}
         self.layer_of = {node: k for k, nodes in enumerate(captured.sources) for node in nodes}
-        self.depends = {node: self._weights_behind(node) for node in captured.constants}
+        self.depends = {node: self.sources(node).intersection(self.layer_of) for node in captured.constants}
         self.starts = self._first_uses()
         order = sorted(range(len(self.starts)), key=self.starts.__getitem__)
         require(order == list(range(len(order))), "executor", "layers", "be used in order", "another order")
@@ -62,6 +63,18 @@ class Cuts:
         """Placeholders of the layers' weights that a node reads, itself or through constants."""
         return {weight for argument in node.all_input_nodes for weight in self.depends.get(argument, ())}
 
+    def sources(self, node: Node) -> frozenset[Node]:
+        """Nodes without inputs, such as placeholders, that a constant is computed from; itself where it is one."""
+        if node not in self._behind:
+            inputs = node.all_input_nodes
+            self._behind[node] = frozenset().union(*map(self.sources, inputs)) if inputs else frozenset([node])
+        return self._behind[node]
+
+    def applied(self, node: Node) -> int | None:
+        """The layer whose weight a matrix product or convolution applies; None for other nodes and weights."""
+        weight = node.args[1] if node.target in KINDS else None
+        return self.layer_of.get(weight) if isinstance(weight, Node) else None
+
     def size(self, node: Node, batch: int) -> int:
         """The integer that a node computes from the batch size."""
         key = (node, batch)
@@ -70,13 +83,6 @@ class Cuts:
             known = isinstance(value, torch.SymInt)
             self._sizes[key] = int(value.node.expr.subs(symbol, batch)) if known else value
         return self._sizes[key]
-
-    def _weights_behind(self, node: Node) -> frozenset[Node]:
-        if node in self.layer_of:
-            return frozenset([node])
-        if node.op == "placeholder":
-            return frozenset()
-        return frozenset().union(*(self._weights_behind(n) for n in node.all_input_nodes))
 
     def _first_uses(self) -> list[int]:
         starts: dict[int, int] = {}

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..common import require
 from ..quant import Layer
-from .capture import KINDS, Captured, NotCapturable, evaluate, is_size
+from .capture import Captured, NotCapturable, evaluate, is_size
 from .cuts import Cuts, Segment
 from .moments import Use
 from .rehearsal import LiveBytes
@@ -212,19 +212,19 @@ class Executor:
         return out.view(-1, state.streams, state.samples)
 
     def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
-        values: dict[Node, Any] = dict(self.start(batch).values)
-        count = len(pytree.tree_leaves(batch)[0])
+        state = self.start(batch)
+        values: dict[Node, Any] = dict(state.values)
         for index, node in enumerate(self.captured.nodes):
-            layer = self.cuts.layer_of.get(node.args[1]) if node.target in KINDS else None  # type: ignore[arg-type]
+            layer = self.cuts.applied(node)
             if layer is not None:
                 entered = node.args[0]
                 assert isinstance(entered, Node)
                 x = values[entered] if entered in values else self._constant(entered, {})
                 see(layer, Use.of_node(node, self.captured.layers[layer].shape), x)
-            values[node] = self._evaluate(node, values, {}, count)
+            values[node] = self._evaluate(node, values, {}, state.samples)
             for dead in self.cuts.dying[index]:
                 values.pop(dead, None)
-        self.work += self.forward_share * count
+        self.work += self.forward_share * state.samples
 
     def _slopes(self, tap: Tap, gradient: Tensor, variants: Sequence[Tensor], count: int) -> Tensor:
         sources = self.captured.sources[tap.layer]

@@ -46,10 +46,7 @@ class Use:
     @property
     def sides(self) -> tuple[int, int]:
         """(G, K): the moments are ``[G, K, K]``; K inputs of an output channel in the order in which the weight has them."""
-        inputs = 1
-        for size in self.shape[1:]:
-            inputs *= size
-        return self.groups, inputs
+        return self.groups, math.prod(self.shape[1:])
 
     def add_moments(self, x: Tensor, total: Tensor) -> None:
         """Add the moments of an input ``[n, …]`` to ``total`` ``[G, K, K]``."""

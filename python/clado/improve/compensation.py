@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Plan
-from ..graph import Blocks, Live, PairSums, Use
+from ..graph import Block, Blocks, Live, PairSums, Use
 from ..quant import Quantized, compensated
 
 DAMPING = 0.1  # of the mean second moment, for the weight before it is rounded: towards the float one
@@ -31,6 +31,15 @@ class Finished:
 
     weights: dict[str, Quantized]
     others: dict[str, Tensor]
+
+    def packed(self) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """{(layer, format): the weight as it is stored}, on the CPU."""
+        return {(name, held.number.name): held.cpu().packed() for name, held in self.weights.items()}
+
+    def take(self, newer: Finished) -> None:
+        """What is newer takes the place of what was there."""
+        self.weights.update(newer.weights)
+        self.others.update(newer.others)
 
     def tensors(self, plan: Plan, dtype: torch.dtype) -> dict[str, Tensor]:
         """{parameter or buffer: value}, dequantized."""
@@ -62,6 +71,7 @@ def compensate_in_order(
     finished = Finished(dict(start.weights), dict(start.others) if skip else {})
     chosen, planned = plan.chosen, {layer.name: layer for layer in plan.layers}
     clean, rounded, dtype = list(parts), list(parts), dtype_of(plan, state)
+    given = finished.tensors(plan, dtype)
     for index, block in enumerate(blocks.blocks):
         layer = next((planned[own.name] for own in block.layers if own.name in planned and index >= skip), None)
         pairs = [] if layer is None else [_entering(blocks, block, *pair) for pair in zip(clean, rounded, strict=True)]
@@ -72,12 +82,13 @@ def compensate_in_order(
             held = compensated(
                 inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name
             )
-            finished.weights[layer.name] = held
+            new = Finished({layer.name: held}, {})
             if absorbs is not None:
                 name, sign = absorbs
                 shift = inputs.shift(weight, held.values(torch.float32))
-                finished.others[name] = (state[name].double() + sign * shift).to(state[name].dtype)
-        given = finished.tensors(plan, dtype)
+                new.others[name] = (state[name].double() + sign * shift).to(state[name].dtype)
+            finished.take(new)
+            given |= new.tensors(plan, dtype)
         clean = [blocks.run(block, live, {}) for live in clean]
         rounded = [blocks.run(block, live, given) for live in rounded]
         done(index + 1, finished)
@@ -89,8 +100,8 @@ def dtype_of(plan: Plan, state: Mapping[str, Tensor]) -> torch.dtype:
     return state[plan.layers[0].names[0]].dtype
 
 
-def _entering(blocks: Blocks, block: object, clean: Live, rounded: Live) -> tuple[Use, Tensor, Tensor] | None:
-    one, other = (blocks.entering(block, live) for live in (clean, rounded))  # type: ignore[arg-type]
+def _entering(blocks: Blocks, block: Block, clean: Live, rounded: Live) -> tuple[Use, Tensor, Tensor] | None:
+    one, other = (blocks.entering(block, live) for live in (clean, rounded))
     return None if one is None or other is None else (one[0], one[1], other[1])
 
 

@@ -7,14 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..artifacts import Plan
 from ..common import atomic_file
-from ..quant import Quantized
+from ..quant import NUMBERS, Quantized, joined, parted
 from .compensation import Finished
 
 FINISH_FILE = "finish.safetensors"
@@ -96,28 +95,17 @@ class Progress:
             self.path.unlink(missing_ok=True)
 
     def _finished(self, tensors: Mapping[str, Tensor], which: str) -> Finished:
-        parts: dict[str, dict[str, Tensor]] = {}
-        others: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            kind, layer, part = name.split("|")
-            if kind == which and layer:
-                parts.setdefault(layer, {})[part] = tensor
-            elif kind == which:
-                others[part] = tensor
-        shapes = {layer.name: layer.shape for layer in self.plan.layers}
-        return Finished({layer: self._quantized(layer, own, shapes[layer]) for layer, own in parts.items()}, others)
-
-    def _quantized(self, layer: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> Quantized:
-        number = self.plan.chosen[layer].number
-        return Quantized(number, shape, *number.unpack(parts, shape, self.plan.quantizer))
+        start = f"{which}/"
+        packed, others = parted({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        shapes, quantizer = {layer.name: layer.shape for layer in self.plan.layers}, self.plan.quantizer
+        weights = {}
+        for (layer, name), parts in packed.items():
+            number, shape = NUMBERS[name], shapes[layer]
+            weights[layer] = Quantized(number, shape, *number.unpack(parts, shape, quantizer))
+        return Finished(weights, others)
 
 
 def _named(which: str, finished: Finished) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU, each of its own storage."""
-    packed: dict[str, Any] = {
-        f"{which}|{layer}|{part}": tensor
-        for layer, held in finished.weights.items()
-        for part, tensor in held.packed().items()
-    }
-    packed |= {f"{which}||{name}": value for name, value in finished.others.items()}
-    return {name: value.detach().cpu().clone().contiguous() for name, value in packed.items()}
+    tensors = joined(finished.packed(), finished.others)
+    return {f"{which}/{name}": value.detach().cpu().clone().contiguous() for name, value in tensors.items()}

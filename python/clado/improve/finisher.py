@@ -102,11 +102,12 @@ def finish(
     if heldout is None:
         held = pytree.tree_map(lambda t: t[: -len(pytree.tree_leaves(judges)[0])], held)
     learn, judge = (b if forward_step is not None else split_batch(b, "finish")[0] for b in (held, judges))
+    weights = weights_digest(model)
     with torch.no_grad(), full_precision():
         ground = _Ground(model, plan, (learn, judge), forward_step, place, batch_size)
         settings = digest(
             {
-                "model": weights_digest(model),
+                "model": weights,
                 "plan": [plan.schemes, plan.quantizer.to_json(), plan.rounding and plan.rounding.digest],
                 "data": [data_digest(d.numpy()) for d in (digests, sample_digests(judges))],
                 "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
@@ -121,10 +122,10 @@ def finish(
         return replace(plan, info={**plan.info, "finish": {**note, "kept": True}})
     rounded = Rounded(
         method,
-        weights_digest(model),
+        weights,
         plan.quantizer,
         {layer.name: layer.shape for layer in plan.layers},
-        {(name, held_.number.name): held_.cpu().packed() for name, held_ in found.weights.items()},
+        found.packed(),
         digests,
         {name: value.detach().cpu() for name, value in found.others.items()},
     )
@@ -167,8 +168,8 @@ class _Ground:
         learn, judge = (moved_to(part, device, dtype) for part in samples)
         finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())
         require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
-        self.runner = _opened(self.model, learn, forward_step)
-        self.blocks, self.single = self._blocks(self.runner), self._blocks(self.runner, True)
+        runner = _opened(self.model, learn, forward_step)
+        self.blocks, self.single = self._blocks(runner), self._blocks(runner, True)
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
         self.judges = len(pytree.tree_leaves(judge)[0])
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)

@@ -66,8 +66,8 @@ class Learner:
         groups = [(offsets, pace.offset)]
         groups += [([weight.log_scale for weight in self.weights.values()], pace.scale)]
         groups += [([value], pace.bias * _size(value)) for value in self.others.values()]
-        self.groups = [{"params": leaves, "lr": step, "first": step} for leaves, step in groups if leaves and step > 0]
-        self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99), eps=1e-12)
+        moving = [{"params": leaves, "lr": step, "first": step} for leaves, step in groups if leaves and step > 0]
+        self.optimizer = torch.optim.Adam(moving, betas=(0.9, 0.99), eps=1e-12)
         self.steps = pace.steps
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,14 +117,15 @@ def learn_blocks(
     """
     known = Finished(dict(start.weights), dict(start.others))
     clean, rounded = [[*parts, *apart] for _ in range(2)]
+    dtype = dtype_of(plan, state)
+    given = known.tensors(plan, dtype)
     for index, block in enumerate(blocks.blocks):
         layers = [layer.name for layer in block.layers if layer.name in known.weights and index >= skip]
         targets = [blocks.run(block, live, {}) for live in clean]
-        if layers and pace.steps:
+        if layers:
             better = _learn_block(blocks, block, plan, known, layers, (rounded, targets, len(parts)), state, pace, seed)
-            known.weights.update(better.weights)
-            known.others.update(better.others)
-        given = known.tensors(plan, dtype_of(plan, state))
+            known.take(better)
+            given |= better.tensors(plan, dtype)
         rounded = [blocks.run(block, live, given) for live in rounded]
         clean = targets
         done(index + 1, known)

@@ -71,8 +71,9 @@ def open_run(
         rounded = held_already(model, candidates, options, known)
         if rounded is None:
             first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, stream.expected)
-            moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
-            if not dry:
+            if dry:
+                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
+            else:
                 rounded = made_from(model, plain, candidates, stream, reader, first_ones, verbose)
 
     @cache

@@ -53,10 +53,11 @@ def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Opt
         must = "be a run whose weights were rounded by data"
         raise CladoError(f"profile: rounded_as must {must}, got {folder}, whose were rounded to the nearest code")
     must = "be a run of the same"
-    flat = [
-        (layer.name, scheme) for layer, own in zip(candidates.layers, candidates.schemes, strict=True) for scheme in own
+    lacking = [
+        f"no {scheme.label} of {layer.name}"
+        for layer, scheme in candidates.pairs
+        if not found.has(layer.name, scheme.number)
     ]
-    lacking = [f"no {scheme.label} of {name}" for name, scheme in flat if not found.has(name, scheme.number)]
     for what, same, other in (
         ("model", found.weights == weights_digest(model), "other weights"),
         ("rounding", found.rounding == options.rounding, found.rounding),
@@ -162,8 +163,7 @@ class MomentWork:
 
 def kept_bytes(candidates: Candidates, quantizer: Quantizer, samples: int) -> int:
     """Of the file of all candidates' weights, at most: a few hundred bytes of header for each of its tensors."""
-    flat = [(layer, scheme) for layer, own in zip(candidates.layers, candidates.schemes, strict=True) for scheme in own]
-    tensors = sum(len(scheme.number.stored(layer.shape, quantizer)) for layer, scheme in flat)
+    tensors = sum(len(scheme.number.stored(layer.shape, quantizer)) for layer, scheme in candidates.pairs)
     names = max(len(layer.name) for layer in candidates.layers)
     return int(candidates.stored_bytes(quantizer).sum()) + 8 * samples + (tensors + 8) * (names + 192)
 

@@ -80,7 +80,7 @@ class Run:
         own_settings: JSON values by name that decide the result.
         ranges: of the layers' inputs; None for a weight-only run.
         rounded: the candidates' weights; None: nearest rounding.
-        moments: what it takes to round them; None where they are rounded to the nearest code, or at hand.
+        moments: what it takes to round them; known in a dry run alone, None where nothing is to be done.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
         task: what is measured instead of all candidates and pairs.

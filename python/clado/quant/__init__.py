@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .learned import LearnedWeight
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
     from .quantizer import Quantizer
-    from .rounded import Rounded, RoundedBy
+    from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
     from .weights import codes, compensated, round_weights, variants
 else:
@@ -45,8 +45,10 @@ __all__ = [
     "compensated",
     "ignored",
     "inputs_kept",
+    "joined",
     "layer_name",
     "modules",
+    "parted",
     "quantize_activations",
     "round_weights",
     "scheme_names",

@@ -174,10 +174,14 @@ class Candidates:
         """Weights of all layers."""
         return sum(layer.numel for layer in self.layers)
 
+    @cached_property
+    def pairs(self) -> tuple[tuple[Layer, Scheme], ...]:
+        """The V candidates."""
+        return tuple((self.layers[k], scheme) for k, scheme in zip(self.layer_of, self.flat, strict=True))
+
     def stored_bytes(self, quantizer: Quantizer) -> NDArray[np.int64]:
         """``[V]``: bytes of packed codes and scales."""
-        pairs = zip(self.layer_of, self.flat, strict=True)
-        return np.array([stored_bytes(self.layers[k], scheme, quantizer) for k, scheme in pairs], np.int64)
+        return np.array([stored_bytes(layer, scheme, quantizer) for layer, scheme in self.pairs], np.int64)
 
     def bitops(self, act_bits: int) -> NDArray[np.int64]:
         """``[V]``: multiply-adds × bits of the weight × ``act_bits``, for one sample."""

@@ -38,7 +38,7 @@ class LearnedWeight:
         self.start, self.shape = start, tuple(weight.shape)
         self.low, self.high = -(2.0 ** (number.bits - 1)), 2.0 ** (number.bits - 1) - 1
         codes = start.codes.float()
-        self.rows, self.columns = codes.shape
+        self.columns = codes.shape[1]
         zero = start.zero_point
         self._zero = None if zero is None else self._spread(zero.float())
         self._scale = start.scale.float()

@@ -17,6 +17,26 @@ from .quantizer import Quantizer
 Key = tuple[str, str]  # layer, name of the number format
 
 
+def joined(packed: Mapping[Key, Mapping[str, Tensor]], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Packed weights, and other tensors, by one name each."""
+    named = {
+        f"{layer}|{number}|{part}": tensor
+        for (layer, number), parts in packed.items()
+        for part, tensor in parts.items()
+    }
+    return named | {f"|{name}": tensor for name, tensor in others.items()}
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[Key, dict[str, Tensor]], dict[str, Tensor]]:
+    """Inverse of :func:`joined`."""
+    packed: dict[Key, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, number, part = name.rsplit("|", 2) if not name.startswith("|") else ("", "", name[1:])
+        packed.setdefault((layer, number), {})[part] = tensor
+    others = packed.pop(("", ""), {})
+    return packed, others
+
+
 @dataclass(frozen=True)
 class RoundedBy:
     """How weights were rounded, and which ones came out.
@@ -82,22 +102,13 @@ class Rounded:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Everything by one name each, as a file holds it."""
-        named = {
-            f"{layer}|{number}|{part}": tensor
-            for (layer, number), parts in self.packed.items()
-            for part, tensor in parts.items()
-        }
-        return named | {f"|{name}": tensor for name, tensor in self.others.items()}
+        return joined(self.packed, self.others)
 
     @cached_property
     def by(self) -> RoundedBy:
         """What plans and matrices note of it."""
         data = data_digest(self.sample_digests.numpy())
         return RoundedBy(self.rounding, len(self.sample_digests), data, tensor_digest(self.tensors))
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def has(self, layer: str, number: Number) -> bool:
         """Whether a layer's weight is there in a format."""
@@ -134,11 +145,7 @@ class Rounded:
         """
         quantizer = Quantizer(**header["quantizer"])
         shapes = {str(layer): tuple(map(int, shape)) for layer, shape in header["shapes"].items()}
-        packed: dict[Key, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            layer, number, part = name.rsplit("|", 2) if not name.startswith("|") else ("", "", name[1:])
-            packed.setdefault((layer, number), {})[part] = tensor
-        others = packed.pop(("", ""), {})
+        packed, others = parted(tensors)
         for (layer, number), parts in packed.items():
             known = layer in shapes and number in NUMBERS
             require(known, "round", "file", "hold weights of its layers in known formats", f"{layer} as {number}")

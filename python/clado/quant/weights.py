@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..common import require, tensor_digest, weights_digest
 from .candidates import Candidates, Scheme
-from .factors import factored
+from .factors import Factors, factored
 from .layers import Layer
 from .numbers import Number, Quantized, Scales, all_nearest, all_scales
 from .quantizer import Quantizer
@@ -106,7 +106,6 @@ def round_weights(
     """
     known = [name for name, rounding_ in ROUNDINGS.items() if rounding_.needs_moments]
     require(rounding in known, "round", "rounding", f"be one of {', '.join(known)}", repr(rounding))
-    rounder = ROUNDINGS[rounding]
     packed: dict[tuple[str, str], dict[str, Tensor]] = {}
     damped: dict[str, float] = {}
     dead: dict[str, int] = {}
@@ -117,14 +116,10 @@ def round_weights(
         own, inputs = moments[name], math.prod(layer.shape[1:])
         fits = own.dim() == 3 and own.shape[1:] == (inputs, inputs) and layer.shape[0] % len(own) == 0
         require(fits, "round", "moments", f"be [G, {inputs}, {inputs}] for {name}", tuple(own.shape))
-        matrix, numbers = (
-            quantizer.matrix(weight).to(own.device),
-            list(dict.fromkeys(scheme.number for scheme in schemes)),
-        )
-        factors = factored(own, name)
-        found = rounder.rounded(matrix, numbers, quantizer, factors)
-        for number, (codes_, scales) in zip(numbers, found, strict=True):
-            packed[name, number.name] = Quantized(number, layer.shape, codes_, scales).cpu().packed()
+        numbers = list(dict.fromkeys(scheme.number for scheme in schemes))
+        found, factors = _by_moments(rounding, weight, numbers, quantizer, own, name)
+        for number, held in zip(numbers, found, strict=True):
+            packed[name, number.name] = held.cpu().packed()
         damped[name] = factors.damping
         dead |= {name: factors.dead} if factors.dead else {}
         done()
@@ -136,8 +131,18 @@ def compensated(
     weight: Tensor, number: Number, quantizer: Quantizer, moments: Tensor, layer: str = "a layer"
 ) -> Quantized:
     """One weight by compensated rounding, for moments ``[G, K, K]`` of its input; errors as :func:`round_weights`."""
-    found = ROUNDINGS["compensated"].rounded(quantizer.matrix(weight), [number], quantizer, factored(moments, layer))
-    return Quantized(number, tuple(weight.shape), *found[0])
+    return _by_moments("compensated", weight, [number], quantizer, moments, layer)[0][0]
+
+
+def _by_moments(
+    rounding: str, weight: Tensor, numbers: Sequence[Number], quantizer: Quantizer, moments: Tensor, layer: str
+) -> tuple[list[Quantized], Factors]:
+    """One weight in several formats, where its moments lie, and the factors that served them all."""
+    factors = factored(moments, layer)
+    matrix = quantizer.matrix(weight).to(moments.device)
+    found = ROUNDINGS[rounding].rounded(matrix, numbers, quantizer, factors)
+    shape = tuple(weight.shape)
+    return [Quantized(number, shape, *coded) for number, coded in zip(numbers, found, strict=True)], factors
 
 
 class _Weight:
