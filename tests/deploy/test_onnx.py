@@ -213,8 +213,9 @@ class Chained(nn.Module):
 
 
 def rounded_plan(model: nn.Module, x: torch.Tensor, quantizer: Quantizer, bits: int) -> clado.Plan:
-    activations = calibrate(model, [x], lambda model, batch: model(batch))
-    return replace(random_plan(model, quantizer, (bits,)), activations=activations)
+    plan = random_plan(model, quantizer, (bits,))
+    activations = calibrate(model, [x], lambda model, batch: model(batch), plan.layers)
+    return replace(plan, activations=activations)
 
 
 def optimized(folder: Path) -> Any:

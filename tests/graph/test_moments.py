@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clado.graph import Runner, Use, moments, open_runner
-from clado.graph.moments import used
-from clado.quant import calibrate, quantize_activations
+from clado.quant import Call, Calls, Layer, calibrate, in_rows, quantize_activations
 from tests.models import small_cnn, tiny_vit
 from tests.record.nets import Unexportable
 
@@ -45,11 +44,24 @@ def dull(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def found(module: nn.Module, x: Tensor) -> Tensor:
-    use, entered = used(module, x)
-    groups, inputs = use.sides
-    total = x.new_zeros(groups, inputs, inputs)
-    use.add_moments(entered, total)
+    total = torch.zeros(())
+
+    def look(call: Call) -> Tensor:
+        nonlocal total
+        use = Use.of_call(call.kind, Layer("", call.kind, rows(call, module), 0).shape, call.args, call.kwargs)
+        groups, inputs = use.sides
+        total = x.new_zeros(groups, inputs, inputs)
+        use.add_moments(call.x, total)
+        return call.of(call.x)
+
+    with Calls({"weight": module.get_parameter("weight")}, look), torch.no_grad():
+        module(x)
     return total
+
+
+def rows(call: Call, module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight with its output channels first."""
+    return tuple(in_rows(call.applied, module.get_parameter("weight"), call.groups).shape)
 
 
 def check(got: Tensor, wanted: Tensor) -> None:
@@ -237,8 +249,9 @@ def test_rounded_inputs_are_what_enters(wrap: Any) -> None:
     torch.manual_seed(0)
     model = wrap(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).eval())
     x = torch.randn(20, 5)
-    ranges = calibrate(model, [x], lambda net, batch: net(batch), 2, (), True)
-    rounded = quantize_activations(model, ranges)
+    layers = open_runner(model, x, quantize_ends=True).layers
+    ranges = calibrate(model, [x], lambda net, batch: net(batch), layers, 2)
+    rounded = quantize_activations(model, ranges, layers)
     runner = open_runner(rounded, x, quantize_ends=True)
     got = all_moments(runner, x)[0]
     check(got, by_hooks_rounded(x, rounded))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import clado
+from clado.graph import open_runner
 from clado.profiling import profile, sample_digests
-from clado.quant import calibrate, quantize_activations
+from clado.quant import Call, Calls, Layer, calibrate, quantize_activations
 from clado.quant.activations import best_range, rounded
 from tests.models import tiny_vit
+from tests.record.nets import Unexportable
 
 
 def plain_rounding(x: Tensor, low: float, high: float, bits: int) -> Tensor:
@@ -84,15 +86,13 @@ def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
     plan = clado.Plan.from_json(clado.solve(sens, avg_bits=8).to_json())
     assert plan.activations == sens.activations
     small = clado.apply(model, plan)
-    inner: dict[str, Tensor] = {}
-    for name, module in small.named_modules():
-        if name in names:
-            module.register_forward_hook(lambda m, given, out, name=name: inner.update({name: given[0]}))
+    inner = entered(small, x, {name: layer.name for layer in sens.layers for name in layer.names})
+    assert set(inner) == names
+    assert all(values.unique().numel() <= 16 for calls in inner.values() for values in calls)
     with torch.no_grad():
         out = small(x)
-        assert all(values.unique().numel() <= 16 for values in inner.values())
         # ΔL by the definition: one weight of a model with rounded inputs.
-        base = quantize_activations(model, sens.activations)
+        base = quantize_activations(model, sens.activations, sens.layers)
         reference = base(x).double().log_softmax(-1)
         layer = sens.layers[3]
         weight = base.get_parameter(layer.names[0])
@@ -111,16 +111,92 @@ def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
         profile(model, [x], act_bits=9, verbose=False)
 
 
-def test_calibration_is_a_moving_average_over_batches() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    batches = [torch.rand(4, 3, generator=torch.Generator().manual_seed(k)) - 0.5 for k in range(3)]
-    found = calibrate(model, batches, lambda m, x: m(x), quantize_ends=True)
-    wanted = np.array(best_range(batches[0], 8))
-    for batch in batches[1:]:
-        wanted = 0.9 * wanted + 0.1 * np.array(best_range(batch, 8))
-    np.testing.assert_allclose(found.ranges["0"], wanted, rtol=1e-12)
-    assert list(found.ranges) == ["0", "1"]
-    assert list(calibrate(model, batches, lambda m, x: m(x)).ranges) == ["0"]  # the classifier's input stays float
+def layers_of(model: nn.Module, x: Any) -> tuple[Layer, ...]:
+    return open_runner(model, x).layers
+
+
+def test_one_range_for_all_that_enters_a_layer_in_whatever_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.Linear(2, 2)).eval()
+    batches = [(k + 1) * torch.rand(4, 3) - 0.5 for k in range(3)]
+    layers = layers_of(model, batches[0])
+    found = calibrate(model, batches, lambda m, x: m(x), layers)
+    assert list(found.ranges) == ["0", "2"]  # the classifier's input stays float
+    assert found == calibrate(model, batches[::-1], lambda m, x: m(x), layers)
+    assert found.ranges["0"] == best_range(torch.cat(batches).flatten().sort().values, 8)
+
+
+class Levels(nn.Module):
+    """One layer on two levels of a pyramid, as a keyword, as a function, and through a part of a packed weight."""
+
+    def __init__(self, large_first: bool) -> None:
+        super().__init__()
+        self.large_first = large_first
+        self.head, self.packed, self.out = nn.Linear(6, 6), nn.Parameter(torch.randn(12, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [x, 40 * x][:: -1 if self.large_first else 1]
+        y = self.head(input=levels[0]) + nn.functional.linear(levels[1], self.head.weight)
+        first, second = self.packed.chunk(2)
+        return self.out(nn.functional.linear(y, first) + y @ second.T)
+
+
+def entered(model: nn.Module, x: Tensor, names: dict[str, str]) -> dict[str, list[Tensor]]:
+    """What weights are applied to, by layer."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def look(call: Call) -> Tensor:
+        seen.setdefault(names[call.part.name], []).append(call.x)
+        return call.of(call.x)
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad(), Calls({name: parameters[name] for name in names}, look):
+        model(x)
+    return seen
+
+
+@pytest.mark.parametrize("exportable", [True, False])
+def test_inputs_are_rounded_wherever_a_weight_is_applied(exportable: bool) -> None:
+    torch.manual_seed(0)
+    x, found = torch.randn(16, 6), {}
+    for large_first in (False, True):
+        torch.manual_seed(1)
+        model = Levels(large_first).eval() if exportable else Unexportable(Levels(large_first)).eval()
+        sens = profile(model, [x], estimator="diagonal", bits=(8,), act_bits=4, num_samples=16, verbose=False)
+        assert any("whole forwards" in text for text in sens.info["warnings"]) != exportable
+        names = {name: layer.name for layer in sens.layers for name in layer.names}
+        assert {name.removeprefix("model.") for name in sens.activations.ranges} == {"head", "packed"}
+        seen = entered(quantize_activations(model, sens.activations, sens.layers), x, names)
+        assert {name: len(values) for name, values in seen.items()} == {n: 2 for n in sens.activations.ranges}
+        assert all(value.unique().numel() <= 16 for values in seen.values() for value in values)
+        found[large_first] = sens.activations.ranges
+    assert found[False] == found[True]
+    assert max(found[False].values())[1] > 20  # the larger level's values are not cut off
+
+
+def test_a_part_that_is_called_by_itself_rounds_what_its_modules_are_given() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval(), torch.randn(9, 4)
+    layers = layers_of(model, x)
+    ranges = calibrate(model, [x], lambda m, part: m(part), layers, 3)
+    rounding = quantize_activations(model, ranges, layers)
+    wanted = model[0](rounded(x, *ranges.ranges["0"], 3))
+    assert torch.equal(rounding[0](x), wanted)
+    assert torch.equal(rounding[0](input=x), wanted)
+    assert torch.equal(rounding(x), model[2](model[1](wanted)))
+
+
+def test_what_rounding_inputs_costs_is_measured_and_said() -> None:
+    model, shape = tiny_vit()
+    x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
+    sens = profile(model, [x], estimator="diagonal", bits=(8,), act_bits=3, num_samples=12, verbose=False)
+    with torch.no_grad():
+        p, q = (m(x).double().log_softmax(-1) for m in (model, quantize_activations(model, sens.activations, sens.layers)))
+    lost = (p.exp() * (p - q)).sum(-1)
+    noted = sens.info["activation_loss"]
+    assert noted["mean"] == pytest.approx(lost.mean().item(), rel=1e-4)
+    assert noted["stderr"] == pytest.approx(lost.std().item() / 12**0.5, rel=1e-3)
+    assert any(f"rounding inputs to 3 bits raises the loss by {lost.mean():.3g}" in text for text in sens.info["warnings"])
 
 
 class Ends(torch.utils.data.IterableDataset[Tensor]):
@@ -147,11 +223,12 @@ def test_so_many_samples_calibrate_and_all_are_measured(streamed: bool, tmp_path
     }
     some, every = (profile(model, loader, num_samples=24, act_samples=n, **options) for n in (17, None))
     for sens, count in ((some, 17), (every, 24)):
-        wanted = calibrate(model, x[:count].split(8), lambda m, part: m(part), 4)
+        wanted = calibrate(model, x[:count].split(8), lambda m, part: m(part), sens.layers, 4)
         assert sens.activations == wanted
         assert torch.equal(torch.from_numpy(sens.sample_digests), sample_digests(x))
     # A run that is prolonged keeps the ranges it began with.
     short = profile(model, loader, num_samples=16, output_dir=tmp_path, **options)
     long = profile(model, loader, num_samples=24, output_dir=tmp_path, **options)
     assert long.num_samples == 24
-    assert long.activations == short.activations == calibrate(model, x[:16].split(8), lambda m, part: m(part), 4)
+    wanted = calibrate(model, x[:16].split(8), lambda m, part: m(part), short.layers, 4)
+    assert long.activations == short.activations == wanted

@@ -33,8 +33,8 @@ def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) 
     with torch.no_grad():
         for layer in plan.layers:
             weight = parameters[layer.names[0]]
-            weight.copy_(weights[layer.name].values(weight.dtype))
-    return quantize_activations(quantized, plan.activations) if plan.activations else quantized
+            weight.copy_(layer.parameter(weights[layer.name].values(weight.dtype), weight.shape))
+    return quantize_activations(quantized, plan.activations, plan.layers) if plan.activations else quantized
 
 
 def adapted(plan: Plan) -> Mapping[str, Tensor]:
@@ -67,7 +67,7 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
     for layer in plan.layers:
         require(bool(layer.names), op, "plan", "name the parameters of its layers", f"none for {layer.name}")
         for name in layer.names:
-            known = name in parameters and tuple(parameters[name].shape) == layer.shape
+            known = name in parameters and layer.fits(parameters[name].shape)
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")
     rounded = {scheme.input_bits for scheme in plan.chosen.values()} - {KEPT}
     given = {plan.activations.bits} if plan.activations else set()

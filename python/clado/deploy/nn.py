@@ -87,7 +87,7 @@ class QuantConv2d(_Packed, nn.Conv2d):  # type: ignore[override]
 
 
 def pack_model(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``model`` whose planned Linear and Conv2d layers keep packed weights; outputs are those of ``clado.apply``.
+    """A copy of ``model`` whose planned Linear and convolution layers keep packed weights; outputs are those of ``clado.apply``.
 
     Subclasses keep their own forward. A weight that no such module owns is dequantized once, as :func:`clado.apply` does.
 
@@ -109,8 +109,10 @@ def pack_model(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def replace_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> None:
-    """Put packed modules in place of the Linear and Conv2d modules of ``model`` that own the weights of a plan."""
+    """Put packed modules in place of the Linear and convolution modules of ``model`` that own the weights of a plan."""
     for layer in plan.layers:
+        if not layer.in_rows:
+            continue
         number, packed = weights[layer.name].number, weights[layer.name].packed()  # the layer's modules share these
         owners = {
             path: model.get_submodule(path)
@@ -119,7 +121,7 @@ def replace_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
         }
         made: dict[int, _Packed] = {}
         for path, source in owners.items():
-            if isinstance(source, (nn.Linear, nn.Conv2d)):
+            if isinstance(source, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 if id(source) not in made:
                     packed = {name: part.to(source.weight.device) for name, part in packed.items()}
                     kind = quantized_kind(type(source))

@@ -70,6 +70,8 @@ class Blocks:
         self._nodes: dict[str, list[Node]] = {}
         for node, name in captured.parameters.items():
             self._nodes.setdefault(name, []).append(node)
+        for layer, sources in zip(captured.layers, captured.sources, strict=True):
+            self._nodes |= {name: list(sources) for name in layer.names}  # output channels first
         bounds = self._before_layers() if single else self._between_blocks()
         ends = [*bounds[1:], len(captured.nodes)]
         self.blocks = [self._block(a, b) for a, b in zip(bounds, ends, strict=True)]

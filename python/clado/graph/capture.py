@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,13 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from ..common import CladoError, require
-from ..quant import Layer, ignored, layer_name, storage
+from ..quant import Layer, ignored, storage
+from .batch_first import put_batch_first
 from .forward import ForwardStep, Step, check_eval
 from .narrow import narrow
+from .weights import find_weights
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-KINDS: dict[Any, str] = {aten.linear.default: "linear", **dict.fromkeys(CONVOLUTIONS, "conv2d")}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Captured:
         nodes: what depends on the input and reaches the output, in execution order.
         constants: parameters, buffers, lifted tensors and everything computed from them alone, by node.
         layers: quantizable layers in execution order.
-        sources: for each layer the placeholders of its weight (more than one when tied under several names).
+        sources: for each layer the constants that are its weight, output channels first (more than one when tied under
+            several names).
         batch: the symbol that stands for the batch size.
         inputs: a placeholder per tensor of the batch, in pytree order.
         outputs: a node per tensor of the output, in pytree order; other leaves as they are.
@@ -71,6 +71,7 @@ def capture(
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
     forward_step: ForwardStep | None = None,
+    only: Sequence[str] | None = None,
 ) -> Captured:
     """Export ``model`` with a dynamic batch dimension and find its quantizable layers.
 
@@ -80,6 +81,7 @@ def capture(
         ignore: layers to keep in float: fnmatch patterns, or regular expressions after ``re:``.
         quantize_ends: also quantize a first convolution and the classifier, which the paper keeps in float.
         forward_step: what runs the model on a batch; None: ``model(batch)``.
+        only: names of the layers to take, whatever ``ignore`` and ``quantize_ends`` say; None: all others.
 
     Raises:
         NotCapturable: not exportable, changing its own buffers, of a fixed batch size, or with outputs that are not ``[N, …]``.
@@ -90,55 +92,65 @@ def capture(
     check_eval(model)
 
     program = _export(model if forward_step is None else Step(model, forward_step).eval(), example)
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    signature = program.graph_signature
-    _needs(
-        not signature.buffers_to_mutate,
-        "model",
-        "leave its buffers unchanged in eval mode",
-        f"changes of {sorted(signature.buffers_to_mutate.values())[:3]}",
-    )
-    outputs = tuple(next(node for node in program.graph.nodes if node.op == "output").args[0])
-    entries = [placeholders[name] for name in signature.user_inputs]
-    nodes = _live_nodes(program.graph, entries, outputs)
-    positions = {node: _positions(node) for node in nodes if node.target in KINDS}  # of the whole forward
-    narrow(program.graph, nodes, outputs)
-    nodes = _live_nodes(program.graph, entries, outputs)
-    used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
-    inputs = tuple(entries)
-    batch = next(node for node in inputs if node in used).meta["val"].shape[0]
-    _needs(isinstance(batch, torch.SymInt), "model", "accept any batch size", f"the fixed batch size {batch}")
-    live = {*nodes, *inputs}
-    for node in outputs:
-        value = node.meta["val"] if isinstance(node, Node) and node in live else None
-        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-        _needs(value is None or rows, "model", "return tensors [N, …]", f"{value}")
+    signature, graph = program.graph_signature, program.graph
+    changed = sorted(signature.buffers_to_mutate.values())[:3]
+    _needs(not changed, "model", "leave its buffers unchanged in eval mode", f"changes of {changed}")
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    outputs = tuple(next(node for node in graph.nodes if node.op == "output").args[0])
+    inputs = tuple(placeholders[name] for name in signature.user_inputs)
+    batch = _batch(inputs, _live_nodes(graph, inputs, outputs), outputs)
+    put_batch_first(graph, batch)
     names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
+        placeholders[key]: name
+        for known in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
+        for key, name in known.items()
     }
     tensors = {**program.state_dict, **program.constants}
-    constants = _constants(
-        program.graph, nodes, inputs, outputs, {placeholders[key]: tensors[name] for key, name in names.items()}
-    )
-    layers, sources, skipped = _find_layers(model, positions, constants, {placeholders[k]: v for k, v in names.items()})
-    keep = ignored(layers, ignore, quantize_ends)
-    kept = [k for k, layer in enumerate(layers) if layer.name not in keep]
-    require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
+    given = {node: tensors[name] for node, name in names.items()}
+    nodes = _live_nodes(graph, inputs, outputs)
+    found = find_weights(model, graph, [*inputs, *nodes], names, given)  # their work is that of the whole forward
+    narrow(graph, nodes, outputs)
+    nodes = _live_nodes(graph, inputs, outputs)
+    sources = [node for own in found.sources for node in own]
+    constants = _constants(nodes, inputs, outputs, sources, given)
+    keep = ignored(found.layers, ignore, quantize_ends, only) if found.layers else {}
+    kept = [k for k, layer in enumerate(found.layers) if layer.name not in keep]
+    require(len(kept) > 0, "capture", "model", "have at least one layer to quantize", _none(found.skipped))
     return Captured(
-        graph=program.graph,
+        graph=graph,
         nodes=nodes,
         constants=constants,
-        layers=tuple(layers[k] for k in kept),
-        sources=tuple(sources[k] for k in kept),
+        layers=tuple(found.layers[k] for k in kept),
+        sources=tuple(found.sources[k] for k in kept),
         batch=batch.node.expr,
         inputs=inputs,
         outputs=outputs,
         unflatten=lambda leaves: pytree.tree_unflatten(list(leaves), program.call_spec.out_spec),
-        skipped={**skipped, **keep},
-        parameters=_named(model, constants, [placeholders[key] for key in names]),
+        skipped={**found.skipped, **keep},
+        parameters=_named(model, constants, list(names)),
     )
+
+
+def _batch(inputs: Sequence[Node], nodes: Sequence[Node], outputs: Sequence[Any]) -> torch.SymInt:
+    """The symbol of the batch size, which every output counts first."""
+    used = {argument for node in nodes for argument in node.all_input_nodes} | set(outputs)
+    size: Any = next(node for node in inputs if node in used).meta["val"].shape[0]
+    _needs(isinstance(size, torch.SymInt), "model", "accept any batch size", f"the fixed batch size {size}")
+    live = {*nodes, *inputs}
+    for node in outputs:
+        value = node.meta["val"] if isinstance(node, Node) and node in live else None
+        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+        _needs(value is None or rows, "model", "return tensors [N, …]", f"{value}")
+    found: torch.SymInt = size
+    return found
+
+
+def _none(skipped: Mapping[str, str]) -> str:
+    return "; ".join(["none", *(f"{name}: {why}" for name, why in list(skipped.items())[:3])])
 
 
 def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
@@ -206,12 +218,16 @@ def _live_nodes(graph: Graph, sources: Sequence[Node], outputs: Sequence[Any]) -
 
 
 def _constants(
-    graph: Graph, nodes: Sequence[Node], sources: Sequence[Node], outputs: Sequence[Any], given: dict[Node, Tensor]
+    nodes: Sequence[Node],
+    inputs: Sequence[Node],
+    outputs: Sequence[Any],
+    weights: Sequence[Node],
+    given: dict[Node, Tensor],
 ) -> dict[Node, Any]:
-    """Values of everything the live nodes and outputs need that does not depend on the inputs, computed once."""
+    """Values of weights, and of everything the live nodes and outputs need that does not depend on the inputs, computed once."""
     values: dict[Node, Any] = dict(given)
-    live = {*nodes, *sources}
-    needed = [argument for node in nodes for argument in node.all_input_nodes]
+    live = {*nodes, *inputs}
+    needed = [*weights, *(argument for node in nodes for argument in node.all_input_nodes)]
     needed += [node for node in outputs if isinstance(node, Node)]
 
     def value(node: Node) -> Any:
@@ -232,42 +248,6 @@ def evaluate(node: Node, value: Any) -> Any:
     return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
 
-def _find_layers(
-    model: nn.Module, positions: dict[Node, int], constants: dict[Node, Any], names: dict[Node, str]
-) -> tuple[list[Layer], list[tuple[Node, ...]], dict[str, str]]:
-    aliases: dict[tuple[Any, ...], list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(storage(parameter), []).append(name)
-    weights: dict[tuple[Any, ...], list[Node]] = {}
-    for placeholder in names:
-        weights.setdefault(storage(constants[placeholder]) if placeholder in constants else (placeholder,), []).append(
-            placeholder
-        )
-
-    macs: dict[tuple[Any, ...], int] = {}
-    kinds: dict[tuple[Any, ...], str] = {}
-    skipped: dict[str, str] = {}
-    for node, count in positions.items():
-        kind = KINDS[node.target]
-        weight = node.args[1]
-        if not isinstance(weight, Node) or weight not in names or storage(constants[weight]) not in aliases:
-            skipped[str(node)] = "its weight is computed, not a parameter"
-            continue
-        key = storage(constants[weight])
-        kinds.setdefault(key, kind)
-        macs[key] = macs.get(key, 0) + count * math.prod(constants[weight].shape)
-    layers, sources = [], []
-    for key, kind in kinds.items():
-        parameters = aliases[key]
-        layers.append(
-            Layer(
-                layer_name(parameters[0]), kind, tuple(constants[weights[key][0]].shape), macs[key], tuple(parameters)
-            )
-        )
-        sources.append(tuple(weights[key]))
-    return layers, sources, skipped
-
-
 def _named(model: nn.Module, constants: dict[Node, Any], placeholders: Sequence[Node]) -> dict[Node, str]:
     """The first name in the model of what each placeholder stands for; tensors of the graph's own are left out."""
     own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -276,10 +256,3 @@ def _named(model: nn.Module, constants: dict[Node, Any], placeholders: Sequence[
         first.setdefault(storage(tensor), name)
     known = [node for node in placeholders if node in constants and storage(constants[node]) in first]
     return {node: first[storage(constants[node])] for node in known}
-
-
-def _positions(node: Node) -> int:
-    """How often the weight is applied per sample: output elements over output channels."""
-    shape = node.meta["val"].shape
-    channel = 1 if KINDS[node.target] == "conv2d" else len(shape) - 1
-    return math.prod(size for d, size in enumerate(shape) if d != channel and not isinstance(size, torch.SymInt))

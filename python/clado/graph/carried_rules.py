@@ -15,9 +15,9 @@ from torch.fx import Node
 
 import clado_ext
 
-from .capture import CONVOLUTIONS
 from .differences import Differences
 from .streams import batch_dim
+from .weights import CONVOLUTIONS
 
 aten = torch.ops.aten
 # Ops that are linear in the values they are given together: they act on differences as on values.

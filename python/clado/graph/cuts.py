@@ -12,7 +12,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..common import require
-from .capture import KINDS, Captured, is_size
+from .capture import Captured, is_size
+from .weights import KINDS
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ class Segment:
     constants: tuple[Node, ...]
     sizes: tuple[Node, ...]
     outputs: tuple[Node, ...]
-    weights: frozenset[Node]  # placeholders of layers' weights that the constants are computed from
+    weights: frozenset[Node]  # layers' weights that the constants are computed from
 
 
 class Cuts:
     """A cut before the first use of each layer's weight and one behind that node: position 2k and 2k + 1 of layer k.
 
     Attributes:
-        layer_of: the layer of each placeholder of a weight.
-        depends: for every constant the placeholders of layers' weights that it is computed from.
+        layer_of: the layer of each weight.
+        depends: for every constant the layers' weights that it is computed from.
         starts: index of the first node that uses each layer's weight.
         bounds: index of the first node of every segment, and the number of nodes.
         live: values that exist before each bound and are needed at or after it.
@@ -60,20 +61,22 @@ class Cuts:
         return [self._build(piece, self.live[k + 1]) for k, piece in enumerate(pieces)]
 
     def weights(self, node: Node) -> set[Node]:
-        """Placeholders of the layers' weights that a node reads, itself or through constants."""
+        """The layers' weights that a node reads, itself or through constants."""
         return {weight for argument in node.all_input_nodes for weight in self.depends.get(argument, ())}
 
     def sources(self, node: Node) -> frozenset[Node]:
-        """Nodes without inputs, such as placeholders, that a constant is computed from; itself where it is one."""
+        """Layers' weights and nodes without inputs that a constant is computed from; itself where it is one."""
         if node not in self._behind:
-            inputs = node.all_input_nodes
+            inputs = [] if node in self.layer_of else node.all_input_nodes
             self._behind[node] = frozenset().union(*map(self.sources, inputs)) if inputs else frozenset([node])
         return self._behind[node]
 
     def applied(self, node: Node) -> int | None:
-        """The layer whose weight a matrix product or convolution applies; None for other nodes and weights."""
+        """The layer whose weight, or some of its output channels, a matrix product or convolution applies; None for others."""
         weight = node.args[1] if node.target in KINDS else None
-        return self.layer_of.get(weight) if isinstance(weight, Node) else None
+        behind = self.depends.get(weight, ()) if isinstance(weight, Node) else ()
+        layers = {self.layer_of[source] for source in behind}
+        return layers.pop() if len(layers) == 1 else None
 
     def size(self, node: Node, batch: int) -> int:
         """The integer that a node computes from the batch size."""

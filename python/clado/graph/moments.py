@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import pad, unfold
 
+from .weights import KINDS
+
+_CONVOLUTION = ("stride", "padding", "dilation", "groups")
 BLOCK = 512  # columns of a product whose lower half is the upper one's mirror image
 ELEMENTS = 1 << 24  # of patches that lie side by side at a time
 # Of a sample that are looked at: the largest maps of a convolutional net would cost more than all the rest. On EfficientNet-Lite0
@@ -24,24 +28,32 @@ class Use:
     """How a weight is applied: as a matrix, or as a convolution's kernel.
 
     Attributes:
-        shape: of the weight.
-        convolution: None for a Linear; else stride, padding (numbers, or "same" and "valid"), dilation.
+        shape: of the weight, output channels first.
+        convolution: None for a matrix; else stride, padding (numbers, or "same" and "valid"), dilation.
         groups: of the convolution.
+        output_padding: of a transposed convolution; None for a plain one.
     """
 
     shape: tuple[int, ...]
     convolution: tuple[Any, Any, Any] | None = None
     groups: int = 1
+    output_padding: Any = None
 
     @staticmethod
     def of_node(node: Node, shape: tuple[int, ...]) -> Use:
-        """Of ``aten.linear``, ``aten.conv2d`` or ``aten.conv2d.padding``."""
-        if len(shape) == 2:
+        """Of an operator that applies a weight (:data:`clado.graph.weights.KINDS`)."""
+        return Use.of_call(KINDS[node.target], shape, node.args, node.kwargs)
+
+    @staticmethod
+    def of_call(kind: str, shape: tuple[int, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Use:
+        """Of a call with an input, a weight, a bias and what else torch's functions of that kind take."""
+        if not kind.startswith("conv"):
             return Use(shape)
-        names = ("stride", "padding", "dilation", "groups")
-        given = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
+        turned = "transpose" in kind
+        names = ("stride", "padding", "output_padding", "groups", "dilation") if turned else _CONVOLUTION
+        given = {**dict(zip(names, args[3:], strict=False)), **kwargs}
         taken = (given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1))
-        return Use(shape, taken, int(given.get("groups", 1)))  # type: ignore[arg-type]
+        return Use(shape, taken, int(given.get("groups", 1)), given.get("output_padding", 0) if turned else None)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -66,6 +78,9 @@ class Use:
             step = -(-rows.shape[1] // POSITIONS) if x.dim() > 2 else 1
             yield rows[:, step // 2 :: step].reshape(1, 1, -1, x.shape[-1]).transpose(2, 3)
             return
+        if len(self.shape) != 4 or self.output_padding is not None:
+            yield from self._patches(x)
+            return
         stride, padding, dilation = self.convolution
         x = pad(x if x.dim() == 4 else x[None], _sides(padding, dilation, self.shape[2:]))
         (groups, inputs), kernel, (down, across) = self.sides, self.shape[2:], _pair(stride)
@@ -83,6 +98,43 @@ class Use:
         for part in x.split(max(1, ELEMENTS // many)):
             patches = part if kernel == (1, 1) else unfold(part, kernel, _pair(dilation), 0, (down, across))
             yield patches.reshape(len(part), groups, inputs, -1)
+
+    def _patches(self, x: Tensor) -> Iterator[Tensor]:
+        """Of a convolution of any number of dimensions, transposed ones included."""
+        assert self.convolution is not None
+        kernel, size = self.shape[2:], len(self.shape) - 2
+        x = x if x.dim() == size + 2 else x[None]
+        stride, padding, dilation = self.convolution
+        steps, spread = _numbers(stride, size), _numbers(dilation, size)
+        if self.output_padding is not None:
+            x, steps = self._spaced(x, steps, _numbers(padding, size), spread), [1] * size
+        else:
+            x = pad(x, _sides(padding, dilation, kernel))
+        for dim, (own, by, apart) in enumerate(zip(kernel, steps, spread, strict=True), 2):
+            x = x.unfold(dim, apart * (own - 1) + 1, by)[..., ::apart]
+        if self.output_padding is not None:
+            x = x.flip(tuple(range(2 + size, 2 + 2 * size)))
+        places = x.shape[2 : 2 + size]
+        step = math.ceil((math.prod(places) / POSITIONS) ** (1 / size)) if math.prod(places) > POSITIONS else 1
+        for dim, number in enumerate(places, 2):
+            x = x.narrow(dim, min(step // 2, number - 1), number - min(step // 2, number - 1))
+            x = x.index_select(dim, torch.arange(0, x.shape[dim], step, device=x.device)) if step > 1 else x
+        many = max(1, x[0].numel())
+        groups, inputs = self.sides
+        for part in x.split(max(1, ELEMENTS // many)):
+            columns = part.movedim(tuple(range(2, 2 + size)), tuple(range(-size, 0)))
+            yield columns.reshape(len(part), groups, inputs, -1)
+
+    def _spaced(self, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+        """The input of the plain convolution that a transposed one is: zeros between and around its elements."""
+        kernel, added = self.shape[2:], _numbers(self.output_padding, len(stride))
+        wide = x.new_zeros(*x.shape[:2], *((n - 1) * by + 1 for n, by in zip(x.shape[2:], stride, strict=True)))
+        places: list[Any] = [..., *(slice(None, None, by) for by in stride)]
+        wide[tuple(places)] = x
+        sides = []
+        for own, apart, cut, more in reversed(list(zip(kernel, dilation, padding, added, strict=True))):
+            sides += [apart * (own - 1) - cut, apart * (own - 1) - cut + more]
+        return pad(wide, sides)
 
 
 class PairSums:
@@ -131,17 +183,6 @@ class PairSums:
         self._x, self._y = (one.new_zeros(groups, inputs) for _ in range(2))
 
 
-def used(module: nn.Module, x: Tensor) -> tuple[Use, Tensor]:
-    """How a Linear or Conv2d applies its weight, and to what: its input, padded where it is not padded with zeros."""
-    weight: Any = module.weight
-    if not isinstance(module, nn.Conv2d):
-        return Use(tuple(weight.shape)), x
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        x, padding = pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), (0, 0)
-    return Use(tuple(weight.shape), (module.stride, padding, module.dilation), module.groups), x
-
-
 def _add_product(total: Tensor, rows: Tensor) -> None:
     """``total += rowsᵀ rows``; what lies below the blocks on the diagonal is the mirror image of what lies above."""
     columns = rows.shape[1]
@@ -163,12 +204,22 @@ def _pair(value: Any) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def _sides(padding: Any, dilation: Any, kernel: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) of zeros around an input, as torch has them."""
-    if not isinstance(padding, str):
-        down, across = _pair(padding)
-        return across, across, down, down
-    if padding == "valid":
-        return 0, 0, 0, 0
-    high, wide = (step * (size - 1) for step, size in zip(_pair(dilation), kernel, strict=True))
-    return wide // 2, wide - wide // 2, high // 2, high - high // 2
+def _numbers(value: Any, size: int) -> list[int]:
+    """One number for each of so many dimensions."""
+    if isinstance(value, int):
+        return [value] * size
+    numbers = list(value)
+    return numbers if len(numbers) == size else numbers * size
+
+
+def _sides(padding: Any, dilation: Any, kernel: tuple[int, ...]) -> list[int]:
+    """Zeros around an input as :func:`torch.nn.functional.pad` has them: before and after, the last dimension first."""
+    size, sides = len(kernel), list[int]()
+    apart = _numbers(dilation, size)
+    for k in reversed(range(size)):
+        if isinstance(padding, str):
+            total = apart[k] * (kernel[k] - 1) if padding == "same" else 0
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [_numbers(padding, size)[k]] * 2
+    return sides

@@ -27,6 +27,7 @@ def open_runner(
     ignore: Sequence[str] = (),
     quantize_ends: bool = False,
     forward_step: ForwardStep | None = None,
+    only: Sequence[str] | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     stacked: bool = True,
@@ -38,6 +39,7 @@ def open_runner(
         model: in eval mode; it is not changed.
         batch: real inputs, of which two samples are used: a tensor ``[N, …]``, or a nest of them for ``forward_step``.
         ignore, quantize_ends, forward_step: as for :func:`clado.profile`.
+        only: names of the layers to take, whatever ``ignore`` and ``quantize_ends`` say; None: all others.
         device, dtype: where and in which it runs; None: as the model is.
         stacked: whether several perturbations will run as one batch, so that samples must not mix; False: one at a time, and
             nothing is tried.
@@ -58,13 +60,13 @@ def open_runner(
     if stacked:
         check_forward(moved, example, forward, op)
     try:
-        graph = Executor(capture(moved, example, ignore, quantize_ends, forward_step))
+        graph = Executor(capture(moved, example, ignore, quantize_ends, forward_step, only))
         if stacked:
             graph.self_test(example, partial(forward, moved))
         return graph
     except NotCapturable as error:
         note = f"whole forwards for every perturbation, since the model has no usable graph ({error})"
-    whole = WholeForwards(moved, example, ignore, quantize_ends, forward_step, note)
+    whole = WholeForwards(moved, example, ignore, quantize_ends, forward_step, note, only)
     if stacked:
         whole.self_test(example)
     return whole

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CONVOLUTIONS
 from .streams import rows
+from .weights import CONVOLUTIONS
 
 # Elements of the per-sample weight gradients that exist at once: beyond it they leave the caches of a CPU.
 _OUTER_ELEMENTS = 8 << 20

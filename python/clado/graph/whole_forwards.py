@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..common import require
-from ..quant import Layer, ignored, layer_name, storage
+from ..quant import Call, Calls, Layer, has_rows, ignored, layer_name, storage
 from .executor import gradients
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
-from .moments import Use, used
+from .moments import Use
 from .runner import Objective, Runner, Variants
 from .streams import close, tensors
+from .weights import computed, layer_of, reason
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class WholeForwards:
     """A :class:`Runner` by whole forwards, with weights swapped by ``functional_call``.
 
     Attributes:
-        layers: Linear and Conv2d modules' weights in the order they first run.
+        layers: weights in the order in which they are first applied.
         skipped: layers kept in float, with the reason.
         work: forwards done so far times samples.
     """
@@ -64,18 +65,19 @@ class WholeForwards:
         quantize_ends: bool = False,
         forward_step: ForwardStep | None = None,
         note: str | None = None,
+        only: Sequence[str] | None = None,
     ) -> None:
         check_eval(model)
         self.work, self.note = 0.0, note
         self._device = next(model.parameters()).device
         self._step = Step(model, forward_step or plain_call).eval()
         self._base: dict[str, Tensor] = {}  # clean weights other than the model's, by parameter
-        found, modules = self._find_layers(model, example)
-        self.skipped = ignored(found, ignore, quantize_ends)
-        kept = [k for k, layer in enumerate(found) if layer.name not in self.skipped]
-        require(len(kept) > 0, "capture", "model", "have at least one Linear or Conv2d layer to quantize", "none")
-        self.layers = tuple(found[k] for k in kept)
-        self._modules = [modules[k] for k in kept]
+        self._parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
+        found, others = self._find_layers(example)
+        keep = ignored(found, ignore, quantize_ends, only) if found else {}
+        self.skipped = {**others, **keep}
+        self.layers = tuple(layer for layer in found if layer.name not in keep)
+        require(len(self.layers) > 0, "capture", "model", "have at least one layer to quantize", "none")
 
     @property
     def num_layers(self) -> int:
@@ -123,47 +125,64 @@ class WholeForwards:
         first = state.position // 2
         starts = [0, *itertools.accumulate(len(own) for own in variants[first:])]
         out = torch.zeros(starts[-1], state.streams, state.samples, dtype=torch.float64, device=self._device)
-        taps: list[tuple[int, int, nn.Module, Tensor, Tensor]] = []
+        taps: list[list[_Tap]] = []
         results = []
-        for stream, own in enumerate(state.weights):
-
-            def record(layer: int, module: nn.Module, x: Tensor, y: Tensor, stream: int = stream) -> Tensor:
-                if not y.requires_grad:
-                    y.requires_grad_()
-                taps.append((stream, layer, module, x.detach().clone(), y))
-                return y.clone()  # what follows may write in place
-
-            with torch.enable_grad(), self._watch(range(first, self.num_layers), record):
-                results.append(self._forward(state.batch, own, state.samples))
+        for own in state.weights:
+            taps.append([])
+            with torch.enable_grad():
+                results.append(self._forward(state.batch, own, state.samples, _recorder(taps[-1], first)))
         with torch.enable_grad():
             total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))
-        found = gradients(total, [tap[-1] for tap in taps])
-        for (stream, layer, module, x, _), gradient in zip(taps, found, strict=True):
-            clean: Any = self._base.get(self.layers[layer].names[0], module.weight)
-            if gradient is None:
-                continue
-            for m, variant in enumerate(variants[layer]):
-                change = _apply(module, x, variant - clean)
-                value = (change * gradient).reshape(state.samples, -1).sum(1)
-                out[starts[layer - first] + m, stream] += value.to("cpu", torch.float64)
+        places = self._places(state.batch, state.samples, [tap.call.x for tap in taps[0]])
+        found = iter(gradients(total, [tap.output for own_taps in taps for tap in own_taps]))
+        for stream, own_taps in enumerate(taps):
+            for tap, place in zip(own_taps, places, strict=True):
+                gradient = next(found)
+                if gradient is not None and tap.layer >= first:
+                    values = self._slopes(tap, gradient, variants[tap.layer], place, state.samples)
+                    start = starts[tap.layer - first]
+                    out[start : start + len(values), stream] += values.to("cpu", torch.float64)
         self.work += 2 * state.streams * state.samples
         return out
 
-    def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
-        def record(layer: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            see(layer, *used(module, x))
-            return y
+    def _slopes(self, tap: _Tap, gradient: Tensor, variants: Sequence[Tensor], place: _Place, samples: int) -> Tensor:
+        """⟨gradient, change of a call's output⟩ by sample, ``[variants, samples]``."""
+        layer, clean = self.layers[tap.layer], self._clean(tap.layer)
+        shape = self._parameters[layer.names[0]].shape
+        changes = (tap.call.under(layer.parameter(variant - clean, shape)) for variant in variants)
+        return torch.stack([place.sums(change * gradient, samples) for change in changes])
 
-        with self._watch(range(self.num_layers), record):
-            self._forward(batch, {}, len(pytree.tree_leaves(batch)[0]))
+    def _places(self, batch: Any, samples: int, inputs: Sequence[Tensor]) -> list[_Place]:
+        """Where samples are in what enters each call of a layer, from a forward in which the first sample is another one."""
+        if samples == 1 or all(len(x) == samples for x in inputs):
+            return [_Place(0, 1)] * len(inputs)
+        seen: list[_Tap] = []
+        other = pytree.tree_map(lambda leaf: torch.cat([leaf[1:2], leaf[1:]]), batch)
+        with torch.no_grad():
+            self._forward(other, {}, 0, _recorder(seen, self.num_layers))
+            clean: list[_Tap] = []
+            self._forward(batch, {}, 0, _recorder(clean, self.num_layers))
+        places = [_place(a.call.x, b.call.x, samples) for a, b in zip(clean, seen, strict=True)]
+        unknown = [tap.layer for tap, place in zip(clean, places, strict=True) if place is None]
+        names = ", ".join(self.layers[k].name for k in unknown[:3])
+        require(
+            not unknown, "gradient", "model", "keep samples apart in what enters its layers", f"a mix before {names}"
+        )
+        return [place for place in places if place is not None]
+
+    def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
+        def record(layer: int, call: Call) -> Tensor:
+            see(layer, Use.of_call(call.kind, self.layers[layer].shape, call.args, call.kwargs), call.x)
+            return call.of(call.x)
+
+        self._forward(batch, {}, len(pytree.tree_leaves(batch)[0]), record)
 
     def rebase(self, weights: Mapping[int, Tensor]) -> None:
         self._base = {**self._base, **self._named(weights)}
 
     def only(self, layers: Sequence[int]) -> WholeForwards:
         made = copy.copy(self)
-        made.layers, made._modules = tuple(self.layers[k] for k in layers), [self._modules[k] for k in layers]
-        made.work = 0.0
+        made.layers, made.work = tuple(self.layers[k] for k in layers), 0.0
         return made
 
     def rehearsed(
@@ -193,71 +212,117 @@ class WholeForwards:
         self.work = 0.0
         return whole
 
+    def _clean(self, layer: int) -> Tensor:
+        """A layer's clean weight, in rows."""
+        name = self.layers[layer].names[0]
+        return self.layers[layer].rows(self._base.get(name, self._parameters[name]))
+
     def _named(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Every parameter of the layers with its weight."""
-        return {name: weight for k, weight in weights.items() for name in self.layers[k].names}
+        return {
+            name: self.layers[k].parameter(weight, self._parameters[name].shape)
+            for k, weight in weights.items()
+            for name in self.layers[k].names
+        }
 
-    def _forward(self, batch: Any, own: dict[int, Tensor], samples: int) -> Any:
+    def _forward(
+        self, batch: Any, own: dict[int, Tensor], samples: int, record: Callable[[int, Call], Tensor] | None = None
+    ) -> Any:
+        """One forward under weights of its own; ``record`` makes the output of every layer."""
         self.work += samples
-        weights = {f"model.{name}": weight for name, weight in {**self._base, **self._named(own)}.items()}
+        changed = {**self._base, **self._named(own)}
+        weights = {f"model.{name}": weight for name, weight in changed.items()}
         before = generator_states(self._device)
-        output = torch.func.functional_call(self._step, weights, (batch,)) if weights else self._step(batch)
+        with nullcontext() if record is None else self._watch(changed, record):
+            output = torch.func.functional_call(self._step, weights, (batch,)) if weights else self._step(batch)
         drawn = generator_states(self._device) != before  # on these data, where a first forward drew nothing
         require(not drawn, "capture", "model", "draw nothing at random in eval mode (dropout, noise)", "a draw")
         return output
 
-    @contextmanager
-    def _watch(self, layers: Sequence[int], record: Any) -> Iterator[None]:
-        """Call ``record(layer, module, input, output)`` whenever a layer runs; what it returns is the layer's output."""
-        handles = [
-            module.register_forward_hook(lambda m, args, output, k=k: record(k, m, args[0], output))
-            for k in layers
-            for module in self._modules[k]
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _watch(self, changed: Mapping[str, Tensor], record: Callable[[int, Call], Tensor]) -> Calls:
+        layer_of = {name: k for k, layer in enumerate(self.layers) for name in layer.names}
+        own = {name: changed.get(name, self._parameters[name]) for name in layer_of}
+        return Calls(own, lambda call: record(layer_of[call.part.name], call))
 
-    def _find_layers(self, model: nn.Module, example: Any) -> tuple[list[Layer], list[list[nn.Module]]]:
-        names: dict[tuple[Any, ...], list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+    def _find_layers(self, example: Any) -> tuple[list[Layer], dict[str, str]]:
+        """The layers, and why the other parameters are none."""
+        names: dict[Any, list[str]] = {}
+        for name, parameter in self._parameters.items():
             names.setdefault(storage(parameter), []).append(name)
-        modules: dict[tuple[Any, ...], list[nn.Module]] = {}
-        macs: dict[tuple[Any, ...], int] = {}
+        key_of = {name: key for key, own in names.items() for name in own}
         samples = len(pytree.tree_leaves(example)[0])
+        uses: dict[Any, list[tuple[str, int, int]]] = {}
 
-        def record(module: Any, _: Any, output: Tensor) -> None:
-            key = storage(module.weight)
-            if module not in modules.setdefault(key, []):
-                modules[key].append(module)
-            macs[key] = macs.get(key, 0) + output.numel() // samples // module.weight.shape[0] * module.weight.numel()
+        def seen(call: Call) -> Tensor:
+            output = call.of(call.x)
+            uses.setdefault(key_of[call.part.name], []).append((call.applied, call.groups, call.macs(output, samples)))
+            return output
 
-        every: list[Any] = list(model.modules())
-        suited = [m for m in every if type(m) in (nn.Linear, nn.Conv2d) and storage(m.weight) in names]
-        handles = [m.register_forward_hook(record) for m in suited]
-        try:
+        with Calls(self._parameters, seen) as calls:
             self._step(example)
-        finally:
-            for handle in handles:
-                handle.remove()
-        layers = [
-            Layer(
-                layer_name(names[key][0]),
-                "linear" if isinstance(used[0], nn.Linear) else "conv2d",
-                tuple(used[0].weight.shape),  # type: ignore[arg-type]
-                macs[key],
-                tuple(names[key]),
-            )
-            for key, used in modules.items()
-        ]
-        return layers, list(modules.values())
+        layers = []
+        for key, own in uses.items():
+            kind, groups, _ = min(
+                own, key=lambda use: not has_rows(use[0])
+            )  # one with its output channels first, if any
+            parameter = self._parameters[names[key][0]]
+            layers.append(layer_of(names[key], parameter, kind, groups, sum(use[2] for use in own)))
+        return layers, _others(calls, [own for key, own in names.items() if key not in uses])
 
 
-def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What a Linear or Conv2d makes of its input under another weight, without bias."""
-    if isinstance(module, nn.Conv2d):
-        found: Tensor = module._conv_forward(x, weight, None)
-        return found
-    return torch.nn.functional.linear(x, weight)
+def _others(calls: Calls, parameters: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Why these parameters, each under all of its names, are no layers."""
+    skipped: dict[str, str] = {}
+    for function, behind in calls.computed.items():
+        skipped |= computed(sorted(behind), function)
+    inside = set().union(*calls.computed.values())
+    for names in parameters:
+        if not inside.intersection(names):
+            skipped[layer_name(names[0])] = reason({f for name in names for f in calls.read.get(name, ())})
+    return skipped
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A call of a layer as it ran."""
+
+    layer: int
+    call: Call
+    output: Tensor
+
+
+def _recorder(taps: list[_Tap], first: int) -> Callable[[int, Call], Tensor]:
+    """Keeps every call; the outputs of layers from ``first`` on get gradients."""
+
+    def record(layer: int, call: Call) -> Tensor:
+        y = call.of(call.x)
+        if layer >= first and not y.requires_grad:
+            y.requires_grad_()
+        taps.append(_Tap(layer, replace(call, args=(call.x.detach().clone(), *call.args[1:])), y))
+        return y.clone()  # what follows may write in place
+
+    return record
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where samples are in what enters a layer: in this dimension, outside of which so many positions lie."""
+
+    dim: int
+    outer: int
+
+    def sums(self, values: Tensor, samples: int) -> Tensor:
+        """``[samples]`` sums."""
+        return values.movedim(self.dim, 0).reshape(self.outer, samples, -1).sum((0, 2))
+
+
+def _place(one: Tensor, other: Tensor, samples: int) -> _Place | None:
+    """Found from two inputs of a layer that differ by the first sample alone."""
+    differs = one != other
+    for dim, size in enumerate(one.shape):
+        count, rest = divmod(size, samples)
+        for outer in () if rest else [t for t in range(1, count + 1) if count % t == 0]:
+            found = differs.movedim(dim, 0).reshape(outer, samples, -1).any(2)
+            if found[:, 0].all() and not found[:, 1:].any():
+                return _Place(dim, outer)
+    return None

@@ -78,7 +78,7 @@ def compensate_in_order(
         if layer is not None and all(pair is not None for pair in pairs):
             absorbs = blocks.absorbs(layer)
             inputs = _Inputs.of([pair for pair in pairs if pair is not None], absorbs is not None)
-            weight = state[layer.names[0]]
+            weight = layer.rows(state[layer.names[0]])
             held = compensated(
                 inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -95,7 +94,6 @@ def correct(
     others = int((~np.isin(digests, sens.sample_digests)).sum())
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
-    skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
     options = Options.of(
         bits=sens.bits,
         estimator="corrected",
@@ -106,8 +104,6 @@ def correct(
         forward_step=forward_step,
         batch_size=batch_size,
         max_memory=max_memory,
-        ignore=skipped,
-        quantize_ends=True,
         device=device,
         **asdict(sens.quantizer),
     )

@@ -163,7 +163,7 @@ class _Ground:
         dtype = next(model.parameters()).dtype
         self.plan = plan
         self.model = converted(
-            quantize_activations(model, plan.activations) if plan.activations else model, device, dtype
+            quantize_activations(model, plan.activations, plan.layers) if plan.activations else model, device, dtype
         )
         learn, judge = (moved_to(part, device, dtype) for part in samples)
         finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())

@@ -155,7 +155,7 @@ class _Ground:
         self.sens, self.chunk = sens, chunk
         self.inputs = moved_to(inputs, first.device, first.dtype)
         if sens.activations:
-            model = quantize_activations(model, sens.activations)
+            model = quantize_activations(model, sens.activations, sens.layers)
         self.runner = open_runner(model, self.inputs, quantize_ends=True, op="refine")
         position = {layer.name: k for k, layer in enumerate(self.runner.layers)}
         missing = [layer.name for layer in sens.layers if layer.name not in position]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -12,21 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..common import digest, progress_bar, require, two_samples, weights_digest
-from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, converted, in_precision, open_runner
-from ..quant import ActivationRanges, Candidates, Rounded, calibrate, quantize_activations, variants
+from ..common import digest, require, two_samples, weights_digest
+from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
+from ..quant import ActivationRanges, Candidates, Rounded, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
+from .inputs import ACT_SAMPLES, calibrated, input_loss
 from .options import Options
 from .pieces import Pieces, default_batch
 from .probe import SAMPLES, auto_precision, probe
-from .reader import Reader, first_of_batch
+from .reader import Reader
 from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
 from .run import PairTask, Run
 from .samples import SampleStream
-
-# Samples that calibrate activations at most; steps of the moving average over them, and samples of a step at least.
-ACT_SAMPLES, ACT_STEPS, ACT_BATCH = 1024, 32, 8
 
 
 def open_run(
@@ -59,10 +57,14 @@ def open_run(
     inputs = _checked(first, reader)
 
     act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
-    ranges = _ranges(model, stream, reader, act_samples, verbose) if task is None else task.ranges
-    if ranges:
-        model = quantize_activations(model, ranges)
-    plain = _opened(model, inputs, reader)
+    only = None if task is None else [layer.name for layer in task.candidates.layers]
+    plain, ranges, lost = _opened(model, inputs, reader, only), None if task is None else task.ranges, None
+    if options.act_bits is not None:
+        ranges = calibrated(model, plain, stream, reader, act_samples, verbose)
+    if ranges is not None:
+        whole, model = plain, quantize_activations(model, ranges, plain.layers)
+        plain = _opened(model, inputs, reader, only)
+        lost = input_loss(whole, plain, stream, reader, act_samples) if task is None and not dry else None
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
@@ -81,6 +83,9 @@ def open_run(
         return variants(model, candidates, options.quantizer, device, reader.dtype, rounded)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
+    if lost is not None and options.act_bits is not None:
+        notes.append(lost.words(options.act_bits))
+        probed["activation_loss"] = asdict(lost)
     if options.precision in LOW_PRECISIONS:
         runner, probed = _lowered(plain, every, first, reader, stream.expected, known.get("products"), notes)
     kept_plain = options.precision in LOW_PRECISIONS and runner is plain
@@ -135,11 +140,12 @@ def open_run(
     )
 
 
-def _opened(model: nn.Module, inputs: Any, reader: Reader) -> Runner:
+def _opened(model: nn.Module, inputs: Any, reader: Reader, only: Sequence[str] | None) -> Runner:
     options = reader.options
     return open_runner(
         model,
         inputs,
+        only=only,
         ignore=options.ignore,
         quantize_ends=options.quantize_ends,
         forward_step=reader.step,
@@ -200,26 +206,6 @@ def check_output(output: Any, loss: str) -> int:
     finite = bool(torch.isfinite(output).all())
     require(finite, "profile", "model", "return finite logits", "NaN or infinity")
     return int(output.shape[1])
-
-
-def _ranges(
-    model: nn.Module, stream: SampleStream, reader: Reader, samples: int, verbose: bool
-) -> ActivationRanges | None:
-    """Ranges of the layers' inputs on the first samples of the set; None for a weight-only run."""
-    options = reader.options
-    if options.act_bits is None:
-        return None
-    with progress_bar("calibrate", samples, "samples", verbose) as show:
-
-        def batches() -> Iterator[Any]:
-            size, done = max(ACT_BATCH, -(-samples // ACT_STEPS)), 0
-            for part in stream.early(samples, size):
-                yield reader.moved(reader.parts(part)[0])
-                done += size
-                show(done)
-
-        moved, forward = converted(model, reader.device, reader.dtype), reader.step or first_of_batch
-        return calibrate(moved, batches(), forward, options.act_bits, options.ignore, options.quantize_ends)
 
 
 def _lowered(

@@ -9,8 +9,9 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
+    from .calls import Call, Calls
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
-    from .layers import Layer, ignored, layer_name, modules, storage
+    from .layers import Layer, has_rows, ignored, in_rows, layer_name, modules, storage
     from .learned import LearnedWeight
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
     from .quantizer import Quantizer
@@ -28,6 +29,8 @@ __all__ = [
     "SCALE",
     "ZERO_POINT",
     "ActivationRanges",
+    "Call",
+    "Calls",
     "Candidates",
     "Layer",
     "LearnedWeight",
@@ -43,7 +46,9 @@ __all__ = [
     "check_bits",
     "codes",
     "compensated",
+    "has_rows",
     "ignored",
+    "in_rows",
     "inputs_kept",
     "joined",
     "layer_name",

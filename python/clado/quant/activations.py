@@ -1,13 +1,15 @@
 """Quantized activations: the input of every layer rounded to a per-tensor asymmetric range that a few batches calibrate.
 
-The range of a batch is the one of least squared error among shrunken ranges; over batches it is an exponential moving average
-(the setting of CLADO, arXiv 2307.05657, §4). The hooks that round are part of the forward, so torch.export takes them into the
-graph and every estimator measures weights under quantized activations.
+A layer has one range, of least squared error among shrunken ranges over all that enters it: in every call of its weight and in
+every batch, whatever their order. (CLADO, arXiv 2307.05657, §4, has a moving average over batches, which clips what comes late.)
+Inputs are rounded where a weight is applied, by a module or by a functional call; torch.export takes that into the graph, and
+every estimator measures weights under quantized activations.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common import CladoError, require
-from .layers import Layer, ignored
+from .calls import Call, Calls
+from .layers import Layer, modules
 
-# Share of the old range in the moving average, shrink factors tried, elements of a tensor that are looked at.
-MOMENTUM, STEPS, ELEMENTS = 0.9, 95, 1 << 16
+# Shrink factors tried; elements that are looked at of a call, and of all calls.
+STEPS, ELEMENTS, MOST_ELEMENTS = 95, 1 << 16, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ActivationRanges:
 
     Attributes:
         bits: 2..8.
-        ranges: {module: (lowest, highest)}; inputs of other modules stay float.
+        ranges: {layer: (lowest, highest)}; inputs of other layers stay float.
     """
 
     bits: int
@@ -68,52 +71,63 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any],
+    layers: Sequence[Layer],
     bits: int = 8,
-    ignore: Sequence[str] = (),
-    quantize_ends: bool = False,
 ) -> ActivationRanges:
-    """Ranges of the inputs of all Linear and Conv2d modules that run.
+    """Ranges of the inputs of layers.
 
     Args:
         model: in eval mode; not changed.
-        batches: a few of the sensitivity set, one step of the moving average each.
+        batches: a few of the sensitivity set.
         forward: ``forward(model, batch)``.
+        layers: whose inputs are rounded.
         bits: 2..8, codes 0 … 2^bits − 1.
-        ignore, quantize_ends: layers whose inputs stay float, as for the weights.
 
     Returns:
-        The ranges by module, zero inside each.
+        The ranges by layer, zero inside each.
+
+    Raises:
+        CladoError: a layer that the batches do not reach.
     """
     require(isinstance(bits, int) and 2 <= bits <= 8, "profile", "act_bits", "be None or lie in 2..8", bits)
-    ranges: dict[str, tuple[float, float]] = {}
-    kinds: dict[str, Layer] = {}
+    seen: dict[str, _Seen] = {layer.name: _Seen() for layer in layers}
+    known = {name: layer.name for layer in layers for name in layer.names}
 
-    def look(name: str, module: Any) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            kind = "linear" if isinstance(module, nn.Linear) else "conv2d"
-            kinds.setdefault(name, Layer(name, kind, tuple(module.weight.shape), 0))
-            low, high = best_range(inputs[0].detach(), bits)
-            old = ranges.get(name, (low, high))
-            ranges[name] = tuple(MOMENTUM * a + (1 - MOMENTUM) * b for a, b in zip(old, (low, high), strict=True))  # type: ignore[assignment]
+    def look(call: Call) -> Tensor:
+        seen[known[call.part.name]].add(call.x.detach())
+        return call.of(call.x)
 
-        return hook
-
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    hooks = [module.register_forward_pre_hook(look(name, module)) for name, module in layers]
-    try:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with Calls({name: parameters[name] for name in known}, look):
         for batch in batches:
             forward(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    keep = ignored(list(kinds.values()), ignore, quantize_ends)
-    return ActivationRanges(bits, {name: pair for name, pair in ranges.items() if name not in keep})
+    idle = [name for name, values in seen.items() if not values.parts]
+    require(not idle, "profile", "act_bits", "round inputs of layers that run", f"none of {', '.join(idle[:3])}")
+    return ActivationRanges(bits, {name: best_range(values.pooled, bits) for name, values in seen.items()})
+
+
+class _Seen:
+    """What entered a layer: some elements of every call, and the extremes of all."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        flat = x.reshape(-1).float()
+        some = flat[:: max(1, flat.numel() // ELEMENTS)]
+        self.parts.append(torch.cat([some, flat.min()[None], flat.max()[None]]))
+
+    @property
+    def pooled(self) -> Tensor:
+        """In ascending order, so that the order of calls and batches is forgotten; the extremes are among them."""
+        values = torch.cat(self.parts).sort().values
+        step = max(1, len(values) // MOST_ELEMENTS)
+        return torch.cat([values[::step], values[-1:]])
 
 
 def best_range(x: Tensor, bits: int) -> tuple[float, float]:
     """(lowest, highest) of least squared rounding error among the tensor's own range and shrunken ones, zero included."""
     flat = x.reshape(-1).float()
-    flat = flat[:: max(1, flat.numel() // ELEMENTS)]
     low, high = min(0.0, flat.min().item()), max(0.0, flat.max().item())
     pairs = [(low * (1 - step / 100), high * (1 - step / 100)) for step in range(STEPS)]
     errors = torch.stack([(rounded(flat, *pair, bits) - flat).square().sum() for pair in pairs]).tolist()  # one wait
@@ -135,22 +149,73 @@ def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
     return found
 
 
-def quantize_activations(model: nn.Module, activations: ActivationRanges) -> nn.Module:
+def quantize_activations(model: nn.Module, activations: ActivationRanges, layers: Sequence[Layer]) -> nn.Module:
     """A copy of ``model`` that rounds the inputs of its layers to their ranges; parameters and buffers stay the same.
 
+    Where its own forward runs, inputs are rounded as a weight is applied to them. Where a part of it is called by itself, only
+    modules that own a weight round what they are given.
+
     Raises:
-        CladoError: a range for a module that the model does not have.
+        CladoError: a range for a layer that is not among ``layers``, or that the model does not have.
     """
     quantized = copy.deepcopy(model)
-    modules = dict(quantized.named_modules())
-    for name, (low, high) in activations.ranges.items():
-        require(name in modules, "activations", "model", f"have a module {name}", "another model")
-        modules[name].register_forward_pre_hook(_rounding(low, high, activations.bits))
+    known = {layer.name: layer for layer in layers}
+    names: dict[str, tuple[float, float]] = {}
+    for name, pair in activations.ranges.items():
+        require(name in known, "activations", "layers", f"hold {name}", f"{len(known)} others")
+        names |= dict.fromkeys(known[name].names, pair)
+    parameters = dict(quantized.named_parameters(remove_duplicate=False))
+    for name in names:
+        require(name in parameters, "activations", "model", f"have a parameter {name}", "another model")
+    rounding = _Rounding(activations.bits, names)
+    quantized.__dict__["_input_rounding"] = rounding
+    quantized.__class__ = _rounding_inputs(type(quantized))
+    owners = dict(quantized.named_modules(remove_duplicate=False))
+    for name in activations.ranges:
+        for module in {id(m): m for m in (owners.get(path) for path in modules(known[name])) if m is not None}.values():
+            if hasattr(module, "weight") and module is not quantized:
+                module.register_forward_pre_hook(rounding.hook(activations.ranges[name]), with_kwargs=True)
     return quantized
 
 
-def _rounding(low: float, high: float, bits: int) -> Callable[[nn.Module, Any], Any]:
-    def hook(_: nn.Module, inputs: Any) -> Any:
-        return (rounded(inputs[0], low, high, bits), *inputs[1:])
+class _Rounding:
+    """Rounds what weights are applied to.
 
-    return hook
+    Attributes:
+        ranges: by parameter.
+        active: whether the model's own forward runs.
+    """
+
+    def __init__(self, bits: int, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self.bits, self.ranges, self.active = bits, ranges, False
+
+    def apply(self, call: Call) -> Tensor:
+        return call.of(rounded(call.x, *self.ranges[call.part.name], self.bits))
+
+    def hook(self, pair: tuple[float, float]) -> Callable[[nn.Module, Any, Any], Any]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.active:
+                return None
+            if args:
+                return (rounded(args[0], *pair, self.bits), *args[1:]), kwargs
+            first = next(iter(kwargs), None)
+            return args, {k: rounded(v, *pair, self.bits) if k == first else v for k, v in kwargs.items()}
+
+        return before
+
+
+def _rounding_inputs(kind: type[nn.Module]) -> type[nn.Module]:
+    """A module's class whose forward, of the same signature, rounds inputs where weights are applied."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rounding: _Rounding = self._input_rounding
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        before, rounding.active = rounding.active, True
+        try:
+            with Calls({name: parameters[name] for name in rounding.ranges}, rounding.apply):
+                return kind.forward(self, *args, **kwargs)
+        finally:
+            rounding.active = before
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})

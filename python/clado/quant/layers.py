@@ -16,7 +16,15 @@ from ..common import CladoError, require
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantizable unit. ``names`` holds every parameter that shares the storage; the first one names the layer."""
+    """A quantizable unit: a weight that is applied as a matrix or a kernel.
+
+    Attributes:
+        name: of the module that owns it, or of the parameter.
+        kind: what applies it: linear, conv1d to conv3d, conv_transpose1d to 3d, or matmul (``x @ w``).
+        shape: of its rows, ``[N, …]`` with output channels first, as it is quantized.
+        macs: multiply-adds per sample.
+        names: every parameter that shares the storage; the first one names the layer.
+    """
 
     name: str
     kind: str
@@ -27,6 +35,34 @@ class Layer:
     @property
     def numel(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the parameter has its output channels first, as the rows have."""
+        return has_rows(self.kind)
+
+    def rows(self, parameter: Tensor) -> Tensor:
+        """A parameter of this layer with its output channels first: ``[N, …]`` of :attr:`shape`."""
+        return parameter if self.in_rows else in_rows(self.kind, parameter, parameter.shape[0] // self.shape[1])
+
+    def parameter(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Inverse of :meth:`rows`, for a parameter of this shape."""
+        if self.in_rows:
+            return rows
+        if self.kind == "matmul":
+            return rows.T
+        inputs, outputs, *kernel = shape
+        turned: Tensor = rows.unflatten(0, (-1, outputs)).transpose(1, 2)
+        return turned.reshape(inputs, outputs, *kernel)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape can be this layer's."""
+        if self.in_rows:
+            return tuple(shape) == self.shape
+        if len(shape) != len(self.shape) or tuple(shape[2:]) != self.shape[2:]:
+            return False
+        groups, rest = divmod(shape[0], self.shape[1])
+        return not rest and groups * shape[1] == self.shape[0] and (groups == 1 or self.kind != "matmul")
 
     @staticmethod
     def from_json(item: Any, op: str, what: str) -> Layer:
@@ -48,6 +84,19 @@ class Layer:
         return layer
 
 
+def has_rows(kind: str) -> bool:
+    """Whether a parameter that is applied so has its output channels first."""
+    return kind != "matmul" and "transpose" not in kind
+
+
+def in_rows(kind: str, parameter: Tensor, groups: int = 1) -> Tensor:
+    """A parameter with its output channels first: the transpose of ``x @ w``'s, and ``[out, in / groups, …]`` of a transposed
+    convolution's ``[in, out / groups, …]``."""
+    if has_rows(kind):
+        return parameter
+    return parameter.T if kind == "matmul" else parameter.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def storage(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
@@ -61,13 +110,17 @@ def modules(layer: Layer) -> list[str]:
     return [layer_name(parameter) for parameter in layer.names or (layer.name,)]
 
 
-def ignored(layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool) -> dict[str, str]:
-    """Names of the layers to keep in float, with the reason."""
+def ignored(
+    layers: Sequence[Layer], ignore: Sequence[str], quantize_ends: bool, only: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Names of the layers to keep in float, with the reason; ``only``: all that are not among these, whatever else is said."""
+    if only is not None:
+        return {layer.name: "not asked for" for layer in layers if layer.name not in only}
     keep: dict[str, str] = {}
     if not quantize_ends and len(layers) > 1:
-        if layers[0].kind == "conv2d":
+        if layers[0].kind.startswith("conv"):
             keep[layers[0].name] = "first convolution"
-        if layers[-1].kind == "linear":
+        if layers[-1].kind in ("linear", "matmul"):
             keep[layers[-1].name] = "classifier"
     for pattern in ignore:
         if pattern.startswith("re:"):

@@ -53,7 +53,7 @@ def variants(
     dtype: torch.dtype,
     rounded: Rounded | None = None,
 ) -> list[list[Tensor]]:
-    """For every layer its weight as each of its candidates has it, quantized in the weight's own dtype, then converted.
+    """For every layer its weight, output channels first, under each of its candidates: quantized in its own dtype, converted.
 
     Args:
         model: holds the weights; not changed.
@@ -73,7 +73,7 @@ def variants(
 
 
 def codes(model: nn.Module, plan: Choice) -> dict[str, Quantized]:
-    """{layer: its weight as the plan has it}, on the weight's device. What is packed, written, timed or applied is this.
+    """{layer: its weight as the plan has it, output channels first}. What is packed, written, timed or applied is this.
 
     Args, errors: as :func:`variants`; ``plan`` names layers, widths, settings and rounded weights.
     """
@@ -111,7 +111,7 @@ def round_weights(
     dead: dict[str, int] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer, schemes in zip(candidates.layers, candidates.schemes, strict=True):
-        name, weight = layer.name, parameters[layer.names[0]].detach()
+        name, weight = layer.name, layer.rows(parameters[layer.names[0]].detach())
         require(name in moments, "round", "moments", f"be there for {name} and {rounding} rounding", "none")
         own, inputs = moments[name], math.prod(layer.shape[1:])
         fits = own.dim() == 3 and own.shape[1:] == (inputs, inputs) and layer.shape[0] % len(own) == 0
@@ -161,7 +161,7 @@ class _Weight:
         require(same, "quantize", "rounded weights", f"be made with {quantizer}", rounded and rounded.quantizer)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer in layers:
-            yield _Weight(layer.name, parameters[layer.names[0]].detach(), quantizer, rounded)
+            yield _Weight(layer.name, layer.rows(parameters[layer.names[0]].detach()), quantizer, rounded)
 
     @cached_property
     def digest(self) -> str:

@@ -1,6 +1,6 @@
 """compressed-tensors ``pack-quantized``: one config group per width, int32 words per row, read by vLLM and transformers.
 
-Only Linear weights have a place in the format; a planned Conv2d stays float and is listed under ``ignore``.
+Only Linear weights have a place in the format; a planned convolution stays float and is listed under ``ignore``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from clado_ext import pack, packed_columns
 
@@ -93,7 +94,8 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     stays: list[Layer] = []
     for layer in request.plan.layers:
         owners = [known.get(module) for module in modules(layer)]
-        (quantized if all(isinstance(owner, nn.Linear) for owner in owners) else stays).append(layer)
+        held = layer.kind == "linear" and all(isinstance(owner, nn.Linear) for owner in owners)
+        (quantized if held else stays).append(layer)
     some = "a plan of convolutions alone"
     require(len(quantized) > 0, "export", "plan", "hold Linear layers for compressed-tensors", some)
     choice = request.options.odd_widths
@@ -217,10 +219,10 @@ def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
 
 
 def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:
-    """Every Linear and Conv2d that stays float, by name."""
+    """Every Linear and convolution that stays float, by name."""
     packed = {module for layer in quantized for module in modules(layer)}
     every = model.named_modules(remove_duplicate=False)
-    return [name for name, m in every if isinstance(m, (nn.Linear, nn.Conv2d)) and name not in packed]
+    return [name for name, m in every if isinstance(m, (nn.Linear, _ConvNd)) and name not in packed]
 
 
 FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, CONFIG_FILE), options=Options, kept=kept)

@@ -207,9 +207,13 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer, rounded: bool
     are ``rounded``, only a MatMul by [in, out] in whole bytes may become one.
     """
     uses = list(_weight(graph, layer).uses())
+    if "transpose" in layer.kind:
+        return _quantize_turned(ir, graph, request, layer)
     turned = [use.node for use in uses if _feeds_matmul_alone(use.node)]
+    products = [use.node for use in uses if layer.kind == "matmul" and use.node.op_type == "MatMul" and use.idx == 1]
     bits = request.plan.bits[layer.name]
-    transposed = 0 < len(turned) == len(uses) and (bits != 2 or layer.shape[0] % 4 == 0)
+    alone = 0 < len(turned) + len(products) == len(uses)
+    transposed = alone and (bits != 2 or layer.shape[0] % 4 == 0)
     apart = rounded and not (transposed and _container(bits) == 8 and not _blocked(request, layer))
     found = request.codes[layer.name]
     found = _shifted(found) if _unsigned(request, layer, rounded) else found
@@ -217,14 +221,47 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer, rounded: bool
     if transposed:
         for node in turned:
             node.outputs[0].replace_all_uses_with(value)
-    else:
-        for use in uses:
-            if use.node not in turned:
-                use.node.replace_input_with(use.idx, value)
-        for node in turned:
-            for use in list(node.outputs[0].uses()):
-                _multiply_from_left(ir, graph, use.node, value)
+        for node in products:
+            node.replace_input_with(1, value)
+        return made
+    others = [use for use in uses if use.node not in turned and use.node not in products]
+    for use in others:
+        use.node.replace_input_with(use.idx, value if layer.in_rows else _turned(ir, graph, value, [1, 0]))
+    for product in [*products, *(use.node for node in turned for use in list(node.outputs[0].uses()))]:
+        _multiply_from_left(ir, graph, product, value)
     return made
+
+
+def _quantize_turned(ir: Any, graph: Any, request: Request, layer: Layer) -> set[str]:
+    """Of a transposed convolution, with a weight [in, out / groups, …]: DequantizeLinear of [out, in / groups, …], turned."""
+    weight = _weight(graph, layer)
+    inputs, outputs, *kernel = (int(size) for size in weight.shape)
+    value, made = _dequantized(ir, graph, request, layer, request.codes[layer.name], transposed=False, apart=True)
+    uses = list(weight.uses())
+    groups = inputs // layer.shape[1]
+    parts = _reshaped(ir, graph, value, (groups, outputs, layer.shape[1], *kernel), f"{layer.name}.groups_shape")
+    turned = _turned(ir, graph, parts, [0, 2, 1, *range(3, 3 + len(kernel))])
+    whole = _reshaped(ir, graph, turned, (inputs, outputs, *kernel), f"{layer.name}.parameter_shape")
+    for use in uses:
+        use.node.replace_input_with(use.idx, whole)
+    return made
+
+
+def _reshaped(ir: Any, graph: Any, value: Any, shape: tuple[int, ...], name: str) -> Any:
+    dims = _initializer(ir, graph, ir.Tensor(np.array(shape, np.int64), name=name))
+    return _behind(ir, graph, value, ir.Node("", "Reshape", [value, dims]), shape)
+
+
+def _turned(ir: Any, graph: Any, value: Any, order: list[int]) -> Any:
+    node = ir.Node("", "Transpose", [value], [ir.Attr("perm", ir.AttributeType.INTS, order)])
+    return _behind(ir, graph, value, node, tuple(value.shape[k] for k in order))
+
+
+def _behind(ir: Any, graph: Any, value: Any, node: Any, shape: tuple[int, ...]) -> Any:
+    """The output of a node that is put right behind a value."""
+    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(shape)
+    graph.insert_after(value.producer(), node)
+    return node.outputs[0]
 
 
 def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
@@ -268,11 +305,13 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
     )
     zero = np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
     scale = np.float32((high - low) / 255)
-    users = [use.node for use in _weight(graph, layer).uses()]
+    uses = list(_weight(graph, layer).uses())
+    users = [use.node for use in uses]
     turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
+    turned += [use.node for use in uses if use.node.op_type == "MatMul" and use.idx == 1]
     parts = {"input_scale": np.array(scale), "input_zero_point": np.array(zero)}
     settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}.{part}")) for part, array in parts.items()]
-    for node in [*(node for node in users if node.op_type in ("Conv", "Gemm")), *turned]:
+    for node in [*(node for node in users if node.op_type in ("Conv", "ConvTranspose", "Gemm")), *turned]:
         x = node.inputs[0]
         codes = ir.Node("", "QuantizeLinear", [x, *settings])
         again = ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])

@@ -67,7 +67,10 @@ def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
     held = {layer.name: _taken(plan, layer, tensors) for layer in plan.layers}
     values: dict[str, Tensor] = {}
     for layer in plan.layers:
-        values |= dict.fromkeys(layer.names, held[layer.name].values(dtypes[layer.name]))
+        rows = held[layer.name].values(dtypes[layer.name])
+        shapes = {name: state[name].shape if name in state else layer.shape for name in layer.names}
+        fit = all(layer.fits(shape) for shape in shapes.values())
+        values |= {name: layer.parameter(rows, shape) if fit else rows for name, shape in shapes.items()}
     values |= tensors
     _fit(values, state)
     with torch.no_grad():
@@ -75,7 +78,7 @@ def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
             state[name].copy_(value)
     if packed:
         replace_layers(loaded, plan, held)
-    return quantize_activations(loaded, plan.activations) if plan.activations else loaded
+    return quantize_activations(loaded, plan.activations, plan.layers) if plan.activations else loaded
 
 
 def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]:

@@ -1,0 +1,82 @@
+"""Rounded inputs: their ranges, and what rounding them costs before any weight is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..common import progress_bar
+from ..graph import Runner, converted
+from ..quant import ActivationRanges, calibrate
+from .losses import UserLoss
+from .reader import Reader, first_of_batch
+from .samples import SampleStream
+
+# Samples that calibrate ranges at most; batches of them at most, and samples of a batch at least.
+ACT_SAMPLES, ACT_STEPS, ACT_BATCH = 1024, 64, 8
+
+
+@dataclass(frozen=True)
+class InputLoss:
+    """How much the loss rises when the inputs of layers are rounded and no weight is: no entry of the matrix holds it.
+
+    Attributes:
+        mean, stderr: over samples.
+        samples: how many.
+    """
+
+    mean: float
+    stderr: float
+    samples: int
+
+    def words(self, bits: int) -> str:
+        shown = f"{self.mean:.3g} ± {self.stderr:.1g} ({self.samples} samples)"
+        return f"rounding inputs to {bits} bits raises the loss by {shown}; the matrix and plans' predictions leave that out"
+
+
+def calibrated(
+    model: nn.Module, runner: Runner, stream: SampleStream, reader: Reader, samples: int, verbose: bool
+) -> ActivationRanges:
+    """Ranges of the inputs of a runner's layers on the first samples of the set."""
+    bits = reader.options.act_bits
+    assert bits is not None
+    with progress_bar("calibrate", samples, "samples", verbose) as show:
+
+        def batches() -> Iterator[Any]:
+            done = 0
+            for part in _early(stream, samples):
+                yield reader.moved(reader.parts(part)[0])
+                done += len(pytree.tree_leaves(part)[0])
+                show(done)
+
+        moved = converted(model, reader.device, reader.dtype)
+        return calibrate(moved, batches(), reader.step or first_of_batch, runner.layers, bits)
+
+
+def input_loss(plain: Runner, rounded: Runner, stream: SampleStream, reader: Reader, samples: int) -> InputLoss:
+    """From a runner of the float model and one whose inputs are rounded."""
+    found = torch.cat([_increases(plain, rounded, part, reader) for part in _early(stream, samples)])
+    stderr = (found.std() / len(found) ** 0.5).item() if len(found) > 1 else float("nan")
+    plain.work = rounded.work = 0.0
+    return InputLoss(found.mean().item(), stderr, len(found))
+
+
+def _increases(plain: Runner, rounded: Runner, part: Any, reader: Reader) -> Tensor:
+    inputs, targets = reader.parts(part)
+    moved = reader.moved(inputs)
+    loss = reader.loss(moved, targets, len(pytree.tree_leaves(moved)[0]))
+    if isinstance(loss, UserLoss):
+        clean, changed = loss.values([runner.outputs(runner.start(moved))[0] for runner in (plain, rounded)])
+        return (changed - clean).cpu()
+    logits, other = (runner.clean(runner.start(moved)) for runner in (plain, rounded))
+    found: Tensor = loss.increase(logits, (other - logits)[None])[0].cpu()
+    return found
+
+
+def _early(stream: SampleStream, samples: int) -> Iterator[Any]:
+    yield from stream.early(samples, max(ACT_BATCH, -(-samples // ACT_STEPS)))
