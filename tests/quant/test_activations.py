@@ -165,7 +165,7 @@ def test_inputs_are_rounded_wherever_a_weight_is_applied(exportable: bool) -> No
         sens = profile(model, [x], estimator="diagonal", bits=(8,), act_bits=4, num_samples=16, verbose=False)
         assert any("whole forwards" in text for text in sens.info["warnings"]) != exportable
         names = {name: layer.name for layer in sens.layers for name in layer.names}
-        assert {name.removeprefix("model.") for name in sens.activations.ranges} == {"head", "packed"}
+        assert {name.removeprefix("inner.") for name in sens.activations.ranges} == {"head", "packed"}
         seen = entered(quantize_activations(model, sens.activations, sens.layers), x, names)
         assert {name: len(values) for name, values in seen.items()} == {n: 2 for n in sens.activations.ranges}
         assert all(value.unique().numel() <= 16 for values in seen.values() for value in values)
@@ -191,12 +191,16 @@ def test_what_rounding_inputs_costs_is_measured_and_said() -> None:
     x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
     sens = profile(model, [x], estimator="diagonal", bits=(8,), act_bits=3, num_samples=12, verbose=False)
     with torch.no_grad():
-        p, q = (m(x).double().log_softmax(-1) for m in (model, quantize_activations(model, sens.activations, sens.layers)))
+        p, q = (
+            m(x).double().log_softmax(-1) for m in (model, quantize_activations(model, sens.activations, sens.layers))
+        )
     lost = (p.exp() * (p - q)).sum(-1)
     noted = sens.info["activation_loss"]
     assert noted["mean"] == pytest.approx(lost.mean().item(), rel=1e-4)
     assert noted["stderr"] == pytest.approx(lost.std().item() / 12**0.5, rel=1e-3)
-    assert any(f"rounding inputs to 3 bits raises the loss by {lost.mean():.3g}" in text for text in sens.info["warnings"])
+    assert any(
+        f"rounding inputs to 3 bits raises the loss by {lost.mean():.3g}" in text for text in sens.info["warnings"]
+    )
 
 
 class Ends(torch.utils.data.IterableDataset[Tensor]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import KEPT, Quantized, Rounded, codes, quantize_activations
+from ..quant import KEPT, Quantized, Rounded, codes, folded, quantize_activations
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -21,6 +21,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
     """
+    model = folded(model)
     check_fit(model, plan, "apply")
     return dequantized(model, plan, codes(model, plan))
 

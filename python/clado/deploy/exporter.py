@@ -12,6 +12,7 @@ from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan
 from ..common import atomic_folder, require
+from ..quant import folded
 from .applied import check_fit, with_adapted
 from .formats import FORMATS, Request, safetensors
 
@@ -112,7 +113,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -
     Raises:
         CladoError: a missing, truncated, damaged or foreign file, or one that does not fit the model.
     """
-    return safetensors.load(Path(path), model, packed)
+    return safetensors.load(Path(path), folded(model), packed)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -128,7 +129,7 @@ def _check_replaceable(target: Path) -> None:
 
 def _request(model: nn.Module, plan: Plan, format: str, options: Mapping[str, Any]) -> Request[Any]:
     require(format in FORMATS, "export", "format", f"be one of {', '.join(FORMATS)}", repr(format))
-    given = _given(format, options)
+    given, model = _given(format, options), folded(model)
     check_fit(model, plan, "export")
     return Request(with_adapted(model, plan), plan, FORMATS[format].options(**given))
 

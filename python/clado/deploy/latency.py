@@ -1,25 +1,20 @@
-"""A latency table for this device: every layer timed at every width, as the packed modules of ``clado.nn`` run it."""
+"""A latency table for this device: every layer timed at every width, its weight dequantized on use, as in ``clado.nn``."""
 
 from __future__ import annotations
 
-import copy
 import csv
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..artifacts import Plan, Sensitivity
 from ..common import atomic_file, progress_bar, require
-from ..quant import Layer, Scheme, codes
-from .nn import quantized_kind
-
-Calls = list[tuple[nn.Module, Any]]  # modules with the arguments they were called with
+from ..quant import Call, Calls, Layer, Scheme, codes, folded
 
 
 def time_layers(
@@ -41,15 +36,16 @@ def time_layers(
         {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``.
 
     Raises:
-        CladoError: a layer whose weight belongs to no Linear or Conv2d, or one that the forward does not reach.
+        CladoError: a layer that the forward does not reach.
     """
     require(repeats >= 1, "latency", "repeats", "be at least 1", repeats)
-    inputs = _inputs(model, sens.layers, batch)
+    model = folded(model)
+    calls = _calls(model, sens.layers, batch)
     table: dict[str, dict[int, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
             schemes = sens.candidates.schemes[sens.candidates.position(layer.name)]
-            runs = [_packed(model, sens, layer, scheme, inputs[layer.name]) for scheme in schemes]
+            runs = [_run(model, sens, layer, scheme, calls[layer.name]) for scheme in schemes]
             times = [_once(run, batch.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
             table[layer.name] = {
                 scheme.bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, scheme in enumerate(schemes)
@@ -68,56 +64,45 @@ def write_latency(table: dict[str, dict[int, float]], path: str | os.PathLike[st
     return target
 
 
-def _inputs(model: nn.Module, layers: tuple[Layer, ...], batch: Tensor) -> dict[str, Calls]:
-    """For each layer the modules that use it, with the arguments of each call in one forward."""
-    seen: dict[str, Calls] = {layer.name: [] for layer in layers}
-    handles = []
-    for layer in layers:
-        owners = {id(m): m for m in (model.get_submodule(name.rpartition(".")[0]) for name in layer.names)}
-        for module in owners.values():
-            require(
-                isinstance(module, (nn.Linear, nn.Conv2d)),
-                "latency",
-                f"layer {layer.name}",
-                "belong to a Linear or Conv2d module",
-                type(module).__name__,
-            )
-            handles.append(module.register_forward_pre_hook(_record(seen[layer.name])))
-    try:
-        with torch.inference_mode():
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _calls(model: nn.Module, layers: Sequence[Layer], batch: Tensor) -> dict[str, list[Call]]:
+    """For each layer the calls that apply its weight in one forward."""
+    names = {name: layer.name for layer in layers for name in layer.names}
+    seen: dict[str, list[Call]] = {layer.name: [] for layer in layers}
+
+    def note(call: Call) -> Tensor:
+        seen[names[call.part.name]].append(call)
+        return call.of(call.x)
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.inference_mode(), Calls({name: parameters[name] for name in names}, note):
+        model(batch)
     idle = [name for name, calls in seen.items() if not calls]
-    require(not idle, "latency", "model", "run every layer as a module", f"none of {idle[:3]}")
+    require(not idle, "latency", "model", "run every layer", f"none of {', '.join(idle[:3])}")
     return seen
 
 
-def _packed(model: nn.Module, sens: Sensitivity, layer: Layer, scheme: Scheme, calls: Calls) -> Calls:
-    """The calls of a layer with its weight packed under a scheme."""
+def _run(
+    model: nn.Module, sens: Sensitivity, layer: Layer, scheme: Scheme, calls: Sequence[Call]
+) -> Callable[[], None]:
+    """All calls of a layer, its weight packed under a scheme."""
     alone = Plan((layer,), {layer.name: scheme.label}, "given", quantizer=sens.quantizer)
-    found = codes(model, alone)[layer.name]
-    number, packed = found.number, found.packed()
-    kinds = ((quantized_kind(type(module)), module, arguments) for module, arguments in calls)
-    return [(kind.from_packed(module, sens.quantizer, number, packed), arguments) for kind, module, arguments in kinds]
+    found, parameter = codes(model, alone)[layer.name], model.get_parameter(layer.names[0])
+    packed = found.packed()
+
+    def run() -> None:
+        for call in calls:
+            held, scales = found.number.unpack(packed, layer.shape, sens.quantizer)
+            rows = found.number.decode(held, scales, parameter.dtype).view(layer.shape)
+            call.with_weight(layer.parameter(rows, parameter.shape))
+
+    return run
 
 
-def _record(calls: Calls) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, arguments: Any) -> None:
-        bare = copy.copy(module)
-        bare._forward_pre_hooks = type(module._forward_pre_hooks)()
-        calls.append((bare, arguments))
-
-    return hook
-
-
-def _once(run: Calls, device: torch.device) -> float:
+def _once(run: Callable[[], None], device: torch.device) -> float:
     """Seconds of one pass through all calls of a layer."""
     _wait(device)
     started = time.perf_counter()
-    for module, arguments in run:
-        module(*arguments)
+    run()
     _wait(device)
     return time.perf_counter() - started
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require
-from ..quant import Layer, Number, Quantized, Quantizer, Scheme, codes
+from ..quant import Layer, Number, Quantized, Quantizer, Scheme, codes, folded
 from .applied import check_fit, dequantized
 
 
@@ -101,6 +101,7 @@ def pack_model(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
     """
+    model = folded(model)
     check_fit(model, plan, "apply")
     weights = codes(model, plan)
     packed = dequantized(model, plan, weights)

@@ -258,7 +258,8 @@ class WholeForwards:
             uses.setdefault(key_of[call.part.name], []).append((call.applied, call.groups, call.macs(output, samples)))
             return output
 
-        with Calls(self._parameters, seen) as calls:
+        others = [*(p for p in self._step.parameters() if p.dim() < 2), *self._step.buffers()]
+        with Calls(self._parameters, seen, others) as calls:
             self._step(example)
         layers = []
         for key, own in uses.items():

@@ -37,6 +37,7 @@ from ..profiling import (
     sample_digests,
     writing,
 )
+from ..quant import folded
 from ..solver import given_plan, solve
 
 FOLDER = "pairs"  # in a run directory: the running sums of a round
@@ -108,6 +109,7 @@ def correct(
         **asdict(sens.quantizer),
     )
     first = sens.candidates.choice(sens.candidates.starts[:-1])
+    model = folded(model)
     alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
     check_fit(model, alike, "correct")
     with full_precision(), torch.no_grad():

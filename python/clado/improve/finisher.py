@@ -29,7 +29,7 @@ from ..common import (
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
 from ..profiling import SampleStream, sample_digests
-from ..quant import Rounded, codes, quantize_activations
+from ..quant import Rounded, codes, folded, quantize_activations
 from .compensation import Finished, compensate_in_order, dtype_of
 from .finish_progress import Kept, Progress
 from .learning import Pace, learn_blocks, relative_error
@@ -88,6 +88,7 @@ def finish(
         CladoError: a plan for other weights, a model that is no graph, data without two samples or with NaN.
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
+    model = folded(model)
     check_fit(model, plan, "finish")
     for name, number, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
         whole = isinstance(number, int) and number >= least

@@ -23,7 +23,7 @@ from ..common import check_targets, moved_to, progress_bar, require, split_batch
 from ..deploy import check_fit
 from ..graph import converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
-from ..quant import Scheme, quantize_activations, variants
+from ..quant import Scheme, folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
@@ -76,6 +76,7 @@ def refine(
     """
     plans = [plans] if isinstance(plans, Plan) else list(plans)
     require(len(plans) > 0, "refine", "plans", "not be empty", "none")
+    model = folded(model)
     for plan in plans:
         require(bool(plan.bits), "refine", "plans", "have bits", plan.status)
         check_fit(model, plan, "refine")

@@ -27,7 +27,7 @@ from ..common import (
 from ..deploy import adapted, apply, check_fit
 from ..graph import Runner, full_precision, open_runner
 from ..profiling import LOSSES
-from ..quant import Candidates, variants
+from ..quant import Candidates, folded, variants
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ def _plan_outputs(
     verbose: bool = False,
 ) -> list[Tensor]:
     """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
+    model = folded(model)
     for plan in plans:
         check_fit(model, plan, "rerank")
     if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither

@@ -72,7 +72,8 @@ def _increases(plain: Runner, rounded: Runner, part: Any, reader: Reader) -> Ten
     loss = reader.loss(moved, targets, len(pytree.tree_leaves(moved)[0]))
     if isinstance(loss, UserLoss):
         clean, changed = loss.values([runner.outputs(runner.start(moved))[0] for runner in (plain, rounded)])
-        return (changed - clean).cpu()
+        gap: Tensor = changed - clean
+        return gap.cpu()
     logits, other = (runner.clean(runner.start(moved)) for runner in (plain, rounded))
     found: Tensor = loss.increase(logits, (other - logits)[None])[0].cpu()
     return found

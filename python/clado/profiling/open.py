@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..common import digest, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
-from ..quant import ActivationRanges, Candidates, Rounded, quantize_activations, variants
+from ..quant import ActivationRanges, Candidates, Rounded, folded, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
 from .inputs import ACT_SAMPLES, calibrated, input_loss
@@ -47,6 +47,7 @@ def open_run(
     """
     started = time.perf_counter()
     check_model(model)
+    model = folded(model)
     stream = SampleStream(data_loader, options.num_samples, options.seed)
     first = stream.peek(SAMPLES)
     known = recorded(options.output_dir)
@@ -58,13 +59,13 @@ def open_run(
 
     act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
     only = None if task is None else [layer.name for layer in task.candidates.layers]
-    plain, ranges, lost = _opened(model, inputs, reader, only), None if task is None else task.ranges, None
+    plain, ranges = _opened(model, inputs, reader, only), None if task is None else task.ranges
+    whole = plain
     if options.act_bits is not None:
         ranges = calibrated(model, plain, stream, reader, act_samples, verbose)
     if ranges is not None:
-        whole, model = plain, quantize_activations(model, ranges, plain.layers)
+        model = quantize_activations(model, ranges, plain.layers)
         plain = _opened(model, inputs, reader, only)
-        lost = input_loss(whole, plain, stream, reader, act_samples) if task is None and not dry else None
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
@@ -83,7 +84,8 @@ def open_run(
         return variants(model, candidates, options.quantizer, device, reader.dtype, rounded)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
-    if lost is not None and options.act_bits is not None:
+    if options.act_bits is not None and not dry:
+        lost = input_loss(whole, plain, stream, reader, act_samples)
         notes.append(lost.words(options.act_bits))
         probed["activation_loss"] = asdict(lost)
     if options.precision in LOW_PRECISIONS:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
     from .calls import Call, Calls
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
+    from .folding import folded
     from .layers import Layer, has_rows, ignored, in_rows, layer_name, modules, storage
     from .learned import LearnedWeight
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
@@ -46,6 +47,7 @@ __all__ = [
     "check_bits",
     "codes",
     "compensated",
+    "folded",
     "has_rows",
     "ignored",
     "in_rows",

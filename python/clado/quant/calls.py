@@ -6,7 +6,7 @@ A parameter is followed through what takes output channels of it or turns it aro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +92,10 @@ class Call:
         """The call on another input."""
         return self.function(x, *self.args[1:], **self.kwargs)
 
+    def with_weight(self, weight: Tensor) -> Tensor:
+        """The call with another parameter in the place of its own."""
+        return self.function(self.x, self.part.taken(weight), *self.args[2:], **self.kwargs)
+
     def under(self, weight: Tensor) -> Tensor:
         """What the input becomes under another parameter, without bias."""
         own = self.part.taken(weight)
@@ -114,13 +118,19 @@ class Calls(TorchFunctionMode):
     Args:
         parameters: {name: tensor} as the model reads them.
         seen: ``seen(call)``; None: :meth:`Call.of` its own input.
+        constants: other tensors that weights may be computed from, such as buffers.
 
     Attributes:
         read: {parameter: names of functions that read it otherwise}.
         computed: {name of a function that computes a weight: the parameters behind it}, for each weight that is applied.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], seen: Callable[[Call], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        seen: Callable[[Call], Tensor] | None = None,
+        constants: Iterable[Tensor] = (),
+    ) -> None:
         super().__init__()
         self.read: dict[str, dict[str, None]] = {}
         self.computed: dict[str, set[str]] = {}
@@ -128,6 +138,9 @@ class Calls(TorchFunctionMode):
         self._parts: dict[int, Part] = {}
         self._made: dict[int, tuple[str, set[str]]] = {}
         self._kept: list[Any] = []  # what is known by its address stays
+        for tensor in constants:
+            self._made[id(tensor)] = ("", set())
+            self._kept.append(tensor)
         for name, parameter in parameters.items():
             self._know(parameter, Part(name, False, lambda tensor: tensor))
 
@@ -177,7 +190,7 @@ class Calls(TorchFunctionMode):
         part = self._parts.get(id(args[1]))
         if part is None:
             made = self._made.get(id(args[1]))
-            if made is not None:
+            if made is not None and made[1]:
                 self.computed.setdefault(made[0], set()).update(made[1])
             return None
         if _KINDS[name] == "matmul" and args[1].dim() != 2:
@@ -198,9 +211,10 @@ class Calls(TorchFunctionMode):
             if part is None and made is None:
                 return
             behind |= {part.name} if part is not None else made[1] if made is not None else set()
-        if behind and isinstance(output, Tensor):
-            self._made[id(output)] = (name, behind)
-            self._kept.append(output)
+        for made in pytree.tree_leaves(output) if tensors else ():
+            if isinstance(made, Tensor) and id(made) not in self._parts:
+                self._made[id(made)] = (name, behind)
+                self._kept.append(made)
 
 
 def _name(func: Any) -> str:
