@@ -105,6 +105,14 @@ class Plan:
         return {layer.name: stored_bytes(layer, self.chosen[layer.name], self.quantizer) for layer in self.layers}
 
     @property
+    def average_in_words(self) -> str:
+        """ "3.000 bits on average over 93 % of the weights"."""
+        share = self.info.get("searched_share")
+        return f"{self.avg_bits:.3f} bits on average" + (
+            "" if share is None else f" over {100 * share:.3g} % of the weights"
+        )
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the quantized layers on disk: packed codes and scales."""
         return sum(self.layer_bytes.values())

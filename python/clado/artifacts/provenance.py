@@ -16,7 +16,8 @@ class Provenance:
         estimator: its name; None for scores from elsewhere.
         loss: "kl", "cross_entropy", or "user" for a function of the user's.
         precision: of the matrix products.
-        float_layers: {layer that was kept in float: why}.
+        float_layers: {layer, module or parameter of two or more dimensions that was kept in float: why}.
+        float_weights: how many weights each of them has.
         dropped: (layer, label of the scheme) of candidates whose loss was not finite.
         corrected_pairs: (v, w) whose interaction :func:`clado.correct` measured exactly.
         rounding: how the weights were rounded; None: to the nearest code.
@@ -26,6 +27,7 @@ class Provenance:
     loss: str | None = None
     precision: str | None = None
     float_layers: dict[str, str] = field(default_factory=dict)
+    float_weights: dict[str, int] = field(default_factory=dict)
     dropped: tuple[tuple[str, str], ...] = ()
     corrected_pairs: tuple[tuple[int, int], ...] = ()
     rounding: RoundedBy | None = None
@@ -34,6 +36,13 @@ class Provenance:
     def known(self) -> bool:
         """Whether the matrix was measured by :func:`clado.profile`."""
         return self.estimator is not None
+
+    def in_float(self, searched: int) -> str:
+        """What stayed float, with its share of all weights, beside so many that were searched; empty where nothing did."""
+        total = searched + sum(self.float_weights.values())
+        shares = {name: self.float_weights.get(name, 0) / total for name in self.float_layers}
+        ordered = sorted(self.float_layers, key=lambda name: -shares[name])
+        return "; ".join(f"{name} ({shares[name]:.1%}, {self.float_layers[name]})" for name in ordered)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

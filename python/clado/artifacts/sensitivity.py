@@ -84,6 +84,14 @@ class Sensitivity:
         return held_weights(self.held, self.provenance.rounding, "sensitivity")
 
     @property
+    def searched_share(self) -> float | None:
+        """Share of the model's weights that the layers hold; None for scores from elsewhere."""
+        if not self.provenance.known:
+            return None
+        searched = sum(layer.numel for layer in self.layers)
+        return searched / (searched + sum(self.provenance.float_weights.values()))
+
+    @property
     def num_candidates(self) -> int:
         """V."""
         return len(self.candidates)

@@ -29,7 +29,7 @@ def show_plan(plan: Any) -> None:
         return
     taken = list(plan.chosen.values())
     layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
-    click.echo(f"{plan.status}: {layers}; {plan.avg_bits:.3f} bits on average, {plan.size_bytes:,} bytes")
+    click.echo(f"{plan.status}: {layers}; {plan.average_in_words}, {plan.size_bytes:,} bytes")
     click.echo(
         f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
     )
@@ -86,6 +86,8 @@ def show_run(folder: Path) -> None:
     source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
     rounding = "" if known.rounding is None else f", {known.rounding}"
     click.echo(f"\n{source}{rounding}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
+    if known.float_layers:
+        click.echo(f"left in float: {known.in_float(sum(layer.numel for layer in sens.layers))}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))

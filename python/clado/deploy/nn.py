@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require
-from ..quant import Layer, Number, Quantized, Quantizer, Scheme, codes, folded
+from ..quant import Layer, Number, Quantized, Quantizer, Scheme, announce, codes, folded
 from .applied import check_fit, dequantized
 
 
@@ -29,6 +29,7 @@ class _Packed(nn.Module):
     quantizer: Quantizer
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
+    weight_name: str  # in the model, where it is known
 
     @classmethod
     def from_float(cls, source: nn.Module, quantizer: Quantizer, bits: int) -> _Packed:
@@ -54,7 +55,7 @@ class _Packed(nn.Module):
         module.__dict__ = {name: copy.copy(value) for name, value in source.__dict__.items()}
         del module._parameters["weight"]
         module.number, module.quantizer = number, quantizer
-        module.weight_shape, module.weight_dtype = tuple(weight.shape), weight.dtype
+        module.weight_shape, module.weight_dtype, module.weight_name = tuple(weight.shape), weight.dtype, ""
         for name, part in packed.items():
             module.register_buffer(name, part)
         return module
@@ -68,7 +69,7 @@ class _Packed(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight: bit for bit what :func:`clado.apply` evaluates."""
         codes, scales = self.number.unpack(self.packed(), self.weight_shape, self.quantizer)
-        return self.number.decode(codes, scales, self.weight_dtype).view(self.weight_shape)
+        return announce(self.number.decode(codes, scales, self.weight_dtype).view(self.weight_shape), self.weight_name)
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
@@ -127,6 +128,7 @@ def replace_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
                     packed = {name: part.to(source.weight.device) for name, part in packed.items()}
                     kind = quantized_kind(type(source))
                     made[id(source)] = kind.from_packed(source, plan.quantizer, number, packed)
+                    made[id(source)].weight_name = f"{path}.weight"
                 model.set_submodule(path, made[id(source)])
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..common import digest, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
-from ..quant import ActivationRanges, Candidates, Rounded, folded, quantize_activations, variants
+from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
 from .checkpoint import recorded
 from .estimators import ESTIMATORS
 from .inputs import ACT_SAMPLES, calibrated, input_loss
@@ -135,6 +135,7 @@ def open_run(
         ranges=ranges,
         rounded=rounded,
         moments=moments,
+        float_weights=_float_weights(model, plain),
         notes=notes,
         probed=probed,
         started=started,
@@ -175,6 +176,21 @@ def _of_model(model: nn.Module, runner: Runner, ranges: ActivationRanges | None)
         "layers": digest([asdict(layer) for layer in runner.layers]),
         "act_ranges": digest(ranges.to_json()) if ranges else None,
     }
+
+
+def _float_weights(model: nn.Module, runner: Runner) -> dict[str, int]:
+    """{skipped layer, module or parameter: how many weights of two or more dimensions it has}, tied ones once."""
+    searched = {name for layer in runner.layers for name in layer.names}
+    count = dict.fromkeys(runner.skipped, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name in searched:
+            continue
+        path = layer_name(name)
+        while path and path not in count:
+            path = path.rpartition(".")[0]
+        if path:
+            count[path] += parameter.numel()
+    return count
 
 
 def _of_rounded(rounded: Rounded | None, options: Options, known: dict[str, Any]) -> dict[str, Any]:

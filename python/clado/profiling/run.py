@@ -83,6 +83,7 @@ class Run:
         moments: what it takes to round them; known in a dry run alone, None where nothing is to be done.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
+        float_weights: how many weights each of the runner's skipped layers has.
         task: what is measured instead of all candidates and pairs.
         measured: samples of this rank, in this call or an earlier one.
     """
@@ -100,6 +101,7 @@ class Run:
     ranges: ActivationRanges | None
     rounded: Rounded | None
     moments: MomentWork | None
+    float_weights: dict[str, int]
     notes: list[str]
     probed: dict[str, Any]
     started: float
@@ -347,7 +349,12 @@ class Run:
         }
         rounding = None if self.rounded is None else self.rounded.by
         provenance = Provenance(
-            options.estimator, options.loss, self.settings["products"], self.runner.skipped, rounding=rounding
+            options.estimator,
+            options.loss,
+            self.settings["products"],
+            self.runner.skipped,
+            self.float_weights,
+            rounding=rounding,
         )
         result = assemble(sums, self.candidates, options.quantizer, provenance, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples:

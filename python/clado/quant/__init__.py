@@ -9,7 +9,7 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
-    from .calls import Call, Calls
+    from .calls import Call, Calls, announce
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
     from .folding import folded
     from .layers import Layer, has_rows, ignored, in_rows, layer_name, modules, storage
@@ -42,6 +42,7 @@ __all__ = [
     "RoundedBy",
     "Rounding",
     "Scheme",
+    "announce",
     "calibrate",
     "candidates_of",
     "check_bits",

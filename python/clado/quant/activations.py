@@ -164,9 +164,11 @@ def quantize_activations(model: nn.Module, activations: ActivationRanges, layers
     for name, pair in activations.ranges.items():
         require(name in known, "activations", "layers", f"hold {name}", f"{len(known)} others")
         names |= dict.fromkeys(known[name].names, pair)
-    parameters = dict(quantized.named_parameters(remove_duplicate=False))
     for name in names:
-        require(name in parameters, "activations", "model", f"have a parameter {name}", "another model")
+        module, _, attribute = name.rpartition(".")
+        there = module in dict(quantized.named_modules(remove_duplicate=False))
+        there = there and hasattr(quantized.get_submodule(module), attribute)
+        require(there, "activations", "model", f"have a parameter {name}", "another model")
     rounding = _Rounding(activations.bits, names)
     quantized.__dict__["_input_rounding"] = rounding
     quantized.__class__ = _rounding_inputs(type(quantized))
@@ -190,7 +192,8 @@ class _Rounding:
         self.bits, self.ranges, self.active = bits, ranges, False
 
     def apply(self, call: Call) -> Tensor:
-        return call.of(rounded(call.x, *self.ranges[call.part.name], self.bits))
+        pair = self.ranges.get(call.part.name)  # None: of a packed layer whose input stays float
+        return call.of(call.x if pair is None else rounded(call.x, *pair, self.bits))
 
     def hook(self, pair: tuple[float, float]) -> Callable[[nn.Module, Any, Any], Any]:
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -213,7 +216,10 @@ def _rounding_inputs(kind: type[nn.Module]) -> type[nn.Module]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
         before, rounding.active = rounding.active, True
         try:
-            with Calls({name: parameters[name] for name in rounding.ranges}, rounding.apply):
+            known = {
+                name: parameters[name] for name in rounding.ranges if name in parameters
+            }  # packed ones announce themselves
+            with Calls(known, rounding.apply):
                 return kind.forward(self, *args, **kwargs)
         finally:
             rounding.active = before

@@ -144,6 +144,15 @@ class Calls(TorchFunctionMode):
         for name, parameter in parameters.items():
             self._know(parameter, Part(name, False, lambda tensor: tensor))
 
+    def __enter__(self) -> Calls:
+        _ACTIVE.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.remove(self)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, _name(func)
         if name == "multi_head_attention_forward":
@@ -215,6 +224,16 @@ class Calls(TorchFunctionMode):
             if isinstance(made, Tensor) and id(made) not in self._parts:
                 self._made[id(made)] = (name, behind)
                 self._kept.append(made)
+
+
+_ACTIVE: list[Calls] = []
+
+
+def announce(weight: Tensor, name: str) -> Tensor:
+    """Say that a tensor that was just made, from packed codes, stands for a parameter; it is returned."""
+    for calls in _ACTIVE:
+        calls._know(weight, Part(name, False, lambda tensor: tensor))
+    return weight
 
 
 def _name(func: Any) -> str:

@@ -195,7 +195,7 @@ class Solver:
         bound = min(answer.bound, value)
         unit = reference(program, choice)
         gap = (value - bound) / unit if unit > 0 else 0.0
-        info = {"solver": answer.solver, "relative_gap": gap, "negative_eigenvalue_share": self._mass}
+        info = {"solver": answer.solver, "relative_gap": gap, "negative_eigenvalue_share": self._mass, **searched(sens)}
         return Plan(
             layers=sens.layers,
             schemes=sens.candidates.choice(choice),
@@ -309,7 +309,13 @@ def given_plan(
         activations=sens.activations,
         rounding=sens.provenance.rounding,
         held=sens.held,
+        info=searched(sens),
     )
+
+
+def searched(sens: Sensitivity) -> dict[str, Any]:
+    """What a plan's average is of: the share of the model's weights that were searched, where it is known."""
+    return {} if sens.searched_share is None else {"searched_share": sens.searched_share}
 
 
 def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:

@@ -305,19 +305,34 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
     )
     zero = np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
     scale = np.float32((high - low) / 255)
-    uses = list(_weight(graph, layer).uses())
-    users = [use.node for use in uses]
-    turned = [user for node in users if _feeds_matmul_alone(node) for user in node.outputs[0].consumers()]
-    turned += [use.node for use in uses if use.node.op_type == "MatMul" and use.idx == 1]
     parts = {"input_scale": np.array(scale), "input_zero_point": np.array(zero)}
     settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}.{part}")) for part, array in parts.items()]
-    for node in [*(node for node in users if node.op_type in ("Conv", "ConvTranspose", "Gemm")), *turned]:
+    for node in _products(_weight(graph, layer)):
         x = node.inputs[0]
         codes = ir.Node("", "QuantizeLinear", [x, *settings])
         again = ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])
         again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
         graph.insert_before(node, [codes, again])
         node.replace_input_with(0, again.outputs[0])
+
+
+def _products(weight: Any) -> list[Any]:
+    """The nodes that multiply something with a weight, or with what is taken of it."""
+    found: dict[Any, None] = {}
+    for use in weight.uses():
+        if use.idx == 1 and use.node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            found[use.node] = None
+        elif use.idx == 0 and use.node.op_type in (
+            "Gather",
+            "Identity",
+            "Reshape",
+            "Slice",
+            "Split",
+            "Squeeze",
+            "Transpose",
+        ):
+            found |= {node: None for output in use.node.outputs for node in _products(output)}
+    return list(found)
 
 
 def _feeds_matmul_alone(node: Any) -> bool:
