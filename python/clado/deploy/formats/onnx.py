@@ -61,6 +61,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         dtype = request.state[layer.names[0]].dtype
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
     model = _export(request).model
+    _inline(model)
     quantized: set[str] = set()
     ranges = _ranges(request)
     for layer, low, high in ranges.values():
@@ -420,6 +421,13 @@ def _initializer(ir: Any, graph: Any, tensor: Any) -> Any:
     return value
 
 
+def _inline(model: Any) -> None:
+    """No function hides what reads a weight."""
+    import onnxscript.optimizer
+
+    onnxscript.optimizer.inline(model)
+
+
 def _clean(model: Any) -> None:
     """Fold constants, and drop what the exporter notes about the machine: stack traces with paths.
 
@@ -428,7 +436,6 @@ def _clean(model: Any) -> None:
     import onnxscript.optimizer
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    onnxscript.optimizer.inline(model)
     onnxscript.optimizer.fold_constants(model)
     onnxscript.optimizer.remove_unused_nodes(model)
     ClearMetadataAndDocStringPass()(model)
