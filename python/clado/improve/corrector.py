@@ -25,6 +25,7 @@ from ..common import require
 from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
 from ..profiling import (
+    NEAREST,
     Later,
     Options,
     PairTask,
@@ -96,9 +97,11 @@ def correct(
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
     skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
+    by = sens.provenance.rounding
     options = Options.of(
         bits=sens.bits,
         estimator="corrected",
+        rounding=NEAREST if by is None else by.rounding,
         loss=sens.provenance.loss,
         precision=sens.provenance.precision,
         num_samples=count,
