@@ -206,7 +206,14 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
 
     def ours(estimator: str, count: int = len(x)) -> Sensitivity:
         sens = clado.profile(
-            model, [x], estimator=estimator, num_samples=count, ignore=ignore, precision=precision, verbose=False
+            model,
+            [x],
+            estimator=estimator,
+            num_samples=count,
+            ignore=ignore,
+            precision=precision,
+            rounding="nearest",  # as the loops have it
+            verbose=False,
         )
         if sens.info["precision"] != precision:
             raise SystemExit(f"bench_profile: {precision} must be kept, got {sens.info['warnings']}")

@@ -1,8 +1,9 @@
 """The paper's setting on ImageNet, for those who have it: ``python -m bench.study.imagenet --model resnet50 --train … --val …``.
 
 ResNet-18, ResNet-50 or ViT-B/16, weights at 2, 4 and 8 bits with one scale per tensor (least squared error over 95 shrink
-steps), activations at 8 bits, first convolution and classifier in float, cross-entropy. Profiles on training images, solves
-for the budgets, and reports top-1 on the validation images beside the published figures; see docs/imagenet.md.
+steps), rounded to the nearest code, activations at 8 bits, first convolution and classifier in float, cross-entropy. Profiles
+on training images, solves for the budgets, and reports top-1 on the validation images beside the published figures; see
+docs/imagenet.md.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         loss="cross_entropy",
         num_samples=options.nsamples,
         group_size=0,
+        rounding="nearest",
         act_bits=options.act_bits or None,
         output_dir=options.output_dir,
         seed=options.seed,

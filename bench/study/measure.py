@@ -128,6 +128,7 @@ def measure(unit: Unit, work: Path) -> Path:
                 [(images, labels)],
                 BITS,
                 group_size=SCALES[unit.scales],
+                rounding="nearest",  # as the rivals
                 output_dir=folder,
                 verbose=False,
                 **settings,

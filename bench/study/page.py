@@ -201,7 +201,8 @@ ModelOpt {study["machine"]["nvidia-modelopt"]}).
   covered with noise, so that the nets err as nets do on real images. {digits["train"]} digits to train, two disjoint sets of
   {digits["sensitivity a"]} for the sensitivities ({study["settings"]["samples"]} images each), {digits["choice"]} to choose among plans,
   {digits["heldout"]} ({study["settings"]["heldout"]} images) to report.
-- **Layers**: every Linear and Conv2d but the first convolution and the classifier. Weights only, scales by least squared error.
+- **Layers**: every Linear and Conv2d but the first convolution and the classifier. Weights only, rounded to the nearest code,
+  scales by least squared error.
 - **Error bars** are standard errors of paired differences per image, clustered by digit. They cover the held-out images; training
   seeds and sensitivity sets are averaged over, and how many of them agree is said.
 

@@ -473,9 +473,13 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {line.split("  ")[0].strip(): line.split() for line in run.stdout.splitlines() if "%" in line}
     loss = {name: (float(cells[-6]), float(cells[-5])) for name, cells in rows.items()}
     ours, error = loss["clado"]
+    assert ours <= loss["uniform 2"][0]
     assert ours <= loss["uniform 3"][0] + 3 * error
     assert ours <= loss["diagonal"][0] + 3 * error
+    assert "; compensated rounding by 512 samples" in run.stdout
+    (rounded,) = (tmp_path / "run").glob("rounded-*.safetensors")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        rounded.name,
         "sensitivity.safetensors",
         "progress.safetensors",
         "plan.json",

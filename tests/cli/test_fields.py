@@ -62,7 +62,6 @@ def test_what_profile_is_told() -> None:
         "num_samples": 512,
         "group_size": -1,
         "symmetric": True,
-        "rounding": "nearest",
         "ignore": (),
         "quantize_ends": False,
         "seed": 0,

@@ -42,7 +42,9 @@ def test_rounding_from_a_profile_to_an_export(tmp_path: Path) -> None:
     assert Sensitivity.load(merged).rounded is not None
     shutil.rmtree(second)
     assert call(*more).exit_code == 0
-    refused(call("merge", run, second, "--output-dir", tmp_path / "no"), "or --rounded-as, of the first), got others")
+    refused(
+        call("merge", run, second, "--output-dir", tmp_path / "no"), "or --rounded-as, of the first), got compensated"
+    )
 
     (damaged,) = run.glob("rounded-*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-9])
@@ -67,6 +69,7 @@ def test_a_plan_is_finished_and_exported(tmp_path: Path) -> None:
 
 def test_what_does_not_go_with_nearest_rounding(tmp_path: Path) -> None:
     where = ("--nsamples", 4, "--output-dir", tmp_path / "run")
-    refused(call(*PROFILE, *where, "--moment-samples", 4), "must be left out with nearest rounding, got 4")
+    nearest = (*PROFILE, "--rounding", "nearest", *where)
+    refused(call(*nearest, "--moment-samples", 4), "must be left out with nearest rounding, got 4")
     refused(call(*PROFILE, *where, "--rounding", "best"), "rounding must be one of nearest, compensated, got 'best'")
     assert not (tmp_path / "run").exists()

@@ -67,7 +67,7 @@ def test_latency_table_has_every_layer_and_width(tmp_path: Path) -> None:
     assert plan.usage["latency_ms"]["used"] <= most
 
 
-def test_latency_of_what_does_not_run_as_a_module() -> None:
+def test_latency_of_a_weight_that_is_applied_by_a_function() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -79,5 +79,7 @@ def test_latency_of_what_does_not_run_as_a_module() -> None:
     model = Functional().eval()
     x = torch.randn(2, 4)
     sens = clado.profile(model, [x], estimator="diagonal", num_samples=2, verbose=False)
-    with pytest.raises(clado.CladoError, match="model must run every layer as a module"):
+    assert set(time_layers(model, sens, x, repeats=1, verbose=False)) == {"inner"}
+    model.forward = lambda x: model.head(x)  # type: ignore[method-assign]
+    with pytest.raises(clado.CladoError, match="model must run every layer, got none of inner"):
         time_layers(model, sens, x, verbose=False)

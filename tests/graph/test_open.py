@@ -29,7 +29,8 @@ def opened(whole: bool, dtype: torch.dtype = torch.float64) -> tuple[Runner, lis
 
 
 def stages(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    sens = clado.profile(model, [x], BITS, num_samples=COUNT, verbose=False)
+    # Compensation goes by the rows that are read, which whole forwards do not know.
+    sens = clado.profile(model, [x], BITS, num_samples=COUNT, rounding="nearest", verbose=False)
     plans = [clado.solve(sens, avg_bits=bits) for bits in (2.5, 4.0)]
     corrected, plan = clado.correct(model, [x], sens, num_samples=4, rounds=2, avg_bits=3.0, verbose=False)
     refined = clado.refine(model, [x], sens, plans[0], rounds=1, avg_bits=3.0, verbose=False)

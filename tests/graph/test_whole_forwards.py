@@ -21,7 +21,8 @@ from tests.record.nets import Unexportable
 def test_whole_forwards_give_what_the_graph_gives(name: str, estimator: str) -> None:
     model, x, y = net_and_data(name, 4)
     options: dict[str, Any] = {"estimator": estimator, "loss": "cross_entropy", "quantize_ends": True, "verbose": False}
-    options |= {"precision": "float64", "batch_size": 3}
+    # Compensation goes by the rows that are read, which whole forwards do not know.
+    options |= {"precision": "float64", "batch_size": 3, "rounding": "nearest"}
     graph = profile(model, [(x, y)], BITS, **options)
     whole = profile(Unexportable(model).eval(), [(x, y)], BITS, **options)
     assert [f"inner.{layer.name}" for layer in graph.layers] == [layer.name for layer in whole.layers]

@@ -14,6 +14,7 @@ from clado.profiling import Run
 from tests.models import small_cnn, tiny_vit
 
 BITS, COUNT = (2, 3, 4, 8), 24
+NEAREST: dict[str, Any] = {"rounding": "nearest", "verbose": False}  # fewer samples have the same weights
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def made(build: Any) -> tuple[nn.Module, Tensor, clado.Sensitivity, clado.Sensit
     model, shape = build()
     x = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(3))
     both = [
-        clado.profile(model, [x], BITS, estimator=name, num_samples=COUNT, verbose=False) for name in ("logit", "exact")
+        clado.profile(model, [x], BITS, estimator=name, num_samples=COUNT, **NEAREST) for name in ("logit", "exact")
     ]
     return model, x, both[0], both[1]
 
@@ -62,7 +63,7 @@ def test_pairs_of_the_plan_are_exact_and_it_stands(build: Any) -> None:
 def test_few_samples_correct_the_mean_of_all_and_what_is_measured_is_not_measured_again() -> None:
     model, x, logit, _ = made(tiny_vit)
     sens, plan = clado.correct(model, [x], logit, num_samples=6, rounds=30, avg_bits=3.0, verbose=False)
-    few = [clado.profile(model, [x[:6]], BITS, estimator=e, num_samples=6, verbose=False) for e in ("logit", "exact")]
+    few = [clado.profile(model, [x[:6]], BITS, estimator=e, num_samples=6, **NEAREST) for e in ("logit", "exact")]
     mask = pairs(sens)
     residual = few[1].interaction - few[0].interaction
     scale = np.abs(logit.interaction).max()

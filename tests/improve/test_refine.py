@@ -19,7 +19,7 @@ BITS = (2, 3, 8)
 def made(build) -> tuple[nn.Module, Tensor, clado.Sensitivity]:
     model, shape = build()
     x = torch.randn(24, *shape)
-    return model, x, clado.profile(model, [x], BITS, num_samples=24, group_size=0, verbose=False)
+    return model, x, clado.profile(model, [x], BITS, num_samples=24, group_size=0, rounding="nearest", verbose=False)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """A run killed at any moment resumes to the same bits; a full disk or a foreign directory loses nothing; runs grow and merge."""
 
 import errno
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,10 +32,10 @@ from clado.profiling import Checkpoint, profile
 from clado.artifacts import Sensitivity
 from tests.models import tiny_vit
 
-folder, wanted = sys.argv[1], int(sys.argv[2])
+folder, wanted, rounding = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 model, shape = tiny_vit()
 x = torch.randn(47, *shape, generator=torch.Generator().manual_seed(1))
-settings = dict(estimator="exact", batch_size=2, verbose=False)
+settings = dict(estimator="exact", batch_size=2, rounding=rounding, verbose=False)
 whole = profile(model, [x], **settings)
 random.seed(0)
 kills = runs = other = 0
@@ -65,11 +64,16 @@ while kills < wanted or runs == 0 or os.path.exists(folder):
         assert status == 0
         got = Sensitivity.load(folder)
         other += any(not np.array_equal(getattr(got, n), getattr(whole, n)) for n in ("delta_loss", "interaction", "stderr"))
-        assert sorted(os.listdir(folder)) == ["progress.safetensors", "sensitivity.safetensors"], os.listdir(folder)
+        files = sorted(name for name in os.listdir(folder) if not name.startswith("rounded-"))
+        assert files == ["progress.safetensors", "sensitivity.safetensors"], os.listdir(folder)
+        assert len(os.listdir(folder)) == 2 + (rounding == "compensated"), os.listdir(folder)
         shutil.rmtree(folder)
         runs += 1
 print(kills, runs, other)
 """
+
+HOWS = [{"rounding": "nearest"}, {"rounding": "compensated", "moment_samples": 8}]
+under_both_roundings = pytest.mark.parametrize("how", HOWS, ids=["nearest", "compensated"])
 
 
 @cache
@@ -109,9 +113,10 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
 @pytest.mark.parametrize("kills", [10])
-def test_resumes_to_the_same_bits_after_kills(kills: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills)]
+def test_resumes_to_the_same_bits_after_kills(kills: int, rounding: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills), rounding]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert finished.returncode == 0, finished.stderr
     done, runs, other = map(int, finished.stdout.split())
@@ -126,17 +131,22 @@ def breaking(x: torch.Tensor, after: int, error: type[BaseException]) -> Iterato
     raise error("the disk with the images is gone")
 
 
+@under_both_roundings
 @pytest.mark.parametrize(("error", "caught"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, clado.CladoError)])
 def test_interrupted_run_goes_on_and_does_not_repeat(
-    error: type[BaseException], caught: type[BaseException], tmp_path: Path, finished: list[int]
+    error: type[BaseException],
+    caught: type[BaseException],
+    how: dict[str, Any],
+    tmp_path: Path,
+    finished: list[int],
 ) -> None:
     model, x = data()
-    whole = profile(model, [x], batch_size=8, verbose=False)
+    whole = profile(model, [x], batch_size=8, verbose=False, **how)
     finished.clear()
     with pytest.raises(caught, match="images is gone"):
-        profile(model, breaking(x, 28, error), batch_size=8, output_dir=tmp_path, verbose=False)
+        profile(model, breaking(x, 28, error), batch_size=8, output_dir=tmp_path, verbose=False, **how)
     assert finished == [8, 8, 8]
-    resumed = profile(model, [x], output_dir=tmp_path, verbose=False)  # the recorded batch size holds
+    resumed = profile(model, [x], output_dir=tmp_path, verbose=False)  # what is recorded holds
     assert same(resumed, whole)
     assert resumed.fingerprint == whole.fingerprint
     assert finished == [8, 8, 8, 8, 8, 4]
@@ -147,13 +157,13 @@ def test_interrupted_run_goes_on_and_does_not_repeat(
 @torch.no_grad()
 def half_the_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
     """A cap under which eight samples can't advance together."""
-    pieces = open_run(model, [x], Options(batch_size=8)).pieces
+    pieces = open_run(model, [x], Options(batch_size=8, rounding="nearest")).pieces
     return pieces.fixed_bytes() + (pieces.chunk_bytes() or 0) // 2
 
 
 def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
     model, x = data()
-    many = {"batch_size": 8, "verbose": False}
+    many = {"batch_size": 8, "rounding": "nearest", "verbose": False}
     little = half_the_memory(model, x)
     profile(model, [x], num_samples=16, max_memory=little, output_dir=tmp_path, **many)
     pieces = checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[0]["pieces"]
@@ -172,7 +182,7 @@ def test_a_run_goes_on_in_the_pieces_it_began_with(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_with_less_memory_says_so(tmp_path: Path) -> None:
     model, x = data()
-    many = {"batch_size": 8, "verbose": False}
+    many = {"batch_size": 8, "rounding": "nearest", "verbose": False}
     profile(model, [x], num_samples=16, output_dir=tmp_path, **many)
     little = half_the_memory(model, x)
     resumed = profile(model, [x], max_memory=little, output_dir=tmp_path, **many)
@@ -191,7 +201,7 @@ def test_pieces_that_an_allocation_made_smaller_stay_so(
 ) -> None:
     """Out of memory once, in the third chunk; interrupted before and after it."""
     model, x = data()
-    many = {"batch_size": 8, "verbose": False}
+    many = {"batch_size": 8, "rounding": "nearest", "verbose": False}
     whole = run.Run._sums
 
     def run_with_shortage(first: int, **arguments: Any) -> Sensitivity:
@@ -215,10 +225,11 @@ def test_pieces_that_an_allocation_made_smaller_stay_so(
     assert any("were 8 and 3, then 4 and 3" in line for line in resumed.info["warnings"])
 
 
-def test_more_samples_later_equal_the_longer_run(tmp_path: Path, finished: list[int]) -> None:
+@under_both_roundings
+def test_more_samples_later_equal_the_longer_run(how: dict[str, Any], tmp_path: Path, finished: list[int]) -> None:
     model, x = data()
-    longer = profile(model, [x], batch_size=8, verbose=False)
-    first = profile(model, [x], num_samples=20, batch_size=8, output_dir=tmp_path, verbose=False)
+    longer = profile(model, [x], batch_size=8, verbose=False, **how)
+    first = profile(model, [x], num_samples=20, batch_size=8, output_dir=tmp_path, verbose=False, **how)
     assert first.num_samples == 20
     finished.clear()
     assert same(profile(model, [x], output_dir=tmp_path, verbose=False), longer)
@@ -233,7 +244,8 @@ def test_merged_parts_equal_the_whole(estimator: str, tmp_path: Path) -> None:
     x = x[:25]
 
     def run(part: torch.Tensor) -> Sensitivity:
-        return profile(model, [part], estimator=estimator, batch_size=8, precision="float64", verbose=False)
+        exact = {"batch_size": 8, "precision": "float64", "rounding": "nearest", "verbose": False}
+        return profile(model, [part], estimator=estimator, **exact)
 
     whole, parts = run(x), [run(x[:8]), run(x[8:9]), run(x[9:])]
     merged = Sensitivity.merge(parts)
@@ -248,14 +260,17 @@ def test_merged_parts_equal_the_whole(estimator: str, tmp_path: Path) -> None:
     assert same(Sensitivity.load(merged.save(tmp_path)), merged)
     with pytest.raises(clado.CladoError, match="8 samples in common"):
         Sensitivity.merge([parts[0], whole])
-    other = profile(model, [x[:8]], estimator=estimator, bits=(2, 4), verbose=False)
+    other = profile(model, [x[:8]], estimator=estimator, bits=(2, 4), rounding="nearest", verbose=False)
     with pytest.raises(clado.CladoError, match="the same candidates"):
         Sensitivity.merge([parts[0], other])
     with pytest.raises(clado.CladoError, match="at least one"):
         Sensitivity.merge([])
 
 
-def test_full_disk_is_one_line_and_keeps_finished_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@under_both_roundings
+def test_full_disk_is_one_line_and_keeps_finished_chunks(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = data()
     write, calls = Path.write_bytes, []
 
@@ -268,12 +283,13 @@ def test_full_disk_is_one_line_and_keeps_finished_chunks(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(clado.CladoError, match="output_dir must have space left"):
-        profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False)
-    assert os.listdir(tmp_path) == ["progress.safetensors"]
+        profile(model, [x], batch_size=8, output_dir=tmp_path, verbose=False, **how)
+    kept = [path.name for path in tmp_path.iterdir() if not path.name.startswith("rounded-")]
+    assert kept == ["progress.safetensors"]
+    assert checkpoint.read_progress(tmp_path / kept[0])[1].samples == 16
     monkeypatch.undo()
-    assert same(
-        profile(model, [x], output_dir=tmp_path, verbose=False), profile(model, [x], batch_size=8, verbose=False)
-    )
+    whole = profile(model, [x], batch_size=8, verbose=False, **how)
+    assert same(profile(model, [x], output_dir=tmp_path, verbose=False), whole)
 
 
 def test_progress_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -320,13 +336,14 @@ def wider(x: torch.Tensor) -> torch.Tensor:
         (wider, "must yield inputs of one shape"),
     ],
 )
+@under_both_roundings
 def test_data_that_breaks_midway_is_one_line_and_keeps_finished_chunks(
-    last: Callable[[torch.Tensor], torch.Tensor], message: str, tmp_path: Path
+    last: Callable[[torch.Tensor], torch.Tensor], message: str, how: dict[str, Any], tmp_path: Path
 ) -> None:
     model, x = data()
     loader = DataLoader(Shapes(x[:17], last), batch_size=1)
     with pytest.raises(clado.CladoError, match=message) as caught:
-        profile(model, loader, batch_size=8, output_dir=tmp_path, verbose=False)
+        profile(model, loader, batch_size=8, output_dir=tmp_path, verbose=False, **how)
     assert "\n" not in str(caught.value)
     assert checkpoint.read_progress(tmp_path / checkpoint.PROGRESS_FILE)[1].samples == 16
 

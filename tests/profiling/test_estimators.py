@@ -99,6 +99,7 @@ def test_gradient_equals_its_definition(name: str, loss: str) -> None:
         "loss": loss,
         "quantize_ends": True,
         "batch_size": 3,
+        "rounding": "nearest",
         "verbose": False,
     }
     sens = profile(model, [(x, y)], BITS, precision="float64", **options)
@@ -126,9 +127,8 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
 
     def run(estimator: str, rows: slice, **more: Any) -> Sensitivity:
         data = [(x[rows], y[rows])]
-        return profile(
-            model, data, BITS, estimator=estimator, loss=loss, precision="float64", batch_size=4, verbose=False, **more
-        )
+        how: dict[str, Any] = {"precision": "float64", "batch_size": 4, "rounding": "nearest", "verbose": False}
+        return profile(model, data, BITS, estimator=estimator, loss=loss, **how, **more)
 
     sens = run("corrected", slice(None), exact_samples=6)  # two chunks of four
     some = slice(0, 8)
@@ -234,6 +234,7 @@ def test_models_of_several_inputs_and_outputs(estimator: str) -> None:
         return model(batch["image"], batch["gain"])
 
     options: dict[str, Any] = {"loss_func": loss, "forward_step": step, "quantize_ends": True, "verbose": False}
+    options["rounding"] = "nearest"
     sens = profile(model, [batch], BITS, estimator=estimator, precision="float64", **options)
     assert [layer.name for layer in sens.layers] == ["trunk", "body", "boxes", "map"]
 
@@ -289,7 +290,7 @@ def test_gradient_of_a_loss_that_the_last_layers_do_not_reach() -> None:
 def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
     """The closed form plus the residual: 8-bit pairs are right too, which differences of float32 losses are not."""
     model, x, y = net_and_data("vit")
-    sens = profile(model, [x], (4, 8), estimator="exact", batch_size=7, verbose=False)
+    sens = profile(model, [x], (4, 8), estimator="exact", batch_size=7, rounding="nearest", verbose=False)
     with torch.no_grad():
         _, omega = plain_loop(model, sens, x, y, "kl")
     eight = np.ix_(np.arange(1, sens.num_candidates, 2), np.arange(1, sens.num_candidates, 2))

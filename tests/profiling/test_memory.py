@@ -146,8 +146,9 @@ def test_an_estimator_that_never_fits_is_one_line(net: Any, monkeypatch: pytest.
 
 
 def test_the_plan_counts_the_work(net: Any) -> None:
-    plan = plan_run(net[0], [net[1]], estimator="exact", scale_steps=1)
-    found = profile(net[0], [net[1]], estimator="exact", scale_steps=1, verbose=False)
+    how: dict[str, Any] = {"estimator": "exact", "scale_steps": 1, "rounding": "nearest"}
+    plan = plan_run(net[0], [net[1]], **how)
+    found = profile(net[0], [net[1]], verbose=False, **how)
     assert (plan.samples, plan.candidates, plan.layers) == (SAMPLES, found.num_candidates, len(found.layers))
     assert plan.evaluations == 1 + plan.candidates + 9 * plan.layers * (plan.layers - 1) // 2
     assert plan.forward_equivalents == pytest.approx(SAMPLES * found.info["forward_equivalents"])

@@ -136,13 +136,14 @@ RECORDED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("given", "recorded"), RECORDED, ids=["plain", "corrected", "inputs", "own loss"])
 def test_settings_are_those_of_earlier_runs(given: dict[str, Any], recorded: dict[str, Any]) -> None:
     found = {name: recorded[name] for name in ("exact_samples", "batch_size", "act_samples", "device")}
-    settings = Options(**given).settings(**found)
+    options = Options(rounding="nearest", **given)
+    settings = options.settings(**found)
     assert json.loads(json.dumps(settings, default=list)) == recorded
     assert digest(settings) == digest(recorded)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     data = [(torch.randn(16, 4), torch.zeros(16, dtype=torch.int64))]
-    run = open_run(model, data, Options(**given))
+    run = open_run(model, data, options)
     assert {name: run.settings[name] for name in recorded} | settings == dict(settings)
     if given.get("loss_func") is None and given.get("act_bits") is None:
         names = ("weights", "layers", "products", "act_ranges")
@@ -158,6 +159,24 @@ def test_what_is_kept_is_kept_when_one_argument_changes() -> None:
         )
     assert Options(group_size=4, symmetric=False).quantizer == Quantizer(4, 95, False)
     assert Options().bits == (2, 4, 8)
+
+
+def test_rounding_is_as_asked_for_else_as_the_run_began_else_compensated() -> None:
+    old, new = (
+        {"loss": "kl"},
+        {"loss": "kl", "rounding": "compensated"},
+    )  # settings that name none are of nearest rounding
+    for given, known, rounding in (
+        ({}, {}, "compensated"),
+        ({}, old, "nearest"),
+        ({}, new, "compensated"),
+        ({"rounding": "nearest"}, new, "nearest"),
+        ({"rounding": "compensated"}, old, "compensated"),
+        ({"moment_samples": 4}, old, "compensated"),
+        ({"rounded_as": "a"}, old, "compensated"),
+    ):
+        assert Options(**given).of_run(known).rounding == rounding
+    assert Options().settings() == Options(rounding="compensated").settings()
 
 
 def test_candidates_of_bits_and_of_schemes() -> None:

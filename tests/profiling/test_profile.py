@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,7 @@ def test_exact_equals_the_plain_loop(name: str, loss: str) -> None:
             num_samples=24,
             batch_size=7,
             quantize_ends=ends,
+            rounding="nearest",
             verbose=False,
         )
         single, omega = plain_loop(model, sens, x, y, loss)
@@ -108,7 +110,8 @@ def test_the_cnn_has_a_tied_weight_that_is_one_layer() -> None:
 def test_logit_equals_its_definition(loss: str) -> None:
     """Losses of z + δ_v + δ_w, in float64 from the float64 logits of each candidate alone."""
     model, x, y = net_and_data("vit")
-    sens = profile(model, [(x, y)], estimator="logit", loss=loss, precision="float64", verbose=False)
+    how: dict[str, Any] = {"loss": loss, "precision": "float64", "rounding": "nearest", "verbose": False}
+    sens = profile(model, [(x, y)], estimator="logit", **how)
     double = copy.deepcopy(model).double()
     weights = dict(double.named_parameters())
     clean = double(x.double())
@@ -155,8 +158,8 @@ def test_standard_errors_are_those_of_the_samples() -> None:
 
     def run(inputs: Tensor, labels: Tensor) -> Sensitivity:
         # float64: in float32 the second difference of an 8-bit pair is rounding, other for a batch of 1 than of 6.
-        data = [(inputs, labels)]
-        return profile(model, data, estimator="exact", loss="cross_entropy", precision="float64", verbose=False)
+        how: dict[str, Any] = {"loss": "cross_entropy", "precision": "float64", "rounding": "nearest", "verbose": False}
+        return profile(model, [(inputs, labels)], estimator="exact", **how)
 
     whole, ones = run(x, y), [run(x[k : k + 1], y[k : k + 1]) for k in range(6)]
     losses = np.stack([one.delta_loss for one in ones])
@@ -197,7 +200,7 @@ def test_timm_models_are_captured_and_profiled(name: str) -> None:
 def test_bfloat16_weights_are_quantized_as_they_are() -> None:
     model, x, _ = net_and_data("vit")
     half = copy.deepcopy(model).bfloat16()
-    sens = profile(half, [x], verbose=False)
+    sens = profile(half, [x], rounding="nearest", verbose=False)
     single, _ = plain_loop_of_bfloat16(half, sens, x)
     assert relative(sens.delta_loss, single) < 1e-4
     assert next(half.parameters()).dtype == torch.bfloat16
@@ -325,8 +328,9 @@ def test_a_run_directory_that_cannot_be_made_is_refused_before_anything_is_measu
 def test_what_is_not_finite_is_named() -> None:
     model, x, _ = net_and_data("vit")
     broken = torch.cat([x[:8], x[8:] * float("nan")])
-    with pytest.raises(clado.CladoError, match=r"data_loader must yield finite numbers, .* among samples 8\.\.15"):
-        profile(model, [broken], batch_size=8, verbose=False)
+    for rounding, where in (("nearest", r"8\.\.15"), ("compensated", r"0\.\.15")):
+        with pytest.raises(clado.CladoError, match=rf"data_loader must yield finite numbers, .* among samples {where}"):
+            profile(model, [broken], batch_size=8, rounding=rounding, verbose=False)
     with pytest.raises(clado.CladoError, match="loss_func must return finite losses"):
         profile(
             model,

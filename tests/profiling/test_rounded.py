@@ -235,7 +235,7 @@ def test_a_run_that_died_before_its_first_chunk_makes_the_weights_again(
         patch.setattr(checkpoint.Checkpoint, "add", dying)
         with pytest.raises(KeyboardInterrupt):
             clado.profile(model, [x], output_dir=tmp_path, **HOW)
-    assert [path.name for path in tmp_path.iterdir()] == [rounded_file(finished).name]
+    assert list(tmp_path.iterdir()) == []
     assert same(clado.profile(model, [x], output_dir=tmp_path, **HOW), Sensitivity.load(finished))
     assert passes == [COUNT, COUNT]
 
@@ -262,6 +262,28 @@ def test_more_samples_later_keep_the_weights(model: nn.Module, x: Tensor, tmp_pa
     assert same(longer, clado.profile(model, [x], moment_samples=10, **HOW))
 
 
+def test_a_run_that_began_with_nearest_rounding_goes_on_so(
+    model: nn.Module, x: Tensor, tmp_path: Path, passes: list[int]
+) -> None:
+    nearest, unsaid = HOW | {"rounding": "nearest"}, HOW | {"rounding": None}
+    clado.profile(model, [x], num_samples=10, output_dir=tmp_path, **nearest)
+    assert plan_run(model, [x], output_dir=tmp_path, **unsaid).moment_bytes == 0
+    longer = clado.profile(model, [x], output_dir=tmp_path, **unsaid)
+    assert same(longer, clado.profile(model, [x], **nearest))
+    differ = r"^profile: output_dir must .* whose rounding differ \(nearest there, compensated here\)$"
+    for asked in ({"rounding": "compensated"}, {"moment_samples": 4}):
+        with pytest.raises(CladoError, match=differ):
+            clado.profile(model, [x], output_dir=tmp_path, **unsaid | asked)
+    (tmp_path / checkpoint.PROGRESS_FILE).unlink()
+    with pytest.raises(CladoError, match=r"sensitivity\.safetensors of another run in .*, of nearest rounding$"):
+        clado.profile(model, [x], output_dir=tmp_path, **HOW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sensitivity.safetensors"]
+    assert passes == [COUNT]
+    alone = clado.profile(model, [x[:4]], **HOW)
+    with pytest.raises(CladoError, match=r"later ones with rounding nearest, or --rounding nearest, as the first\)"):
+        Sensitivity.merge([longer, alone])
+
+
 def test_runs_over_other_samples_take_the_weights_of_the_first_and_merge(
     model: nn.Module, x: Tensor, tmp_path: Path, passes: list[int]
 ) -> None:
@@ -269,7 +291,7 @@ def test_runs_over_other_samples_take_the_weights_of_the_first_and_merge(
     one = clado.profile(model, [x[:11]], output_dir=tmp_path / "a", **exact)
     alone = clado.profile(model, [x[11:]], output_dir=tmp_path / "alone", **exact)
     with pytest.raises(
-        CladoError, match=r"^merge: parts must have the same rounded weights .*--rounded-as.* got others$"
+        CladoError, match=r"^merge: parts must have the same rounded weights .*--rounded-as.* got compensated .* after "
     ):
         Sensitivity.merge([one, alone])
     passes.clear()
@@ -296,8 +318,18 @@ def test_runs_over_other_samples_take_the_weights_of_the_first_and_merge(
     assert loaded.rounded.by == one.provenance.rounding
 
 
+def test_the_weights_of_a_run_that_is_under_way(model: nn.Module, x: Tensor, tmp_path: Path, passes: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        clado.profile(model, breaking(x, 20), moment_samples=12, output_dir=tmp_path, **HOW)
+    assert not (tmp_path / "sensitivity.safetensors").exists()
+    other = clado.profile(model, [x[20:]], rounded_as=tmp_path, **HOW)
+    assert other.provenance.rounding is not None
+    assert other.provenance.rounding.samples == 12
+    assert passes == [12]
+
+
 def test_what_cannot_be_taken_over_is_one_line(model: nn.Module, x: Tensor, run: Path, tmp_path: Path) -> None:
-    nearest = {name: value for name, value in HOW.items() if name != "rounding"}
+    nearest = HOW | {"rounding": "nearest"}
     clado.profile(model, [x], output_dir=tmp_path / "nearest", **nearest)
     torch.manual_seed(7)
     cases: list[tuple[nn.Module, Path, dict[str, Any], str]] = [
@@ -448,7 +480,7 @@ def test_a_dry_run_says_what_moments_take_and_writes_nothing(
     assert "moments      0.0 MiB before the run" in str(planned)
     assert not folder.exists()
     assert passes == []
-    plain = plan_run(model, [x], **{name: value for name, value in HOW.items() if name != "rounding"})
+    plain = plan_run(model, [x], **HOW | {"rounding": "nearest"})
     assert plain.moment_bytes == 0
     assert "moments" not in str(plain)
     assert planned.forward_equivalents > plain.forward_equivalents + COUNT
@@ -478,7 +510,7 @@ def test_data_that_decides_nothing_is_one_line_and_nothing_is_written(
         clado.profile(model, [], output_dir=folder, **HOW)
     bad = x.clone()
     bad[9, 0, 2, 2] = torch.nan
-    with pytest.raises(CladoError, match=r"^round: moments must be finite for stem, got NaN or infinity$"):
+    with pytest.raises(CladoError, match=r"^profile: data_loader must yield finite numbers, .* samples 0\.\.15$"):
         clado.profile(model, [bad], output_dir=folder, **HOW)
     assert not folder.exists()
 
@@ -585,9 +617,7 @@ def test_every_kind_of_scales_comes_back(settings: dict[str, Any], model: nn.Mod
 
 
 def test_files_of_schema_2_are_of_nearest_rounding(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    plain = clado.profile(
-        model, [x], output_dir=tmp_path, **{name: value for name, value in HOW.items() if name != "rounding"}
-    )
+    plain = clado.profile(model, [x], output_dir=tmp_path, **HOW | {"rounding": "nearest"})
     plan = clado.solve(plain, avg_bits=4, time_limit=2)
     matrix = tmp_path / "sensitivity.safetensors"
     with safe_open(matrix, framework="numpy") as file:
@@ -607,9 +637,7 @@ def test_files_of_schema_2_are_of_nearest_rounding(model: nn.Module, x: Tensor, 
     assert older == plan
     applied = clado.apply(model, older)
     assert torch.equal(applied.head.weight, clado.apply(model, plan).head.weight)
-    assert same(
-        clado.profile(model, [x], output_dir=tmp_path, **{k: v for k, v in HOW.items() if k != "rounding"}), plain
-    )
+    assert same(clado.profile(model, [x], output_dir=tmp_path, **HOW | {"rounding": None}), plain)
 
 
 def test_the_directory_holds_nothing_else(finished: Path) -> None:

@@ -76,7 +76,8 @@ def test_other_estimators_and_carried_differences_take_rounded_inputs(estimator:
 def test_profile_apply_and_rerank_under_rounded_inputs(tmp_path: Path) -> None:
     model, shape = tiny_vit()
     x = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
-    sens = profile(model, [x], estimator="diagonal", bits=(2, 8), act_bits=4, output_dir=tmp_path, verbose=False)
+    how: dict[str, Any] = {"estimator": "diagonal", "rounding": "nearest", "output_dir": tmp_path, "verbose": False}
+    sens = profile(model, [x], bits=(2, 8), act_bits=4, **how)
     names = {layer.name for layer in sens.layers}
     assert set(sens.activations.ranges) == names
     assert not any("whole forwards" in text for text in sens.info["warnings"])  # the rounding is in the graph

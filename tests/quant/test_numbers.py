@@ -95,7 +95,7 @@ def test_another_format_is_one_class_and_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(NUMBERS, "int8", Bytes())
     model, shape = small_cnn()
     x = torch.randn(6, *shape)
-    sens = clado.profile(model, [x], bits=(4, 8), estimator="diagonal", verbose=False)
+    sens = clado.profile(model, [x], bits=(4, 8), estimator="diagonal", rounding="nearest", verbose=False)
     plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
     small = clado.apply(model, plan)
     for layer in plan.layers:

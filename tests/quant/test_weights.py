@@ -88,7 +88,8 @@ def test_a_scale_is_searched_once_from_profile_to_a_loaded_export(
 ) -> None:
     model, shape = small_cnn()
     x, bits = torch.randn(8, *shape), (2, 4, 8)
-    sens = clado.profile(model, [x], bits=bits, group_size=5, symmetric=symmetric, num_samples=8, verbose=False)
+    how: dict[str, Any] = {"group_size": 5, "symmetric": symmetric, "num_samples": 8, "rounding": "nearest"}
+    sens = clado.profile(model, [x], bits=bits, verbose=False, **how)
     plans = [clado.solve(sens, avg_bits=b, time_limit=2) for b in (3, 5)]
     best = clado.rerank(model, [x], plans)
     clado.correct(model, [x], sens, avg_bits=4, time_limit=2, verbose=False)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, require
-from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Rounded, Scheme, candidates_of
+from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Rounded, RoundedBy, Scheme, candidates_of
 from .provenance import Provenance
 from .rounded_file import Held, RoundedFile, held_weights, save_held
 
@@ -211,11 +211,7 @@ class Sensitivity:
             require(
                 known, "merge", "parts", "come from clado.profile", f"one of {len(part.sample_digests)} known samples"
             )
-            same = part.provenance.rounding == first.provenance.rounding
-            must = (
-                "have the same rounded weights (profile the later ones with rounded_as, or --rounded-as, of the first)"
-            )
-            require(same, "merge", "parts", must, "others")
+            _check_rounding(part.provenance.rounding, first.provenance.rounding)
             for name in ("weights", "settings"):
                 same = part.fingerprint.get(name) == first.fingerprint.get(name)
                 require(same, "merge", "parts", f"be of the same {name}", "others")
@@ -328,6 +324,15 @@ class Sensitivity:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
+
+
+def _check_rounding(own: RoundedBy | None, first: RoundedBy | None) -> None:
+    """Raise unless a part has the weights of the first one."""
+    how = "rounded_as, or --rounded-as, of" if first is not None else "rounding nearest, or --rounding nearest, as"
+    must = f"have the same rounded weights (profile the later ones with {how} the first)"
+    shown = ["nearest rounding" if by is None else str(by) for by in (own, first)]
+    got = "others" if shown[0] == shown[1] else f"{shown[0]} after {shown[1]}"
+    require(own == first, "merge", "parts", must, got)
 
 
 def _candidates(layers: tuple[Layer, ...], schemes: Any) -> Candidates:

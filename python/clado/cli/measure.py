@@ -15,7 +15,7 @@ from .base import COUNT, command_line, main, named_folder, new_run
 
 @main.command()
 @click.option("--output-dir", default="run", show_default=True, callback=named_folder, help="Run directory to write.")
-@click.option("--avg-bits", default=3.0, show_default=True, help="Budget: bits per weight.")
+@click.option("--avg-bits", default=2.5, show_default=True, help="Budget: bits per weight.")
 def quickstart(output_dir: str, avg_bits: float) -> None:
     """The whole pipeline on an embedded, trained vision transformer and real digits."""
     from .quickstart import run
@@ -116,8 +116,8 @@ def merge(runs: tuple[str, ...], output_dir: str) -> None:
     """Join runs of the same model and settings over different images into what one run would have given.
 
     \b
-    clado profile ... --nsamples 512            --output-dir a
-    clado profile ... --nsamples 512 --skip 512 --output-dir b
+    clado profile ... --nsamples 512                           --output-dir a
+    clado profile ... --nsamples 512 --skip 512 --rounded-as a --output-dir b
     clado merge a b --output-dir run
     """
     from ..artifacts import MATRIX_FILE, Sensitivity

@@ -60,15 +60,14 @@ def run(folder: Path, avg_bits: float) -> None:
     console.print(f"loaded back bit for bit; {written.quantized:,} bytes of codes and scales as predicted")
     page = write_report(folder, num_samples=len(reported[0][0]))
     console.print(f"\n[bold]{page}[/]  open it in a browser: what was measured, chosen and proven")
-    console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 2.5   clado --help")
+    console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 3   clado --help")
 
 
 def table(model: nn.Module, sens: Sensitivity, diagonal: Plan, plan: Plan, data: list[Any]) -> Table:
-    """Size, held-out loss and accuracy of the float net, uniform widths, the diagonal plan and ours."""
+    """Size, held-out loss and accuracy of the float net, uniform widths, the diagonal plan and ours, all rounded alike."""
     count = len(data[0][1])
-    out = Table(
-        title=f"{count} held-out digits that chose nothing", title_justify="left", box=None, header_style="bold"
-    )
+    title = f"{count} held-out digits that chose nothing; {sens.provenance.rounding}"
+    out = Table(title=title, title_justify="left", box=None, header_style="bold")
     for name in ("weights", "bits", "bytes", "loss", "± s.e.", "vs float", "± s.e.", "accuracy", "± s.e."):
         out.add_column(name, justify="left" if name == "weights" else "right", no_wrap=True)
     base = evaluate(model, data)

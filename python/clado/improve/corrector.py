@@ -24,6 +24,7 @@ from ..common import require
 from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
 from ..profiling import (
+    NEAREST,
     Later,
     Options,
     PairTask,
@@ -95,9 +96,15 @@ def correct(
     others = int((~np.isin(digests, sens.sample_digests)).sum())
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
+<<<<<<< HEAD
+=======
+    skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
+    by = sens.provenance.rounding
+>>>>>>> flip
     options = Options.of(
         bits=sens.bits,
         estimator="corrected",
+        rounding=NEAREST if by is None else by.rounding,
         loss=sens.provenance.loss,
         precision=sens.provenance.precision,
         num_samples=count,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .distributed import Ranks, is_writer, torchrun_group
     from .estimators import ESTIMATORS, Later
     from .open import open_run
-    from .options import LOSSES, Options
+    from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
@@ -24,6 +24,7 @@ else:
 __all__ = [
     "ESTIMATORS",
     "LOSSES",
+    "NEAREST",
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",

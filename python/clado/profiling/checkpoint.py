@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..artifacts import save_held
 from ..common import CladoError, atomic_file, require
+from ..quant import Rounded
 from .sums import TENSORS, Sums
 
 PROGRESS_FILE = "progress.safetensors"
@@ -44,6 +46,7 @@ class Checkpoint:
         digests: int64 ``[total.samples]``.
         pieces: (samples, perturbations) that advanced together on the writing rank: one pair, and another wherever that changed.
         expected: int64, digests of all samples the directory is known to hold, finished result included.
+        held: weights that were rounded for the run, to be written before the first sums that were measured with them.
     """
 
     def __init__(self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int) -> None:
@@ -53,6 +56,7 @@ class Checkpoint:
         self.total = Sums.zeros(candidates)
         self.digests = torch.zeros(0, dtype=torch.int64)
         self.pieces: list[list[int]] = []
+        self.held: Rounded | None = None
         if self.path is not None and self.path.exists():
             header, self.total, self.digests = read_progress(self.path)
             self.pieces = header.get("pieces", [])
@@ -97,6 +101,8 @@ class Checkpoint:
             "digests": self.digests
         }
         header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
+        with writing(path.parent):
+            save_held(self.held, path.parent)
         with writing(path.parent), atomic_file(path) as temporary:
             temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
 

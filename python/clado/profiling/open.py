@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from ..common import digest, require, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
 from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
-from .checkpoint import recorded
+from .checkpoint import recorded, refuse_other_run
 from .estimators import ESTIMATORS
 from .inputs import ACT_SAMPLES, calibrated, input_loss
-from .options import Options
+from .options import NEAREST, Options
 from .pieces import Pieces, default_batch
 from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader
@@ -51,6 +51,10 @@ def open_run(
     stream = SampleStream(data_loader, options.num_samples, options.seed)
     first = stream.peek(SAMPLES)
     known = recorded(options.output_dir)
+    options = options.of_run(known)
+    if known and options.output_dir is not None:  # before any moments are summed
+        there, here = known.get("rounding", NEAREST), options.rounding
+        refuse_other_run({"rounding": there}, {"rounding": here}, options.output_dir)
     device = options.device or next(model.parameters()).device
     if options.precision == "auto":
         options = replace(options, precision=auto_precision(device, options.estimator))
@@ -78,6 +82,7 @@ def open_run(
                 moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
             else:
                 rounded = made_from(model, plain, candidates, stream, reader, first_ones, verbose)
+                plain.work = 0.0
 
     @cache
     def every() -> list[list[Tensor]]:

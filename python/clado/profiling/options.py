@@ -6,7 +6,7 @@ import numbers
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("kl", "cross_entropy")
 WIDTHS = (2, 4, 8)  # where neither bits nor schemes are given
+NEAREST, ROUNDING = "nearest", "compensated"  # what runs have that name none, and what is taken where none is asked for
 
 
 def _estimators() -> tuple[str, ...]:
@@ -191,12 +192,13 @@ class Options(Arguments):
         Line("--asymmetric", "unless", "A zero point with every scale."),
         setting="quantizer",
     )
-    rounding: str = argument(
-        "nearest",
-        '"nearest" (every weight by itself), or "compensated" (every column of a weight makes up for the errors of those before '
-        "it, by the second moments of the layer's input on the first ``moment_samples``; GPTQ, arXiv 2210.17323). The weights "
-        "that are measured are kept with the matrix, and are those that every later stage applies and exports.",
-        Line("--rounding", "text", "How weights are rounded: nearest or compensated."),
+    rounding: str | None = argument(
+        None,
+        '"compensated" (every column of a weight makes up for the errors of those before it, by the second moments of the '
+        'layer\'s input on the first ``moment_samples``; GPTQ, arXiv 2210.17323), or "nearest" (every weight by itself, as in '
+        "the paper). The weights that are measured are kept with the matrix, and are those that every later stage applies and "
+        'exports. None: "compensated", or what the run in ``output_dir`` began with.',
+        Line("--rounding", "text", "How weights are rounded, compensated or nearest; compensated when left out."),
         check=one_of(_roundings),
     )
     moment_samples: int | None = argument(
@@ -210,7 +212,7 @@ class Options(Arguments):
     rounded_as: Path | None = argument(
         None,
         "run directory whose rounded weights are measured, instead of making them from these samples: so runs over different "
-        "samples can be merged.",
+        "samples can be merged. That run may still be under way.",
         Line("--rounded-as", "folder", "Measure the rounded weights of this run, so that both can be merged."),
         check=Check(lambda value: isinstance(value, (str, os.PathLike)) and str(value) != "", "be a folder"),
         kept=Path,
@@ -340,10 +342,19 @@ class Options(Arguments):
     def _check_rounding(self) -> None:
         from ..quant import ROUNDINGS
 
-        if not ROUNDINGS[self.rounding].needs_moments:
+        if self.rounding is not None and not ROUNDINGS[self.rounding].needs_moments:
             for name in ("moment_samples", "rounded_as"):
                 given = getattr(self, name)
                 require(given is None, "profile", name, f"be left out with {self.rounding} rounding", given)
+
+    def of_run(self, known: dict[str, Any]) -> Options:
+        """With the rounding that a run has: as asked for, else as it began with, else the one that serves best.
+
+        ``known``: settings of the run that ``output_dir`` holds, empty without one.
+        """
+        began = known.get("rounding", NEAREST) if known else ROUNDING
+        asked = self.moment_samples is not None or self.rounded_as is not None
+        return replace(self, rounding=self.rounding or (ROUNDING if asked else began))
 
     @property
     def quantizer(self) -> Quantizer:
@@ -393,8 +404,8 @@ class Options(Arguments):
         }
         names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
         stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
-        if self.rounding != "nearest":  # what no setting says is nearest, as it was before there was another
-            stated["rounding"] = self.rounding
+        if self.rounding != NEAREST:  # what no setting says is nearest, as it was before there was another
+            stated["rounding"] = self.rounding or ROUNDING
         same = self._of_every_layer()
         if same is not None:
             stated["bits"] = tuple(scheme.bits for scheme in same)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..common import check_targets, moved_to, split_batch
 from ..graph import ForwardStep
@@ -42,6 +43,13 @@ class Reader:
         labels = batch[1] if pair and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
         return batch, None if labels is None or labels.is_floating_point() else labels
 
+    def checked(self, batch: Any) -> Any:
+        """What the model is run on of a batch that is read before the run; raises where labels are no classes."""
+        inputs, targets = self.parts(batch)
+        if self.options.loss_func is None:
+            check_targets(targets, self.classes)
+        return inputs
+
     def moved(self, inputs: Any) -> Any:
         return moved_to(inputs, self.device, self.dtype)
 
@@ -56,6 +64,11 @@ class Reader:
         """The loss where labels only have a shape."""
         wanted = self.options.loss == "cross_entropy"
         return self.loss(inputs, torch.zeros(samples, dtype=torch.int64) if wanted else None, samples)
+
+
+def all_finite(batch: Any) -> bool:
+    """Whether a nest of tensors holds neither NaN nor infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(batch) if leaf.is_floating_point())
 
 
 def first_of_batch(model: nn.Module, batch: Any) -> Any:

@@ -18,16 +18,17 @@ from ..artifacts import Sensitivity, read_rounded, rounded_name, save_held
 from ..common import CladoError, progress_bar, require, weights_digest
 from ..graph import Runner, Use
 from ..quant import ROUNDINGS, Candidates, Quantizer, Rounded, round_weights
+from .checkpoint import recorded
 from .distributed import Ranks
 from .options import Options
-from .reader import Reader
+from .reader import Reader, all_finite
 from .samples import SampleStream, sample_digests
 
 MOMENT_SAMPLES, TOGETHER = 1024, 16  # samples at most; of a pass: sums depend on it in their last bits
 
 
-def needs_moments(rounding: str) -> bool:
-    return ROUNDINGS[rounding].needs_moments
+def needs_moments(rounding: str | None) -> bool:
+    return rounding is not None and ROUNDINGS[rounding].needs_moments
 
 
 def held_already(model: nn.Module, candidates: Candidates, options: Options, known: dict[str, Any]) -> Rounded | None:
@@ -47,8 +48,9 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
 
 
 def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
-    """The rounded weights of another run's directory."""
-    found = Sensitivity.load(folder).rounded
+    """The rounded weights of another run's directory, which may still be under way."""
+    found = _kept_in(folder, recorded(folder).get("rounded"))
+    found = found or Sensitivity.load(folder).rounded
     if found is None:
         must = "be a run whose weights were rounded by data"
         raise CladoError(f"profile: rounded_as must {must}, got {folder}, whose were rounded to the nearest code")
@@ -89,9 +91,10 @@ def made_from(
     there are, and no rank holds all.
 
     Raises:
-        CladoError: moments that are not finite, data that fails.
+        CladoError: moments that are not finite, data that fails, labels that are no classes.
     """
     options, ranks = reader.options, Ranks(reader.device)
+    assert options.rounding is not None
     mine = shares(candidates, ranks.world)[ranks.rank]
     moments, digests = second_moments(runner, stream, reader, samples, mine, verbose)
     own = Candidates(tuple(candidates.layers[k] for k in mine), tuple(candidates.schemes[k] for k in mine))
@@ -115,7 +118,7 @@ def second_moments(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """{layer: Σ x xᵀ ``[G, K, K]``} over the first samples, and their digests."""
     totals: dict[int, Tensor] = {}
-    wanted, digests = set(layers), []
+    wanted, digests, broken = set(layers), [], ""
 
     def see(layer: int, use: Use, x: Tensor) -> None:
         if layer in wanted:
@@ -127,10 +130,15 @@ def second_moments(
     with progress_bar("moments", samples, "samples", verbose) as show:
         done = 0
         for part in stream.early(samples, TOGETHER):
+            inputs = reader.checked(part)
             digests.append(sample_digests(part))
-            runner.inputs(reader.moved(reader.parts(part)[0]), see)
-            done += len(digests[-1])
+            runner.inputs(reader.moved(inputs), see)
+            first, done = done, done + len(digests[-1])
+            if not broken and not all_finite(inputs):
+                broken = f"NaN or infinity among samples {first}..{done - 1}"
             show(done)
+    finite = not broken or all(bool(torch.isfinite(total).all()) for total in totals.values())
+    require(finite, "profile", "data_loader", "yield finite numbers", broken)
     return {runner.layers[k].name: total for k, total in totals.items()}, torch.cat(digests)
 
 

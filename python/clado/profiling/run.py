@@ -20,9 +20,9 @@ from .checkpoint import Checkpoint, check_writable, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
 from .losses import Loss
-from .options import Options
+from .options import NEAREST, Options
 from .pieces import Pieces, disk_bytes
-from .reader import Reader
+from .reader import Reader, all_finite
 from .rounded_weights import MomentWork, kept_bytes, needs_moments
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
@@ -214,7 +214,8 @@ class Run:
         if known is not None and known.num_samples > len(checkpoint.expected):
             checkpoint.expected = torch.from_numpy(known.sample_digests)
         if self.rounded is not None:
-            self._keep_rounded(self.rounded, checkpoint)
+            self._expect_samples_of(self.rounded, checkpoint)
+            checkpoint.held = self.rounded
         seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
         if known is None or seen != known.num_samples:
             checkpoint.check_end(seen)
@@ -222,17 +223,17 @@ class Run:
             if folder is not None:
                 with writing(folder):
                     known.save(folder / MATRIX_FILE)
+        elif folder is not None:
+            with writing(folder):
+                save_held(self.rounded, folder)
         ranks.send(replace(known, held=None).save)
         return known
 
-    def _keep_rounded(self, rounded: Rounded, checkpoint: Checkpoint) -> None:
-        """Write the weights before they are measured; the samples that decided them come first, or are another run's."""
+    def _expect_samples_of(self, rounded: Rounded, checkpoint: Checkpoint) -> None:
+        """The samples that decided the weights come first, unless the weights are another run's."""
         own, seen = rounded.sample_digests, checkpoint.expected
         if self.options.rounded_as is None and len(own) > len(seen) and torch.equal(own[: len(seen)], seen):
             checkpoint.expected = own
-        if self.options.output_dir is not None:
-            with writing(self.options.output_dir):
-                save_held(rounded, self.options.output_dir)
 
     def gather(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
         """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
@@ -317,7 +318,7 @@ class Run:
 
     def _not_finite(self, batch: Any) -> tuple[str, str]:
         """(argument, what it must do) that is at fault where no candidate's loss is finite."""
-        if not all(torch.isfinite(leaf).all() for leaf in pytree.tree_leaves(batch) if leaf.is_floating_point()):
+        if not all_finite(batch):
             return "data_loader", "yield finite numbers"
         if self.options.loss_func is None:
             return "model", "return finite outputs"
@@ -385,7 +386,9 @@ def earlier_result(output_dir: Path | None, settings: dict[str, Any]) -> Sensiti
         return None
     known = Sensitivity.load(output_dir / MATRIX_FILE)
     same = known.fingerprint.get("settings") == digest(settings)
-    require(
-        same, "profile", "output_dir", "be new or hold the same run", f"{MATRIX_FILE} of another run in {output_dir}"
-    )
+    by = known.provenance.rounding
+    there, here = NEAREST if by is None else by.rounding, settings.get("rounding", NEAREST)
+    why = "" if there == here else f", of {there} rounding"
+    got = f"{MATRIX_FILE} of another run in {output_dir}{why}"
+    require(same, "profile", "output_dir", "be new or hold the same run", got)
     return known

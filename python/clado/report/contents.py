@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]
     path = folder / PARETO_FILE
     try:
         known = [Plan.from_json(json.dumps(item)) for item in json.loads(path.read_text())]
-        if known and all(plan.fingerprint == sens.fingerprint and plan.layers == sens.layers for plan in known):
-            return [plan for plan in known if plan.bits]
+        if known and all(_made_of(sens, plan) for plan in known):
+            return [replace(plan, held=sens.held) for plan in known if plan.bits]
     except (OSError, ValueError, TypeError):
         pass
     weights = np.array([layer.numel for layer in sens.layers], np.float64)
@@ -153,6 +153,12 @@ def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]
         return []
     write_json(path, [json.loads(plan.to_json()) for plan in plans])
     return [plan for plan in plans if plan.bits]
+
+
+def _made_of(sens: Sensitivity, plan: Plan) -> bool:
+    """Whether a plan is one of this matrix, and of its weights."""
+    same = plan.fingerprint == sens.fingerprint and plan.layers == sens.layers
+    return same and (not plan.bits or plan.rounding == sens.provenance.rounding)
 
 
 def _note(folder: Path) -> dict[str, Any]:

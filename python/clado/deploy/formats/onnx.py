@@ -317,21 +317,16 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
         node.replace_input_with(0, again.outputs[0])
 
 
+_PARTS = ("Gather", "Identity", "Reshape", "SequenceAt", "Slice", "Split", "SplitToSequence", "Squeeze", "Transpose")
+
+
 def _products(weight: Any) -> list[Any]:
     """The nodes that multiply something with a weight, or with what is taken of it."""
     found: dict[Any, None] = {}
     for use in weight.uses():
         if use.idx == 1 and use.node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             found[use.node] = None
-        elif use.idx == 0 and use.node.op_type in (
-            "Gather",
-            "Identity",
-            "Reshape",
-            "Slice",
-            "Split",
-            "Squeeze",
-            "Transpose",
-        ):
+        elif use.idx == 0 and use.node.op_type in _PARTS:
             found |= {node: None for output in use.node.outputs for node in _products(output)}
     return list(found)
 
