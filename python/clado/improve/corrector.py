@@ -96,11 +96,7 @@ def correct(
     others = int((~np.isin(digests, sens.sample_digests)).sum())
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
-<<<<<<< HEAD
-=======
-    skipped = [f"re:^{re.escape(name)}$" for name in sens.provenance.float_layers]
     by = sens.provenance.rounding
->>>>>>> flip
     options = Options.of(
         bits=sens.bits,
         estimator="corrected",
