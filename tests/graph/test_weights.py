@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,66 @@ def test_what_torch_computes_is_folded_and_goes_the_whole_way(make: Callable[[],
         zeros = again.get_parameter("2.weight") == 0
         assert zeros.any()
         assert (small.get_parameter("2.weight")[zeros] == 0).all()  # zero is a code
+
+
+@pytest.mark.filterwarnings("ignore:.*assigned during export")
+def test_every_stage_takes_every_kind_of_layer(tmp_path: Path) -> None:
+    """Operators: functional, turned and transposed weights, rounded by moments, finished, exported, packed, under rounded inputs."""
+    torch.manual_seed(0)
+    model, x = Operators().eval(), torch.randn(16, 5, 5)
+    options: dict[str, Any] = {"bits": (2, 4, 8), "rounding": "compensated", "act_bits": 8, "verbose": False}
+    sens = clado.profile(model, [x], num_samples=16, output_dir=tmp_path / "run", **options)
+    assert 0 < sens.searched_share < 1
+    plan = clado.finish(
+        model, clado.solve(sens, avg_bits=3), [x], "learned", num_samples=16, batch_size=4, verbose=False
+    )
+    assert f"over {100 * sens.searched_share:.3g} % of the weights" in clado.solve(sens, avg_bits=3).average_in_words
+    small = clado.apply(model, plan)
+    for layer in plan.layers:
+        values = layer.rows(small.get_parameter(layer.names[0]).detach()).reshape(layer.shape[0], -1)
+        assert all(len(row.unique()) <= 2 ** plan.bits[layer.name] for row in values)
+    with torch.no_grad():
+        wanted = small(x)
+        clado.export(model, plan, tmp_path / "own")
+        assert torch.equal(clado.load(tmp_path / "own", model)(x), wanted)
+        assert torch.equal(clado.load(tmp_path / "own", model, packed=True)(x), wanted)
+    written = clado.export(model, plan, tmp_path / "pack", "compressed-tensors", odd_widths="dense")
+    assert set(written.kept) == {layer.name for layer in plan.layers} - {"stem"}
+    if find_spec("onnxscript") and find_spec("onnxruntime"):
+        promised = clado.predicted_bytes(model, plan, "onnx", example=x)
+        written = clado.export(model, plan, tmp_path / "onnx", "onnx", example=x)
+        assert (written.quantized, written.leftovers) == promised
+        assert "within" in clado.verify(model, plan, tmp_path / "onnx", "onnx", example=x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("groups", "symmetric"), [(1, True), (2, False)])
+def test_turned_weights_in_onnx(bits: int, groups: int, symmetric: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.w = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=groups), nn.Parameter(torch.randn(6, 5))
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.up(x).flatten(2).transpose(1, 2) @ self.w).relu().mean(1))
+
+    torch.manual_seed(0)
+    model, x = Turned().eval(), torch.randn(3, 4, 4, 4)
+    sens = clado.profile(
+        model,
+        [x],
+        bits=(bits,),
+        symmetric=symmetric,
+        quantize_ends=True,
+        num_samples=3,
+        rounding="nearest",
+        verbose=False,
+    )
+    assert [layer.kind for layer in sens.layers] == ["conv_transpose2d", "matmul", "linear"]
+    plan = clado.given_plan(sens, dict.fromkeys(["up", "w", "head"], bits))
+    clado.export(model, plan, tmp_path / "onnx", "onnx", example=x)
+    assert "within" in clado.verify(model, plan, tmp_path / "onnx", "onnx", example=x)
