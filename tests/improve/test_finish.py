@@ -53,7 +53,7 @@ def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, opti
     assert one < before or (make is small_cnn and compensated.info["finish"]["kept"])
     losses = learned.info["finish"]["loss_increase"]
     assert losses["compensated"] == compensated.info["finish"]["loss_increase"]["compensated"]
-    assert list(losses) == ["before", "compensated", "blocks"]
+    assert list(losses) == ["before", "compensated", "learned"]
     assert plan.schemes == learned.schemes
     assert learned.rounding is not None
     assert learned.rounding.rounding == "learned"
@@ -93,40 +93,39 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> N
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("where", [("compensate_in_order", 3), ("learn_blocks", 1)])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_an_interrupted_call_goes_on_to_the_same_bits(
-    where: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, shape = small_cnn()
     x = data(shape, 48)
     plan = planned(model, x)
     wanted = clado.finish(model, plan, [x], num_samples=48, verbose=False)
     monkeypatch.setattr(finish_progress, "SECONDS", 0.0)
-    name, most = where
-    run, skipped = getattr(finisher, name), []
+    run, skipped = finisher.walk, []
 
     def dying(*arguments: Any) -> Any:
-        *given, skip, done = arguments
+        *given, pace, seed, skip, done = arguments
 
         def counted(blocks: int, now: Any) -> None:
             done(blocks, now)
-            if blocks == most:
+            if blocks == 1 and stage == (pace is not None):
                 raise KeyboardInterrupt
 
-        return run(*given, skip, counted)
+        return run(*given, pace, seed, skip, counted)
 
     def going_on(*arguments: Any) -> Any:
         skipped.append(arguments[-2])
         return run(*arguments)
 
-    monkeypatch.setattr(finisher, name, dying)
+    monkeypatch.setattr(finisher, "walk", dying)
     with pytest.raises(KeyboardInterrupt):
         clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
     assert (tmp_path / finish_progress.FINISH_FILE).exists()
-    monkeypatch.setattr(finisher, name, going_on)
+    monkeypatch.setattr(finisher, "walk", going_on)
     other = clado.finish(model, plan, [x], num_samples=40, verbose=False)  # another call is no part of it
     found = clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
-    assert skipped == [0, most]
+    assert skipped == [0, 0, *([1, 0] if stage == 0 else [1])]  # two walks of the other call, then what was left
     assert found.rounding == wanted.rounding != other.rounding
     assert found.info == wanted.info
     assert not any(tmp_path.iterdir())

@@ -30,9 +30,10 @@ from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
 from ..profiling import SampleStream, sample_digests
 from ..quant import Rounded, codes, quantize_activations
-from .compensation import Finished, compensate_in_order, dtype_of
+from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
-from .learning import Pace, learn_blocks, relative_error
+from .learning import Pace, gap
+from .walk import walk
 
 METHODS = ("compensated", "learned")
 # Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
@@ -169,15 +170,15 @@ class _Ground:
         finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())
         require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
         runner = _opened(self.model, learn, forward_step)
-        self.blocks, self.single = self._blocks(runner), self._blocks(runner, True)
+        self.blocks = self._blocks(runner)
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
         self.judges = len(pytree.tree_leaves(judge)[0])
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
         with torch.no_grad():
             self.clean = [self._outputs(live, {}) for live in self.apart]
 
-    def _blocks(self, runner: Runner, single: bool = False) -> Blocks:
-        found = Blocks.of(runner, single)
+    def _blocks(self, runner: Runner) -> Blocks:
+        found = Blocks.of(runner)
         require(found is not None, "finish", "model", "be captured as a graph", runner.note or "none")
         assert found is not None
         return found
@@ -213,16 +214,16 @@ class _Ground:
         if kept is not None:
             best, losses = kept.best or start, kept.losses
         stages = self._stages(method, seed)
-        sizes = [len(blocks.blocks) for _, blocks, _ in stages]
-        with progress_bar(f"finish ({method})", sum(sizes), "blocks", verbose) as show:
-            for number, (name, _, stage) in enumerate(stages):
+        count = len(self.blocks.blocks)
+        with progress_bar(f"finish ({method})", len(stages) * count, "blocks", verbose) as show:
+            for number, (name, stage) in enumerate(stages):
                 if kept is not None and number < kept.stage:
                     continue
                 resumed = kept if kept is not None and number == kept.stage else None
                 so_far = Kept(number, 0, dict(losses), None if best is start else best, best)
 
                 def done(blocks: int, now: Finished, so_far: Kept = so_far) -> None:
-                    show(sum(sizes[: so_far.stage]) + blocks)
+                    show(so_far.stage * count + blocks)
                     progress.keep(replace(so_far, blocks=blocks, now=now))
 
                 found = stage(resumed.now if resumed else best, resumed.blocks if resumed else 0, done)
@@ -236,29 +237,11 @@ class _Ground:
         others = {name: value.to(self.state[name].device) for name, value in adapted(self.plan).items()}
         return Finished(codes(self.model, self.plan), others)
 
-    def _stages(self, method: str, seed: int) -> list[tuple[str, Blocks, Stage]]:
-        def compensated(start: Finished, skip: int, done: Done) -> Finished:
-            return compensate_in_order(self.single, self.plan, start, self.parts, self.state, skip, done)
-
-        def blocks(start: Finished, skip: int, done: Done) -> Finished:
+    def _stages(self, method: str, seed: int) -> list[tuple[str, Stage]]:
+        def stage(pace: Pace | None) -> Stage:
             samples = self.parts, self.apart
-            return learn_blocks(self.blocks, self.plan, start, *samples, self.state, BLOCK, seed, skip, done)
+            return lambda start, skip, done: walk(
+                self.blocks, self.plan, start, *samples, self.state, pace, seed, skip, done
+            )
 
-        stages: list[tuple[str, Blocks, Stage]] = [("compensated", self.single, compensated)]
-        return [*stages, ("blocks", self.blocks, blocks)] if method == "learned" else stages
-
-
-def gap(found: Any, wanted: Any) -> Tensor:
-    """Mean KL to the float net's logits ``[N, C]``, C ≥ 2; of other outputs the squared error relative to their squares."""
-    if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.dim() == 2 and wanted.shape[1] > 1:
-        clean = wanted.float().log_softmax(1)
-        terms = clean.exp() * (clean - found.float().log_softmax(1))
-        value: Tensor = torch.where(clean.isneginf(), 0.0, terms).sum(1).mean()  # a class that is masked adds nothing
-        return value
-    pairs = [
-        (a, b)
-        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
-        if b.is_floating_point()
-    ]
-    require(len(pairs) > 0, "finish", "model", "return numbers that are not whole", "none")
-    return relative_error([a for a, _ in pairs], [b for _, b in pairs])
+        return [("compensated", stage(None)), ("learned", stage(BLOCK))][: 1 + METHODS.index(method)]
