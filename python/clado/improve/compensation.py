@@ -7,7 +7,7 @@ input, ‖W x − Q x̃‖² is least, before rounding, for W E[x x̃ᵀ] E[x̃ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,10 @@ class Finished:
     def plus(self, newer: Finished) -> Finished:
         """With what is newer in the place of what was there."""
         return Finished(self.weights | newer.weights, self.others | newer.others)
+
+    def without(self, names: Collection[str]) -> Finished:
+        """With the float model's own values of some parameters."""
+        return Finished(self.weights, {name: value for name, value in self.others.items() if name not in names})
 
     def tensors(self, plan: Plan, dtype: torch.dtype) -> dict[str, Tensor]:
         """{parameter or buffer: value}, dequantized."""

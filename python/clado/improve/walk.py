@@ -29,7 +29,7 @@ def walk(
     Args:
         blocks: the float model.
         plan: which layers.
-        start: their rounded weights. What was adapted belongs to ``skip`` blocks.
+        start: their rounded weights, and what was adapted to them.
         parts, apart: samples that decide and samples that judge, some each, before the first block.
         state: the float model's parameters and buffers, on its device.
         pace: of a block's learning; None: compensated alone.
@@ -37,20 +37,20 @@ def walk(
         skip: blocks that are done already, as an interrupted call left them in ``start``.
         done: called after every block, with how many are done and the weights so far.
     """
-    known = Finished(start.weights, start.others if skip else {})
+    known = start
     clean, rounded = [[*parts, *([] if pace is None else apart)] for _ in range(2)]
     for index, block in enumerate(blocks.blocks):
         targets = [blocks.run(block, live, {}) for live in clean]
         if index >= skip and any(layer.name in known.weights for layer in block.layers):
             both = pairs(clean, rounded)[: len(parts)]
-            compensated = known.plus(compensate_block(blocks, block, plan, known, both, state))
-            samples = pairs(rounded, targets)
-            learned = samples[: len(parts)], samples[len(parts) :]
-            known = (
-                compensated
-                if pace is None
-                else learn_block(blocks, block, plan, [known, compensated], *learned, state, pace, seed)
-            )
+            fresh = known.without(block.parameters)  # adapted to weights that are replaced
+            compensated = fresh.plus(compensate_block(blocks, block, plan, fresh, both, state))
+            if pace is None:
+                known = compensated
+            else:
+                samples, starts = pairs(rounded, targets), [known, compensated]
+                learned = samples[: len(parts)], samples[len(parts) :]
+                known = learn_block(blocks, block, plan, starts, *learned, state, pace, seed)
         given = known.tensors(plan, dtype_of(plan, state))
         rounded = [blocks.run(block, live, given) for live in rounded]
         clean = targets
