@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import PLAN_FILE
 from clado.deploy import adapted, pack_model, verify
-from clado.graph import Use
+from clado.graph import Blocks, Use, open_runner
 from clado.improve import finish_progress, finisher, loss_increases
-from clado.improve.compensation import _Inputs
-from clado.quant import LearnedWeight, Quantizer
+from clado.improve.compensation import Finished, _Inputs
+from clado.improve.learning import Pace, learn_block
+from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import small_cnn, tiny_vit
 
 
@@ -129,6 +130,25 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(
     assert found.rounding == wanted.rounding != other.rounding
     assert found.info == wanted.info
     assert not any(tmp_path.iterdir())
+
+
+def test_a_block_keeps_the_better_of_what_it_is_given() -> None:
+    model, shape = small_cnn()
+    x = data(shape, 16)
+    blocks = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
+    assert blocks is not None
+    sens = clado.profile(model, [x], bits=(2, 8), scale_steps=20, num_samples=16, verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
+    fine = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    state, pace = {name: value.detach() for name, value in model.state_dict().items()}, Pace(0, 0.0, 0.0, 0.0)
+    coarse, better = (Finished(codes(model, which), {}) for which in (plan, fine))
+    with torch.no_grad():
+        live = blocks.start(x)
+        for block in blocks.blocks:
+            pairs = [(live, blocks.run(block, live, {}))]
+            for starts in ([coarse, better], [better, coarse]):
+                assert learn_block(blocks, block, plan, starts, pairs, pairs, state, pace, 0) is better
+            live = pairs[0][1]
 
 
 def test_others_may_judge() -> None:

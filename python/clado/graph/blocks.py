@@ -161,7 +161,7 @@ class Blocks:
 
     def _bounds(self) -> list[int]:
         """The first node of every block: up to ``MOST_LAYERS`` together, cut where the least of a sample lives."""
-        bounds, starts, points = [0], sorted(self.cuts.starts), self._single_points
+        bounds, starts, points = [0], sorted(set(self.cuts.starts)), self._single_points
         while True:
             ahead = [start for start in starts if start >= bounds[-1]]
             if len(ahead) <= MOST_LAYERS + 1:  # no layer alone at the end

@@ -63,14 +63,16 @@ def finish(
     """The plan with weights that were rounded for the whole net that ships.
 
     "compensated": layer after layer in the order of the forward, each on inputs that come through the layers already rounded
-    and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": from there,
-    block by block codes, scales, biases, norm weights and what else of parameters a block reads, by gradients of the squared
-    error of the block's values; buffers stay.
+    and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": the same
+    walk once more, where every block is learned as soon as it is compensated and the next ones see what came out: codes,
+    scales, biases, norm weights and what else of parameters it reads, by gradients of the squared error of its values, the last
+    block's by the KL; at the end all of these but the codes, by the KL of the whole net. Buffers stay.
 
     Args:
         model: the float model the plan was made for, in eval mode; it is not changed.
         plan: whose schemes stay as they are.
-        data_loader: batches of inputs or (inputs, …): the sensitivity set will do. No labels are needed.
+        data_loader: batches of inputs or (inputs, …): the sensitivity set will do, and one that shows more, by crops and mirror
+            images say, does better. No labels are needed.
         method: "compensated" or "learned".
         heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
