@@ -140,7 +140,7 @@ def test_a_block_keeps_the_better_of_what_it_is_given() -> None:
     sens = clado.profile(model, [x], bits=(2, 8), scale_steps=20, num_samples=16, verbose=False)
     plan = clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
     fine = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
-    state, pace = {name: value.detach() for name, value in model.state_dict().items()}, Pace(0, 0.0, 0.0, 0.0)
+    state, pace = {name: value.detach() for name, value in model.state_dict().items()}, Pace(0, 1e-2, 1e-3, 1e-3)
     coarse, better = (Finished(codes(model, which), {}) for which in (plan, fine))
     with torch.no_grad():
         live = blocks.start(x)
