@@ -73,7 +73,6 @@ class Blocks:
         bounds = self._bounds()
         ends = [*bounds[1:], len(captured.nodes)]
         self.blocks = [self._block(a, b) for a, b in zip(bounds, ends, strict=True)]
-        self.whole = self._block(0, len(captured.nodes))
 
     @staticmethod
     def of(runner: Runner) -> Blocks | None:

@@ -32,13 +32,12 @@ from ..profiling import SampleStream, sample_digests
 from ..quant import Rounded, codes, quantize_activations
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
-from .learning import Pace, gap, learn_block
+from .learning import Pace, gap
 from .walk import walk
 
 METHODS = ("compensated", "learned")
-# What served EfficientNet-Lite0 (docs/numerics.md).
+# Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
-WHOLE = Pace(steps=120, offset=0.0, scale=3e-4, bias=3e-4)  # by the KL, which larger steps overfit
 APART = 5  # one sample in so many judges, where no others are given
 MOST_JUDGES = 1024
 Done = Callable[[int, Finished], None]
@@ -66,7 +65,7 @@ def finish(
     and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": the same
     walk once more, where every block is learned as soon as it is compensated and the next ones see what came out: codes,
     scales, biases, norm weights and what else of parameters it reads, by gradients of the squared error of its values, the last
-    block's by the KL; at the end all of these but the codes, by the KL of the whole net. Buffers stay.
+    block's by the KL. Buffers stay.
 
     Args:
         model: the float model the plan was made for, in eval mode; it is not changed.
@@ -114,7 +113,7 @@ def finish(
                 "model": weights,
                 "plan": [plan.schemes, plan.quantizer.to_json(), plan.rounding and plan.rounding.digest],
                 "data": [data_digest(d.numpy()) for d in (digests, sample_digests(judges))],
-                "how": [method, batch_size, seed, place.type, asdict(BLOCK), asdict(WHOLE)],
+                "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
             }
         )
         progress = Progress(folder, settings, plan, place)
@@ -224,16 +223,16 @@ class _Ground:
         if kept is not None:
             best, losses = kept.best or start, kept.losses
         stages = self._stages(method, seed)
-        sizes = [size for _, size, _ in stages]
-        with progress_bar(f"finish ({method})", sum(sizes), "blocks", verbose) as show:
-            for number, (name, _, stage) in enumerate(stages):
+        count = len(self.blocks.blocks)
+        with progress_bar(f"finish ({method})", len(stages) * count, "blocks", verbose) as show:
+            for number, (name, stage) in enumerate(stages):
                 if kept is not None and number < kept.stage:
                     continue
                 resumed = kept if kept is not None and number == kept.stage else None
                 so_far = Kept(number, 0, dict(losses), None if best is start else best, best)
 
                 def done(blocks: int, now: Finished, so_far: Kept = so_far) -> None:
-                    show(sum(sizes[: so_far.stage]) + blocks)
+                    show(so_far.stage * count + blocks)
                     progress.keep(replace(so_far, blocks=blocks, now=now))
 
                 found = stage(resumed.now if resumed else best, resumed.blocks if resumed else 0, done)
@@ -247,23 +246,11 @@ class _Ground:
         others = {name: value.to(self.state[name].device) for name, value in adapted(self.plan).items()}
         return Finished(codes(self.model, self.plan), others)
 
-    def _stages(self, method: str, seed: int) -> list[tuple[str, int, Stage]]:
-        """Name, blocks and function of every stage."""
-        count, samples = len(self.blocks.blocks), (self.parts, self.apart)
-
+    def _stages(self, method: str, seed: int) -> list[tuple[str, Stage]]:
         def walked(pace: Pace | None) -> Stage:
+            samples = self.parts, self.apart
             return lambda start, skip, done: walk(
                 self.blocks, self.plan, start, *samples, self.state, pace, seed, skip, done
             )
 
-        def whole(start: Finished, skip: int, done: Done) -> Finished:
-            if skip:
-                return start
-            block = self.blocks.whole
-            parts, apart = ([(live, self.blocks.run(block, live, {})) for live in part] for part in samples)
-            found = learn_block(self.blocks, block, self.plan, [start], parts, apart, self.state, WHOLE, seed)
-            done(1, found)
-            return found
-
-        stages = [("compensated", count, walked(None)), ("learned", count, walked(BLOCK)), ("whole", 1, whole)]
-        return stages if method == "learned" else stages[:1]
+        return [("compensated", walked(None)), ("learned", walked(BLOCK))][: 1 + METHODS.index(method)]
