@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from clado.graph.blocks import MOST_LAYERS
 from tests.models import small_cnn, timm_model, tiny_vit
 
 
-def opened(model: nn.Module, x: Tensor, single: bool = False) -> Blocks:
-    found = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False), single)
+def opened(model: nn.Module, x: Tensor) -> Blocks:
+    found = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
     assert found is not None
     return found
 
@@ -41,19 +42,43 @@ class Dense(nn.Module):
         return y + first
 
 
-@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("make", [small_cnn, tiny_vit, lambda: timm_model("resnet18"), lambda: (Dense().eval(), (6,))])
-def test_blocks_give_the_models_outputs_and_hold_every_layer_once(make: Any, single: bool) -> None:
+def test_blocks_give_the_models_outputs_and_hold_every_layer_once(make: Any) -> None:
     model, shape = make()
     x = torch.randn(3, *shape)
-    blocks = opened(model, x, single)
+    blocks = opened(model, x)
     with torch.no_grad():
         found, wanted = through(blocks, x, {}), model(x)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())  # float32, fused otherwise
     held = [layer.name for block in blocks.blocks for layer in block.layers]
     assert sorted(held) == sorted(layer.name for layer in blocks.captured.layers)
-    most = 1 if single else 2 * MOST_LAYERS
-    assert max(len(block.layers) for block in blocks.blocks) <= most
+    assert max(len(block.layers) for block in blocks.blocks) <= 2 * MOST_LAYERS
+
+
+def test_a_block_ends_where_least_of_a_sample_lives() -> None:
+    widths = (6, 24, 12, 24, 9, 24, 24, 24, 24, 24, 24)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths))).eval()
+    found = [[layer.name for layer in block.layers] for block in opened(model, torch.randn(2, 6)).blocks]
+    assert found == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
+
+
+def test_what_enters_a_layer_is_what_its_module_gets() -> None:
+    model, shape = timm_model("resnet18")
+    x, seen = torch.randn(2, *shape), {}
+    blocks = opened(model, x)
+    for layer in blocks.captured.layers:
+        module = model.get_submodule(layer.name)
+        module.register_forward_pre_hook(lambda m, args, name=layer.name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model(x)
+        live = blocks.start(x)
+        for block in blocks.blocks:
+            for layer in block.layers:
+                entering = blocks.entering(block, layer, live, {})
+                assert entering is not None
+                wanted = seen[layer.name]
+                assert torch.allclose(entering[1], wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+            live = blocks.run(block, live, {})
 
 
 def test_parameters_are_replaced_everywhere_and_learned() -> None:
@@ -76,7 +101,7 @@ def test_parameters_are_replaced_everywhere_and_learned() -> None:
 
 def test_a_shift_is_absorbed_by_a_bias_or_the_running_mean_behind() -> None:
     model, shape = small_cnn()
-    blocks = opened(model, torch.randn(2, *shape), True)
+    blocks = opened(model, torch.randn(2, *shape))
     found = {layer.name: blocks.absorbs(layer) for layer in blocks.captured.layers}
     assert found["stem"] == ("stem.bias", -1.0)
     assert found["body.0"] == ("norms.0.running_mean", 1.0)

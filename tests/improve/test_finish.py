@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import PLAN_FILE
 from clado.deploy import adapted, pack_model, verify
-from clado.graph import Use
+from clado.graph import Blocks, Use, open_runner
 from clado.improve import finish_progress, finisher, loss_increases
-from clado.improve.compensation import _Inputs
-from clado.quant import LearnedWeight, Quantizer
+from clado.improve.compensation import Finished, _Inputs
+from clado.improve.learning import Pace, learn_block
+from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import small_cnn, tiny_vit
 
 
@@ -53,7 +54,7 @@ def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, opti
     assert one < before or (make is small_cnn and compensated.info["finish"]["kept"])
     losses = learned.info["finish"]["loss_increase"]
     assert losses["compensated"] == compensated.info["finish"]["loss_increase"]["compensated"]
-    assert list(losses) == ["before", "compensated", "blocks"]
+    assert list(losses) == ["before", "compensated", "learned"]
     assert plan.schemes == learned.schemes
     assert learned.rounding is not None
     assert learned.rounding.rounding == "learned"
@@ -93,43 +94,61 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> N
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("where", [("compensate_in_order", 3), ("learn_blocks", 1)])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_an_interrupted_call_goes_on_to_the_same_bits(
-    where: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, shape = small_cnn()
     x = data(shape, 48)
     plan = planned(model, x)
     wanted = clado.finish(model, plan, [x], num_samples=48, verbose=False)
     monkeypatch.setattr(finish_progress, "SECONDS", 0.0)
-    name, most = where
-    run, skipped = getattr(finisher, name), []
+    run, skipped = finisher.walk, []
 
     def dying(*arguments: Any) -> Any:
-        *given, skip, done = arguments
+        *given, pace, seed, skip, done = arguments
 
         def counted(blocks: int, now: Any) -> None:
             done(blocks, now)
-            if blocks == most:
+            if blocks == 1 and stage == (pace is not None):
                 raise KeyboardInterrupt
 
-        return run(*given, skip, counted)
+        return run(*given, pace, seed, skip, counted)
 
     def going_on(*arguments: Any) -> Any:
         skipped.append(arguments[-2])
         return run(*arguments)
 
-    monkeypatch.setattr(finisher, name, dying)
+    monkeypatch.setattr(finisher, "walk", dying)
     with pytest.raises(KeyboardInterrupt):
         clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
     assert (tmp_path / finish_progress.FINISH_FILE).exists()
-    monkeypatch.setattr(finisher, name, going_on)
+    monkeypatch.setattr(finisher, "walk", going_on)
     other = clado.finish(model, plan, [x], num_samples=40, verbose=False)  # another call is no part of it
     found = clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
-    assert skipped == [0, most]
+    assert skipped == [0, 0, *([1, 0] if stage == 0 else [1])]  # two walks of the other call, then what was left
     assert found.rounding == wanted.rounding != other.rounding
     assert found.info == wanted.info
     assert not any(tmp_path.iterdir())
+
+
+def test_a_block_keeps_the_better_of_what_it_is_given() -> None:
+    model, shape = small_cnn()
+    x = data(shape, 16)
+    blocks = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
+    assert blocks is not None
+    sens = clado.profile(model, [x], bits=(2, 8), scale_steps=20, num_samples=16, verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
+    fine = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    state, pace = {name: value.detach() for name, value in model.state_dict().items()}, Pace(0, 1e-2, 1e-3, 1e-3)
+    coarse, better = (Finished(codes(model, which), {}) for which in (plan, fine))
+    with torch.no_grad():
+        live = blocks.start(x)
+        for block in blocks.blocks:
+            pairs = [(live, blocks.run(block, live, {}))]
+            for starts in ([coarse, better], [better, coarse]):
+                assert learn_block(blocks, block, plan, starts, pairs, pairs, state, pace, 0) is better
+            live = pairs[0][1]
 
 
 def test_others_may_judge() -> None:

@@ -1,12 +1,13 @@
 """A captured graph as a row of blocks that run one after the other, under weights that the caller may change and learn.
 
-A block begins where a single tensor lives (between residual blocks, say) and holds a few layers; where a model has no such
-place for long, it begins before a layer, whatever lives there.
+A block holds a few layers and ends where a single tensor lives, the smallest at hand (between residual blocks, say); where a
+model has no such place for long, it ends before a layer, whatever lives there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,10 +61,9 @@ class Blocks:
 
     Args:
         captured: the graph; cuts: its cuts.
-        single: whether every layer begins a block of its own.
     """
 
-    def __init__(self, captured: Captured, cuts: Cuts, single: bool = False) -> None:
+    def __init__(self, captured: Captured, cuts: Cuts) -> None:
         self.captured, self.cuts = captured, cuts
         held = captured.constants.items()  # detached: nothing of the model itself is learned
         self._constants = {n: v.detach() if isinstance(v, Tensor) else v for n, v in held}
@@ -72,14 +72,14 @@ class Blocks:
             self._nodes.setdefault(name, []).append(node)
         for layer, sources in zip(captured.layers, captured.sources, strict=True):
             self._nodes |= {name: list(sources) for name in layer.names}  # output channels first
-        bounds = self._before_layers() if single else self._between_blocks()
+        bounds = self._bounds()
         ends = [*bounds[1:], len(captured.nodes)]
         self.blocks = [self._block(a, b) for a, b in zip(bounds, ends, strict=True)]
 
     @staticmethod
-    def of(runner: Runner, single: bool = False) -> Blocks | None:
+    def of(runner: Runner) -> Blocks | None:
         """Of a runner's graph; None where it has none."""
-        return Blocks(runner.captured, runner.cuts, single) if isinstance(runner, Executor) else None
+        return Blocks(runner.captured, runner.cuts) if isinstance(runner, Executor) else None
 
     def start(self, batch: Any) -> Live:
         """Before the first block, for inputs ``[N, …]`` or a nest of them."""
@@ -88,23 +88,31 @@ class Blocks:
 
     def run(self, block: Block, live: Live, weights: Weights) -> Live:
         """Behind a block, some parameters replaced; derivatives by them are recorded where autograd is on."""
+        return self._run(block.first, block.last, live, weights)
+
+    def entering(self, block: Block, layer: Layer, live: Live, weights: Weights) -> tuple[Use, Tensor] | None:
+        """How a layer's weight is applied for the first time, and to what, from the values before its block.
+
+        None: its first use is no matrix product or convolution.
+        """
+        index = self._first_use(layer)
+        node = self.captured.nodes[index]
+        entered = node.args[0]
+        if self.cuts.applied(node) is None or not isinstance(entered, Node):
+            return None
+        before = self._run(block.first, index, live, weights)
+        x: Tensor = self._reader(before.values, live.samples, weights)(entered)
+        return Use.of_node(node, layer.shape), x
+
+    def _run(self, first: int, last: int, live: Live, weights: Weights) -> Live:
         values = dict(live.values)
         value = self._reader(values, live.samples, weights)
-        for index in range(block.first, block.last):
+        for index in range(first, last):
             node = self.captured.nodes[index]
             values[node] = evaluate(node, value)
             for dead in self.cuts.dying[index]:
                 values.pop(dead, None)
         return Live(values, live.samples)
-
-    def entering(self, block: Block, live: Live) -> tuple[Use, Tensor] | None:
-        """How a block's first node applies its layer's weight, and to what; None where it does not begin with a layer."""
-        node = self.captured.nodes[block.first]
-        layer, entered = self.cuts.applied(node), node.args[0]
-        if layer is None or not isinstance(entered, Node):
-            return None
-        x: Tensor = self._reader(live.values, live.samples, {})(entered)
-        return Use.of_node(node, self.captured.layers[layer].shape), x
 
     def _reader(self, values: Mapping[Node, Any], samples: int, weights: Weights) -> Callable[[Node], Any]:
         """What gives every argument of a node: a live value, a size, a parameter that is replaced, or a constant."""
@@ -152,35 +160,29 @@ class Blocks:
         names = [known.name for known in self.captured.layers]
         return self.cuts.starts[names.index(layer.name)]
 
-    def _before_layers(self) -> list[int]:
-        return [0, *sorted(set(self.cuts.starts) - {0})]
-
-    def _between_blocks(self) -> list[int]:
-        """The first node of every block: as many layers together as fit, cut where a single tensor lives."""
-        bounds, here, held = [0], 0, 0
-        starts = sorted(self.cuts.starts)
-        for point in [*self._single_points, len(self.captured.nodes)]:
-            inside = sum(here <= start < point for start in starts)
-            if held and held + inside > MOST_LAYERS:
-                bounds.append(here)
-                held = 0
-            if inside > 2 * MOST_LAYERS:  # nowhere a single tensor for long
-                cuts = [start for start in starts if here <= start < point][MOST_LAYERS::MOST_LAYERS]
-                bounds += cuts
-                inside = sum(cuts[-1] <= start < point for start in starts)
-            here, held = point, held + inside
-        return bounds
+    def _bounds(self) -> list[int]:
+        """The first node of every block: up to ``MOST_LAYERS`` together, cut where the least of a sample lives."""
+        bounds, starts, points = [0], sorted(set(self.cuts.starts)), self._single_points
+        while True:
+            ahead = [start for start in starts if start >= bounds[-1]]
+            if len(ahead) <= MOST_LAYERS + 1:  # no layer alone at the end
+                return bounds
+            near = {p: size for p, size in points.items() if ahead[0] < p <= ahead[MOST_LAYERS]}
+            far = [p for p in points if ahead[MOST_LAYERS] < p <= ahead[min(2 * MOST_LAYERS, len(ahead) - 1)]]
+            least = min(near.values(), default=0)
+            wanted = max((p for p, size in near.items() if size == least), default=min(far, default=ahead[MOST_LAYERS]))
+            bounds.append(wanted)
 
     @cached_property
-    def _single_points(self) -> Sequence[int]:
-        """Nodes before which a single tensor lives, one that counts samples."""
+    def _single_points(self) -> dict[int, int]:
+        """{node before which a single tensor lives, one that counts samples: how many numbers of a sample it has}."""
         alive: set[Node] = set(self.captured.inputs).intersection(self.cuts.last_uses())
-        points = []
+        points = {}
         for index, node in enumerate(self.captured.nodes):
             if index and len(alive) == 1:
                 meta = next(iter(alive)).meta["val"]
                 if isinstance(meta, Tensor) and batch_dim(meta) is not None:
-                    points.append(index)
+                    points[index] = math.prod(size for size in meta.shape if isinstance(size, int))
             alive.add(node)
             alive -= set(self.cuts.dying[index])
         return points

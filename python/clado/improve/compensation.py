@@ -7,7 +7,7 @@ input, ‖W x − Q x̃‖² is least, before rounding, for W E[x x̃ᵀ] E[x̃ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ..quant import Quantized, compensated
 DAMPING = 0.1  # of the mean second moment, for the weight before it is rounded: towards the float one
 
 
-@dataclass
+@dataclass(frozen=True)
 class Finished:
     """A plan's weights on the way.
 
@@ -36,10 +36,13 @@ class Finished:
         """{(layer, format): the weight as it is stored}, on the CPU."""
         return {(name, held.number.name): held.cpu().packed() for name, held in self.weights.items()}
 
-    def take(self, newer: Finished) -> None:
-        """What is newer takes the place of what was there."""
-        self.weights.update(newer.weights)
-        self.others.update(newer.others)
+    def plus(self, newer: Finished) -> Finished:
+        """With what is newer in the place of what was there."""
+        return Finished(self.weights | newer.weights, self.others | newer.others)
+
+    def without(self, names: Collection[str]) -> Finished:
+        """With the float model's own values of some parameters."""
+        return Finished(self.weights, {name: value for name, value in self.others.items() if name not in names})
 
     def tensors(self, plan: Plan, dtype: torch.dtype) -> dict[str, Tensor]:
         """{parameter or buffer: value}, dequantized."""
@@ -48,61 +51,48 @@ class Finished:
         return {p: value for name, value in made.items() for p in names[name]} | self.others
 
 
-def compensate_in_order(
+def compensate_block(
     blocks: Blocks,
+    block: Block,
     plan: Plan,
     start: Finished,
-    parts: Sequence[Live],
-    state: dict[str, Tensor],
-    skip: int,
-    done: Callable[[int, Finished], None],
+    pairs: Sequence[tuple[Live, Live]],
+    state: Mapping[str, Tensor],
 ) -> Finished:
-    """Round the layers of a plan one after the other.
+    """Round the layers of a block one after the other.
 
     Args:
-        blocks: the float model, every layer at the beginning of a block.
+        blocks: the float model; block: one of its blocks.
         plan: which layers, and their formats.
-        start: their weights; a layer that no block begins with keeps its own. What was adapted belongs to ``skip`` blocks.
-        parts: some samples each, before the first block.
+        start: all weights; a layer whose first use is no matrix product or convolution keeps its own.
+        pairs: some samples each before the block, in the float net and in the rounded one.
         state: the float model's parameters and buffers, on its device.
-        skip: blocks that are done already, as an interrupted call left them in ``start``.
-        done: called after every block, with how many are done and the weights so far.
     """
-    finished = Finished(dict(start.weights), dict(start.others) if skip else {})
-    chosen, planned = plan.chosen, {layer.name: layer for layer in plan.layers}
-    clean, rounded, dtype = list(parts), list(parts), dtype_of(plan, state)
-    given = finished.tensors(plan, dtype)
-    for index, block in enumerate(blocks.blocks):
-        layer = next((planned[own.name] for own in block.layers if own.name in planned and index >= skip), None)
-        pairs = [] if layer is None else [_entering(blocks, block, *pair) for pair in zip(clean, rounded, strict=True)]
-        if layer is not None and all(pair is not None for pair in pairs):
-            absorbs = blocks.absorbs(layer)
-            inputs = _Inputs.of([pair for pair in pairs if pair is not None], absorbs is not None)
-            weight = layer.rows(state[layer.names[0]])
-            held = compensated(
-                inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name
-            )
-            new = Finished({layer.name: held}, {})
-            if absorbs is not None:
-                name, sign = absorbs
-                shift = inputs.shift(weight, held.values(torch.float32))
-                new.others[name] = (state[name].double() + sign * shift).to(state[name].dtype)
-            finished.take(new)
-            given |= new.tensors(plan, dtype)
-        clean = [blocks.run(block, live, {}) for live in clean]
-        rounded = [blocks.run(block, live, given) for live in rounded]
-        done(index + 1, finished)
-    return finished
+    chosen, dtype, new = plan.chosen, dtype_of(plan, state), Finished({}, {})
+    given = start.tensors(plan, dtype)
+    for layer in block.layers:
+        if layer.name not in chosen:
+            continue
+        absorbs = blocks.absorbs(layer)
+        entering = ((blocks.entering(block, layer, a, {}), blocks.entering(block, layer, b, given)) for a, b in pairs)
+        inputs = _Inputs.of(((*a, b[1]) for a, b in entering if a is not None and b is not None), absorbs is not None)
+        if inputs is None:
+            continue
+        weight = layer.rows(state[layer.names[0]])
+        held = compensated(inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name)
+        now = Finished({layer.name: held}, {})
+        if absorbs is not None:
+            name, sign = absorbs
+            shift = inputs.shift(weight, held.values(torch.float32))
+            now.others[name] = (state[name].double() + sign * shift).to(state[name].dtype)
+        new = new.plus(now)
+        given |= now.tensors(plan, dtype)
+    return new
 
 
 def dtype_of(plan: Plan, state: Mapping[str, Tensor]) -> torch.dtype:
     """Of the model's weights."""
     return state[plan.layers[0].names[0]].dtype
-
-
-def _entering(blocks: Blocks, block: Block, clean: Live, rounded: Live) -> tuple[Use, Tensor, Tensor] | None:
-    one, other = (blocks.entering(block, live) for live in (clean, rounded))
-    return None if one is None or other is None else (one[0], one[1], other[1])
 
 
 @dataclass(frozen=True)
@@ -120,10 +110,13 @@ class _Inputs:
     means: tuple[Tensor, Tensor]
 
     @staticmethod
-    def of(pairs: Sequence[tuple[Use, Tensor, Tensor]], centered: bool) -> _Inputs:
-        sums = PairSums(pairs[0][0])
-        for _, clean, rounded in pairs:
+    def of(pairs: Iterable[tuple[Use, Tensor, Tensor]], centered: bool) -> _Inputs | None:
+        sums = None
+        for use, clean, rounded in pairs:
+            sums = sums or PairSums(use)
             sums.add(clean, rounded)
+        if sums is None:
+            return None
         products, moments, *means = sums.moments(centered)
         moments.diagonal(dim1=1, dim2=2).clamp_(min=0.0)  # zero but for what a difference lost
         return _Inputs(moments, products, (means[0], means[1]))
