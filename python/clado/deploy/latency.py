@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Plan, Sensitivity
-from ..common import atomic_file, progress_bar, require
+from ..common import CladoError, atomic_file, is_out_of_memory, moved_to, progress_bar, require, said
 from ..quant import Layer, Scheme, codes
 from .nn import quantized_kind
 
@@ -33,7 +33,7 @@ def time_layers(
     Args:
         model: the model that was profiled, in eval mode.
         sens: names the layers, the widths and the quantizer.
-        batch: inputs ``[n, …]`` of one forward.
+        batch: inputs ``[n, …]`` of one forward; they are moved to where the model is, floating-point ones to its dtype.
         repeats: timings per layer and width.
         verbose: show a progress bar.
 
@@ -41,16 +41,18 @@ def time_layers(
         {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``.
 
     Raises:
-        CladoError: a layer whose weight belongs to no Linear or Conv2d, or one that the forward does not reach.
+        CladoError: a layer whose weight belongs to no Linear or Conv2d, or one that the forward does not reach;
+            inputs that the model does not take.
     """
     require(repeats >= 1, "latency", "repeats", "be at least 1", repeats)
-    inputs = _inputs(model, sens.layers, batch)
+    first = next(model.parameters())
+    inputs = _inputs(model, sens.layers, moved_to(batch, first.device, first.dtype))
     table: dict[str, dict[int, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
             schemes = sens.candidates.schemes[sens.candidates.position(layer.name)]
             runs = [_packed(model, sens, layer, scheme, inputs[layer.name]) for scheme in schemes]
-            times = [_once(run, batch.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
+            times = [_once(run, first.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
             table[layer.name] = {
                 scheme.bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, scheme in enumerate(schemes)
             }
@@ -86,6 +88,10 @@ def _inputs(model: nn.Module, layers: tuple[Layer, ...], batch: Tensor) -> dict[
     try:
         with torch.inference_mode():
             model(batch)
+    except Exception as error:  # whatever a model makes of inputs it does not take
+        if is_out_of_memory(error):
+            raise
+        raise CladoError(f"latency: model must take inputs {tuple(batch.shape)}, got {said(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

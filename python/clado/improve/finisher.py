@@ -27,7 +27,7 @@ from ..common import (
     weights_digest,
 )
 from ..deploy import adapted, check_fit
-from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
+from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import SampleStream, sample_digests
 from ..quant import Rounded, codes, quantize_activations
 from .compensation import Finished, compensate_in_order, dtype_of
@@ -160,7 +160,7 @@ class _Ground:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        dtype = next(model.parameters()).dtype
+        dtype = common_dtype(model)
         self.plan = plan
         self.model = converted(
             quantize_activations(model, plan.activations) if plan.activations else model, device, dtype
