@@ -6,7 +6,6 @@ import contextlib
 import mimetypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -64,7 +63,7 @@ def build_data(
 
         images, labels = load_data(rest)
         return list(zip(images[skip:].split(batch_size), labels[skip:].split(batch_size), strict=True))
-    if Path(data).exists() or not rest:
+    if os.path.exists(data) or not rest:
         dataset: Any = _image_folder(data, _transform(model, spec))
     elif scheme in ("timm", "hf"):
         name, _, query = rest.partition("?")
@@ -111,7 +110,7 @@ def _transform(model: nn.Module, spec: ModelSpec) -> Any:
 def _image_folder(data: str, transform: Any) -> Any:
     from timm.data import ImageDataset
 
-    require(Path(data).is_dir(), "data", "folder", "be an image folder with one subfolder per class", data)
+    require(os.path.isdir(data), "data", "folder", "be an image folder with one subfolder per class", data)
     dataset: Any = []
     with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
         dataset = ImageDataset(data, input_key=";".join(READ))
@@ -144,7 +143,7 @@ def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
 
     arguments: dict[str, Any] = {"split": "validation", **options}
     root = arguments.pop("root", None)
-    if "/" not in name and root is not None and Path(root).is_dir():
+    if "/" not in name and root is not None and os.path.isdir(root):
         arguments.setdefault("input_key", ";".join(READ))
     try:
         dataset = create_dataset(name, root, transform=transform, **arguments)
@@ -171,7 +170,7 @@ def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
     split, image, label = (options.pop(k, k) for k in ("split", "image", "label"))
     split = "validation" if split == "split" else split
     try:
-        if Path(name).exists():
+        if os.path.exists(name):
             loaded = datasets.load_from_disk(name)
             found = loaded[split] if isinstance(loaded, dict) else loaded
         else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clado_ext import pack, packed_columns
 
-from ...common import CladoError, require
+from ...common import CladoError, refused, require
 from ...quant import PACKED, SCALE, ZERO_POINT, Layer, modules
 from ..applied import dequantized
 from . import base
@@ -124,7 +124,8 @@ def decompressed(folder: Path, model: nn.Module) -> nn.Module:
         raise CladoError(f"verify: compressed-tensors must be installed, got {error}") from None
     from safetensors.torch import load_file
 
-    held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
+    with refused(folder, "be an export for compressed-tensors"):
+        held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(held)
     read = copy.deepcopy(model)
     apply_quantization_config(read, config, show_progress=False)

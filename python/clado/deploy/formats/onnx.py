@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,7 @@ def verify(request: Request, folder: Path) -> str:
     The whole is off wherever a value beside a tie took the next step. Behind many layers that may be as far as rounding itself
     takes the logits.
     """
-    require((folder / MODEL_FILE).is_file(), "verify", "path", "hold an export for onnx", folder)
+    require(os.path.isfile(folder / MODEL_FILE), "verify", "path", "hold an export for onnx", folder)
     example, ranges = _example(request), _ranges(request)
     _check_rounding(folder, ranges)
     model = dequantized(request.model, replace(request.plan, activations=None), request.codes)
@@ -155,7 +156,9 @@ def _without_rounding(folder: Path) -> Iterator[Path]:
             if node.op_type == "QuantizeLinear":
                 for again in list(node.outputs[0].consumers()):
                     again.outputs[0].replace_all_uses_with(node.inputs[0])
-        ir.save(model, Path(bare) / MODEL_FILE, external_data=_DATA_FILE if (folder / _DATA_FILE).exists() else None)
+        ir.save(
+            model, Path(bare) / MODEL_FILE, external_data=_DATA_FILE if os.path.exists(folder / _DATA_FILE) else None
+        )
         yield Path(bare)
 
 
