@@ -1,4 +1,4 @@
-"""Plain-torch twin of clado_ext.carried_*, in float64 by the definition f(x + d) − f(x)."""
+"""Plain-torch twin of the carried rules of clado_ext, in float64 by the definition f(x + d) − f(x)."""
 
 import torch
 from torch import Tensor

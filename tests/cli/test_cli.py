@@ -407,7 +407,7 @@ def test_a_full_disk_is_one_line(digits: Path, tmp_path: Path, command: str) -> 
         [sys.executable, "-c", code, name, run, *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {run}: ")
+    assert done.stderr.startswith(f"error: {run / ('out' if name == 'export' else 'plan.json')}: ")
     assert "too large" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in digits.iterdir())

@@ -54,6 +54,44 @@ def test_the_package_decompresses_bit_for_bit(
         assert said == "compressed-tensors decompresses 9 layers bit for bit; 1 stay float"
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 0, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_decompress_bit_for_bit(
+    dtype: torch.dtype, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    """The reader keeps scales in the model's dtype; weights so small that float16 has no scale for them are held too."""
+    model, shape = tiny_vit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[:3] *= 1e-6
+    model = model.to(dtype)
+    plan = random_plan(model, Quantizer(group_size, 10, symmetric), (2, 4, 8))
+    written = clado.export(model, plan, tmp_path / "out", NAME)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, NAME)
+    tensors = load_file(tmp_path / "out" / ct.MODEL_FILE)
+    parts = (ct.PACKED, ct.SCALE, ct.ZERO_POINT, "weight_shape")
+    assert written.quantized == sum(t.nbytes for n, t in tensors.items() if n.endswith(parts))
+    assert {t.dtype for n, t in tensors.items() if n.endswith(ct.SCALE)} == {dtype}
+    read, wanted = ct.decompressed(tmp_path / "out", model), clado.apply(model, plan)
+    assert not wanted.blocks[0].mlp.fc1.weight.isnan().any()
+    assert "9 layers bit for bit" in verify(model, plan, tmp_path / "out", NAME)
+    wanted.patch_embed = model.patch_embed
+    x = torch.randn(2, *shape, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(read(x), wanted(x))
+
+
+def test_layers_of_several_dtypes_and_what_the_reader_would_change(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(16, 8).bfloat16(), nn.Linear(8, 8).half(), nn.Linear(8, 4)).eval()
+    plan = random_plan(net, Quantizer(), (4,))
+    clado.export(net, plan, tmp_path / "out", NAME)
+    assert "3 layers bit for bit" in verify(net, plan, tmp_path / "out", NAME)
+    double = nn.Sequential(nn.Linear(16, 8)).double().eval()
+    with pytest.raises(clado.CladoError, match=r"layer 0 must be float32, float16 or bfloat16 .*, got torch.float64"):
+        clado.export(double, random_plan(double, Quantizer(), (4,)), tmp_path / "double", NAME)
+    assert not (tmp_path / "double").exists()
+
+
 def test_convolutions_stay_float_and_it_is_said(tmp_path: Path) -> None:
     model, _ = small_cnn()
     plan = random_plan(model, Quantizer(), (2, 4, 8))

@@ -1,6 +1,7 @@
 """A run killed at any moment resumes to the same bits; a full disk or a foreign directory loses nothing; runs grow and merge."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -290,6 +291,55 @@ def test_full_disk_is_one_line_and_keeps_finished_chunks(
     monkeypatch.undo()
     whole = profile(model, [x], batch_size=8, verbose=False, **how)
     assert same(profile(model, [x], output_dir=tmp_path, verbose=False), whole)
+
+
+@pytest.mark.parametrize("bits", [(2, 4, 8), (4, 8)])
+def test_a_second_run_on_the_same_directory_is_refused_while_the_first_goes_on(
+    bits: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Other settings or the same; the first one's half-written file stays, and it ends as if nothing had been."""
+    model, x = data()
+    lines: list[str] = []
+    half = tmp_path / "run" / ".progress.safetensors.0123abcd"
+
+    def batches() -> Iterator[torch.Tensor]:
+        for k, part in enumerate(x.split(4)):
+            if k == 8:
+                half.write_bytes(b"on the way")
+                for call in calls:
+                    with pytest.raises(clado.CladoError, match="one process at a time") as caught:
+                        call()
+                    lines.append(str(caught.value))
+                assert half.read_bytes() == b"on the way"
+            yield part
+
+    whole = profile(model, [x], batch_size=8, verbose=False)
+    plan, given = clado.solve(whole, avg_bits=4.0), {"output_dir": tmp_path / "run", "verbose": False}
+    calls = [
+        lambda: profile(model, [x], bits, **given),
+        lambda: clado.correct(model, [x], whole, avg_bits=4.0, **given),
+        lambda: clado.finish(model, plan, [x], **given),
+    ]
+    assert same(profile(model, batches(), batch_size=8, output_dir=tmp_path / "run", verbose=False), whole)
+    assert [line.partition(":")[0] for line in lines] == ["profile", "correct", "finish"]
+    assert same(Sensitivity.load(tmp_path / "run"), whole)
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    model, x = data()
+    plan_run(model, [x], output_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    profile(model, [x[:16]], batch_size=8, output_dir=tmp_path, verbose=False)
+    for name in (".progress.safetensors.0123abcd", ".lock", ".rounded-1.safetensors.89abcdef"):
+        (tmp_path / name).write_bytes(b"another's")
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    plan_run(model, [x], batch_size=8, output_dir=tmp_path)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+    profile(
+        model, [x], batch_size=8, output_dir=tmp_path, verbose=False
+    )  # nobody holds it: what a killed run left goes
+    assert not {".progress.safetensors.0123abcd", ".lock"} & set(os.listdir(tmp_path))
+    assert ".rounded-1.safetensors.89abcdef" in os.listdir(tmp_path)  # another process may be writing it
 
 
 def test_progress_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

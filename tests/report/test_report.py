@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -170,6 +171,33 @@ def test_bad_input_is_one_line(measured: Path, tmp_path: Path) -> None:
         write_report(other)
     with pytest.raises(CladoError, match="model must be given with heldout"):
         write_report(measured, heldout=[torch.zeros(2, 1, 8, 8)])
+
+
+def test_a_run_that_cannot_be_written_has_a_report_elsewhere(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a read-only mount: every file that would be made in the run is refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("sensitivity.safetensors", "plan.json"):
+        shutil.copy(measured / name, run / name)
+    touch = Path.touch
+
+    def refusing(self: Path, *arguments: object, **more: object) -> None:
+        if self.is_relative_to(run):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        touch(self, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    model, shape = tiny_vit()
+    given = {"model": model, "heldout": [torch.randn(6, *shape)], "verbose": False}
+    page = write_report(run, tmp_path / "report.html", **given).read_text()
+    assert page.count(f"could not be kept in {run} (Read-only file system)") == 1
+    assert set(drawn(page)) == FIGURES
+    assert len(write_figures(run, "svg", tmp_path / "figures", **given)) == len(FIGURES)
+    with pytest.raises(CladoError, match=r"report.html must be writable, got Read-only file system$"):
+        write_report(run, **given)
+    assert {path.name for path in run.iterdir()} == {"sensitivity.safetensors", "plan.json"}
 
 
 def test_relative_error_of_known_noise() -> None:

@@ -83,6 +83,10 @@ def test_hugging_face_by_name_and_by_folder(monkeypatch: pytest.MonkeyPatch, fol
         samples("hf:owner/digits")
     with pytest.raises(clado.CladoError, match=r"able to open owner/gone, got FileNotFoundError: no such dataset$"):
         samples("hf:owner/gone")
+    broken = type("Broken", (Rows,), {"__getitem__": lambda self, k: {"picture": None, "class": 0}})
+    monkeypatch.setattr(package, "load_dataset", lambda name, split: broken())
+    with pytest.raises(clado.CladoError, match=r"image must be whole and readable, got row \d \(AttributeError: "):
+        samples("hf:owner/digits?image=picture&label=class")
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
     with pytest.raises(clado.CladoError, match="datasets must be installed"):
         samples("hf:owner/digits")
@@ -117,8 +121,82 @@ def test_an_image_that_cannot_be_read_is_not_replaced_by_another(folder: Path) -
     (folder / "validation" / "class0" / "0.png").write_bytes(b"not a picture")
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
     loader = build_data(str(folder / "validation"), net, SPEC, 4, 0)
-    with pytest.raises(clado.CladoError, match="data_loader must yield its batches, got UnidentifiedImageError"):
+    with pytest.raises(
+        clado.CladoError, match=r"image must be whole and readable, got .*0\.png \(UnidentifiedImageError: "
+    ):
         clado.profile(net, loader, num_samples=COUNT, quantize_ends=True, verbose=False)
+
+
+FOLDER, TIMM, TORCH = "{0}/validation", "timm:folder?root={0}", "timm:torch/image_folder?root={0}"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "kind", "workers"),
+    [
+        *((spelled, "png", workers) for spelled in (FOLDER, TIMM, TORCH) for workers in (0, 2)),
+        *((spelled, kind, 0) for spelled in (FOLDER, TIMM, TORCH) for kind in ("jpg", "webp")),
+        (FOLDER, "gif", 0),
+        (TIMM, "gif", 0),  # torchvision reads none
+    ],
+)
+def test_a_truncated_file_is_named_in_one_line(folder: Path, spelled: str, kind: str, workers: int) -> None:
+    file = folder / "validation" / "class1" / f"9.{kind}"
+    pictures()[0].resize((64, 64)).save(file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    loader = build_data(spelled.format(folder), nn.Identity(), SPEC, 2, 0, workers=workers)
+    with pytest.raises(
+        clado.CladoError, match=rf"data: image must be whole and readable, got .*9\.{kind} \("
+    ) as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    """The same picture of 16 and of 8 bits; the ends are black and white."""
+    values = np.arange(0, 65536, 257, np.uint16).reshape(16, 16)  # every value of 8 bits
+    wide, narrow = Image.fromarray(values), Image.fromarray((values // 257).astype(np.uint8))
+    found = []
+    for name, picture in (("wide", wide), ("narrow", narrow)):
+        (tmp_path / name / "a").mkdir(parents=True)
+        picture.save(tmp_path / name / "a" / "0.png")
+        found.append(samples(str(tmp_path / name))[0])
+    assert torch.equal(*found)
+    assert found[0].std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "bmp", "tif"])
+def test_other_kinds_of_files_are_read(kind: str, tmp_path: Path) -> None:
+    picture = pictures()[0].convert("P" if kind == "gif" else "RGB")
+    for k, ending in enumerate(("png", kind)):
+        (tmp_path / str(k) / "a").mkdir(parents=True)
+        picture.save(tmp_path / str(k) / "a" / f"0.{ending}", **({"lossless": True} if ending == "webp" else {}))
+    (tmp_path / "1" / "a" / "notes.txt").write_text("no picture")
+    images, labels = samples(str(tmp_path / "1"))
+    assert torch.equal(images, samples(str(tmp_path / "0"))[0])
+    assert labels == [0]
+    assert torch.equal(samples(f"timm:folder?root={tmp_path / '1'}")[0], images)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("{0}", "x.heic"),
+        ("{0}", "x.svg"),
+        ("timm:folder?root={0}", "x.JXL"),
+        ("timm:torch/image_folder?root={0}", "x.gif"),
+    ],
+)
+def test_pictures_that_are_not_read_are_named(spelled: str, name: str, folder: Path) -> None:
+    (folder / "validation" / "class0" / name).write_bytes(b"whatever")
+    with pytest.raises(clado.CladoError, match=rf"read \(png, .* and no others, got 1 others, such as .*{name}$"):
+        samples(spelled.format(folder / "validation"))
+
+
+def test_values_of_unknown_depth_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a" / "0.tif")
+    with pytest.raises(clado.CladoError, match=r"have 8 or 16 bits a channel, got mode F of .*0\.tif"):
+        samples(str(tmp_path))
 
 
 def test_images_beside_the_subfolders_take_the_labels_away(folder: Path) -> None:

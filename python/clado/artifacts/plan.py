@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common import CladoError, atomic_file, require
+from ..common import CladoError, atomic_file, refused, require
 from ..quant import KEPT, ActivationRanges, Layer, Quantizer, Rounded, RoundedBy, Scheme, stored_bytes
 from .rounded_file import Held, RoundedFile, discard, held_weights, rounded_path, save_held
 from .sensitivity import Sensitivity
@@ -188,7 +188,8 @@ class Plan:
         there has them.
         """
         target = _file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with refused(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         before = _rounding_of(target)
         save_held(self.held, target.parent)
         with atomic_file(target) as temporary:
@@ -204,10 +205,12 @@ class Plan:
         Raises:
             CladoError: missing, truncated, foreign or of another schema.
         """
-        source = _file(path)
-        require(source.is_file(), "plan", "path", "be a plan file or a run directory that holds one", source)
+        with refused(Path(path), "be readable"):
+            source = _file(path)
+            require(source.is_file(), "plan", "path", "be a plan file or a run directory that holds one", source)
+            data = source.read_bytes()
         try:
-            plan = Plan.from_json(source.read_text())
+            plan = Plan.from_json(data.decode())
             held = None if plan.rounding is None else RoundedFile(source.parent, plan.rounding)
             return replace(plan, held=held)
         except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..common import CladoError, atomic_file, require
+from ..common import CladoError, atomic_file, read_safetensors, require
 from ..quant import Rounded, RoundedBy
 
 SCHEMA = 1
@@ -92,14 +92,13 @@ def read_rounded(path: Path) -> Rounded:
     Raises:
         CladoError: damaged, foreign or of another schema.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            require(isinstance(header, dict), "load", "file", "hold rounded weights of clado", path)
-            require(header.get("schema") == SCHEMA, "load", "schema", f"be {SCHEMA}", header.get("schema"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        metadata, tensors = read_safetensors(path)
+        header = json.loads(metadata.get(_HEADER, "null"))
+        require(isinstance(header, dict), "load", "file", "hold rounded weights of clado", path)
+        require(header.get("schema") == SCHEMA, "load", "schema", f"be {SCHEMA}", header.get("schema"))
         samples = tensors.pop(_SAMPLES)
         return Rounded.from_parts(header, tensors, samples)
     except CladoError:

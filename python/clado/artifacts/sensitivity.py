@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import CladoError, atomic_file, data_digest, require
+from ..common import CladoError, atomic_file, data_digest, read_safetensors, refused, require
 from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Rounded, RoundedBy, Scheme, candidates_of
 from .provenance import Provenance
 from .rounded_file import Held, RoundedFile, held_weights, save_held
@@ -269,7 +269,8 @@ class Sensitivity:
         from safetensors.numpy import save
 
         target = _file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with refused(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         save_held(self.held, target.parent)
         header = {
             "schema": SCHEMA,
@@ -294,19 +295,19 @@ class Sensitivity:
         Raises:
             CladoError: missing, truncated, foreign or of another schema.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        source = _file(path)
-        require(source.is_file(), "load", "path", "be a sensitivity file or a run directory that holds one", source)
+        with refused(Path(path), "be readable"):
+            source = _file(path)
+            require(source.is_file(), "load", "path", "be a sensitivity file or a run directory that holds one", source)
         try:
-            with safe_open(source, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                header = json.loads(metadata.get("clado.sensitivity", "null"))
-                require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
-                schema = header.get("schema")
-                require(schema in (1, 2, SCHEMA), "load", "schema", f"be 1 to {SCHEMA}", schema)
-                header = _of_schema_1(header) if schema == 1 else header
-                arrays = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
+            metadata, tensors = read_safetensors(source)
+            header = json.loads(metadata.get("clado.sensitivity", "null"))
+            require(isinstance(header, dict), "load", "path", "be a clado sensitivity file", source)
+            schema = header.get("schema")
+            require(schema in (1, 2, SCHEMA), "load", "schema", f"be 1 to {SCHEMA}", schema)
+            header = _of_schema_1(header) if schema == 1 else header
+            arrays = {name: tensors[name].numpy() for name in _TENSORS if name in tensors}
             layers = tuple(Layer.from_json(item, "load", "sensitivity file") for item in header["layers"])
             provenance = Provenance.from_json(header["provenance"])
             return Sensitivity(
@@ -363,4 +364,4 @@ def _of_schema_1(header: dict[str, Any]) -> dict[str, Any]:
 
 def _file(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
-    return target / MATRIX_FILE if target.is_dir() or not target.suffix else target
+    return target / MATRIX_FILE if os.path.isdir(target) or not target.suffix else target

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
     from .batches import check_targets, moved_to, split_batch, two_samples
     from .devices import USABLE, usable
-    from .errors import CladoError, here, is_out_of_memory, require, said
-    from .files import atomic_file, atomic_folder, write_json
+    from .errors import CladoError, FileError, here, is_out_of_memory, require, said
+    from .files import atomic_file, atomic_folder, read_safetensors, refused, write_json
     from .fingerprint import code_digest, data_digest, digest, tensor_digest, weights_digest
+    from .locks import locked
     from .progress import progress_bar
 else:
     __getattr__, __dir__ = door(__name__)
@@ -24,6 +25,7 @@ __all__ = [
     "Arguments",
     "Check",
     "CladoError",
+    "FileError",
     "Line",
     "argument",
     "atomic_file",
@@ -36,9 +38,12 @@ __all__ = [
     "door",
     "here",
     "is_out_of_memory",
+    "locked",
     "moved_to",
     "one_of",
     "progress_bar",
+    "read_safetensors",
+    "refused",
     "require",
     "said",
     "split_batch",

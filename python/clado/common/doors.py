@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,16 @@ def door(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a package that imports its public names under ``if TYPE_CHECKING:``.
 
     What stands there is read from the source, so that type checkers, people and this function see the same list. So
-    ``clado --help`` needs no torch, and profiling no solver.
+    ``clado --help`` needs no torch, and profiling no solver. Packages and files within it are found likewise: after
+    ``import clado`` every path such as ``clado.report.gather`` is there.
     """
     homes = _homes(package)
 
     def get(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}") is None:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            return importlib.import_module(f"{package}.{name}")
         file, known_as = homes[name]
         value = getattr(importlib.import_module(file, package), known_as)
         setattr(sys.modules[package], name, value)

@@ -10,6 +10,20 @@ class CladoError(ValueError):
     """Bad input, said in one line: ``op: argument must …, got …``."""
 
 
+class FileError(CladoError, OSError):
+    """What the file system refuses, in one line: ``file: path must …, got …``. It is the system's error too."""
+
+    def __init__(self, path: Path, must: str, error: BaseException) -> None:
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        self.line = f"file: {path} must {must}, got {reason}"
+        super().__init__(self.line)
+        self.errno, self.strerror = getattr(error, "errno", None), reason
+        self.filename = getattr(error, "filename", None) or str(path)
+
+    def __str__(self) -> str:
+        return self.line
+
+
 def require(condition: bool, op: str, argument: str, must: str, got: object) -> None:
     """Raise :class:`CladoError` ``"op: argument must …, got …"`` unless ``condition`` holds."""
     if not condition:

@@ -12,22 +12,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import FileError
+
 _AT_CWD, _EXCHANGE = -100, 2  # of renameat2
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed."""
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed.
+
+    Raises:
+        FileError: what the file system refuses.
+    """
     target = Path(path)
-    temporary = _beside(target)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        _settle(temporary, mode)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with refused(target):
+        temporary = _beside(target)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            yield temporary
+            _settle(temporary, mode)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -36,8 +43,29 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Where the system can exchange two folders in one step (Linux), a folder stands at ``path`` at every moment. Elsewhere
     the earlier one is moved aside first and put back if the new one cannot take its place.
+
+    Raises:
+        FileError: what the file system refuses.
     """
     target = Path(path)
+    with refused(target):
+        yield from _in_place_of(target)
+
+
+@contextmanager
+def refused(path: Path, must: str = "be writable") -> Iterator[None]:
+    """What the file system, or safetensors on top of it, refuses as one line."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise FileError(path, must, error) from error
+
+
+def _in_place_of(target: Path) -> Iterator[Path]:
     temporary = _beside(target)
     temporary.mkdir()
     old = temporary.with_name(temporary.name + ".old")
@@ -83,6 +111,19 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     found: bool = swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
     return found
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """(metadata, tensors) of one and the same file, whatever replaces it meanwhile.
+
+    ``safe_open`` opens the path a second time for torch's tensors, and may find the next file there.
+    """
+    from safetensors.torch import load
+
+    data = path.read_bytes()
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__") or {}, tensors
 
 
 def write_json(path: Path, value: Any) -> None:

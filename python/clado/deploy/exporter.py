@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan
-from ..common import atomic_folder, require
+from ..common import atomic_folder, refused, require
 from ..quant import folded
 from .applied import check_fit, with_adapted
 from .formats import FORMATS, Request, safetensors
@@ -119,8 +119,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -
 def _check_replaceable(target: Path) -> None:
     """Raise unless nothing but an earlier export would be lost."""
     must = "be new, empty or an earlier export without other files"
-    require(target.is_dir() or not target.exists(), "export", "path", must, f"a file {target}")
-    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    require(os.path.isdir(target) or not os.path.exists(target), "export", "path", must, f"a file {target}")
+    with refused(target):
+        held = {entry.name for entry in target.iterdir()} if os.path.isdir(target) else set()
     ours = {PLAN_FILE, *(name for format in FORMATS.values() for name in format.files)}
     exported = any(format.files[0] in held for format in FORMATS.values())
     lost = held - ours or (set() if exported else held)

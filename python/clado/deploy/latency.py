@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Plan, Sensitivity
-from ..common import atomic_file, progress_bar, require
+from ..common import CladoError, atomic_file, is_out_of_memory, moved_to, progress_bar, require, said
 from ..quant import Call, Calls, Layer, Scheme, codes, folded
 
 
@@ -28,7 +28,7 @@ def time_layers(
     Args:
         model: the model that was profiled, in eval mode.
         sens: names the layers, the widths and the quantizer.
-        batch: inputs ``[n, …]`` of one forward.
+        batch: inputs ``[n, …]`` of one forward; they are moved to where the model is, floating-point ones to its dtype.
         repeats: timings per layer and width.
         verbose: show a progress bar.
 
@@ -36,17 +36,18 @@ def time_layers(
         {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``.
 
     Raises:
-        CladoError: a layer that the forward does not reach.
+        CladoError: a layer that the forward does not reach; inputs that the model does not take.
     """
     require(repeats >= 1, "latency", "repeats", "be at least 1", repeats)
     model = folded(model)
-    calls = _calls(model, sens.layers, batch)
+    first = next(model.parameters())
+    calls = _calls(model, sens.layers, moved_to(batch, first.device, first.dtype))
     table: dict[str, dict[int, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
             schemes = sens.candidates.schemes[sens.candidates.position(layer.name)]
             runs = [_run(model, sens, layer, scheme, calls[layer.name]) for scheme in schemes]
-            times = [_once(run, batch.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
+            times = [_once(run, first.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
             table[layer.name] = {
                 scheme.bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, scheme in enumerate(schemes)
             }
@@ -74,8 +75,13 @@ def _calls(model: nn.Module, layers: Sequence[Layer], batch: Tensor) -> dict[str
         return call.of(call.x)
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.inference_mode(), Calls({name: parameters[name] for name in names}, note):
-        model(batch)
+    try:
+        with torch.inference_mode(), Calls({name: parameters[name] for name in names}, note):
+            model(batch)
+    except Exception as error:  # whatever a model makes of inputs it does not take
+        if is_out_of_memory(error):
+            raise
+        raise CladoError(f"latency: model must take inputs {tuple(batch.shape)}, got {said(error)}") from error
     idle = [name for name, calls in seen.items() if not calls]
     require(not idle, "latency", "model", "run every layer", f"none of {', '.join(idle[:3])}")
     return seen

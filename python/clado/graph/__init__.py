@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .forward import ForwardStep, check_model
     from .moments import PairSums, Use
     from .open import in_precision, open_runner
-    from .precision import LOW_PRECISIONS, PRECISIONS, converted, full_precision
+    from .precision import LOW_PRECISIONS, PRECISIONS, common_dtype, converted, full_precision
     from .runner import Objective, Runner, Variants
 else:
     __getattr__, __dir__ = door(__name__)
@@ -30,6 +30,7 @@ __all__ = [
     "Use",
     "Variants",
     "check_model",
+    "common_dtype",
     "converted",
     "full_precision",
     "in_precision",

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..common import require
 from ..quant import Layer
 from .capture import Captured, NotCapturable, evaluate, is_size
 from .cuts import Cuts, Segment
+from .flops import FlopCounter
 from .moments import Use
 from .rehearsal import LiveBytes
 from .runner import Objective, Runner, Variants
@@ -196,7 +196,7 @@ class Executor:
         require(at_cut, "products", "state", "stand at a layer's cut", f"position {state.position}")
         ends = [0, *itertools.accumulate(len(own) for own in variants[first:])]
         out = torch.zeros(ends[-1], count, dtype=torch.float64, device=variants[0][0].device)
-        counter = FlopCounterMode(display=False) if first not in self._product_flops else contextlib.nullcontext()
+        counter = FlopCounter() if first not in self._product_flops else contextlib.nullcontext()
         with counter:
             values, taps = self._record(state, first)
             with torch.enable_grad():
@@ -206,7 +206,7 @@ class Executor:
                 if gradient is not None:
                     k = tap.layer - first
                     out[ends[k] : ends[k + 1]] += self._slopes(tap, gradient, variants[tap.layer], count).T.double()
-        if isinstance(counter, FlopCounterMode):
+        if isinstance(counter, FlopCounter):
             self._product_flops[first] = counter.get_total_flops() / count
         self.work += self._product_flops[first] / self._forward_flops * count
         return out.view(-1, state.streams, state.samples)
@@ -325,7 +325,7 @@ class Executor:
         Raises:
             NotCapturable: a cut where stacking changes the values, named by the layer behind it; other outputs than the model's.
         """
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             expected = None if whole is None else whole(batch)
         self._forward_flops = counter.get_total_flops() / len(pytree.tree_leaves(batch)[0])
         other = pytree.tree_map(lambda x: x * 0.5 if x.is_floating_point() else x[:1].expand_as(x), batch)
@@ -345,7 +345,7 @@ class Executor:
         """Carry two states over a segment, apart and stacked, and count its work."""
         values = {n: stacked([s.values[n] for s in states], n.meta["val"]) for n in states[0].values}
         both = self._step(State(position, values, states[0].samples, ({}, {})), position)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             first = self._step(states[0], position)
         self._flops[position + 1] = counter.get_total_flops() / first.samples
         moved = [first, self._step(states[1], position)]

@@ -15,7 +15,7 @@ from .capture import NotCapturable, capture
 from .carried import CarriedExecutor
 from .executor import Executor
 from .forward import ForwardStep, check_forward, plain_call
-from .precision import LOW_PRECISIONS, PRECISIONS, converted
+from .precision import LOW_PRECISIONS, PRECISIONS, common_dtype, converted
 from .runner import Runner
 from .whole_forwards import WholeForwards
 
@@ -40,7 +40,7 @@ def open_runner(
         batch: real inputs, of which two samples are used: a tensor ``[N, …]``, or a nest of them for ``forward_step``.
         ignore, quantize_ends, forward_step: as for :func:`clado.profile`.
         only: names of the layers to take, whatever ``ignore`` and ``quantize_ends`` say; None: all others.
-        device, dtype: where and in which it runs; None: as the model is.
+        device, dtype: where and in which it runs; None: as the model is, where its dtypes differ in the one that holds all.
         stacked: whether several perturbations will run as one batch, so that samples must not mix; False: one at a time, and
             nothing is tried.
         op: what is said to need the model.
@@ -53,7 +53,7 @@ def open_runner(
             that matches nothing.
     """
     first = next(model.parameters())
-    device, dtype = device or first.device, dtype or first.dtype
+    device, dtype = device or first.device, dtype or common_dtype(model)
     moved = converted(model, device, dtype)
     example = two_samples(moved_to(batch, device, dtype))
     forward = forward_step or plain_call

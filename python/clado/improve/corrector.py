@@ -32,7 +32,9 @@ from ..profiling import (
     Run,
     SampleStream,
     Sums,
+    alone,
     corrected_entries,
+    is_writer,
     open_run,
     recorded,
     sample_digests,
@@ -115,9 +117,10 @@ def correct(
     model = folded(model)
     alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
     check_fit(model, alike, "correct")
-    with full_precision(), torch.no_grad():
+    folder = None if output_dir is None else Path(output_dir)
+    with alone(folder if is_writer() else None, "correct"), full_precision(), torch.no_grad():
         run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations, sens.rounded))
-        return _correct(run, held, sens, rounds, None if output_dir is None else Path(output_dir), verbose, arguments)
+        return _correct(run, held, sens, rounds, folder, verbose, arguments)
 
 
 def _correct(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Plan
-from ..common import atomic_file
+from ..common import atomic_file, read_safetensors
 from ..quant import NUMBERS, Quantized, joined, parted
 from .compensation import Finished
 
@@ -56,16 +56,16 @@ class Progress:
 
     def read(self) -> Kept | None:
         """Where the same finish stood; None where there is none, or a damaged file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if self.path is None or not self.path.exists():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-                if header.get("settings") != self.settings:
-                    return None
-                tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
+            metadata, held = read_safetensors(self.path)
+            header = json.loads(metadata.get(_HEADER, "{}"))
+            if header.get("settings") != self.settings:
+                return None
+            tensors = {name: value.to(self.device) for name, value in held.items()}
             best = self._finished(tensors, "best") if header["best"] else None
             return Kept(header["stage"], header["blocks"], header["losses"], best, self._finished(tensors, "now"))
         except (SafetensorError, OSError, ValueError, KeyError):

@@ -27,8 +27,8 @@ from ..common import (
     weights_digest,
 )
 from ..deploy import adapted, check_fit
-from ..graph import Blocks, ForwardStep, Live, Runner, converted, full_precision, open_runner
-from ..profiling import SampleStream, sample_digests
+from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
+from ..profiling import SampleStream, alone, sample_digests
 from ..quant import Rounded, codes, folded, quantize_activations
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
@@ -97,7 +97,13 @@ def finish(
         whole = isinstance(number, int) and number >= least
         require(whole, "finish", name, f"be a whole number from {least} up", repr(number))
     folder = None if output_dir is None else Path(output_dir)
-    require(folder is None or folder.is_dir() or not folder.exists(), "finish", "output_dir", "be a folder", folder)
+    require(
+        folder is None or os.path.isdir(folder) or not os.path.exists(folder),
+        "finish",
+        "output_dir",
+        "be a folder",
+        folder,
+    )
     held = SampleStream(data_loader, num_samples, seed).peek(num_samples)
     digests = sample_digests(held)
     require(len(digests) >= 2, "finish", "data_loader", "yield two samples at least", len(digests))
@@ -107,7 +113,7 @@ def finish(
         held = pytree.tree_map(lambda t: t[: -len(pytree.tree_leaves(judges)[0])], held)
     learn, judge = (b if forward_step is not None else split_batch(b, "finish")[0] for b in (held, judges))
     weights = weights_digest(model)
-    with torch.no_grad(), full_precision():
+    with alone(folder, "finish"), torch.no_grad(), full_precision():
         ground = _Ground(model, plan, (learn, judge), forward_step, place, batch_size)
         settings = digest(
             {
@@ -169,7 +175,7 @@ class _Ground:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        dtype = next(model.parameters()).dtype
+        dtype = common_dtype(model)
         self.plan = plan
         self.model = converted(
             quantize_activations(model, plan.activations, plan.layers) if plan.activations else model, device, dtype

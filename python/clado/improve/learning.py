@@ -4,7 +4,7 @@ A block's inputs come through the net already rounded, its targets from the floa
 move by Adam with steps that fall to zero, and the state of least error on samples kept apart is taken. Tried and not taken, on
 EfficientNet-Lite0 at 4 bits: a last stage over scales, biases and norms of the whole net by its KL (100 batches of 1,280
 augmented photographs: no better on others), weighting the errors by squared gradients of the KL (0.124 to 0.123), sign descent
-(worse on every block), soft rounding that hardens, and codes of depthwise convolutions (in the first two blocks nothing better).
+(worse on every block); in one short test soft rounding that hardens and codes of depthwise convolutions gave next to nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import clado_ext
 from ..artifacts import Plan, Sensitivity
 from ..common import check_targets, moved_to, progress_bar, require, split_batch
 from ..deploy import check_fit
-from ..graph import converted, full_precision, open_runner
+from ..graph import common_dtype, converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
 from ..quant import Scheme, folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
@@ -90,7 +90,8 @@ def refine(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     with torch.no_grad(), full_precision():
         ground = _Ground(
-            converted(model, place, next(model.parameters()).dtype),
+            model,
+            place,
             sens,
             inputs,
             targets if loss != "kl" else None,
@@ -151,18 +152,25 @@ class _Ground:
         target: probabilities ``[N, C]`` float64 the loss refers to; constant: what they add to it, ``[N]``.
     """
 
-    def __init__(self, model: nn.Module, sens: Sensitivity, inputs: Tensor, targets: Tensor | None, chunk: int) -> None:
-        first = next(model.parameters())
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        sens: Sensitivity,
+        inputs: Tensor,
+        targets: Tensor | None,
+        chunk: int,
+    ) -> None:
+        dtype = common_dtype(model)
         self.sens, self.chunk = sens, chunk
-        self.inputs = moved_to(inputs, first.device, first.dtype)
-        if sens.activations:
-            model = quantize_activations(model, sens.activations, sens.layers)
-        self.runner = open_runner(model, self.inputs, quantize_ends=True, op="refine")
+        self.inputs = moved_to(inputs, device, dtype)
+        used = quantize_activations(model, sens.activations, sens.layers) if sens.activations else model
+        self.runner = open_runner(converted(used, device, dtype), self.inputs, quantize_ends=True, op="refine")
         position = {layer.name: k for k, layer in enumerate(self.runner.layers)}
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        self.variants = variants(model, sens.candidates, sens.quantizer, first.device, first.dtype, sens.rounded)
+        self.variants = variants(model, sens.candidates, sens.quantizer, device, dtype, sens.rounded)
         parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(chunk)]
         clean = torch.cat(parts).double().log_softmax(1)
         check_targets(targets, clean.shape[1])

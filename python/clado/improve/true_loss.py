@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +24,7 @@ from ..common import (
     split_batch,
 )
 from ..deploy import adapted, apply, check_fit
-from ..graph import Runner, full_precision, open_runner
+from ..graph import Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import LOSSES
 from ..quant import Candidates, folded, variants
 
@@ -178,16 +177,15 @@ def _outputs(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits float64 ``[N, C]`` and labels ``[N]``, None where the loader gives none; on the CPU."""
     require(not model.training, "evaluate", "model", "be in eval mode (model.eval())", "train mode")
-    first = next(model.parameters())
-    place = torch.device(device) if device is not None else first.device
-    model = model if first.device == place else copy.deepcopy(model).to(place)
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype = common_dtype(model)
+    model = converted(model, place, dtype)
     logits, labels = [], []
     with torch.inference_mode(), full_precision():
         for item in data_loader:
             inputs, targets = split_batch(item, "evaluate")
-            moved = inputs.to(place, first.dtype) if inputs.is_floating_point() else inputs.to(place)
             try:
-                logits.append(model(moved).double().cpu())
+                logits.append(model(moved_to(inputs, place, dtype)).double().cpu())
             except Exception as error:  # whatever a model makes of inputs it does not take
                 if is_out_of_memory(error):
                     raise
@@ -227,7 +225,7 @@ def _plan_outputs(
     if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither
         return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
+    dtype = common_dtype(model)
     with torch.inference_mode(), full_precision():
         runner = _runner(model, batches[0], plans, place, dtype)
         if runner is None:

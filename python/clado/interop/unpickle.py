@@ -22,7 +22,7 @@ TORCH_ZIP_ENTRY = "data.pkl"
 
 def existing(path: str | os.PathLike[str]) -> Path:
     source = Path(path)
-    require(source.is_file(), "import", "path", "be a file", source)
+    require(os.path.isfile(source), "import", "path", "be a file", source)
     return source
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
+    from .checkpoint import PROGRESS_FILE, Checkpoint, alone, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
     from .estimators import ESTIMATORS, Later
     from .open import open_run
@@ -35,6 +35,7 @@ __all__ = [
     "RunPlan",
     "SampleStream",
     "Sums",
+    "alone",
     "corrected_entries",
     "entries",
     "is_writer",

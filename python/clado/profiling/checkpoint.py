@@ -10,18 +10,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ..artifacts import save_held
-from ..common import CladoError, atomic_file, require
+from ..artifacts import MATRIX_FILE, save_held
+from ..common import CladoError, atomic_file, locked, read_safetensors, require
 from ..quant import Rounded
 from .sums import TENSORS, Sums
 
@@ -57,14 +58,20 @@ class Checkpoint:
         self.digests = torch.zeros(0, dtype=torch.int64)
         self.pieces: list[list[int]] = []
         self.held: Rounded | None = None
-        if self.path is not None and self.path.exists():
+        if self.path is not None and os.path.exists(self.path):
             header, self.total, self.digests = read_progress(self.path)
             self.pieces = header.get("pieces", [])
             refuse_other_run(header["settings"], self.settings, self.path.parent)
         self.expected = self.digests
-        if output_dir is not None:
-            for left in output_dir.glob(".*.safetensors.*"):  # of a run that was killed while it wrote
-                left.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Of a run that was killed while it wrote: for who holds the directory. Others may write weights, but not for an hour."""
+        if self.path is not None:
+            for left in self.path.parent.glob(".*.safetensors.*"):
+                ours = left.name.startswith((f".{PROGRESS_FILE}.", f".{MATRIX_FILE}."))
+                with suppress(OSError):
+                    if ours or left.stat().st_mtime < time.time() - 3600:
+                        left.unlink()
 
     def check(self, first: int, digests: Tensor) -> None:
         """Raise unless the samples from ``first`` on are those that the directory holds there, as far as it goes."""
@@ -89,7 +96,7 @@ class Checkpoint:
             CladoError: the disk is full; what was kept before stays.
         """
         whole = part.samples == self.size
-        if self.path is not None and not whole and not self.path.exists():
+        if self.path is not None and not whole and not os.path.exists(self.path):
             self._write(self.path)  # the settings, for whoever comes with others
         self.total += part
         self.digests = torch.cat([self.digests, digests])
@@ -109,10 +116,23 @@ class Checkpoint:
 
 def check_writable(folder: Path) -> None:
     """Raise where a run directory cannot be made, before anything is measured; nothing is made yet."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    why = "may not be written to" if place.is_dir() else "is a file"
+    place = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    usable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+    why = "may not be written to" if os.path.isdir(place) else "is a file"
     require(usable, "profile", "output_dir", "be a folder that can be written", f"{folder} ({place} {why})")
+
+
+@contextmanager
+def alone(folder: Path | None, op: str) -> Iterator[None]:
+    """Hold a run directory while it is measured into; None: nothing.
+
+    Raises:
+        CladoError: it cannot be written, or another process writes to it.
+    """
+    if folder is not None:
+        check_writable(folder)
+    with locked(folder, op):
+        yield
 
 
 @contextmanager
@@ -126,7 +146,9 @@ def writing(place: Path) -> Iterator[None]:
 
 def _disk_error(error: Exception, place: Path) -> CladoError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    must, got = ("have space left", "a full disk") if full else ("be writable", str(error))
+    must, got = (
+        ("have space left", "a full disk") if full else ("be writable", getattr(error, "strerror", None) or str(error))
+    )
     return CladoError(
         f"profile: output_dir must {must}, got {got} at {place}; finished chunks are kept, run the same call again to go on"
     )
@@ -144,7 +166,7 @@ def refuse_other_run(known: dict[str, Any], wanted: dict[str, Any], place: Path)
 
 def recorded(output_dir: Path | None) -> dict[str, Any]:
     """Settings of the run that the directory holds, empty without one: what is not asked for stays as it was there."""
-    there = output_dir is not None and (output_dir / PROGRESS_FILE).exists()
+    there = output_dir is not None and os.path.exists(output_dir / PROGRESS_FILE)
     return read_progress(output_dir / PROGRESS_FILE)[0]["settings"] if output_dir is not None and there else {}
 
 
@@ -169,13 +191,11 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
         CladoError: a damaged or foreign file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("clado.progress", "{}"))
-            require(
-                header.get("schema") == SCHEMA, "profile", f"schema of {path}", f"be {SCHEMA}", header.get("schema")
-            )
-            tensors = {name: file.get_tensor(name) for name in (*TENSORS, "digests")}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        metadata, held = read_safetensors(path)
+        header = json.loads(metadata.get("clado.progress", "{}"))
+        require(header.get("schema") == SCHEMA, "profile", f"schema of {path}", f"be {SCHEMA}", header.get("schema"))
+        tensors = {name: held[name] for name in (*TENSORS, "digests")}
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CladoError(
             f"profile: output_dir must hold a whole {PROGRESS_FILE}, got a damaged {path} ({error}); "
             "without it the run starts anew"

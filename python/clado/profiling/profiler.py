@@ -11,6 +11,8 @@ from torch import nn
 from ..artifacts import Sensitivity
 from ..common import takes
 from ..graph import full_precision
+from .checkpoint import alone
+from .distributed import is_writer
 from .heap import heap
 from .open import open_run
 from .options import Options
@@ -33,9 +35,10 @@ def profile(model: nn.Module, data_loader: Iterable[Any], options: Options, *, v
         same bits.
 
     Raises:
-        CladoError: any bad input, in one line; nothing is written then.
+        CladoError: any bad input, in one line; nothing is written then. Another process that writes to ``output_dir``.
     """
-    with heap(keep=options.max_memory is None), full_precision(), torch.no_grad():
+    folder = options.output_dir if is_writer() else None
+    with alone(folder, "profile"), heap(keep=options.max_memory is None), full_precision(), torch.no_grad():
         return open_run(model, data_loader, options, verbose).measure(verbose)
 
 

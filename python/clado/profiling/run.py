@@ -16,7 +16,7 @@ from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
 from ..quant import ActivationRanges, Candidates, Rounded
-from .checkpoint import Checkpoint, check_writable, writing
+from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
 from .losses import Loss
@@ -207,9 +207,8 @@ class Run:
             self.gather(ranks, self.checkpoint(None), 0, False)
             return replace(ranks.receive(Sensitivity.load, MATRIX_FILE), held=self.rounded)
         folder = self.options.output_dir
-        if folder is not None:
-            check_writable(folder)
         checkpoint = self.checkpoint(folder)
+        checkpoint.remove_leftovers()
         known = earlier_result(folder, self.settings)
         if known is not None and known.num_samples > len(checkpoint.expected):
             checkpoint.expected = torch.from_numpy(known.sample_digests)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common import require
 from .numbers import Integer, Quantized
+from .scaling import held_by
 
 # How far from its code an element begins at most: the first steps, which are noise, then change no code.
 INSIDE = 0.3
@@ -35,7 +36,7 @@ class LearnedWeight:
         number = start.number
         known = isinstance(number, Integer)
         require(known, "finish", "plan", "hold integer weights for learned rounding", number.name)
-        self.start, self.shape = start, tuple(weight.shape)
+        self.start, self.shape, self._dtype = start, tuple(weight.shape), weight.dtype
         self.low, self.high = -(2.0 ** (number.bits - 1)), 2.0 ** (number.bits - 1) - 1
         codes = start.codes.float()
         self.columns = codes.shape[1]
@@ -56,14 +57,19 @@ class LearnedWeight:
         moved = self._centre + self.offset
         codes = (moved + (moved.round() - moved).detach()).clamp(self.low, self.high)
         steps = codes if self._zero is None else codes - self._zero
-        return (steps * self._spread(self._scale * self.log_scale.exp())).view(self.shape)
+        return (steps * self._spread(self._scales())).view(self.shape)
 
     def quantized(self) -> Quantized:
         """As it ships."""
         with torch.no_grad():
             codes = (self._centre + self.offset).round().clamp(self.low, self.high).to(torch.int8)
-            scales = self.start.scales._replace(scale=self._scale * self.log_scale.exp())
+            scales = self.start.scales._replace(scale=self._scales())
         return Quantized(self.start.number, self.shape, codes, scales)
+
+    def _scales(self) -> Tensor:
+        """``[rows, groups]``; the gradient passes straight through their rounding for a weight in half precision."""
+        found = self._scale * self.log_scale.exp()
+        return found + (held_by(self._dtype, found.detach()) - found.detach())  # the sum is exact: they are close
 
     def _spread(self, scales: Tensor) -> Tensor:
         """``[rows, groups]`` as ``[rows, columns]``, or what broadcasts to it."""

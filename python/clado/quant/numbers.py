@@ -14,7 +14,7 @@ import clado_ext
 from clado_ext import packed_columns
 
 from ..common import require
-from .scaling import Scaling
+from .scaling import Scaling, held_by
 
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 Stored = dict[str, tuple[tuple[int, int], torch.dtype]]  # {tensor: (shape, dtype)}
@@ -29,7 +29,7 @@ class Scales(NamedTuple):
     """What the codes of a matrix are multiples of.
 
     Attributes:
-        scale: float32 ``[rows, groups]``.
+        scale: float32 ``[rows, groups]``; of a half-precision weight, values that its dtype holds.
         zero_point: the code of zero, int8 ``[rows, groups]``; None for symmetric quantization.
         group_size: columns that share a scale; -1: the whole row.
     """
@@ -105,9 +105,9 @@ class Integer:
         group, steps, bits = scaling.group_size or -1, scaling.scale_steps, [number.bits for number in numbers]
         if scaling.symmetric:
             found = clado_ext.scale_search(matrix, bits, group, steps)
-            return [Scales(scale, None, group) for scale in found]
+            return [Scales(held_by(matrix.dtype, scale), None, group) for scale in found]
         ranges = clado_ext.range_search(matrix, bits, group, steps)
-        return [Scales(scale, zero_point, group) for scale, zero_point in zip(*ranges, strict=True)]
+        return [Scales(held_by(matrix.dtype, scale), zero, group) for scale, zero in zip(*ranges, strict=True)]
 
     def encode(self, matrix: Tensor, scales: Scales) -> Tensor:
         scale, zero_point = _batched(scales)

@@ -13,7 +13,7 @@ import clado_ext
 from ..common import require
 from .factors import Factors
 from .numbers import Integer, Number, Scales, all_scales
-from .scaling import Scaling
+from .scaling import Scaling, held_by
 
 Coded = tuple[Tensor, Scales]  # int8 codes [rows, columns] and what they are multiples of
 
@@ -103,16 +103,20 @@ class _Search:
         first, scale = self.scale, self.scale.clone()
         codes, loss = self._tried(first)
         for step in SPREAD[1:]:
-            self._take_better(first * step, codes, loss, scale)
+            self._take_better(self._held(first * step), codes, loss, scale)
         for step in STEPS:
             centre = scale.clone()
             for side in (1 - step, 1 + step):
-                self._take_better(centre * side, codes, loss, scale)
+                self._take_better(self._held(centre * side), codes, loss, scale)
         self._take_better(first, codes, loss, scale, self._nearest())
-        scale *= self._fit(codes, scale)
+        scale = self._held(scale * self._fit(codes, scale))
         codes, scale = codes.view(len(codes), *self.matrix.shape), scale[:, : len(self.matrix)]
         zeros = [None] * len(codes) if self.zero_point is None else list(self.zero_point[:, : len(self.matrix)])
         return [(c, Scales(s.contiguous(), z, self.group)) for c, s, z in zip(codes, scale, zeros, strict=True)]
+
+    def _held(self, scale: Tensor) -> Tensor:
+        """Scales that weights of this dtype allow."""
+        return held_by(self.matrix.dtype, scale)
 
     def _tried(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[B, N, K]`` under a scale, and the loss ``[B, N]`` that each row decides by."""

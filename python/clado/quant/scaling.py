@@ -52,3 +52,15 @@ class Scaling:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def held_by(dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """The nearest scales that weights of ``dtype`` allow, float32 and positive.
+
+    Readers of half-precision models keep the scales in the model's dtype. A scale that it does not hold would become another
+    weight there than the one that was measured.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return scale
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest one above zero
+    return scale.to(dtype).float().clamp(min=least)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan, Sensitivity
-from ..common import CladoError, require, write_json
+from ..common import CladoError, FileError, require, write_json
 from ..deploy import MODEL_FILE
 from ..quant import PACKED, SCALE, ZERO_POINT
 from ..runs import RUN_FILE, heldout_data, load_run, that_chose
@@ -103,7 +104,8 @@ def gather(
         missing = [p for labels, p in distinct.items() if labels not in done]
         if missing and model is not None:
             records = records + measure(sens, missing, model, batches(), device, verbose)
-            save_measured(folder, key, records)
+            with _kept(folder, remarks):
+                save_measured(folder, key, records)
     except CladoError as error:
         if heldout is not None:
             raise
@@ -151,7 +153,8 @@ def _frontier(folder: Path, sens: Sensitivity, remarks: list[str]) -> list[Plan]
     except CladoError as error:
         remarks.append(f"No frontier could be solved for ({error}).")
         return []
-    write_json(path, [json.loads(plan.to_json()) for plan in plans])
+    with _kept(folder, remarks):
+        write_json(path, [json.loads(plan.to_json()) for plan in plans])
     return [plan for plan in plans if plan.bits]
 
 
@@ -159,6 +162,16 @@ def _made_of(sens: Sensitivity, plan: Plan) -> bool:
     """Whether a plan is one of this matrix, and of its weights."""
     same = plan.fingerprint == sens.fingerprint and plan.layers == sens.layers
     return same and (not plan.bits or plan.rounding == sens.provenance.rounding)
+
+
+@contextmanager
+def _kept(folder: Path, remarks: list[str]) -> Iterator[None]:
+    """A run directory that cannot be written is read all the same: what the report makes is then made again next time."""
+    try:
+        yield
+    except FileError as error:
+        remark = f"What this report made could not be kept in {folder} ({error.strerror})."
+        remarks += [remark] if remark not in remarks else []
 
 
 def _note(folder: Path) -> dict[str, Any]:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from pathlib import Path
+import mimetypes
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common import CladoError, require
+from ..common import CladoError, is_out_of_memory, require
 from .models import ModelSpec
 from .names import named
+
+# Files of a folder that are read; other pictures in it are refused by name.
+READ = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+OTHER_PICTURES = (
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".psd",
+    ".dng",
+    ".exr",
+    ".hdr",
+)  # and what mimetypes calls so
 
 
 def build_data(
@@ -24,7 +40,8 @@ def build_data(
     Args:
         data: where the images are:
 
-            - a folder with one subfolder per class; with images outside of these nothing in it is labelled;
+            - a folder with one subfolder per class; with images outside of these nothing in it is labelled; PNG, JPEG, GIF
+              (the first frame), WebP, BMP, TIFF and PNM, of 8 or 16 bits;
             - ``timm:NAME?root=FOLDER&split=SPLIT``: a dataset as timm names them (``torch/cifar10``, ``tfds/…``, ``hfds/…``);
             - ``hf:NAME?split=SPLIT&image=COLUMN&label=COLUMN``: a Hugging Face dataset, by name or by a folder it was saved to;
             - ``package.module:function``: what the function returns, a dataset of (image tensor, label) or a data loader;
@@ -37,7 +54,8 @@ def build_data(
         workers: processes that decode images; they change nothing but the speed.
 
     Raises:
-        CladoError: missing or empty data, an unknown scheme, or a package that is not installed.
+        CladoError: missing or empty data, pictures of a kind that is not read, an unknown scheme, or a package that is not
+            installed. While batches are read: an image that is damaged or of another depth, by its name.
     """
     scheme, _, rest = data.partition(":")
     if scheme == "digits":
@@ -45,7 +63,7 @@ def build_data(
 
         images, labels = load_data(rest)
         return list(zip(images[skip:].split(batch_size), labels[skip:].split(batch_size), strict=True))
-    if Path(data).exists() or not rest:
+    if os.path.exists(data) or not rest:
         dataset: Any = _image_folder(data, _transform(model, spec))
     elif scheme in ("timm", "hf"):
         name, _, query = rest.partition("?")
@@ -65,7 +83,17 @@ def build_data(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[skip:]
     require(len(order) > 0, "data", "folder", f"hold more than the {skip} images the matrix was made of", len(dataset))
     kept = torch.utils.data.Subset(dataset, order)
-    return torch.utils.data.DataLoader(kept, batch_size=batch_size, num_workers=workers)
+    return _Loader(kept, batch_size=batch_size, num_workers=workers)
+
+
+class _Loader(torch.utils.data.DataLoader[Any]):
+    """What is said of an image stays one line where another process read it: torch puts the worker's whole story before it."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except CladoError as error:
+            raise CladoError(str(error).strip().splitlines()[-1].partition("CladoError: ")[2] or str(error)) from None
 
 
 def _transform(model: nn.Module, spec: ModelSpec) -> Any:
@@ -82,25 +110,55 @@ def _transform(model: nn.Module, spec: ModelSpec) -> Any:
 def _image_folder(data: str, transform: Any) -> Any:
     from timm.data import ImageDataset
 
-    require(Path(data).is_dir(), "data", "folder", "be an image folder with one subfolder per class", data)
+    require(os.path.isdir(data), "data", "folder", "be an image folder with one subfolder per class", data)
     dataset: Any = []
     with contextlib.suppress(RuntimeError):  # timm's word for a folder without images
-        dataset = ImageDataset(data)
+        dataset = ImageDataset(data, input_key=";".join(READ))
+    _check_all_taken(data, [path for path, _ in dataset.reader.samples] if len(dataset) > 0 else [])
     require(len(dataset) > 0, "data", "folder", "hold images in subfolders, one per class", f"no image in {data}")
     # With images outside of the subfolders timm counts the folder itself as a class.
     return FileImages(dataset.reader, transform, labelled="" not in dataset.reader.class_to_idx)
 
 
+def _check_all_taken(folder: str, taken: Sequence[str]) -> None:
+    """Raise where a folder holds pictures that a dataset leaves out."""
+    known = {os.path.realpath(path) for path in taken}
+    left: list[str] = []
+    for place, _, files in os.walk(folder, followlinks=True):
+        paths = (os.path.join(place, file) for file in files if not file.startswith("."))
+        left += [path for path in paths if _is_picture(path) and os.path.realpath(path) not in known]
+    left.sort()
+    must = f"hold images that are read ({', '.join(kind[1:] for kind in READ)}) and no others"
+    require(not left, "data", "folder", must, f"{len(left)} others, such as {left[0] if left else ''}")
+
+
+def _is_picture(path: str) -> bool:
+    kind = os.path.splitext(path)[1].lower()
+    return kind in (*READ, *OTHER_PICTURES) or (mimetypes.guess_type(path)[0] or "").startswith("image/")
+
+
 def _timm(name: str, options: dict[str, str], transform: Any) -> Any:
     from timm.data import ImageDataset, create_dataset
+    from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     arguments: dict[str, Any] = {"split": "validation", **options}
+    root = arguments.pop("root", None)
+    if "/" not in name and root is not None and os.path.isdir(root):
+        arguments.setdefault("input_key", ";".join(READ))
     try:
-        dataset = create_dataset(name, arguments.pop("root", None), transform=transform, **arguments)
+        dataset = create_dataset(name, root, transform=transform, **arguments)
     except Exception as error:  # each reader of timm has its own
         raise CladoError(f"data: timm must be able to open {name}, got {_reason(error)}") from None
     require(hasattr(dataset, "__getitem__"), "data", name, "be a dataset with a length and an order", "a stream")
-    return FileImages(dataset.reader, transform) if isinstance(dataset, ImageDataset) else dataset
+    if isinstance(dataset, ImageDataset):
+        files = dataset.reader
+    elif type(dataset).__name__ == "ImageFolder":  # torchvision's
+        files = _Files(dataset.root, dataset.samples)
+    else:
+        return dataset
+    if isinstance(files, (_Files, ReaderImageFolder)):
+        _check_all_taken(str(files.root), [path for path, _ in files.samples])
+    return FileImages(files, transform)
 
 
 def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
@@ -112,7 +170,7 @@ def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
     split, image, label = (options.pop(k, k) for k in ("split", "image", "label"))
     split = "validation" if split == "split" else split
     try:
-        if Path(name).exists():
+        if os.path.exists(name):
             loaded = datasets.load_from_disk(name)
             found = loaded[split] if isinstance(loaded, dict) else loaded
         else:
@@ -123,6 +181,23 @@ def _hugging_face(name: str, options: dict[str, str], transform: Any) -> Any:
     missing = [column for column in (image, label) if column not in columns]
     require(not missing, "data", name, f"have the columns {image} and {label} (?image=…&label=…)", ", ".join(columns))
     return HuggingFaceImages(found, image, label, transform)
+
+
+class _Files:
+    """Paths with labels, as timm's readers give them."""
+
+    def __init__(self, root: str, samples: Sequence[tuple[str, int]]) -> None:
+        self.root, self.samples = root, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.samples[index][0]
 
 
 class FileImages(torch.utils.data.Dataset[tuple[Any, ...]]):
@@ -140,9 +215,10 @@ class FileImages(torch.utils.data.Dataset[tuple[Any, ...]]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         from PIL import Image
 
-        file, label = self.reader[index]
-        with file, Image.open(file) as image:  # the reader opens the file and leaves it to us
-            inputs = self.transform(image.convert("RGB"))
+        with _naming(lambda: self.reader.filename(index, absolute=True)):
+            file, label = self.reader[index]
+            with file, Image.open(file) as image:  # the reader opens the file and leaves it to us
+                inputs = self.transform(_rgb(image))
         return (inputs, -1 if label is None else int(label)) if self.labelled else (inputs,)
 
 
@@ -156,8 +232,33 @@ class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        return self.transform(row[self.image].convert("RGB")), int(row[self.label])
+        with _naming(lambda: f"row {index}"):  # datasets decodes while it reads
+            row = self.rows[index]
+            return self.transform(_rgb(row[self.image])), int(row[self.label])
+
+
+@contextlib.contextmanager
+def _naming(name: Callable[[], str]) -> Iterator[None]:
+    """One line with the name of what is read, whatever a file, a decoder or a transform says."""
+    try:
+        yield
+    except CladoError as error:
+        raise CladoError(f"{error} of {name()}") from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CladoError(f"data: image must be whole and readable, got {name()} ({_reason(error)})") from None
+
+
+def _rgb(image: Any) -> Any:
+    """Three channels of 8 bits. Of 16 bits PIL keeps grey ones, and cuts them off at 255 where it converts them."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image, np.int64)
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    require(image.mode not in ("I", "F"), "data", "image", "have 8 or 16 bits a channel", f"mode {image.mode}")
+    return image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:

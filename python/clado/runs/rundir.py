@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -25,12 +26,12 @@ def load_run(run: str) -> tuple[Any, Any, dict[str, Any]]:
 def read_note(run: str) -> tuple[ModelSpec, dict[str, Any]]:
     """How the model of a run directory was built, and what was noted with it."""
     path = Path(run) / RUN_FILE
-    require(path.is_file(), "run", "directory", f"hold {RUN_FILE} as clado profile writes it", run)
+    require(os.path.isfile(path), "run", "directory", f"hold {RUN_FILE} as clado profile writes it", run)
     try:
         note = json.loads(path.read_text())
         spec = ModelSpec(**note["spec"])
         note["data"], note["num_samples"], note["seed"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
         raise CladoError(f"run: {RUN_FILE} must be whole, got {path} ({error})") from None
     return spec, note
 
@@ -107,6 +108,6 @@ def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int
 def merge_notes(runs: list[Path], target: Path) -> None:
     """The note of merged runs: the first one's, with the images of all taken as seen; none where a run has none."""
     paths = [run / RUN_FILE for run in runs]
-    if all(path.is_file() for path in paths):
+    if all(os.path.isfile(path) for path in paths):
         notes = [json.loads(path.read_text()) for path in paths]
         write_json(target / RUN_FILE, {**notes[0], "num_samples": max(note["num_samples"] for note in notes)})

@@ -36,7 +36,7 @@ def read_latency(path: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
         CladoError: no such file, or other content.
     """
     source = Path(path)
-    require(source.is_file(), "latency", "path", "be a CSV or JSON file", source)
+    require(os.path.isfile(source), "latency", "path", "be a CSV or JSON file", source)
     table: dict[str, dict[int, float]] = {}
     try:
         text = source.read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def read_constraints(path: str | os.PathLike[str]) -> list[LinearConstraint]:
         CladoError: no such file, or other content.
     """
     source = Path(path)
-    require(source.is_file(), "solve", "constraints", "be a JSON file", source)
+    require(os.path.isfile(source), "solve", "constraints", "be a JSON file", source)
     try:
         return [
             LinearConstraint(

@@ -1,6 +1,7 @@
 """compressed-tensors ``pack-quantized``: one config group per width, int32 words per row, read by vLLM and transformers.
 
-Only Linear weights have a place in the format; a planned convolution stays float and is listed under ``ignore``.
+Only Linear weights have a place in the format; a planned convolution stays float and is listed under ``ignore``. Its readers
+keep a layer's scales in the dtype of its weight, so that is what they are written in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from clado_ext import pack, packed_columns
 
-from ...common import CladoError, require
+from ...common import CladoError, refused, require
 from ...quant import PACKED, SCALE, ZERO_POINT, Layer, modules
 from ..applied import dequantized
 from . import base
@@ -93,6 +94,9 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     quantized: list[Layer] = []
     stays: list[Layer] = []
     for layer in request.plan.layers:
+        dtype = request.state[layer.names[0]].dtype
+        sound = dtype in (torch.float32, torch.float16, torch.bfloat16)
+        require(sound, "export", f"layer {layer.name}", "be float32, float16 or bfloat16 for compressed-tensors", dtype)
         owners = [known.get(module) for module in modules(layer)]
         held = layer.kind == "linear" and all(isinstance(owner, nn.Linear) for owner in owners)
         (quantized if held else stays).append(layer)
@@ -122,7 +126,8 @@ def decompressed(folder: Path, model: nn.Module) -> nn.Module:
         raise CladoError(f"verify: compressed-tensors must be installed, got {error}") from None
     from safetensors.torch import load_file
 
-    held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
+    with refused(folder, "be an export for compressed-tensors"):
+        held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(held)
     read = copy.deepcopy(model)
     apply_quantization_config(read, config, show_progress=False)
@@ -141,7 +146,8 @@ def verify(request: Request, folder: Path) -> str:
         source = request.model if layer in stays else wanted
         for name in layer.names:
             value = source.get_parameter(name)
-            same = torch.equal(read.get_parameter(name).to(value.device, value.dtype), value)
+            found = read.get_parameter(name).to(value.device)
+            same = found.dtype == value.dtype and torch.equal(found, value)
             require(same, "verify", name, "decompress to the weight of clado.apply", "another weight")
     return f"compressed-tensors decompresses {len(quantized)} layers bit for bit; {len(stays)} stay float"
 
@@ -178,9 +184,13 @@ def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
         groups = layer.shape[1] // scheme["group_size"]
         scale = scale.repeat_interleave(repeat, 1)[:, :groups]
         zero_point = None if zero_point is None else zero_point.repeat_interleave(repeat, 1)[:, :groups]
+    dtype = _dtype(request, layer)
+    held = scale.to(dtype)
+    must = f"have scales that {dtype} holds, as round-to-nearest and profiles of this version make them"
+    require(torch.equal(held.float(), scale), "export", f"layer {layer.name}", must, "others")
     parts = {
         PACKED: _pack(request, codes, bits),
-        SCALE: scale.contiguous(),
+        SCALE: held.contiguous(),
         "weight_shape": torch.tensor(layer.shape),
     }
     if zero_point is not None:
@@ -195,9 +205,14 @@ def _layer_bytes(request: Request, layer: Layer) -> int:
     scheme = _scheme(request, layer, bits)
     groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
     per_tensor = scheme["strategy"] == "tensor"
-    words = rows * _words(request, columns, bits) + (1 if per_tensor else rows * groups)
+    scales = _dtype(request, layer).itemsize * (1 if per_tensor else rows * groups)
+    words = rows * _words(request, columns, bits)
     zeros = 0 if request.plan.quantizer.symmetric else 1 if per_tensor else 4 * groups * _words(request, rows, bits)
-    return len(layer.names) * (4 * words + zeros + 16)  # 16: the shape, two int64
+    return len(layer.names) * (4 * words + scales + zeros + 16)  # 16: the shape, two int64
+
+
+def _dtype(request: Request, layer: Layer) -> torch.dtype:
+    return request.state[layer.names[0]].dtype
 
 
 def _padded(request: Request, bits: int) -> bool:

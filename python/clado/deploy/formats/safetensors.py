@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]
     from safetensors import safe_open
 
     path = folder / MODEL_FILE
-    require(path.is_file(), "load", "path", "be a folder written by clado export", folder)
+    require(os.path.isfile(path), "load", "path", "be a folder written by clado export", folder)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
