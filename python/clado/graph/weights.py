@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ _TURNED = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permut
 _TAKEN = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.slice.Tensor)
 _SHAPED = (aten.reshape.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints)
 _VIEWS = (*_SAME, *_TURNED, *_TAKEN, *_SHAPED, operator.getitem, aten.select.int, aten.expand.default)
+_CHECKS = (aten._assert_tensor_metadata.default,)  # what torch.export adds
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,22 @@ class _Finder:
 
     def _reason(self, key: Any) -> str:
         """What reads a parameter."""
-        reached, readers = False, dict[str, None]()
-        stack = [(node, user) for node in self.placeholders.get(key, ()) for user in node.users]
-        seen = set[Node]()
-        while stack:
-            source, user = stack.pop()
-            reached |= user in self._live
-            itself = source.op == "placeholder" or source.target in _VIEWS  # nothing but a view of the parameter so far
-            if itself and user.target not in _VIEWS:
-                readers[_name(user)] = None
-            if user not in seen and user not in self._live:
-                seen.add(user)
-                stack += [(user, further) for further in user.users]
-        return reason(readers if reached else ())
+        own = self.placeholders.get(key, [])
+        if not any(node in self._live for node in _behind_all(own, lambda node: True)):
+            return reason(())
+        readers = _behind_all(own, lambda node: node.target in _VIEWS)
+        return reason({_name(node) for node in readers if node.target not in (*_VIEWS, *_CHECKS)})
+
+
+def _behind_all(nodes: Sequence[Node], follow: Callable[[Node], bool]) -> list[Node]:
+    """The nodes that read others, and those that read them in turn where ``follow`` says so."""
+    seen, stack = dict[Node, None](), [user for node in nodes for user in node.users]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.op == "call_function":
+            seen[node] = None
+            stack += node.users if follow(node) else ()
+    return list(seen)
 
 
 def computed(parameters: Sequence[str], function: str) -> dict[str, str]:

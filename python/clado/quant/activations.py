@@ -153,30 +153,32 @@ def quantize_activations(model: nn.Module, activations: ActivationRanges, layers
     """A copy of ``model`` that rounds the inputs of its layers to their ranges; parameters and buffers stay the same.
 
     Where its own forward runs, inputs are rounded as a weight is applied to them. Where a part of it is called by itself, only
-    modules that own a weight round what they are given.
+    modules that own a weight round what they are given. So do modules that share a weight but have ranges of their own, as older
+    files have them.
 
     Raises:
         CladoError: a range for a layer that is not among ``layers``, or that the model does not have.
     """
     quantized = copy.deepcopy(model)
-    known = {layer.name: layer for layer in layers}
-    names: dict[str, tuple[float, float]] = {}
-    for name, pair in activations.ranges.items():
-        require(name in known, "activations", "layers", f"hold {name}", f"{len(known)} others")
-        names |= dict.fromkeys(known[name].names, pair)
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        there = module in dict(quantized.named_modules(remove_duplicate=False))
-        there = there and hasattr(quantized.get_submodule(module), attribute)
-        require(there, "activations", "model", f"have a parameter {name}", "another model")
+    every = dict(quantized.named_modules(remove_duplicate=False))
+    left, names = dict(activations.ranges), dict[str, tuple[float, float]]()
     rounding = _Rounding(activations.bits, names)
+    for layer in layers:
+        found = {path: left.pop(path) for path in dict.fromkeys([layer.name, *modules(layer)]) if path in left}
+        one = len(set(found.values())) == 1
+        names |= dict.fromkeys(layer.names, next(iter(found.values()))) if one else {}
+        for name in layer.names if found else ():
+            path, _, attribute = name.rpartition(".")
+            there = path in every and hasattr(every[path], attribute)
+            require(there, "activations", "model", f"have a parameter {name}", "another model")
+        for path in modules(layer) if found else ():
+            owner = every.get(path)
+            if owner is not None and owner is not quantized and hasattr(owner, "weight"):
+                pair = found.get(path, next(iter(found.values())))
+                owner.register_forward_pre_hook(rounding.hook(pair, always=not one), with_kwargs=True)
+    require(not left, "activations", "layers", f"hold {next(iter(left), '')}", f"{len(layers)} others")
     quantized.__dict__["_input_rounding"] = rounding
     quantized.__class__ = _rounding_inputs(type(quantized))
-    owners = dict(quantized.named_modules(remove_duplicate=False))
-    for name in activations.ranges:
-        for module in {id(m): m for m in (owners.get(path) for path in modules(known[name])) if m is not None}.values():
-            if hasattr(module, "weight") and module is not quantized:
-                module.register_forward_pre_hook(rounding.hook(activations.ranges[name]), with_kwargs=True)
     return quantized
 
 
@@ -195,9 +197,9 @@ class _Rounding:
         pair = self.ranges.get(call.part.name)  # None: of a packed layer whose input stays float
         return call.of(call.x if pair is None else rounded(call.x, *pair, self.bits))
 
-    def hook(self, pair: tuple[float, float]) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(self, pair: tuple[float, float], always: bool) -> Callable[[nn.Module, Any, Any], Any]:
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self.active:
+            if self.active and not always:
                 return None
             if args:
                 return (rounded(args[0], *pair, self.bits), *args[1:]), kwargs
