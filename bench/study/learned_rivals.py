@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +107,44 @@ def mct(net: nn.Module, images: Tensor, bits: int, steps: int) -> nn.Module:
     return quantize(net, batches, core_config=core, gptq_config=config, target_platform_capabilities=platform)[0]
 
 
-RIVALS: dict[str, Callable[[nn.Module, Tensor, int, int], nn.Module]] = {"mct": mct}
+def brevitas(net: nn.Module, images: Tensor, bits: int, steps: int) -> nn.Module:
+    """Brevitas' learned rounding, layer after layer on inputs of the layers rounded already, as in its example."""
+    from brevitas.graph.calibrate import bias_correction_mode
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.nn import QuantConv2d
+    from brevitas.quant import Int8WeightPerChannelFloatMSE
+    from brevitas_examples.common.learned_round import learned_round_args as settings
+    from brevitas_examples.common.learned_round.learned_round_method import LearnedRoundArgs
+    from brevitas_examples.common.learned_round.learned_round_trainer import LearnedRoundTrainer, get_blocks
+    from brevitas_examples.imagenet_classification.ptq import learned_round_utils as vision
+
+    layer = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": bits, "return_quant_tensor": False}
+    kept = [name for name, _ in net.named_modules() if name.startswith(FLOAT)]
+    net = layerwise_quantize(net, {nn.Conv2d: (QuantConv2d, layer)}, kept)
+    batches = [(part, None) for part in images.split(BATCH)]
+    training = settings.TrainingArgs(
+        optimizers_args=[settings.OptimizerArgs("learned_round", "Adam", 1e-3, {})],
+        batch_size=1,
+        iters=steps,
+        losses_args=[
+            settings.LossArgs("round_reg", {"max_count": steps}),
+            settings.LossArgs("mse", {"reduction": "none", "dim": 1}),
+        ],
+        use_best_model=False,
+        use_amp=False,
+    )
+    handler = settings.HandlerSpec("learned_round", LearnedRoundArgs("hard_sigmoid", {}))
+    trainer = LearnedRoundTrainer(settings.TrainerConfig(training, [handler]))
+    layers = partial(get_blocks, block_check_fn=vision.is_layer)
+    cache = vision.CacheVision()
+    trainer.train(net, vision.vision_forward, vision.vision_block_forward, batches, cache, layers)
+    with torch.no_grad(), bias_correction_mode(net):
+        for part, _ in batches:
+            net(part)
+    return net
+
+
+RIVALS: dict[str, Callable[[nn.Module, Tensor, int, int], nn.Module]] = {"mct": mct, "brevitas": brevitas}
 
 
 def score(clean: Tensor, net: nn.Module, images: Tensor) -> tuple[float, float, float]:
