@@ -112,7 +112,7 @@ def _brevitas(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping
     task = GPTQ(layer, "", False, 1, False, blocks, weight.device)  # no reordering, alone, no copy of the weight
     task.H = moments[None]
     task.single_layer_update(percdamp=damping)
-    return layer.quant_weight().value  # type: ignore[no-any-return]
+    return layer.quant_weight().value
 
 
 def _gptqmodel(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
@@ -129,7 +129,7 @@ def _gptqmodel(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, dampin
     task.quantizer.scale, task.quantizer.zero = scale, torch.full_like(scale, 2 ** (bits - 1))
     task.quantizer.find_params = lambda *_, **__: None  # the scales are given
     task.H, task.nsamples = moments, 1
-    return task.quantize()[0]  # type: ignore[no-any-return]
+    return task.quantize()[0]
 
 
 def _llmcompressor(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
@@ -138,7 +138,7 @@ def _llmcompressor(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, da
 
     arguments = QuantizationArgs(num_bits=bits, symmetric=True, strategy="channel")
     zero = torch.zeros_like(scale)[None]
-    return quantize_weight(weight[None], moments[None], scale[None], zero, None, arguments, percdamp=damping)[0][0]  # type: ignore[no-any-return]
+    return quantize_weight(weight[None], moments[None], scale[None], zero, None, arguments, percdamp=damping)[0][0]
 
 
 def _modelopt(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
