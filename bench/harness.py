@@ -141,8 +141,10 @@ def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[di
         copy = case.copy or copy_of(case.bytes, device)
         tried, failed = running(case.rivals)
         figures = case.compare({name: result for name, (result, _) in tried.items()}) if case.compare else {}
-        slow = {name: [took] for name, (_, took) in tried.items() if device == "cpu" and took > SLOW}
-        rivals = {name: case.rivals[name] for name in tried if name not in slow}
+        first = {name: took for name, (_, took) in tried.items()}
+        del tried  # what they returned may be large
+        slow = {name: [took] for name, took in first.items() if device == "cpu" and took > SLOW}
+        rivals = {name: case.rivals[name] for name in first if name not in slow}
         works = {"ours": case.run, "copy": copy, "product": multiply, **rivals}
         taken: dict[str, list[float]] = {name: [] for name in works} | slow
         for _ in range(ROUNDS):
@@ -170,7 +172,7 @@ def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[di
                 "ceiling": ceiling,
                 "bound": "bytes" if by_bytes >= by_flops else "flops",
                 "share_of_ceiling": max(by_bytes, by_flops) / median["ours"],
-                "rivals_s": {name: median[name] for name in tried},
+                "rivals_s": {name: median[name] for name in first},
                 **({"rivals_figures": figures} if figures else {}),
                 **({"rivals_failed": failed} if failed else {}),
             }
