@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROUNDS = 5  # of ours, the ceiling and the rivals in turn, so that all see the same machine
+SLOW = 2.0  # seconds: on a CPU, of a rival that takes longer the first call counts and is the only one
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Case:
         bytes: read and written by the work at least, each input and output once.
         flops: done by the work at least.
         rivals: other ways to the same result, by name.
+        compare: takes what the rivals returned, by name, and gives figures of each beside ours; raises where ours falls behind.
         copy: moves the same bytes by ``copy_``, the ceiling; None: a plain copy of as many bytes.
     """
 
@@ -41,6 +43,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     rivals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    compare: Callable[[dict[str, Any]], dict[str, list[float]]] | None = None
     copy: Callable[[], Any] | None = None
 
 
@@ -80,7 +83,7 @@ def times(work: Callable[[], Any], device: str, seconds: float, least: int) -> l
     """Seconds of single calls, after a warm-up; with one CPU thread its own time, so that other processes do not count."""
     if device == "cuda":
         return gpu_times(work, seconds, least)
-    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = cpu_clock()
     work()
     out: list[float] = []
     while len(out) < least or sum(out) < seconds:
@@ -88,6 +91,10 @@ def times(work: Callable[[], Any], device: str, seconds: float, least: int) -> l
         work()
         out.append(clock() - start)
     return out
+
+
+def cpu_clock() -> Callable[[], float]:
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def gpu_times(work: Callable[[], Any], seconds: float, least: int) -> list[float]:
@@ -132,9 +139,14 @@ def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[di
     for case in cases:
         case.check()
         copy = case.copy or copy_of(case.bytes, device)
-        rivals, failed = running(case.rivals)
+        tried, failed = running(case.rivals)
+        figures = case.compare({name: result for name, (result, _) in tried.items()}) if case.compare else {}
+        first = {name: took for name, (_, took) in tried.items()}
+        del tried  # what they returned may be large
+        slow = {name: [took] for name, took in first.items() if device == "cpu" and took > SLOW}
+        rivals = {name: case.rivals[name] for name in first if name not in slow}
         works = {"ours": case.run, "copy": copy, "product": multiply, **rivals}
-        taken: dict[str, list[float]] = {name: [] for name in works}
+        taken: dict[str, list[float]] = {name: [] for name in works} | slow
         for _ in range(ROUNDS):
             for name, work in works.items():
                 share = seconds if name in ("ours", "copy") else seconds / 2
@@ -160,20 +172,21 @@ def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[di
                 "ceiling": ceiling,
                 "bound": "bytes" if by_bytes >= by_flops else "flops",
                 "share_of_ceiling": max(by_bytes, by_flops) / median["ours"],
-                "rivals_s": {name: median[name] for name in rivals},
+                "rivals_s": {name: median[name] for name in first},
+                **({"rivals_figures": figures} if figures else {}),
                 **({"rivals_failed": failed} if failed else {}),
             }
         )
     return rows
 
 
-def running(rivals: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Those that run here, and why the others do not."""
-    fine, failed = {}, {}
+def running(rivals: dict[str, Callable[[], Any]]) -> tuple[dict[str, tuple[Any, float]], dict[str, str]]:
+    """What a first call of each returned and the seconds it took, and why the others do not run here."""
+    fine, failed, clock = {}, {}, cpu_clock()
     for name, work in rivals.items():
         try:
-            work()
-            fine[name] = work
+            start = clock()
+            fine[name] = (work(), clock() - start)
         except Exception as error:  # another package's code: anything may come
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print(f"{name} is left out: {failed[name]}")
@@ -199,7 +212,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['share_of_ceiling']:.0%} {row['bound']}",
             rivals,
         )
-    Console(width=150, highlight=False).print(table)
+    console = Console(width=150, highlight=False)
+    console.print(table)
+    for row in rows:
+        for name, figures in row.get("rivals_figures", {}).items():
+            console.print(f"{row['op']} {row['shape']}, {name}: " + " ".join(f"{figure:.4f}" for figure in figures))
 
 
 def prepare(path: str | Path) -> None:

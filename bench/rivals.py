@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,3 +66,86 @@ def fake_quant(weight: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Works:
         return [affine(weight, block, s[:, 0], zero, torch.int8, *lim) for s, lim in zip(scale, limits, strict=True)]
 
     return {"torchao x3": all_widths}
+
+
+def compensate(weight: Tensor, moments: Tensor, scale: Tensor, bits: tuple[int, ...], damping: float) -> Works:
+    """GPTQ of others, at given scales, columns in their order: values ``[B, N, K]``.
+
+    Moments ``[K, K]`` (float32) are not damped yet: each package damps and factorizes, in every call and for every width.
+    torchao's is left out: it takes no scales, 4 and 8 bits alone, and no CPU.
+    """
+    adapters = {  # imported before anything is timed
+        "brevitas": (_brevitas, "brevitas.graph.gptq", "GPTQ"),
+        "gptqmodel": (_gptqmodel, "gptqmodel.quantization.gptq", "GPTQ"),
+        "llmcompressor": (_llmcompressor, "llmcompressor.modifiers.gptq.gptq_quantize", "quantize_weight"),
+        "modelopt": (_modelopt, "modelopt.torch.quantization.utils.calib_utils", "gptq_blockwise_update"),
+    }
+
+    def all_widths(adapter: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]) -> Tensor:
+        given = zip(scale, bits, strict=True)
+        return torch.stack([adapter(weight.clone(), moments.clone(), s, b, damping) for s, b in given])
+
+    return {
+        package: partial(all_widths, adapter)
+        for package, (adapter, module, name) in adapters.items()
+        if _find((module,), name)
+    }
+
+
+def _brevitas(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
+    from brevitas.graph.gptq import GPTQ
+    from brevitas.nn import QuantLinear
+    from brevitas.quant import Int8WeightPerChannelFloat
+
+    layer = QuantLinear(
+        *reversed(weight.shape),
+        bias=False,
+        device=weight.device,
+        weight_quant=Int8WeightPerChannelFloat,
+        weight_bit_width=bits,
+        weight_narrow_range=False,
+        weight_scaling_impl_type="const",
+        weight_scaling_init=scale * 2 ** (bits - 1),
+    )
+    layer.weight.data = weight
+    blocks = -(-weight.shape[1] // 128)
+    task = GPTQ(layer, "", False, 1, False, blocks, weight.device)  # no reordering, alone, no copy of the weight
+    task.H = moments[None]
+    task.single_layer_update(percdamp=damping)
+    return layer.quant_weight().value
+
+
+def _gptqmodel(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device)
+    layer.weight.data = weight
+    config = QuantizeConfig(
+        bits=bits, group_size=-1, desc_act=False, act_group_aware=False, damp_percent=damping, offload_to_disk=False
+    )
+    task = GPTQ(layer, config)
+    task.quantizer.configure(perchannel=True)
+    task.quantizer.scale, task.quantizer.zero = scale, torch.full_like(scale, 2 ** (bits - 1))
+    task.quantizer.find_params = lambda *_, **__: None  # the scales are given
+    task.H, task.nsamples = moments, 1
+    return task.quantize()[0]
+
+
+def _llmcompressor(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    arguments = QuantizationArgs(num_bits=bits, symmetric=True, strategy="channel")
+    zero = torch.zeros_like(scale)[None]
+    return quantize_weight(weight[None], moments[None], scale[None], zero, None, arguments, percdamp=damping)[0][0]
+
+
+def _modelopt(weight: Tensor, moments: Tensor, scale: Tensor, bits: int, damping: float) -> Tensor:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse, gptq_blockwise_update
+
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=bits, axis=0), amax=scale * (2 ** (bits - 1) - 1))
+    gptq_blockwise_update(weight, compute_hessian_inverse(moments, weight, damping), 128, quantizer)
+    return weight

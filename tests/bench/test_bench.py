@@ -10,6 +10,7 @@ import torch
 from bench import compare
 from bench.__main__ import OPS, main
 from bench.harness import Case, Grid, measure
+from bench.ops import bench_compensate
 
 SMALL = ["--shape", "16x96", "3x4x10", "--seconds", "0.001", "--threads", "1"]
 
@@ -37,6 +38,38 @@ def test_a_rival_that_raises_is_named_and_left_out() -> None:
     [row] = measure([case], "cpu", 0.001)
     assert list(row["rivals_s"]) == ["other"]
     assert row["rivals_failed"] == {"theirs": "RuntimeError: not on this machine"}
+
+
+def test_rivals_results_are_compared_and_a_slow_one_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("bench.harness.SLOW", -1.0)
+    case = Case(
+        "x", "1", "float32", lambda: None, lambda: None, 8,
+        rivals={"theirs": lambda: calls.append(1) or 3.0},
+        compare=lambda results: {f"half of {name}": [result / 2] for name, result in results.items()},
+    )  # fmt: skip
+    [row] = measure([case], "cpu", 0.001)
+    assert row["rivals_figures"] == {"half of theirs": [1.5]}
+    assert list(row["rivals_s"]) == ["theirs"]
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages, when they are imported
+def test_gptq_of_others_is_the_same_rounding() -> None:
+    """Of the plain loops and of those packages that are here."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        [case] = bench_compensate.cases(Grid(shapes=((5, 130),)))
+        results = {name: work() for name, work in case.rivals.items()}
+        assert {"column loop", "lazy blocks"} <= results.keys()
+        assert case.compare is not None
+        figures = case.compare(results)
+        assert min(figures.pop("loss of nearest")) > 1
+        for name, ratios in figures.items():
+            assert ratios == pytest.approx([1, 1, 1], rel=1e-3), name
+        better = {"theirs": results["column loop"] * 0 + results["lazy blocks"][2]}  # 8 bits everywhere
+        with pytest.raises(AssertionError, match="theirs"):
+            case.compare(better)
 
 
 def test_nothing_is_timed_before_it_is_right() -> None:
