@@ -98,7 +98,6 @@ def test_what_solve_is_told(tmp_path: Path) -> None:
     found = read("solve", SolveOptions, tmp_path, *words, "--forbid", "x=2", "--forbid", "x=W4A16", "--forbid", "y=8")
     assert found == {
         "avg_bits": 3.0,
-        "act_bits": 32,
         "objective": "original",
         "pin": {"a=b.fc": 8, "head": "W4A16"},
         "forbid": {"x": [2, "W4A16"], "y": [8]},

@@ -115,3 +115,10 @@ def test_lists_that_are_no_ascending_ones_are_refused(bits: tuple[int, ...]) -> 
 def test_unknown_schemes_are_refused(given: object) -> None:
     with pytest.raises(CladoError, match=r"(label must be one of W2A16|bits must lie in)"):
         Scheme.of(given)  # type: ignore[arg-type]
+
+
+def test_operations_count_the_bits_of_each_candidates_input() -> None:
+    layers = (Layer("a", "linear", (2, 3), 6, ("a",)), Layer("b", "linear", (4, 2), 80, ("b",)))
+    candidates = Candidates.uniform(layers, ("W4A8", "W8A16"))
+    assert candidates.bitops().tolist() == [6 * 4 * 8, 6 * 8 * 32, 80 * 4 * 8, 80 * 8 * 32]
+    assert candidates.bitops(16).tolist() == [6 * 4 * 16, 6 * 8 * 16, 80 * 4 * 16, 80 * 8 * 16]

@@ -18,6 +18,7 @@ from .quantizer import Quantizer
 
 _LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
 KEPT = 16  # bits of an input that is not rounded, in a scheme's label
+FLOAT_BITS = 32  # of an input that is not rounded, where operations are counted
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,12 @@ class Candidates:
         """``[V]``: bytes of packed codes and scales."""
         return np.array([stored_bytes(layer, scheme, quantizer) for layer, scheme in self.pairs], np.int64)
 
-    def bitops(self, act_bits: int) -> NDArray[np.int64]:
-        """``[V]``: multiply-adds × bits of the weight × ``act_bits``, for one sample."""
+    def bitops(self, act_bits: int | None = None) -> NDArray[np.int64]:
+        """``[V]``: multiply-adds × bits of the weight × bits of the input, for one sample; ``act_bits``: of all inputs."""
         macs = np.array([layer.macs for layer in self.layers], np.int64)
-        return macs[self.layer_of] * act_bits * self.weight_bits
+        rounded = [FLOAT_BITS if scheme.input_bits == KEPT else scheme.input_bits for scheme in self.flat]
+        inputs = np.array(rounded if act_bits is None else [act_bits] * len(rounded), np.int64)
+        return macs[self.layer_of] * inputs * self.weight_bits
 
     def block(self, k: int) -> slice:
         """The candidates of layer ``k``."""

@@ -123,10 +123,10 @@ class SolveOptions(Arguments):
         Line("--latency", "text", "Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
         group="budget",
     )
-    act_bits: int = argument(
-        32,
-        "width of the activations in ``bitops``; 32 while they stay float.",
-        Line("--act-bits", "count", "Width of activations in --bitops."),
+    act_bits: int | None = argument(
+        None,
+        "width of the inputs in ``bitops``; None: that of each candidate's scheme, 32 where inputs stay float.",
+        Line("--act-bits", "count", "Width of inputs in --bitops; as the matrix has them when left out."),
         check=Check(lambda value: _whole(value) and 1 <= value <= 32, "lie in 1..32", str),
         kept=operator.index,
         group="budget",
