@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
     from .estimators import ESTIMATORS, Later
+    from .losses import LossFunc
     from .open import open_run
     from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
+    from .reader import Reader, sample_count
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
@@ -28,9 +30,11 @@ __all__ = [
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",
+    "LossFunc",
     "Options",
     "PairTask",
     "Ranks",
+    "Reader",
     "Run",
     "RunPlan",
     "SampleStream",
@@ -43,6 +47,7 @@ __all__ = [
     "profile",
     "read_progress",
     "recorded",
+    "sample_count",
     "sample_digests",
     "torchrun_group",
     "writing",

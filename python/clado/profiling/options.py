@@ -363,11 +363,6 @@ class Options(Arguments):
 
         return Quantizer(self.group_size, self.scale_steps, self.symmetric)
 
-    @property
-    def whole_batches(self) -> bool:
-        """Whether the user's own functions get the loader's batches as they are."""
-        return self.loss_func is not None or self.forward_step is not None
-
     def candidates(self, layers: Sequence[Layer]) -> Candidates:
         """What is measured on these layers.
 
