@@ -56,7 +56,13 @@ class Reader:
         """(what the model is run on, labels or None) of one of the loader's batches."""
         inputs, targets = self._whole(batch) if self.whole_batches else split_batch(batch, self.op)
         labelled = targets is not None or self.loss_name != "cross_entropy" or self.loss_func is not None
-        require(labelled, self.op, "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
+        require(
+            labelled,
+            self.op,
+            "data_loader",
+            "yield (inputs, targets) for cross_entropy (images: in one subfolder per class)",
+            "inputs alone",
+        )
         return inputs, targets
 
     def _whole(self, batch: Any) -> tuple[Any, Tensor | None]:
@@ -70,9 +76,12 @@ class Reader:
     def checked(self, batch: Any) -> Any:
         """What the model is run on of a batch that is read before the run; raises where labels are no classes."""
         inputs, targets = self.parts(batch)
-        if self.loss_func is None:
-            check_targets(targets, self.classes)
+        self._check(targets)
         return inputs
+
+    def _check(self, targets: Tensor | None) -> None:
+        if self.loss_func is None and self.classes:
+            check_targets(targets, self.classes)
 
     def moved(self, inputs: Any) -> Any:
         return moved_to(inputs, self.device, self.dtype)
@@ -105,7 +114,7 @@ class Reader:
     def loss(self, inputs: Any, targets: Tensor | None, samples: int) -> Loss:
         if self.loss_func is not None:
             return UserLoss(self.loss_func, inputs, samples, self.op)
-        check_targets(targets, self.classes)
+        self._check(targets)
         labels = targets if self.loss_name == "cross_entropy" else None
         return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
 
