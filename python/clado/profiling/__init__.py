@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
     from .estimators import ESTIMATORS, Later
-    from .losses import Loss, LossFunc
+    from .losses import LogitLoss, Loss, LossFunc, UserLoss
     from .open import open_run
     from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
@@ -30,6 +30,7 @@ __all__ = [
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",
+    "LogitLoss",
     "Loss",
     "LossFunc",
     "Options",
@@ -40,6 +41,7 @@ __all__ = [
     "RunPlan",
     "SampleStream",
     "Sums",
+    "UserLoss",
     "corrected_entries",
     "entries",
     "is_writer",

@@ -38,6 +38,12 @@ class LogitLoss:
         found: Tensor = clado_ext.batched_ce(reference, (output.double().cpu() - reference)[None], labels)[0]
         return found
 
+    def probabilities(self, reference: Tensor) -> Tensor:
+        """What the loss compares with, ``[N, C]`` float64: the float model's probabilities, or the labels."""
+        if self.target is None:
+            return reference.softmax(-1)
+        return torch.nn.functional.one_hot(self.target.cpu(), reference.shape[-1]).double()
+
     def increase(self, logits: Tensor, delta: Tensor) -> Tensor:
         """Loss increase ``[S, N]`` float64, for clean logits ``[N, C]`` and changes ``[S, N, C]``."""
         return clado_ext.batched_ce(logits, delta, self.target)
