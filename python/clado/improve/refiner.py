@@ -66,7 +66,7 @@ def refine(
         device: where to run; None: where the model is.
         seed: fixes torch's generator while ``data_loader`` is read.
         time_limit: seconds of solving per round.
-        forward_step, loss_func: as for :func:`clado.profile`.
+        forward_step, loss_func: as for :func:`clado.profile`; None: those that ``sens`` was measured with, where it knows them.
         verbose: show a progress bar.
         **arguments: budgets and wishes of :func:`clado.solve` that hold for the result, ``objective`` and ``start`` aside.
 
@@ -88,6 +88,10 @@ def refine(
     require(rounds >= 1, "refine", "rounds", "be at least 1", rounds)
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
+    forward_step = forward_step or sens.functions.get("forward_step")
+    loss_func = loss_func or sens.functions.get("loss_func")
+    own = loss_func is not None or sens.provenance.loss != "user"
+    require(own, "refine", "loss_func", "be given for a matrix that was measured under one", "none")
     count = num_samples or sens.num_samples
     first = next(model.parameters())
     place = torch.device(device) if device is not None else first.device

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .open import open_run
     from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
-    from .reader import Reader, sample_count
+    from .reader import Reader, all_finite, sample_count
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
@@ -42,6 +42,7 @@ __all__ = [
     "SampleStream",
     "Sums",
     "UserLoss",
+    "all_finite",
     "corrected_entries",
     "entries",
     "is_writer",
