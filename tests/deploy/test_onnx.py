@@ -182,6 +182,80 @@ def test_activations_of_8_bits(name: str, tmp_path: Path) -> None:
         clado.export(model, plan, tmp_path / "none", activations=ranges)
 
 
+def wide(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [part for _ in range(4) for part in (nn.Linear(512, 512), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(512, 10)).eval()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_values_beside_a_tie_do_not_refuse_an_export(seed: int, tmp_path: Path) -> None:
+    """Among a quarter of a million rounded values some are summed to the other side of a tie in another order."""
+    net, x = wide(seed), torch.randn(512, 512)
+    plan = rounded_plan(net, x, Quantizer(), 8)
+    clado.export(net, plan, tmp_path / "out", "onnx", example=x)
+    said = verify(net, plan, tmp_path / "out", "onnx", example=x)
+    assert "of the largest, and within" in said
+    assert plan.activations is not None
+    assert said.endswith(f"where the inputs of {len(plan.activations.ranges)} layers are rounded")
+
+
+def test_verify_tells_other_ranges_and_other_weights_behind_rounded_inputs(tmp_path: Path) -> None:
+    net, x = wide(0), torch.randn(8, 512)
+    plan = random_plan(net, Quantizer(), (8,))
+    ranges = {layer.name: (-3.0, 4.0 + k) for k, layer in enumerate(plan.layers[1:])}
+    clado.export(net, plan, tmp_path / "out", "onnx", example=x, activations=ranges)
+    given = {"example": x, "activations": ranges}
+    assert "inputs of 4 layers are rounded" in verify(net, plan, tmp_path / "out", "onnx", **given)
+    for other in (None, {}, ranges | {"2": (-3.0, 4.5)}, ranges | {"0": (-3.0, 4.0)}):
+        with pytest.raises(clado.CladoError, match="verify: inputs must be rounded to the ranges of the plan"):
+            verify(net, plan, tmp_path / "out", "onnx", example=x, activations=other)
+    fewer = random_plan(net, Quantizer(), (7,))
+    with pytest.raises(clado.CladoError, match=r"logits must equal those of clado.apply within 0.0001, got"):
+        verify(net, fewer, tmp_path / "out", "onnx", **given)
+    with pytest.raises(clado.CladoError, match=r"range of 2 must be finite and hold more than 0, got \(0.0, 0.0\)"):
+        clado.export(net, plan, tmp_path / "none", "onnx", example=x, activations={"2": (0.0, 0.0)})
+    with pytest.raises(clado.CladoError, match="verify: path must hold an export for onnx, got"):
+        verify(net, plan, tmp_path / "none", "onnx", **given)
+
+
+def test_ranges_that_are_given_take_the_place_of_the_plans(tmp_path: Path) -> None:
+    net, x = wide(0), torch.randn(8, 512)
+    plan = rounded_plan(net, x, Quantizer(), 8)
+    given = {"example": x, "activations": {"2": (-1.0, 2.0)}}
+    clado.export(net, plan, tmp_path / "out", "onnx", **given)
+    assert "inputs of 1 layers are rounded" in verify(net, plan, tmp_path / "out", "onnx", **given)
+
+
+class Bessel(nn.Module):
+    """An operator that ONNX has no word for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.special.i0e(self.body(x)))
+
+
+class Branching(Bessel):
+    """A forward that looks at its values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return self.head(y + 1 if y.sum() > 0 else y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Bessel, "bessel_i0e"), (Branching, r"data-dependent .*test_onnx\.py:\d+")]
+)
+def test_what_torch_refuses_is_told_with_its_reason(kind: type[nn.Module], reason: str, tmp_path: Path) -> None:
+    net = kind().eval()
+    with pytest.raises(clado.CladoError, match=rf"go through torch.onnx.export, got \w+: .*{reason}") as caught:
+        clado.export(net, random_plan(net, Quantizer(), (4,)), tmp_path / "out", "onnx", example=torch.randn(4, 12))
+    assert not set("\n\x1b") & set(str(caught.value))
+
+
 def test_activations_of_the_plan(tmp_path: Path) -> None:
     """Calibrated by profile, rounded by apply, and the same in onnxruntime."""
     model, shape = tiny_vit()

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...common import CladoError, require
-from ...quant import Layer, Quantized, modules
+from ...common import CladoError, require, said
+from ...quant import ActivationRanges, Layer, Quantized, modules, quantize_activations
 from ..applied import dequantized
 from . import base
 
@@ -35,6 +37,7 @@ _IR_VERSION, _IR_VERSION_INT2 = 10, 13
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
 _TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 _TOLERANCE_ACTIVATIONS = 5e-2  # a value beside a tie may take the next of 255 steps, and the layers behind it see that
+_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,77 @@ def predict(request: Request) -> tuple[int, int]:
 
 
 def verify(request: Request, folder: Path) -> str:
-    example = _example(request)
-    wanted = dequantized(request.model, request.plan, request.codes)
-    with torch.no_grad():
-        logits = torch.cat([wanted(example), wanted(example[:1])]).double().cpu().numpy()
-    found = np.concatenate([run(folder, example), run(folder, example[:1])])
-    error = float(np.abs(found - logits).max() / np.abs(logits).max())
-    require(
-        error <= _TOLERANCE, "verify", "logits", f"equal those of clado.apply within {_TOLERANCE:g}", f"{error:.1e}"
+    """Where inputs are rounded, the graph without that is held to sums in another order, the roundings to their ranges.
+
+    The whole is off wherever a value beside a tie took the next step. Behind many layers that may be as far as rounding itself
+    takes the logits.
+    """
+    require((folder / MODEL_FILE).is_file(), "verify", "path", "hold an export for onnx", folder)
+    example, ranges = _example(request), _ranges(request)
+    _check_rounding(folder, ranges)
+    model = dequantized(request.model, replace(request.plan, activations=None), request.codes)
+    plain = _logits(model, example)
+    with _without_rounding(folder) as bare:
+        error = _gap(_run_twice(bare, example), plain)
+    must = "equal those of clado.apply"
+    require(error <= _TOLERANCE, "verify", "logits", f"{must} within {_TOLERANCE:g}", f"{error:.1e}")
+    if not ranges:
+        return f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest"
+    pairs = {name: (low, high) for name, (_, low, high) in ranges.items()}
+    rounded = _logits(quantize_activations(model, ActivationRanges(8, pairs), request.plan.layers), example)
+    whole, allowed = _gap(_run_twice(folder, example), rounded), max(_TOLERANCE_ACTIVATIONS, _gap(plain, rounded))
+    require(whole <= allowed, "verify", "logits", f"{must} with rounded inputs within {allowed:.2g}", f"{whole:.1e}")
+    return (
+        f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest, and within {whole:.1e} where "
+        f"the inputs of {len(ranges)} layers are rounded"
     )
-    return f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest"
+
+
+def _logits(model: nn.Module, example: Tensor) -> np.ndarray[Any, Any]:
+    """Of the example and of its first sample alone."""
+    with torch.no_grad():
+        return np.asarray(torch.cat([model(example), model(example[:1])]).double().cpu().numpy())
+
+
+def _run_twice(folder: Path, example: Tensor) -> np.ndarray[Any, Any]:
+    return np.concatenate([run(folder, example), run(folder, example[:1])])
+
+
+def _gap(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    """The largest difference as a share of the largest logit."""
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _check_rounding(folder: Path, ranges: Mapping[str, tuple[Layer, float, float]]) -> None:
+    """Raise unless the roundings of a graph are those of the ranges."""
+    values = _import_ir("verify").load(folder / MODEL_FILE).graph.initializers
+    held = {
+        name.removesuffix(_INPUT_SCALE): tuple(
+            values[name.removesuffix(_INPUT_SCALE) + part].const_value.numpy().item()
+            for part in (_INPUT_SCALE, _INPUT_ZERO)
+        )
+        for name in values
+        if name.endswith(_INPUT_SCALE)
+    }
+    wanted = {name: tuple(part.item() for part in _scale_zero(low, high)) for name, (_, low, high) in ranges.items()}
+    other = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
+    require(
+        not other, "verify", "inputs", "be rounded to the ranges of the plan or of activations", f"other {other[:3]}"
+    )
+
+
+@contextmanager
+def _without_rounding(folder: Path) -> Iterator[Path]:
+    """A folder with the same graph whose inputs stay float."""
+    ir = _import_ir("verify")
+    model = ir.load(folder / MODEL_FILE)
+    with tempfile.TemporaryDirectory() as bare:
+        for node in model.graph:
+            if node.op_type == "QuantizeLinear":
+                for again in list(node.outputs[0].consumers()):
+                    again.outputs[0].replace_all_uses_with(node.inputs[0])
+        ir.save(model, Path(bare) / MODEL_FILE, external_data=_DATA_FILE if (folder / _DATA_FILE).exists() else None)
+        yield Path(bare)
 
 
 def run(folder: Path, inputs: Tensor) -> np.ndarray[Any, Any]:
@@ -118,12 +182,12 @@ def run(folder: Path, inputs: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(session.run([OUTPUT], {INPUT: inputs.detach().cpu().numpy()})[0])
 
 
-def _import_ir() -> Any:
+def _import_ir(op: str = "export") -> Any:
     try:
         import onnx_ir
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
-        raise CladoError(f"export: onnxscript must be installed (pip install clado[onnx]), got {error}") from None
+        raise CladoError(f"{op}: onnxscript must be installed (pip install clado[onnx]), got {error}") from None
     return onnx_ir
 
 
@@ -155,9 +219,11 @@ def _export(request: Request) -> Any:
                 optimize=False,
                 verbose=False,
             )
-    except Exception as error:  # torch raises whatever the model's code raises
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CladoError(f"export: model must go through torch.onnx.export, got {reason}") from error
+    except Exception as error:  # torch raises whatever the model's code raises, behind a page of advice
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise CladoError(f"export: model must go through torch.onnx.export, got {said(reason)}") from error
     finally:
         logger.setLevel(before)
 
@@ -271,14 +337,14 @@ def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
     if request.options.activations is not None:
         unknown = sorted(set(request.options.activations) - set(planned))
         require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
-        return {name: (planned[name], *pair) for name, pair in request.options.activations.items()}
+        return {name: (planned[name], *_with_zero(name, pair)) for name, pair in request.options.activations.items()}
     if not plan.activations:
         return {}
     require(plan.activations.bits == 8, "export", "act_bits", "be 8 for onnx", plan.activations.bits)
     owner = {module: layer for layer in plan.layers for module in modules(layer)}
     found: dict[str, tuple[Layer, float, float]] = {}
     for module, (low, high) in plan.activations.ranges.items():
-        layer = owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
+        layer = planned.get(module) or owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
         same = layer.name not in found or found[layer.name][1:] == (low, high)
         require(
             same, "export", f"layer {layer.name}", "have one range for onnx", "a weight shared by modules of several"
@@ -288,6 +354,14 @@ def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
     return found
 
 
+def _with_zero(layer: str, pair: tuple[float, float]) -> tuple[float, float]:
+    """A range that somebody gave, zero included."""
+    low, high = min(pair[0], 0.0), max(pair[1], 0.0)
+    sound = math.isfinite(high - low) and high > low
+    require(sound, "export", f"range of {layer}", "be finite and hold more than 0", (low, high))
+    return low, high
+
+
 def _weight(graph: Any, layer: Layer) -> Any:
     name = next((name for name in layer.names if name in graph.initializers), None)
     require(name is not None, "export", f"layer {layer.name}", "be a weight of the exported graph", "none")
@@ -295,19 +369,10 @@ def _weight(graph: Any, layer: Layer) -> Any:
 
 
 def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float) -> None:
-    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over [low, high], zero included."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    require(
-        math.isfinite(high - low) and high > low,
-        "export",
-        f"range of {layer.name}",
-        "be finite and hold more than 0",
-        (low, high),
-    )
-    zero = np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
-    scale = np.float32((high - low) / 255)
-    parts = {"input_scale": np.array(scale), "input_zero_point": np.array(zero)}
-    settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}.{part}")) for part, array in parts.items()]
+    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over [low, high]."""
+    scale, zero = _scale_zero(low, high)
+    parts = {_INPUT_SCALE: np.array(scale), _INPUT_ZERO: np.array(zero)}
+    settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}{part}")) for part, array in parts.items()]
     for node in _products(_weight(graph, layer)):
         x = node.inputs[0]
         codes = ir.Node("", "QuantizeLinear", [x, *settings])
@@ -315,6 +380,11 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
         again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
         graph.insert_before(node, [codes, again])
         node.replace_input_with(0, again.outputs[0])
+
+
+def _scale_zero(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """The step of 255 over [low, high], and the code of zero."""
+    return np.float32((high - low) / 255), np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
 
 
 _PARTS = ("Gather", "Identity", "Reshape", "SequenceAt", "Slice", "Split", "SplitToSequence", "Squeeze", "Transpose")
