@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.improve.refiner import _Ground
+from clado.profiling import Reader
 from tests.models import small_cnn, tiny_vit
 
 BITS = (2, 3, 8)
@@ -38,7 +39,8 @@ def test_matrix_around_a_plan_is_what_its_neighbours_lose(build) -> None:
     model, x, sens = made(build)
     bits = {layer.name: BITS[k % 2] for k, layer in enumerate(sens.layers)}
     with torch.inference_mode():
-        around, loss = _Ground(model, x.device, sens, x, None, 10).matrix(bits)
+        reader = Reader(torch.device("cpu"), torch.float32)
+        around, loss = _Ground(model, sens, x, reader, 10).matrix(bits)
     base = divergence(model, sens, bits, x)
     assert loss == pytest.approx(base, rel=1e-4)  # float32 forwards, batches of another size
     for v, layer in enumerate(np.repeat(sens.layers, len(BITS))):

@@ -68,7 +68,7 @@ def test_bad_input() -> None:
         clado.rerank(model, data, [])
     sens = clado.profile(model, data, estimator="diagonal", verbose=False)
     plan = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
-    with pytest.raises(clado.CladoError, match=r"heldout must yield \(inputs, targets\) for cross_entropy"):
+    with pytest.raises(clado.CladoError, match=r"data_loader must yield \(inputs, targets\) for cross_entropy"):
         clado.rerank(model, [data[0][0]], [plan], loss="cross_entropy")
 
 

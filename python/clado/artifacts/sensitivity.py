@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Sensitivity:
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
         activations: how the layers' inputs are rounded; None: they stay float.
         held: the weights that ``provenance.rounding`` made, or the file that holds them; None: nearest rounding.
+        functions: {"forward_step", "loss_func": the user's own that it was measured with}, in the process that measured it: files
+            hold no code.
     """
 
     candidates: Candidates
@@ -54,6 +56,7 @@ class Sensitivity:
     sample_digests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     activations: ActivationRanges | None = None
     held: Held = field(default=None, repr=False)
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         size = self.num_candidates

@@ -77,10 +77,8 @@ def solve(
     from .tables import show_plan
 
     sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
-    asked = [f"--{name}" for name, value in (("rerank", rerank), ("refine", refine), ("correct", correct)) if value]
-    known = not asked or sens.provenance.loss != "user"
-    must = "be one of clado's own for --rerank, --refine and --correct"
-    require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
+    known = correct is None or sens.provenance.loss != "user"
+    require(known, "solve", "loss of the run", "be one of clado's own for --correct", "that of --loss-func")
     if correct is not None:
         sens, plan = _correct(run, sens, correct, wishes, device)
     if rerank is None and refine is None:
@@ -161,12 +159,12 @@ def latency(run: str, batch_size: int, repeats: int, device: str | None, out: st
     """
     from ..artifacts import Sensitivity
     from ..deploy import time_layers, write_latency
-    from ..runs import heldout, load_run
+    from ..runs import example, functions, load_run
 
     model, spec, note = load_run(run)
-    images = heldout(model, spec, {**note, "num_samples": 0}, None, batch_size, batch_size)[0][0]
-    place = device or "cpu"
-    table = time_layers(model.to(place), Sensitivity.load(run), images.to(place), repeats)
+    step = functions(note).get("forward_step")
+    batch = example(model, spec, note, batch_size)
+    table = time_layers(model.to(device or "cpu"), Sensitivity.load(run), batch, repeats, forward_step=step)
     path = write_latency(table, out or Path(run) / "latency.csv")
     widths = next(iter(table.values()))
     sums = ", ".join(f"{sum(row[bits] for row in table.values()):.3f} ms at {bits} bits" for bits in widths)
@@ -186,9 +184,10 @@ def _profiled(run: str, sens: Any) -> tuple[Any, Any, dict[str, Any], Any]:
 def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
     """The matrix with exact pairs where plans went, and the plan that stands."""
     from ..improve import correct
+    from ..runs import functions
 
     model, _, note, images = _profiled(run, sens)
-    options = {**wishes, "seed": note["seed"], "device": device}
+    options = {**wishes, **functions(note), "seed": note["seed"], "device": device}
     sens, plan = correct(model, images, sens, num_samples=count, output_dir=run, **options)
     rows = plan.info["correct"]
     stands = "the plan stands" if plan.info["stands"] else "the plan does not stand yet: run the same again to go on"
@@ -201,9 +200,11 @@ def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: st
 def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str, Any], device: str | None) -> Any:
     """The best of the plans, improved on the images of the sensitivity set."""
     from ..improve import refine
+    from ..runs import functions
 
     model, _, note, images = _profiled(run, sens)
-    best = refine(model, images, sens, plans, rounds=rounds, **{**wishes, "seed": note["seed"], "device": device})
+    options = {**wishes, **functions(note), "seed": note["seed"], "device": device}
+    best = refine(model, images, sens, plans, rounds=rounds, **options)
     losses = [row["loss_increase"] for row in best.info["refine"]]
     click.echo(f"refined on {sens.num_samples} images: loss increase {losses[0]:.4f} -> {best.info['refine_loss']:.4f}")
     return best
@@ -215,15 +216,16 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
 
     from ..artifacts import ChosenOn
     from ..improve import finish
-    from ..runs import heldout, heldout_data, that_chose
+    from ..profiling import sample_count
+    from ..runs import functions, heldout, heldout_data, that_chose
 
     model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
     judges = heldout(model, spec, known, data, JUDGES, 32, seen)
     options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": known["seed"], "output_dir": run}
-    found = finish(model, plan, images, method, heldout=judges or None, **options)
+    found = finish(model, plan, images, method, heldout=judges or None, **functions(known), **options)
     if judges:
-        taken = seen + sum(len(part[0]) for part in judges)
+        taken = seen + sum(map(sample_count, judges))
         found = replace(found, chosen_on=ChosenOn(heldout_data(known, data), taken))
     note = found.info["finish"]
     stages = ", ".join(
@@ -244,11 +246,12 @@ def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: st
 
     from ..artifacts import ChosenOn
     from ..improve import rerank
-    from ..runs import heldout, heldout_data, load_run
+    from ..runs import functions, heldout, heldout_data, load_run
     from .tables import console
 
     model, spec, note = load_run(run)
-    best = rerank(model, heldout(model, spec, note, data, count, 32), plans, device=device)
+    images = heldout(model, spec, note, data, count, 32)
+    best = rerank(model, images, plans, device=device, **functions(note))
     best = replace(best, chosen_on=ChosenOn(heldout_data(note, data), best.info["rerank_samples"]))
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):

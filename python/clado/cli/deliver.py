@@ -35,18 +35,21 @@ def export(run: str, format_: str, out: str | None, odd_widths: str | None, veri
     clado export run --format onnx --out run/onnx --verify    # onnxruntime (pip install clado[onnx])
     """
     from .. import deploy
-    from ..runs import heldout, load_run
+    from ..runs import example, functions, load_run
 
     model, spec, note = load_run(run)
     plan, target = _chosen(run), out or Path(run) / "out"
     options: dict[str, Any] = {"odd_widths": odd_widths}
     if format_ in deploy.FORMATS and "example" in deploy.FORMATS[format_].takes:
-        options["example"] = heldout(model, spec, {**note, "num_samples": 0}, None, 2, 2)[0][0]
+        options["example"] = example(model, spec, note, 2)
+        options["forward_step"] = functions(note).get("forward_step")
     written = deploy.export(model, plan, target, format_, **options)
     click.echo(
         f"{written.folder}: {written.quantized:,} bytes of codes and scales, {written.leftovers:,} bytes left in float, "
         f"{written.header:,} bytes of header"
     )
+    for line in written.notes:
+        click.echo(line)
     if written.kept:
         names = ", ".join(written.kept[:3]) + (", …" if len(written.kept) > 3 else "")
         click.echo(f"{len(written.kept)} planned layers have no place in {format_} and stay float: {names}")
@@ -85,7 +88,7 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
-    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors.
+    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors; the run's --loss-func alone.
 
     The last row is the plan less the float model on the same images: its errors are those of paired differences.
 
@@ -94,7 +97,7 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     """
     from ..deploy import apply
     from ..improve import evaluate as score
-    from ..runs import heldout, load_run, that_chose
+    from ..runs import functions, heldout, load_run, that_chose
     from .tables import show_scores
 
     model, spec, note = load_run(run)
@@ -102,9 +105,10 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     kept = heldout(model, spec, note, data, nsamples, batch_size, that_chose(note, plan, data))
     if device is not None:
         model = model.to(device)
+    own = functions(note)
     rows = [
-        ("float", score(model, kept, device)),
-        (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device)),
+        ("float", score(model, kept, device, **own)),
+        (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device, **own)),
     ]
     show_scores(rows)
 

@@ -96,7 +96,8 @@ def _profile(options: dict[str, Any]) -> None:
     if not is_writer():
         return
     seen = skip + sens.num_samples
-    write_note(folder, spec, options["data"], seen, options["seed"], command_line(), loss_func=options["loss_func"])
+    own = {name: options[name] for name in ("forward_step", "loss_func")}
+    write_note(folder, spec, options["data"], seen, options["seed"], command_line(), **own)
     for warning in sens.notes["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     info = sens.notes

@@ -40,17 +40,18 @@ def show_plan(plan: Any) -> None:
 def show_scores(rows: list[tuple[str, Any]]) -> None:
     """Loss, top-1 and top-5 with standard errors; then the last row less the first on the same samples."""
     table = Table(box=None, header_style="bold")
-    for name in ("", "loss", "±", "top-1", "±", "top-5", "±"):
+    ranked = [] if rows[0][1].correct is None else ["top-1", "±", "top-5", "±"]
+    for name in ("", "loss", "±", *ranked):
         table.add_column(name, justify="left" if not name else "right")
     for name, score in rows:
-        top5 = ("", "") if score.correct5 is None else (f"{score.accuracy5:.2%}", f"{score.accuracy5_stderr:.2%}")
         loss = (f"{score.loss:.4f}", f"{score.loss_stderr:.4f}")
-        table.add_row(name, *loss, f"{score.accuracy:.2%}", f"{score.accuracy_stderr:.2%}", *top5)
+        shares = [(score.accuracy, score.accuracy_stderr), (score.accuracy5, score.accuracy5_stderr)]
+        table.add_row(name, *loss, *(f"{number:.2%}" for share in shares if share[0] is not None for number in share))
     first, last = rows[0][1], rows[-1][1]
     gap = "{:+.4f} {:.4f}".format(*last.difference(first)).split()
-    hits = [(last.correct, first.correct)] + ([] if last.correct5 is None else [(last.correct5, first.correct5)])
-    shares = ["{:+.2%} {:.2%}".format(*paired(*pair)).split() for pair in hits]
-    table.add_row("difference", *gap, *(cell for share in shares for cell in share))
+    hits = [pair for pair in ((last.correct, first.correct), (last.correct5, first.correct5)) if pair[0] is not None]
+    gaps = ["{:+.2%} {:.2%}".format(*paired(*pair)).split() for pair in hits]
+    table.add_row("difference", *gap, *(cell for part in gaps for cell in part))
     console().print(table)
     click.echo(f"{first.num_samples} samples")
 

@@ -14,6 +14,7 @@ from ..artifacts import PLAN_FILE, Plan
 from ..common import atomic_folder, refused, require
 from ..quant import folded
 from .applied import check_fit, with_adapted
+from .flat import ForwardStep
 from .formats import FORMATS, Request, safetensors
 
 
@@ -26,6 +27,7 @@ class Exported:
         leftovers: what stays float.
         header: names, graph and metadata: the rest of the files, without the plan beside them.
         kept: layers of the plan that have no place in the format: they stay float and count as leftovers.
+        notes: what else is to be known of it, in a line each: what an ONNX graph takes and gives.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class Exported:
     leftovers: int
     header: int
     kept: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -40,6 +43,8 @@ def export(
     plan: Plan,
     path: str | os.PathLike[str],
     format: str = "safetensors",
+    *,
+    forward_step: ForwardStep | None = None,
     **options: Any,
 ) -> Exported:
     """Write the integer weights of a plan to folder ``path``; the folder appears whole or not at all.
@@ -50,8 +55,10 @@ def export(
         path: folder to write; an earlier export there, and nothing else, is replaced once the new one is complete.
         format: "safetensors" (every width, read by :func:`load`), "compressed-tensors" (Linear layers alone, read by vLLM and
             transformers) or "onnx" (the whole graph, run by onnxruntime).
+        forward_step: ``forward_step(model, batch)`` runs the model: what the graph of "onnx" holds; None: the model itself.
         **options: of the format.
-            example: inputs ``[n, …]`` for "onnx": what the graph takes; the batch size stays free.
+            example: for "onnx": a batch for ``forward_step``; without one, inputs ``[n, …]``, or a tuple or dict of the
+            forward's arguments. Every input and output has its name; the batch size stays free unless the model fixes it.
             activations: for "onnx": {layer: (least, largest value of its input)}; those inputs are quantized to 8 bits,
             asymmetric, one scale each.
             odd_widths: for "compressed-tensors" and 3, 5, 6, 7 bits: "dense" for its readers from 0.18.0 on, "padded" to 0.17.1.
@@ -60,24 +67,32 @@ def export(
         CladoError: an unknown format or option, a plan for other weights or one that does not go into the format, or a
             path that holds something else.
     """
-    request = _request(model, plan, format, options)
+    request = _request(model, plan, format, options, forward_step)
     target = Path(path)
     _check_replaceable(target)
     with atomic_folder(target) as folder:
         quantized, leftovers = FORMATS[format].write(request, folder)
         files = sum(file.stat().st_size for file in folder.iterdir())
         kept = tuple(layer.name for layer in FORMATS[format].kept(request))
+        notes = FORMATS[format].notes(request, folder)
         note = {"format": format, "quantized_bytes": quantized, "leftover_bytes": leftovers, "float_layers": kept}
         replace(plan, info={**plan.info, "export": note}, held=None).save(folder / PLAN_FILE)  # the codes lie there
-    return Exported(target, quantized, leftovers, files - quantized - leftovers, kept)
+    return Exported(target, quantized, leftovers, files - quantized - leftovers, kept, notes)
 
 
-def predicted_bytes(model: nn.Module, plan: Plan, format: str = "safetensors", **options: Any) -> tuple[int, int]:
+def predicted_bytes(
+    model: nn.Module,
+    plan: Plan,
+    format: str = "safetensors",
+    *,
+    forward_step: ForwardStep | None = None,
+    **options: Any,
+) -> tuple[int, int]:
     """Bytes of (packed codes and scales, what stays float) that an export will take, from shapes alone.
 
     Args and errors as :func:`export`.
     """
-    return FORMATS[format].predict(_request(model, plan, format, options))
+    return FORMATS[format].predict(_request(model, plan, format, options, forward_step))
 
 
 def verify(
@@ -85,12 +100,14 @@ def verify(
     plan: Plan,
     path: str | os.PathLike[str],
     format: str = "safetensors",
+    *,
+    forward_step: ForwardStep | None = None,
     **options: Any,
 ) -> str:
     """Read an export with a consumer of its format and compare with :func:`apply`.
 
     Args:
-        model, plan, format, options: as given to :func:`export`.
+        model, plan, format, forward_step, options: as given to :func:`export`.
         path: the folder it wrote.
 
     Returns:
@@ -99,7 +116,7 @@ def verify(
     Raises:
         CladoError: a difference, or a consumer that is not installed.
     """
-    return FORMATS[format].verify(_request(model, plan, format, options), Path(path))
+    return FORMATS[format].verify(_request(model, plan, format, options, forward_step), Path(path))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, packed: bool = False) -> nn.Module:
@@ -128,11 +145,13 @@ def _check_replaceable(target: Path) -> None:
     require(not lost, "export", "path", must, f"{target}, which holds {', '.join(sorted(lost)[:3])}")
 
 
-def _request(model: nn.Module, plan: Plan, format: str, options: Mapping[str, Any]) -> Request[Any]:
+def _request(
+    model: nn.Module, plan: Plan, format: str, options: Mapping[str, Any], forward_step: ForwardStep | None
+) -> Request[Any]:
     require(format in FORMATS, "export", "format", f"be one of {', '.join(FORMATS)}", repr(format))
     given, model = _given(format, options), folded(model)
     check_fit(model, plan, "export")
-    return Request(with_adapted(model, plan), plan, FORMATS[format].options(**given))
+    return Request(with_adapted(model, plan), plan, FORMATS[format].options(**given), forward_step)
 
 
 def _given(format: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,17 +8,26 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan, Sensitivity
 from ..common import CladoError, atomic_file, is_out_of_memory, moved_to, progress_bar, require, said
 from ..quant import Call, Calls, Layer, Scheme, codes, folded
+from .flat import ForwardStep
 
 
 def time_layers(
-    model: nn.Module, sens: Sensitivity, batch: Tensor, repeats: int = 20, verbose: bool = True
+    model: nn.Module,
+    sens: Sensitivity,
+    batch: Any,
+    repeats: int = 20,
+    verbose: bool = True,
+    *,
+    forward_step: ForwardStep | None = None,
 ) -> dict[str, dict[int, float]]:
     """Milliseconds of each layer at each width, dequantization included, on the device the model is on.
 
@@ -28,20 +37,23 @@ def time_layers(
     Args:
         model: the model that was profiled, in eval mode.
         sens: names the layers, the widths and the quantizer.
-        batch: inputs ``[n, …]`` of one forward; they are moved to where the model is, floating-point ones to its dtype.
+        batch: inputs ``[n, …]`` of one forward, or a batch for ``forward_step``; they are moved to where the model is,
+            floating-point ones to its dtype.
         repeats: timings per layer and width.
         verbose: show a progress bar.
+        forward_step: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
 
     Returns:
         {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``.
 
     Raises:
-        CladoError: a layer that the forward does not reach; inputs that the model does not take.
+        CladoError: a layer that the forward does not reach; a batch that the model does not take.
     """
     require(repeats >= 1, "latency", "repeats", "be at least 1", repeats)
     model = folded(model)
     first = next(model.parameters())
-    calls = _calls(model, sens.layers, moved_to(batch, first.device, first.dtype))
+    step = forward_step or sens.functions.get("forward_step")
+    calls = _calls(model, sens.layers, moved_to(batch, first.device, first.dtype), step)
     table: dict[str, dict[int, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
@@ -65,7 +77,9 @@ def write_latency(table: dict[str, dict[int, float]], path: str | os.PathLike[st
     return target
 
 
-def _calls(model: nn.Module, layers: Sequence[Layer], batch: Tensor) -> dict[str, list[Call]]:
+def _calls(
+    model: nn.Module, layers: Sequence[Layer], batch: Any, forward_step: ForwardStep | None
+) -> dict[str, list[Call]]:
     """For each layer the calls that apply its weight in one forward."""
     names = {name: layer.name for layer in layers for name in layer.names}
     seen: dict[str, list[Call]] = {layer.name: [] for layer in layers}
@@ -77,11 +91,13 @@ def _calls(model: nn.Module, layers: Sequence[Layer], batch: Tensor) -> dict[str
     parameters = dict(model.named_parameters(remove_duplicate=False))
     try:
         with torch.inference_mode(), Calls({name: parameters[name] for name in names}, note):
-            model(batch)
-    except Exception as error:  # whatever a model makes of inputs it does not take
-        if is_out_of_memory(error):
+            model(batch) if forward_step is None else forward_step(model, batch)
+    except Exception as error:  # whatever a model, or the user's code, makes of a batch it does not take
+        if isinstance(error, CladoError) or is_out_of_memory(error):
             raise
-        raise CladoError(f"latency: model must take inputs {tuple(batch.shape)}, got {said(error)}") from error
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
+        shown = shapes[0] if isinstance(batch, Tensor) else shapes
+        raise CladoError(f"latency: model must take inputs {shown}, got {said(error)}") from error
     idle = [name for name, calls in seen.items() if not calls]
     require(not idle, "latency", "model", "run every layer", f"none of {', '.join(idle[:3])}")
     return seen

@@ -73,7 +73,8 @@ def correct(
         sens: its matrix by the ``logit`` estimator, or what this function made of it.
         num_samples: how many of the samples the pairs are measured on; None: an eighth of them.
         rounds: at most so many.
-        forward_step, batch_size, max_memory, device, seed: as for :func:`clado.profile`.
+        forward_step: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
+        batch_size, max_memory, device, seed: as for :func:`clado.profile`.
         output_dir: run directory; the matrix is saved there after every round, and the running sums of a round chunk by
             chunk: after an interruption, the same call with the matrix that lies there goes on.
         verbose: show a progress bar per round.
@@ -107,7 +108,7 @@ def correct(
         precision=sens.provenance.precision,
         num_samples=count,
         exact_samples=count,
-        forward_step=forward_step,
+        forward_step=forward_step or sens.functions.get("forward_step"),
         batch_size=batch_size,
         max_memory=max_memory,
         device=device,

@@ -16,19 +16,18 @@ from torch.utils import _pytree as pytree
 from ..artifacts import Plan
 from ..common import (
     CladoError,
+    code_digest,
     data_digest,
     digest,
     is_out_of_memory,
-    moved_to,
     progress_bar,
     require,
     said,
-    split_batch,
     weights_digest,
 )
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import SampleStream, alone, sample_digests
+from ..profiling import LossFunc, Reader, SampleStream, all_finite, alone, sample_count, sample_digests
 from ..quant import Rounded, codes, folded, quantize_activations
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
@@ -54,6 +53,7 @@ def finish(
     num_samples: int = 640,
     batch_size: int = 16,
     forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
@@ -76,7 +76,7 @@ def finish(
         heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
-        forward_step: ``forward_step(model, batch)`` runs the model; None: ``model(inputs)``.
+        forward_step, loss_func: as for :func:`clado.profile`; the loss judges, and is not what weights are learned by.
         device: where to run; None: where the model is.
         seed: of the order of samples.
         output_dir: folder that keeps block after block what is done: the same call goes on after an interruption.
@@ -84,8 +84,8 @@ def finish(
 
     Returns:
         The plan with the new weights, and what was adapted with them, in ``plan.rounded``; ``info["finish"]`` has the KL to the
-        float net on the samples that judge, of the plan as it came and after every stage, None where it is not finite. A plan
-        that nothing made better keeps its weights.
+        float net (the increase of ``loss_func``) on the samples that judge, of the plan as it came and after every stage, None
+        where it is not finite. A plan that nothing made better keeps its weights.
 
     Raises:
         CladoError: a plan for other weights, a model that is no graph, data without two samples or with NaN.
@@ -111,16 +111,24 @@ def finish(
     judges = _judges(held, len(digests), heldout, seed)
     if heldout is None:
         held = pytree.tree_map(lambda t: t[: -len(pytree.tree_leaves(judges)[0])], held)
-    learn, judge = (b if forward_step is not None else split_batch(b, "finish")[0] for b in (held, judges))
+    reader = Reader(place, common_dtype(model), forward_step=forward_step, loss_func=loss_func, op="finish")
+    learn, judge = (reader.parts(batch)[0] for batch in (held, judges))
     weights = weights_digest(model)
     with alone(folder, "finish"), torch.no_grad(), full_precision():
-        ground = _Ground(model, plan, (learn, judge), forward_step, place, batch_size)
+        ground = _Ground(model, plan, (learn, judge), reader, batch_size)
         settings = digest(
             {
                 "model": weights,
                 "plan": [plan.schemes, plan.quantizer.to_json(), plan.rounding and plan.rounding.digest],
                 "data": [data_digest(d.numpy()) for d in (digests, sample_digests(judges))],
-                "how": [method, batch_size, seed, place.type, asdict(BLOCK)],
+                "how": [
+                    method,
+                    batch_size,
+                    seed,
+                    place.type,
+                    asdict(BLOCK),
+                    *(code_digest(own) for own in (forward_step, loss_func) if own is not None),
+                ],
             }
         )
         progress = Progress(folder, settings, plan, place)
@@ -171,23 +179,23 @@ class _Ground:
         model: nn.Module,
         plan: Plan,
         samples: tuple[Any, Any],
-        forward_step: ForwardStep | None,
-        device: torch.device,
+        reader: Reader,
         batch_size: int,
     ) -> None:
-        dtype = common_dtype(model)
-        self.plan = plan
+        self.plan, self.reader = plan, reader
         self.model = converted(
-            quantize_activations(model, plan.activations, plan.layers) if plan.activations else model, device, dtype
+            quantize_activations(model, plan.activations, plan.layers) if plan.activations else model,
+            reader.device,
+            reader.dtype,
         )
-        learn, judge = (moved_to(part, device, dtype) for part in samples)
-        finite = all(t.isfinite().all() for t in pytree.tree_leaves((learn, judge)) if t.is_floating_point())
-        require(finite, "finish", "data_loader", "yield finite numbers", "NaN or infinity")
-        runner = _opened(self.model, learn, forward_step)
+        learn, judge = (reader.moved(part) for part in samples)
+        require(all_finite((learn, judge)), "finish", "data_loader", "yield finite numbers", "NaN or infinity")
+        runner = _opened(self.model, learn, reader.step)
         self.blocks = self._blocks(runner)
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
-        self.judges = len(pytree.tree_leaves(judge)[0])
+        self.judges = sample_count(judge)
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
+        self.judged = _cut(judge, batch_size)
         with torch.no_grad():
             self.clean = [self._outputs(live, {}) for live in self.apart]
 
@@ -198,12 +206,7 @@ class _Ground:
         return found
 
     def _parts(self, inputs: Any, size: int) -> list[Live]:
-        count = len(pytree.tree_leaves(inputs)[0])
-
-        def part(start: int) -> Any:
-            return pytree.tree_map(lambda t: _channels_last(t[start : start + size]), inputs)
-
-        return [self.blocks.start(part(start)) for start in range(0, count, size)]
+        return [self.blocks.start(pytree.tree_map(_channels_last, part)) for part in _cut(inputs, size)]
 
     def _outputs(self, live: Live, given: dict[str, Tensor]) -> Any:
         for block in self.blocks.blocks:
@@ -214,10 +217,17 @@ class _Ground:
         """Mean loss increase over the float net on the samples that judge."""
         given = finished.tensors(self.plan, dtype_of(self.plan, self.state))
         total = sum(
-            gap(self._outputs(live, given), wanted).item() * live.samples
-            for live, wanted in zip(self.apart, self.clean, strict=True)
+            self._gap(self._outputs(live, given), wanted, batch) * live.samples
+            for live, wanted, batch in zip(self.apart, self.clean, self.judged, strict=True)
         )
         return total / self.judges
+
+    def _gap(self, found: Any, wanted: Any, batch: Any) -> float:
+        """Mean loss increase of outputs over the float net's, on a batch."""
+        if self.reader.loss_func is None:
+            return gap(found, wanted).item()
+        loss = self.reader.loss(batch, None, sample_count(batch))
+        return loss.increase_over(loss.reference(wanted), found).mean().item()
 
     def finished(
         self, method: str, seed: int, progress: Progress, verbose: bool
@@ -261,3 +271,8 @@ class _Ground:
             )
 
         return [("compensated", walked(None)), ("learned", walked(BLOCK))][: 1 + METHODS.index(method)]
+
+
+def _cut(inputs: Any, size: int) -> list[Any]:
+    """A nest of tensors in batches."""
+    return [pytree.tree_map(lambda t, a=a: t[a : a + size], inputs) for a in range(0, sample_count(inputs), size)]

@@ -8,21 +8,22 @@ one-hot choices (Nocedal and Wright 2006, ch. 18) whose steps the measured loss 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import clado_ext
 
 from ..artifacts import Plan, Sensitivity
-from ..common import check_targets, moved_to, progress_bar, require, split_batch
+from ..common import progress_bar, require
 from ..deploy import check_fit
-from ..graph import common_dtype, converted, full_precision, open_runner
-from ..profiling import LOSSES, SampleStream, Sums, entries
+from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
+from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries, sample_count
 from ..quant import Scheme, folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
 
@@ -42,13 +43,16 @@ def refine(
     device: str | torch.device | None = None,
     seed: int = 0,
     time_limit: float = 60.0,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
     verbose: bool = True,
     **arguments: Any,
 ) -> Plan:
     """A plan whose measured loss increase is at most that of ``plans``, within the same budgets.
 
     Each round measures the matrix around the present plan (as many forwards as the ``logit`` estimator), solves for a few
-    plans near and far, and keeps the one of least measured loss. It ends when none is better.
+    plans near and far, and keeps the one of least measured loss. It ends when none is better. Under ``loss_func`` a round
+    measures what each layer's moves cost; the interactions are those of ``sens``, moved to the plan as its own model has them.
 
     Args:
         model: the float model, in eval mode; it is not changed.
@@ -62,6 +66,7 @@ def refine(
         device: where to run; None: where the model is.
         seed: fixes torch's generator while ``data_loader`` is read.
         time_limit: seconds of solving per round.
+        forward_step, loss_func: as for :func:`clado.profile`; None: those that ``sens`` was measured with, where it knows them.
         verbose: show a progress bar.
         **arguments: budgets and wishes of :func:`clado.solve` that hold for the result, ``objective`` and ``start`` aside.
 
@@ -81,22 +86,19 @@ def refine(
         require(bool(plan.bits), "refine", "plans", "have bits", plan.status)
         check_fit(model, plan, "refine")
     require(rounds >= 1, "refine", "rounds", "be at least 1", rounds)
-    require(loss in LOSSES, "refine", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
+    forward_step = forward_step or sens.functions.get("forward_step")
+    loss_func = loss_func or sens.functions.get("loss_func")
+    own = loss_func is not None or sens.provenance.loss != "user"
+    require(own, "refine", "loss_func", "be given for a matrix that was measured under one", "none")
     count = num_samples or sens.num_samples
-    inputs, targets = split_batch(SampleStream(data_loader, count, seed).peek(count), "refine")
-    require(loss == "kl" or targets is not None, "refine", "data_loader", "yield targets for cross_entropy", "none")
-    place = torch.device(device) if device is not None else next(model.parameters()).device
+    first = next(model.parameters())
+    place = torch.device(device) if device is not None else first.device
+    reader = Reader(place, common_dtype(model), loss, forward_step=forward_step, loss_func=loss_func, op="refine")
+    held = SampleStream(data_loader, count, seed).peek(count)
     with torch.no_grad(), full_precision():
-        ground = _Ground(
-            model,
-            place,
-            sens,
-            inputs,
-            targets if loss != "kl" else None,
-            batch_size,
-        )
+        ground = _Ground(model, sens, held, reader, batch_size)
         starts = [{layer.name: plan.schemes[layer.name] for layer in sens.layers} for plan in plans]
         known = {tuple(schemes.values()): ground.loss(schemes) for schemes in starts} if len(starts) > 1 else {}
         best, history = min(starts, key=lambda schemes: known.get(tuple(schemes.values()), 0.0)), []
@@ -116,9 +118,9 @@ def refine(
                 best = winner
     budgets = {k: v for k, v in arguments.items() if k in BUDGETS}
     result = given_plan(sens, best, **budgets)
-    note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": len(inputs)}
+    note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": ground.samples}
     # In clean passes of the runner: what nobody reads is no part of them.
-    note["refine_forward_equivalents"] = ground.runner.work / ground.runner.forward_share / len(inputs)
+    note["refine_forward_equivalents"] = ground.runner.work / ground.runner.forward_share / ground.samples
     if ground.runner.note is not None:
         note["refine_note"] = ground.runner.note
     return replace(result, info=note)
@@ -149,67 +151,114 @@ class _Ground:
     """The model under any schemes: its loss, and the matrix around it.
 
     Attributes:
-        target: probabilities ``[N, C]`` float64 the loss refers to; constant: what they add to it, ``[N]``.
+        parts: (inputs on the device, the loss of their outputs, what it keeps of the float model's) of the samples that run
+            together.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        sens: Sensitivity,
-        inputs: Tensor,
-        targets: Tensor | None,
-        chunk: int,
-    ) -> None:
-        dtype = common_dtype(model)
-        self.sens, self.chunk = sens, chunk
-        self.inputs = moved_to(inputs, device, dtype)
+    def __init__(self, model: nn.Module, sens: Sensitivity, held: Any, reader: Reader, together: int) -> None:
+        self.sens, self.samples = sens, sample_count(held)
+        inputs = reader.parts(held)[0]
         used = quantize_activations(model, sens.activations, sens.layers) if sens.activations else model
-        self.runner = open_runner(converted(used, device, dtype), self.inputs, quantize_ends=True, op="refine")
+        self.runner = open_runner(
+            converted(used, reader.device, reader.dtype),
+            inputs,
+            quantize_ends=True,
+            forward_step=reader.step,
+            device=reader.device,
+            dtype=reader.dtype,
+            op="refine",
+        )
         position = {layer.name: k for k, layer in enumerate(self.runner.layers)}
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        self.variants = variants(model, sens.candidates, sens.quantizer, device, dtype, sens.rounded)
-        parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(chunk)]
-        clean = torch.cat(parts).double().log_softmax(1)
-        check_targets(targets, clean.shape[1])
-        self.target = clean.exp() if targets is None else nn.functional.one_hot(targets, clean.shape[1]).to(clean)
-        self.constant = (self.target * clean).sum(1)
+        self.variants = variants(model, sens.candidates, sens.quantizer, reader.device, reader.dtype, sens.rounded)
+        self.parts = [self._part(held, a, a + together, reader) for a in range(0, self.samples, together)]
+
+    def _part(self, held: Any, first: int, last: int, reader: Reader) -> tuple[Any, Loss, Tensor]:
+        inputs, targets = reader.parts(pytree.tree_map(lambda t: t[first:last], held))
+        moved = reader.moved(inputs)
+        output = self.runner.outputs(self.runner.start(moved))[0]
+        known = replace(reader, classes=reader.classes_of(output))
+        loss = known.loss(moved, targets, sample_count(moved))
+        return moved, loss, loss.reference(output)
 
     def loss(self, schemes: dict[str, str]) -> float:
         """Mean loss increase over the float model."""
         self._stand_on(schemes)
-        parts = [self.runner.clean(self.runner.start(part)) for part in self.inputs.split(self.chunk)]
-        return (self.constant - (self.target * torch.cat(parts).double().log_softmax(1)).sum(1)).mean().item()
+        return self._loss_here()
+
+    def _loss_here(self) -> float:
+        ran = ((loss, clean, self.runner.outputs(self.runner.start(part))[0]) for part, loss, clean in self.parts)
+        return torch.cat([loss.increase_over(clean, output) for loss, clean, output in ran]).mean().item()
 
     def matrix(self, schemes: dict[str, str]) -> tuple[Sensitivity, float]:
-        """The matrix around ``schemes``, in closed form (docs/numerics.md) about the plan's own logits, and the loss there."""
+        """The matrix around ``schemes``, and the loss there."""
         self._stand_on(schemes)
-        sums, loss = Sums.zeros(self.sens.num_candidates), 0.0
-        for first in range(0, len(self.inputs), self.chunk):
-            part = slice(first, first + self.chunk)
-            state, finished = self.runner.start(self.inputs[part]), []
-            for k, own in zip(self.position, self.variants, strict=True):
-                state = self.runner.advance(state, k)
-                finished.append(self.runner.finish(self.runner.fork(state, k, own)))
-            logits = self.runner.clean(state)
-            delta = torch.cat(finished).sub_(logits)
-            total, squares = clado_ext.pairwise_ce(logits, delta)
-            now, change = logits.double().log_softmax(1), delta.double()
-            increase = torch.logsumexp(now + change, -1) - (self.target[part] * change).sum(-1)
-            loss += (self.constant[part] - (self.target[part] * now).sum(1)).sum().item()
-            sums.loss += increase.sum(1).cpu()
-            sums.loss_squared += increase.square().sum(1).cpu()
-            sums.pair += total.cpu()
-            sums.pair_squared += squares.cpu()
-            sums.samples += len(logits)
+        sums, total = Sums.zeros(self.sens.num_candidates), 0.0
+        for part, loss, clean in self.parts:
+            if isinstance(loss, UserLoss):
+                total += self._add_losses(sums, part, loss, clean)
+            else:
+                total += self._add_logits(sums, part, loss, clean)
+            sums.samples += len(clean)
         delta_loss, interaction, stderr = entries(sums, self.sens.candidates)
+        if isinstance(self.parts[0][1], UserLoss):
+            interaction, stderr = self._moved_interactions(schemes, stderr)
         around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
-        return around, loss / sums.samples
+        return around, total / sums.samples
+
+    def _add_logits(self, sums: Sums, part: Any, loss: LogitLoss, clean: Tensor) -> float:
+        """Add what samples give in closed form (docs/numerics.md) about the plan's own logits; their loss there, summed."""
+        finished, state = self._moves(part, self.runner.finish)
+        logits = self.runner.clean(state)
+        delta = torch.cat(finished).sub_(logits)
+        total, squares = clado_ext.pairwise_ce(logits, delta)
+        now, change = logits.double().log_softmax(1), delta.double()
+        increase = torch.logsumexp(now + change, -1) - (loss.probabilities(clean).to(now.device) * change).sum(-1)
+        _add(sums, increase)
+        sums.pair += total.cpu()
+        sums.pair_squared += squares.cpu()
+        return loss.increase_over(clean, logits).sum().item()
+
+    def _add_losses(self, sums: Sums, part: Any, loss: UserLoss, clean: Tensor) -> float:
+        """Add what samples lose by a move from the plan; their loss there, summed."""
+        moved, state = self._moves(part, lambda branch: loss.values(self.runner.outputs(branch)))
+        here = loss.losses(self.runner.outputs(state)[0]).double()
+        _add(sums, torch.cat(moved) - here)
+        return (here.cpu() - clean).sum().item()
+
+    def _moves(self, part: Any, measured: Callable[[Any], Tensor]) -> tuple[list[Tensor], Any]:
+        """What every layer's candidates give, the others as they are; and the state at the end where nothing moved."""
+        state, found = self.runner.start(part), []
+        for k, own in zip(self.position, self.variants, strict=True):
+            state = self.runner.advance(state, k)
+            found.append(measured(self.runner.fork(state, k, own)))
+        return found, state
+
+    def _moved_interactions(self, schemes: dict[str, str], own: Any) -> tuple[Any, Any]:
+        """Of the model that ``sens`` is of the loss, the interactions of moves from these schemes, with standard errors.
+
+        With the loss Σ ΔL_v + Σ Ω_vw, two moves from a to v and from b to w together cost Ω_vw - Ω_vb - Ω_aw + Ω_ab more than
+        apart. ``own``: standard errors of moves alone.
+        """
+        candidates, omega = self.sens.candidates, self.sens.interaction
+        base = candidates.indices(schemes)[candidates.layer_of]
+        interaction = omega - omega[:, base] - omega[base] + omega[np.ix_(base, base)]
+        variance = self.sens.stderr**2
+        stderr = np.sqrt(variance + variance[:, base] + variance[base] + variance[np.ix_(base, base)])
+        interaction[candidates.same_layer] = stderr[candidates.same_layer] = 0.0
+        np.fill_diagonal(stderr, np.diag(own))
+        return interaction, stderr
 
     def _stand_on(self, schemes: dict[str, str]) -> None:
         candidates = self.sens.candidates
         places = candidates.indices(schemes) - candidates.starts[:-1]
         chosen = zip(self.position, self.variants, places, strict=True)
         self.runner.rebase({k: own[place] for k, own, place in chosen})
+
+
+def _add(sums: Sums, increase: Tensor) -> None:
+    """Losses ``[V, N]`` of single moves."""
+    sums.loss += increase.sum(1).cpu()
+    sums.loss_squared += increase.square().sum(1).cpu()

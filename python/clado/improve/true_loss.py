@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import clado_ext
-
 from ..artifacts import Plan
-from ..common import (
-    CladoError,
-    check_targets,
-    is_out_of_memory,
-    moved_to,
-    progress_bar,
-    require,
-    said,
-    split_batch,
-)
+from ..common import CladoError, progress_bar, require
 from ..deploy import adapted, apply, check_fit
-from ..graph import Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import LOSSES
+from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision, open_runner
+from ..profiling import Loss, LossFunc, Reader, sample_count
 from ..quant import Candidates, folded, variants
 
 
 @dataclass(frozen=True)
 class Score:
-    """Cross-entropy and accuracy on labelled samples.
+    """Loss and accuracy on labelled samples.
 
     Attributes:
-        losses: float64 ``[N]`` in nats, per sample.
-        correct: bool ``[N]``; correct5: bool ``[N]``, the label among the five best, None with fewer than six classes.
+        losses: float64 ``[N]`` per sample: the cross-entropy in nats, or a user's loss.
+        correct: bool ``[N]``, None under a user's loss; correct5: bool ``[N]``, the label among the five best, None with fewer
+            than six classes.
     """
 
     losses: Tensor
-    correct: Tensor
-    correct5: Tensor | None
+    correct: Tensor | None = None
+    correct5: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -55,20 +44,20 @@ class Score:
         return standard_error(self.losses)
 
     @property
-    def accuracy(self) -> float:
-        return self.correct.double().mean().item()
+    def accuracy(self) -> float | None:
+        return _mean(self.correct)
 
     @property
-    def accuracy_stderr(self) -> float:
-        return standard_error(self.correct.double())
+    def accuracy_stderr(self) -> float | None:
+        return _error(self.correct)
 
     @property
     def accuracy5(self) -> float | None:
-        return None if self.correct5 is None else self.correct5.double().mean().item()
+        return _mean(self.correct5)
 
     @property
     def accuracy5_stderr(self) -> float | None:
-        return None if self.correct5 is None else standard_error(self.correct5.double())
+        return _error(self.correct5)
 
     def difference(self, other: Score) -> tuple[float, float]:
         """Mean and standard error of this loss minus another's on the same samples, paired."""
@@ -76,24 +65,46 @@ class Score:
         return gap.mean().item(), standard_error(gap)
 
 
+def _mean(hits: Tensor | None) -> float | None:
+    return None if hits is None else hits.double().mean().item()
+
+
+def _error(hits: Tensor | None) -> float | None:
+    return None if hits is None else standard_error(hits.double())
+
+
 def standard_error(values: Tensor) -> float:
     """Of the mean; NaN for a single value."""
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
 
 
-def evaluate(model: nn.Module, data_loader: Iterable[Any], device: str | torch.device | None = None) -> Score:
-    """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets).
+def evaluate(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    device: str | torch.device | None = None,
+    *,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
+) -> Score:
+    """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets), or a loss of the user's.
+
+    Args:
+        forward_step, loss_func: as for :func:`clado.profile`. Under ``loss_func`` the score has losses alone.
 
     Raises:
-        CladoError: no data, no targets, or labels that are no classes.
+        CladoError: no data, no targets, labels that are no classes, or outputs that do not suit the loss.
     """
-    logits, labels = _outputs(model, data_loader, device)
-    must = "yield (inputs, targets) (images: in one subfolder per class)"
-    require(labels is not None, "evaluate", "data_loader", must, "inputs alone")
-    assert labels is not None
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    correct5 = (logits.topk(5).indices == labels[:, None]).any(1) if logits.shape[1] > 5 else None
-    return Score(losses, logits.argmax(1) == labels, correct5)
+    reader = _reader(model, "cross_entropy", device, forward_step, loss_func, "evaluate")
+    losses, hits, hits5 = [], [], []
+    for batch in _batches(model, data_loader, reader):
+        if batch.targets is None or loss_func is not None:
+            losses.append(batch.loss.reference(batch.output))
+            continue
+        logits, labels = batch.output.double().cpu(), batch.targets.cpu().long()
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+        hits.append(logits.argmax(1) == labels)
+        hits5 += [(logits.topk(5).indices == labels[:, None]).any(1)] if logits.shape[1] > 5 else []
+    return Score(torch.cat(losses), torch.cat(hits) if hits else None, torch.cat(hits5) if hits5 else None)
 
 
 def rerank(
@@ -102,6 +113,9 @@ def rerank(
     plans: Sequence[Plan],
     loss: str = "kl",
     device: str | torch.device | None = None,
+    *,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
 ) -> Plan:
     """The plan of least true loss increase on held-out samples; equals go to the smaller one.
 
@@ -111,6 +125,7 @@ def rerank(
         plans: at least one plan with bits; equal ones are evaluated once.
         loss: "kl" to the float model's outputs (no labels, and far less noise between plans) or "cross_entropy".
         device: where to run; None: where the model is.
+        forward_step, loss_func: as for :func:`clado.profile`.
 
     Returns:
         The winner, its ``info["rerank"]`` listing every plan's loss increase, and how far it is behind the winner with
@@ -118,11 +133,11 @@ def rerank(
         1.96 standard errors behind.
 
     Raises:
-        CladoError: no plans, no data, or no targets for the cross-entropy.
+        CladoError: no plans, no data, no targets for the cross-entropy, or outputs that do not suit the loss.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
-    increases = loss_increases(model, heldout, distinct, loss, device)
+    increases = loss_increases(model, heldout, distinct, loss, device, forward_step=forward_step, loss_func=loss_func)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
     compared = [
@@ -139,7 +154,7 @@ def rerank(
     decided = all(lead.mean().item() > 1.96 * standard_error(lead) for lead in leads)
     record = {
         "rerank": compared,
-        "rerank_loss": loss,
+        "rerank_loss": loss if loss_func is None else "user",
         "rerank_samples": increases.shape[1],
         "rerank_decided": decided,
     }
@@ -153,8 +168,11 @@ def loss_increases(
     loss: str = "kl",
     device: str | torch.device | None = None,
     verbose: bool = False,
+    *,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
 ) -> Tensor:
-    """True loss increase of every plan on every sample: float64 ``[plans, N]`` in nats; arguments as :func:`rerank`.
+    """True loss increase of every plan on every sample: float64 ``[plans, N]``; arguments as :func:`rerank`.
 
     Args:
         verbose: show a progress bar.
@@ -162,100 +180,120 @@ def loss_increases(
     Raises:
         CladoError: as :func:`rerank`.
     """
-    require(loss in LOSSES, "rerank", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
-    batches = list(heldout)
-    clean, labels = _outputs(model, batches, device)
-    known = loss == "kl" or labels is not None
-    require(known, "rerank", "heldout", "yield (inputs, targets) for cross_entropy", "inputs alone")
-    labels = None if loss == "kl" else labels
-    outputs = _plan_outputs(model, plans, batches, device, verbose)
-    return torch.stack([clado_ext.batched_ce(clean, (logits - clean)[None], labels)[0] for logits in outputs])
-
-
-def _outputs(
-    model: nn.Module, data_loader: Iterable[Any], device: str | torch.device | None
-) -> tuple[Tensor, Tensor | None]:
-    """Logits float64 ``[N, C]`` and labels ``[N]``, None where the loader gives none; on the CPU."""
-    require(not model.training, "evaluate", "model", "be in eval mode (model.eval())", "train mode")
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = common_dtype(model)
-    model = converted(model, place, dtype)
-    logits, labels = [], []
+    reader = _reader(model, loss, device, forward_step, loss_func, "rerank")
+    batches, model = list(heldout), folded(model)
+    for plan in plans:
+        check_fit(model, plan, "rerank")
     with torch.inference_mode(), full_precision():
-        for item in data_loader:
-            inputs, targets = split_batch(item, "evaluate")
-            try:
-                logits.append(model(moved_to(inputs, place, dtype)).double().cpu())
-            except Exception as error:  # whatever a model makes of inputs it does not take
-                if is_out_of_memory(error):
-                    raise
-                shape = tuple(inputs.shape)
-                raise CladoError(f"evaluate: model must take inputs {shape}, got {said(error)}") from error
-            check_targets(targets, logits[-1].shape[1])
-            if targets is not None:
-                labels.append(targets.cpu().long())
-    require(len(logits) > 0, "evaluate", "data_loader", "yield at least one sample", "none")
-    return torch.cat(logits), torch.cat(labels) if len(labels) == len(logits) else None
+        clean = [batch.loss.reference(batch.output) for batch in _batches(model, batches, reader)]
+        parts: list[list[Tensor]] = [[] for _ in plans]
+        runner = _runner(model, batches[0], plans, reader)
+        if runner is None:
+            for plan, own in zip(plans, parts, strict=True):
+                ran = _batches(apply(model, plan), batches, reader)
+                own += [batch.loss.increase_over(known, batch.output) for batch, known in zip(ran, clean, strict=True)]
+            return torch.stack([torch.cat(own) for own in parts])
+        under = _Planned(model, runner, plans, reader)
+        with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
+            for k, (item, known) in enumerate(zip(batches, clean, strict=True)):
+                inputs, targets = reader.parts(item)
+                moved = reader.moved(inputs)
+                measured = reader.loss(moved, targets, sample_count(moved))
+                for plan_number, output in under.outputs(moved):
+                    parts[plan_number].append(measured.increase_over(known, output))
+                show(k + 1)
+    return torch.stack([torch.cat(own) for own in parts])
 
 
-def _runner(
-    model: nn.Module, batch: Any, plans: Sequence[Plan], device: torch.device, dtype: torch.dtype
-) -> Runner | None:
+def _reader(
+    model: nn.Module,
+    loss: str,
+    device: str | torch.device | None,
+    forward_step: ForwardStep | None,
+    loss_func: LossFunc | None,
+    op: str,
+) -> Reader:
+    require(not model.training, op, "model", "be in eval mode (model.eval())", "train mode")
+    first = next(model.parameters())
+    place = torch.device(device) if device is not None else first.device
+    return Reader(place, common_dtype(model), loss, forward_step=forward_step, loss_func=loss_func, op=op)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a model made of one of the loader's batches, and the loss of that."""
+
+    output: Any
+    targets: Tensor | None
+    loss: Loss
+
+
+def _batches(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> Iterator[_Batch]:
+    """Every batch, run by a model; raises where there is none, or the output does not suit the loss."""
+    model, samples = converted(model, reader.device, reader.dtype), 0
+    for item in data_loader:
+        inputs, targets = reader.parts(item)
+        moved = reader.moved(inputs)
+        with torch.inference_mode(), full_precision():
+            output = reader.outputs(model, moved)
+        known = replace(reader, classes=reader.classes_of(output))
+        samples += sample_count(moved)
+        yield _Batch(output, targets, known.loss(moved, targets, sample_count(moved)))
+    require(samples > 0, reader.op, "data_loader", "yield at least one sample", "none")
+
+
+def _runner(model: nn.Module, batch: Any, plans: Sequence[Plan], reader: Reader) -> Runner | None:
     """What runs the model under one plan after the other; None where it does not know every weight of the plans."""
-    inputs = split_batch(batch, "evaluate")[0]
+    if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither
+        return None
     try:
-        runner = open_runner(model, inputs, quantize_ends=True, device=device, dtype=dtype, stacked=False, op="rerank")
+        runner = open_runner(
+            model,
+            reader.parts(batch)[0],
+            quantize_ends=True,
+            forward_step=reader.step,
+            device=reader.device,
+            dtype=reader.dtype,
+            stacked=False,
+            op=reader.op,
+        )
     except CladoError:  # none of the layers that a runner knows
         return None
     known = {layer.name for layer in runner.layers}
     return runner if all(known.issuperset(plan.schemes) for plan in plans) else None
 
 
-def _plan_outputs(
-    model: nn.Module,
-    plans: Sequence[Plan],
-    batches: Sequence[Any],
-    device: str | torch.device | None,
-    verbose: bool = False,
-) -> list[Tensor]:
-    """Logits float64 ``[N, C]`` under each plan; plans that agree on the first layers share that part of the forward."""
-    model = folded(model)
-    for plan in plans:
-        check_fit(model, plan, "rerank")
-    if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither
-        return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = common_dtype(model)
-    with torch.inference_mode(), full_precision():
-        runner = _runner(model, batches[0], plans, place, dtype)
-        if runner is None:
-            return [_outputs(apply(model, plan), batches, device)[0] for plan in plans]
-        layers = runner.layers
-        parts: list[list[Tensor]] = [[] for _ in plans]
+class _Planned:
+    """A runner under several plans: those that agree on the first layers share that part of the forward."""
 
-        @cache
-        def variant(k: int, m: int) -> Tensor:
-            one = Candidates.uniform((layers[k],), (plans[m].schemes[layers[k].name],))
-            return variants(model, one, plans[m].quantizer, place, dtype, plans[m].rounded)[0][0]
+    def __init__(self, model: nn.Module, runner: Runner, plans: Sequence[Plan], reader: Reader) -> None:
+        self.model, self.runner, self.plans, self.reader = model, runner, plans, reader
+        self._weights: dict[tuple[int, int], Tensor] = {}
 
-        def walk(state: Any, k: int, members: list[int]) -> None:
-            state = runner.advance(state, k)
-            if k == runner.num_layers:
-                logits = runner.finish(state)[0].double().cpu()
-                for m in members:
-                    parts[m].append(logits)
-                return
-            groups: dict[Any, list[int]] = {}
-            for m in members:
-                scheme = plans[m].schemes.get(layers[k].name)
-                groups.setdefault((plans[m].quantizer, plans[m].rounding, scheme), []).append(m)
-            for (*_, scheme), group in groups.items():
-                planned = state if scheme is None else runner.fork(state, k, [variant(k, group[0])])
-                walk(planned, k + 1, group)
+    def outputs(self, inputs: Any) -> Iterator[tuple[int, Any]]:
+        """(plan, what the model gives under it), every plan once."""
+        yield from self._walk(self.runner.start(inputs), 0, list(range(len(self.plans))))
 
-        with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
-            for k, item in enumerate(batches):
-                inputs = split_batch(item, "evaluate")[0]
-                walk(runner.start(moved_to(inputs, place, dtype)), 0, list(range(len(plans))))
-                show(k + 1)
-    return [torch.cat(part) for part in parts]
+    def _walk(self, state: Any, k: int, members: list[int]) -> Iterator[tuple[int, Any]]:
+        state = self.runner.advance(state, k)
+        if k == self.runner.num_layers:
+            output = self.runner.outputs(state)[0]
+            yield from ((m, output) for m in members)
+            return
+        groups: dict[Any, list[int]] = {}
+        for m in members:
+            plan = self.plans[m]
+            scheme = plan.schemes.get(self.runner.layers[k].name)
+            groups.setdefault((plan.quantizer, plan.rounding, scheme), []).append(m)
+        for (*_, scheme), group in groups.items():
+            planned = state if scheme is None else self.runner.fork(state, k, [self._weight(k, group[0])])
+            yield from self._walk(planned, k + 1, group)
+
+    def _weight(self, k: int, m: int) -> Tensor:
+        """Of layer k under plan m."""
+        if (k, m) not in self._weights:
+            layer, plan, reader = self.runner.layers[k], self.plans[m], self.reader
+            one = Candidates.uniform((layer,), (plan.schemes[layer.name],))
+            made = variants(self.model, one, plan.quantizer, reader.device, reader.dtype, plan.rounded)
+            self._weights[k, m] = made[0][0]
+        return self._weights[k, m]

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, alone, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
     from .estimators import ESTIMATORS, Later
+    from .losses import LogitLoss, Loss, LossFunc, UserLoss
     from .open import open_run
     from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
+    from .reader import Reader, all_finite, sample_count
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
@@ -28,13 +30,19 @@ __all__ = [
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",
+    "LogitLoss",
+    "Loss",
+    "LossFunc",
     "Options",
     "PairTask",
     "Ranks",
+    "Reader",
     "Run",
     "RunPlan",
     "SampleStream",
     "Sums",
+    "UserLoss",
+    "all_finite",
     "alone",
     "corrected_entries",
     "entries",
@@ -44,6 +52,7 @@ __all__ = [
     "profile",
     "read_progress",
     "recorded",
+    "sample_count",
     "sample_digests",
     "torchrun_group",
     "writing",

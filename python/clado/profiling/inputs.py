@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..common import progress_bar
 from ..graph import Runner, converted
 from ..quant import ActivationRanges, calibrate
-from .losses import UserLoss
-from .reader import Reader, first_of_batch
+from .reader import Reader, first_of_batch, sample_count
 from .samples import SampleStream
 
 # Samples that calibrate ranges at most; batches of them at most, and samples of a batch at least.
@@ -40,18 +38,16 @@ class InputLoss:
 
 
 def calibrated(
-    model: nn.Module, runner: Runner, stream: SampleStream, reader: Reader, samples: int, verbose: bool
+    model: nn.Module, runner: Runner, stream: SampleStream, reader: Reader, bits: int, samples: int, verbose: bool
 ) -> ActivationRanges:
-    """Ranges of the inputs of a runner's layers on the first samples of the set."""
-    bits = reader.options.act_bits
-    assert bits is not None
+    """Ranges of the inputs of a runner's layers on the first samples of the set, for ``bits`` bits."""
     with progress_bar("calibrate", samples, "samples", verbose) as show:
 
         def batches() -> Iterator[Any]:
             done = 0
             for part in _early(stream, samples):
                 yield reader.moved(reader.parts(part)[0])
-                done += len(pytree.tree_leaves(part)[0])
+                done += sample_count(part)
                 show(done)
 
         moved = converted(model, reader.device, reader.dtype)
@@ -69,14 +65,9 @@ def input_loss(plain: Runner, rounded: Runner, stream: SampleStream, reader: Rea
 def _increases(plain: Runner, rounded: Runner, part: Any, reader: Reader) -> Tensor:
     inputs, targets = reader.parts(part)
     moved = reader.moved(inputs)
-    loss = reader.loss(moved, targets, len(pytree.tree_leaves(moved)[0]))
-    if isinstance(loss, UserLoss):
-        clean, changed = loss.values([runner.outputs(runner.start(moved))[0] for runner in (plain, rounded)])
-        gap: Tensor = changed - clean
-        return gap.cpu()
-    logits, other = (runner.clean(runner.start(moved)) for runner in (plain, rounded))
-    found: Tensor = loss.increase(logits, (other - logits)[None])[0].cpu()
-    return found
+    loss = reader.loss(moved, targets, sample_count(moved))
+    clean, changed = (runner.outputs(runner.start(moved))[0] for runner in (plain, rounded))
+    return loss.increase_over(loss.reference(clean), changed)
 
 
 def _early(stream: SampleStream, samples: int) -> Iterator[Any]:

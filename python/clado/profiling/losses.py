@@ -27,6 +27,23 @@ class LogitLoss:
 
     target: Tensor | None
 
+    def reference(self, output: Any) -> Tensor:
+        """What :meth:`increase_over` keeps of the float model's output: the logits, float64 on the CPU."""
+        logits: Tensor = output.double().cpu()
+        return logits
+
+    def increase_over(self, reference: Tensor, output: Any) -> Tensor:
+        """Loss increase ``[N]`` float64, on the CPU, of another output."""
+        labels = None if self.target is None else self.target.cpu()
+        found: Tensor = clado_ext.batched_ce(reference, (output.double().cpu() - reference)[None], labels)[0]
+        return found
+
+    def probabilities(self, reference: Tensor) -> Tensor:
+        """What the loss compares with, ``[N, C]`` float64: the float model's probabilities, or the labels."""
+        if self.target is None:
+            return reference.softmax(-1)
+        return torch.nn.functional.one_hot(self.target.cpu(), reference.shape[-1]).double()
+
     def increase(self, logits: Tensor, delta: Tensor) -> Tensor:
         """Loss increase ``[S, N]`` float64, for clean logits ``[N, C]`` and changes ``[S, N, C]``."""
         return clado_ext.batched_ce(logits, delta, self.target)
@@ -83,11 +100,21 @@ class UserLoss:
         function: differentiable in the output for the gradient estimator.
         batch: the chunk's batch.
         samples: N.
+        op: what is said to need the loss.
     """
 
     function: LossFunc
     batch: Any
     samples: int
+    op: str = "profile"
+
+    def reference(self, output: Any) -> Tensor:
+        """What :meth:`increase_over` keeps of the float model's output: its losses, float64 on the CPU."""
+        return self.losses(output).double().cpu()
+
+    def increase_over(self, reference: Tensor, output: Any) -> Tensor:
+        """Loss increase ``[N]`` float64, on the CPU, of another output."""
+        return self.reference(output) - reference
 
     def losses(self, output: Any) -> Tensor:
         """Loss ``[N]`` of every sample."""
@@ -98,7 +125,7 @@ class UserLoss:
             )
         require(
             isinstance(value, Tensor) and value.shape == (self.samples,),
-            "profile",
+            self.op,
             "loss_func",
             f"return a loss per sample [{self.samples}] or their mean",
             tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__,
@@ -116,7 +143,7 @@ class UserLoss:
         except Exception as error:  # whatever the user's code raises
             if is_out_of_memory(error):
                 raise
-            raise CladoError(f"profile: loss_func must take (output, batch), got {said(error)}") from error
+            raise CladoError(f"{self.op}: loss_func must take (output, batch), got {said(error)}") from error
 
     def _one(self, nest: Any, n: int) -> Any:
         def row(leaf: Any) -> Any:

@@ -58,20 +58,26 @@ def open_run(
     device = options.device or next(model.parameters()).device
     if options.precision == "auto":
         options = replace(options, precision=auto_precision(device, options.estimator))
-    reader = Reader(options, device, PRECISIONS[options.precision])
-    inputs = _checked(first, reader)
+    reader = Reader(
+        device,
+        PRECISIONS[options.precision],
+        options.loss,
+        forward_step=options.forward_step,
+        loss_func=options.loss_func,
+    )
+    inputs = reader.parts(first)[0]
 
     act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
     only = None if task is None else [layer.name for layer in task.candidates.layers]
-    plain, ranges = _opened(model, inputs, reader, only), None if task is None else task.ranges
+    plain, ranges = _opened(model, inputs, reader, options, only), None if task is None else task.ranges
     whole = plain
     if options.act_bits is not None:
-        ranges = calibrated(model, plain, stream, reader, act_samples, verbose)
+        ranges = calibrated(model, plain, stream, reader, options.act_bits, act_samples, verbose)
     if ranges is not None:
         model = quantize_activations(model, ranges, plain.layers)
-        plain = _opened(model, inputs, reader, only)
+        plain = _opened(model, inputs, reader, options, only)
     example = two_samples(reader.moved(inputs))
-    reader = replace(reader, classes=check_output(_output(plain, example), options.loss))
+    reader = replace(reader, classes=check_output(_output(plain, example), reader))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
     rounded, moments = None if task is None else task.rounded, None
     if task is None and needs_moments(options.rounding):
@@ -81,7 +87,7 @@ def open_run(
             if dry:
                 moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
             else:
-                rounded = made_from(model, plain, candidates, stream, reader, first_ones, verbose)
+                rounded = made_from(model, plain, candidates, stream, reader, options, first_ones, verbose)
                 plain.work = 0.0
 
     @cache
@@ -94,7 +100,7 @@ def open_run(
         notes.append(lost.words(options.act_bits))
         probed["activation_loss"] = asdict(lost)
     if options.precision in LOW_PRECISIONS:
-        runner, probed = _lowered(plain, every, first, reader, stream.expected, known.get("products"), notes)
+        runner, probed = _lowered(plain, every, first, reader, options, stream.expected, known.get("products"), notes)
     kept_plain = options.precision in LOW_PRECISIONS and runner is plain
     products = "float32" if kept_plain else options.precision
     widest = max(candidates.counts) if task is None else 1
@@ -148,8 +154,7 @@ def open_run(
     )
 
 
-def _opened(model: nn.Module, inputs: Any, reader: Reader, only: Sequence[str] | None) -> Runner:
-    options = reader.options
+def _opened(model: nn.Module, inputs: Any, reader: Reader, options: Options, only: Sequence[str] | None) -> Runner:
     return open_runner(
         model,
         inputs,
@@ -160,18 +165,6 @@ def _opened(model: nn.Module, inputs: Any, reader: Reader, only: Sequence[str] |
         device=reader.device,
         dtype=reader.dtype,
     )
-
-
-def _checked(first: Any, reader: Reader) -> Any:
-    """What the model is run on of the first batch; raises unless the options fit such batches."""
-    options = reader.options
-    plain = options.forward_step is not None or isinstance(first, (Tensor, tuple, list))
-    must = "be given for batches that are neither inputs nor (inputs, …)"
-    require(plain or not options.whole_batches, "profile", "forward_step", must, type(first).__name__)
-    inputs, targets = reader.parts(first)
-    labelled = options.loss != "cross_entropy" or targets is not None
-    require(labelled, "profile", "data_loader", "yield (inputs, targets) for cross_entropy", "inputs alone")
-    return inputs
 
 
 def _of_model(model: nn.Module, runner: Runner, ranges: ActivationRanges | None) -> dict[str, Any]:
@@ -219,16 +212,12 @@ def _output(runner: Runner, example: Any) -> Any:
     return output
 
 
-def check_output(output: Any, loss: str) -> int:
+def check_output(output: Any, reader: Reader) -> int:
     """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
-    if loss == "user":
-        return 0
-    fits = isinstance(output, Tensor) and output.dim() == 2
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    require(fits, "profile", "model", "return logits [N, C] (other outputs need loss_func)", f"shape {shape}")
-    finite = bool(torch.isfinite(output).all())
-    require(finite, "profile", "model", "return finite logits", "NaN or infinity")
-    return int(output.shape[1])
+    classes = reader.classes_of(output)
+    if reader.loss_func is None:
+        require(bool(torch.isfinite(output).all()), "profile", "model", "return finite logits", "NaN or infinity")
+    return classes
 
 
 def _lowered(
@@ -236,6 +225,7 @@ def _lowered(
     variants: Any,
     first: Any,
     reader: Reader,
+    options: Options,
     num_samples: int,
     decided: str | None,
     notes: list[str],
@@ -244,7 +234,7 @@ def _lowered(
 
     ``decided``: what an earlier call of this run found; a run keeps to it.
     """
-    precision = reader.options.precision
+    precision = options.precision
     low = in_precision(runner, precision)
     if low is None:
         reason = "differences are carried through a graph, and there is none"
@@ -256,7 +246,7 @@ def _lowered(
         return reader.loss(batch, targets, len(pytree.tree_leaves(batch)[0]))
 
     given: Variants = variants()
-    found = probe(runner, given, reader.moved(inputs), loss, reader.options.estimator, precision, num_samples)
+    found = probe(runner, given, reader.moved(inputs), loss, options.estimator, precision, num_samples)
     if found["good"] if decided is None else decided == precision:
         return low, {"probe": found}
     notes.append(

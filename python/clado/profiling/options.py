@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -364,9 +364,10 @@ class Options(Arguments):
         return Quantizer(self.group_size, self.scale_steps, self.symmetric)
 
     @property
-    def whole_batches(self) -> bool:
-        """Whether the user's own functions get the loader's batches as they are."""
-        return self.loss_func is not None or self.forward_step is not None
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The user's own functions, by argument."""
+        both = {"forward_step": self.forward_step, "loss_func": self.loss_func}
+        return {name: function for name, function in both.items() if function is not None}
 
     def candidates(self, layers: Sequence[Layer]) -> Candidates:
         """What is measured on these layers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def profile(model: nn.Module, data_loader: Iterable[Any], options: Options, *, v
     """
     folder = options.output_dir if is_writer() else None
     with alone(folder, "profile"), heap(keep=options.max_memory is None), full_precision(), torch.no_grad():
-        return open_run(model, data_loader, options, verbose).measure(verbose)
+        sens = open_run(model, data_loader, options, verbose).measure(verbose)
+        return replace(sens, functions=options.functions)
 
 
 @takes(Options)

@@ -82,6 +82,7 @@ def made_from(
     candidates: Candidates,
     stream: SampleStream,
     reader: Reader,
+    options: Options,
     samples: int,
     verbose: bool,
 ) -> Rounded:
@@ -93,7 +94,7 @@ def made_from(
     Raises:
         CladoError: moments that are not finite, data that fails, labels that are no classes.
     """
-    options, ranks = reader.options, Ranks(reader.device)
+    ranks = Ranks(reader.device)
     assert options.rounding is not None
     mine = shares(candidates, ranks.world)[ranks.rank]
     moments, digests = second_moments(runner, stream, reader, samples, mine, verbose)

@@ -17,8 +17,10 @@ from torch import nn
 from ..artifacts import PLAN_FILE, Plan, Sensitivity
 from ..common import CladoError, FileError, require, write_json
 from ..deploy import MODEL_FILE
+from ..graph import ForwardStep
+from ..profiling import LossFunc, sample_count
 from ..quant import PACKED, SCALE, ZERO_POINT
-from ..runs import RUN_FILE, heldout_data, load_run, that_chose
+from ..runs import RUN_FILE, functions, heldout_data, load_run, that_chose
 from ..runs import heldout as heldout_of
 from ..solver import pareto
 from .measured import Record, load_measured, measure, measured_key, named, random_plans, save_measured, uniform_plans
@@ -64,6 +66,8 @@ def gather(
     heldout: Iterable[Any] | None = None,
     data: str | None = None,
     num_samples: int | None = None,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
     device: str | None = None,
     verbose: bool = True,
 ) -> Contents:
@@ -75,6 +79,7 @@ def gather(
         heldout: batches to run plans on; they must not have made the matrix. None: by ``data``.
         data: image folder for the same; None: what the run's data has left.
         num_samples: images of ``data`` to run plans on; 0: run none; None: as many as the last report of the run, or 256.
+        forward_step, loss_func: as for :func:`clado.profile`; None: those that the run directory notes.
         device: where to run plans.
         verbose: show progress.
 
@@ -103,7 +108,9 @@ def gather(
         done = {tuple(record["schemes"]) for record in records}
         missing = [p for labels, p in distinct.items() if labels not in done]
         if missing and model is not None:
-            records = records + measure(sens, missing, model, batches(), device, verbose)
+            given = {"forward_step": forward_step, "loss_func": loss_func}
+            own = functions(note) | {name: value for name, value in given.items() if value is not None}
+            records = records + measure(sens, missing, model, batches(), device, verbose, **own)
             with _kept(folder, remarks):
                 save_measured(folder, key, records)
     except CladoError as error:
@@ -206,5 +213,5 @@ def _samples(
     key["at_most"] = num_samples or (known.get("at_most") if same else None) or SAMPLES
     loaded, spec, note = load_run(str(folder))
     batches = heldout_of(loaded, spec, note, data, key["at_most"], BATCH, skip)
-    count = sum(len(batch[0]) for batch in batches)
+    count = sum(map(sample_count, batches))
     return key, lambda: batches, model or loaded, f"{count:,} images of {source} that neither measured nor chose"

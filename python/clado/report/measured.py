@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..artifacts import Plan, Sensitivity
-from ..common import CladoError, atomic_file
+from ..common import CladoError, atomic_file, require
+from ..graph import ForwardStep
 from ..improve import loss_increases, standard_error
+from ..profiling import LossFunc
 from ..quant import Scheme, scheme_names
 
 MEASURED_FILE = "measured.json"
@@ -59,6 +61,9 @@ def measure(
     heldout: Iterable[Any],
     device: str | None = None,
     verbose: bool = True,
+    *,
+    forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
 ) -> list[Record]:
     """Run plans on samples that neither made the matrix nor chose among them.
 
@@ -67,15 +72,23 @@ def measure(
         plans: distinct plans with bits.
         model: the float model.
         heldout: batches of inputs or (inputs, targets).
+        forward_step, loss_func: as for :func:`clado.profile`; None: those that ``sens`` was measured with, where it knows them.
 
     Returns:
-        One record per plan: schemes and bits in layer order, predicted and measured loss increase in nats, and the
+        One record per plan: schemes and bits in layer order, predicted and measured loss increase, and the
         standard error of the latter over samples (None for a single sample).
 
     Raises:
         CladoError: as :func:`clado.rerank`.
     """
-    increases = loss_increases(model, heldout, plans, sens.provenance.loss or "kl", device, verbose)
+    forward_step = forward_step or sens.functions.get("forward_step")
+    loss_func = loss_func or sens.functions.get("loss_func")
+    own = loss_func is not None or sens.provenance.loss != "user"
+    require(own, "report", "loss_func", "be given for a matrix that was measured under one", "none")
+    how = sens.provenance.loss or "kl"
+    increases = loss_increases(
+        model, heldout, plans, how, device, verbose, forward_step=forward_step, loss_func=loss_func
+    )
     return [
         {
             "schemes": list(plan.schemes.values()),

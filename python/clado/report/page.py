@@ -32,7 +32,7 @@ def write_report(run: str | os.PathLike[str], path: str | os.PathLike[str] | Non
         run: run directory; what the report has to make (the frontier, the plans it runs) is kept there.
         path: file to write; None: ``report.html`` in the run directory.
         **arguments: as :func:`clado.report.gather`: ``model`` and ``heldout`` where the run directory does not say how to
-            build them, ``num_samples``, ``data``, ``device``, ``verbose``.
+            build them, ``num_samples``, ``data``, ``forward_step``, ``loss_func``, ``device``, ``verbose``.
 
     Raises:
         CladoError: no matrix there, a plan of another run, or no vl-convert.

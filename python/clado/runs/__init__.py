@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .names import named
     from .rundir import (
         RUN_FILE,
+        example,
+        functions,
         heldout,
         heldout_data,
         load_run,
@@ -31,6 +33,8 @@ __all__ = [
     "ModelSpec",
     "build_data",
     "build_model",
+    "example",
+    "functions",
     "heldout",
     "heldout_data",
     "load_data",

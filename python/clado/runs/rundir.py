@@ -9,12 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
 from ..artifacts import Plan
 from ..common import CladoError, require, write_json
 from .data import build_data
 from .models import ModelSpec, build_model
+from .names import named
 
 RUN_FILE = "model.json"
+FUNCTIONS = ("forward_step", "loss_func")  # of the user's, as the note names them
 
 
 def load_run(run: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -44,13 +49,14 @@ def write_note(
     seed: int,
     command: str,
     heldout: str | None = None,
+    forward_step: str | None = None,
     loss_func: str | None = None,
 ) -> None:
     """Note how the model was built, what was measured on which data, by which command and with which versions.
 
     Args:
         heldout: data that later stages take where none is named; None: what ``data`` has left.
-        loss_func: the user's loss as it was named; None: one of clado's.
+        forward_step, loss_func: the user's functions as they were named; None: the model itself, one of clado's losses.
     """
     note = {
         "spec": spec.to_json(),
@@ -60,7 +66,7 @@ def write_note(
         "command": command,
         "versions": versions(),
     }
-    more = {"heldout": heldout, "loss_func": loss_func}
+    more = {"heldout": heldout, "forward_step": forward_step, "loss_func": loss_func}
     write_json(folder / RUN_FILE, {**note, **{name: value for name, value in more.items() if value is not None}})
 
 
@@ -76,6 +82,21 @@ def versions() -> dict[str, str]:
     return {**known, "platform": f"{platform.system()} {platform.machine()}"}
 
 
+def functions(note: dict[str, Any]) -> dict[str, Any]:
+    """{"forward_step", "loss_func": the user's own that a run was profiled with}, where it notes any.
+
+    Raises:
+        CladoError: one that cannot be imported from here.
+    """
+    return {name: named("run", name, note[name]) for name in FUNCTIONS if name in note}
+
+
+def example(model: Any, spec: Any, note: dict[str, Any], count: int) -> Any:
+    """So many images as one forward takes them: a batch for the run's ``forward_step``, inputs without one."""
+    batch = heldout(model, spec, {**note, "num_samples": 0}, None, count, count)[0]
+    return batch if "forward_step" in note or isinstance(batch, Tensor) else batch[0]
+
+
 def heldout_data(note: dict[str, Any], data: str | None) -> str:
     """Where held-out images come from: what was asked for, else what the run notes, else the data that was profiled."""
     return data or note.get("heldout") or note["data"]
@@ -89,11 +110,12 @@ def heldout(
     profiled = note["num_samples"] if source == note["data"] else 0
     batches: list[Any] = []
     left = sys.maxsize if count is None else count
+    any_nest = any(name in note for name in FUNCTIONS)
     for item in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
-        known = isinstance(item, (tuple, list)) and 1 <= len(item) <= 2
+        known = any_nest or (isinstance(item, (tuple, list)) and 1 <= len(item) <= 2)
         require(known, "data", source, "yield (inputs, targets) for this", type(item).__name__)
-        batches.append(tuple(part[:left] for part in item))
-        left -= len(item[0])
+        batches.append(tree_map(lambda part, most=left: part[:most], item))
+        left -= len(tree_leaves(item)[0])
         if left <= 0:
             break
     return batches

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...artifacts import Plan
 from ...quant import Layer, Quantized, codes
+from ..flat import ForwardStep
 
 O = TypeVar("O")  # noqa: E741  the options of a format
 
@@ -25,12 +26,13 @@ class NoOptions:
 class Request(Generic[O]):
     """A model, its plan, and the options of the format.
 
-    ``model`` holds what was adapted with the plan's weights.
+    ``model`` holds what was adapted with the plan's weights; ``forward_step`` runs it, None: itself.
     """
 
     model: nn.Module
     plan: Plan
     options: O
+    forward_step: ForwardStep | None = None
 
     @cached_property
     def codes(self) -> dict[str, Quantized]:
@@ -62,6 +64,7 @@ class Format(Generic[O]):
         files: every file that it may write; the first one is always there and tells an export from other folders.
         options: a dataclass of what a caller may choose: every field has a default and, in its metadata, a "help".
         kept: layers of the plan that have no place in the format and stay float.
+        notes: what is to be known of a written folder, in a line each.
     """
 
     write: Callable[[Request[O], Path], tuple[int, int]]
@@ -70,6 +73,7 @@ class Format(Generic[O]):
     files: tuple[str, ...]
     options: type[O]
     kept: Callable[[Request[O]], list[Layer]] = lambda _: []
+    notes: Callable[[Request[O], Path], tuple[str, ...]] = lambda request, folder: ()
 
     @property
     def takes(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from ...common import CladoError, require, said
 from ...quant import ActivationRanges, Layer, Quantized, modules, quantize_activations
 from ..applied import dequantized
+from ..flat import INPUT, LOGITS, Face, face_of
 from . import base
 
 MODEL_FILE = "model.onnx"
 _DATA_FILE = f"{MODEL_FILE}.data"
-INPUT, OUTPUT = "input", "logits"
 OPSET, OPSET_INT2 = 21, 25  # int4 came with 21 (IR 10), int2 with 25 (IR 13)
 _IR_VERSION, _IR_VERSION_INT2 = 10, 13
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
@@ -45,8 +45,11 @@ _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
 class Options:
     """What a caller may choose."""
 
-    example: Tensor | None = field(
-        default=None, metadata={"help": "inputs [n, …]: what the graph takes; the batch size stays free"}
+    example: Any = field(
+        default=None,
+        metadata={
+            "help": "inputs [n, …], a tuple or dict of arguments, or a batch for forward_step: what the graph takes"
+        },
     )
     activations: Mapping[str, tuple[float, float]] | None = field(
         default=None,
@@ -57,6 +60,7 @@ class Options:
 
 
 Request = base.Request[Options]
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
@@ -64,7 +68,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
-    model = _export(request).model
+    model = _export(request)
     _inline(model)
     quantized: set[str] = set()
     ranges = _ranges(request)
@@ -74,6 +78,9 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         quantized |= _quantize(ir, model.graph, request, layer, layer.name in ranges)
     leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
     _clean(model)
+    for value in list(model.graph.inputs):
+        if not value.uses():  # such as labels that came with the example
+            model.graph.inputs.remove(value)
     model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
     model.producer_name = "clado"
     written = sum(model.graph.initializers[name].const_value.nbytes for name in quantized), leftovers
@@ -94,40 +101,78 @@ def verify(request: Request, folder: Path) -> str:
     takes the logits.
     """
     require(os.path.isfile(folder / MODEL_FILE), "verify", "path", "hold an export for onnx", folder)
-    example, ranges = _example(request), _ranges(request)
+    ranges = _ranges(request)
     _check_rounding(folder, ranges)
+    batches = _batches(request, folder)
     model = dequantized(request.model, replace(request.plan, activations=None), request.codes)
-    plain = _logits(model, example)
+    plain = [_outputs(model, face) for face in batches]
     with _without_rounding(folder) as bare:
-        error = _gap(_run_twice(bare, example), plain)
+        error = _gap([outputs_of(bare, face.inputs) for face in batches], plain)
+    shown = ", ".join(batches[0].outputs)
     must = "equal those of clado.apply"
-    require(error <= _TOLERANCE, "verify", "logits", f"{must} within {_TOLERANCE:g}", f"{error:.1e}")
+    require(error <= _TOLERANCE, "verify", shown, f"{must} within {_TOLERANCE:g}", f"{error:.1e}")
+    said = f"onnxruntime gives {'the logits' if shown == LOGITS else shown} of clado.apply within {error:.1e} of the largest"
     if not ranges:
-        return f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest"
-    pairs = {layer.name: (low, high) for layer, low, high in ranges.values()}
-    layers = [layer for layer, _, _ in ranges.values()]
-    rounded = _logits(quantize_activations(model, ActivationRanges(8, pairs), layers), example)
-    whole, allowed = _gap(_run_twice(folder, example), rounded), max(_TOLERANCE_ACTIVATIONS, _gap(plain, rounded))
-    require(whole <= allowed, "verify", "logits", f"{must} with rounded inputs within {allowed:.2g}", f"{whole:.1e}")
-    return (
-        f"onnxruntime gives the logits of clado.apply within {error:.1e} of the largest, and within {whole:.1e} where "
-        f"the inputs of {len(ranges)} layers are rounded"
-    )
+        return said
+    pairs = {name: (low, high) for name, (_, low, high) in ranges.items()}
+    rounding = quantize_activations(model, ActivationRanges(8, pairs), [layer for layer, _, _ in ranges.values()])
+    rounded = [_outputs(rounding, face) for face in batches]
+    whole = _gap([outputs_of(folder, face.inputs) for face in batches], rounded)
+    allowed = max(_TOLERANCE_ACTIVATIONS, _gap(plain, rounded))
+    require(whole <= allowed, "verify", shown, f"{must} with rounded inputs within {allowed:.2g}", f"{whole:.1e}")
+    return f"{said}, and within {whole:.1e} where the inputs of {len(ranges)} layers are rounded"
 
 
-def _logits(model: nn.Module, example: Tensor) -> np.ndarray[Any, Any]:
-    """Of the example and of its first sample alone."""
+def notes(request: Request, folder: Path) -> tuple[str, ...]:
+    """What the graph takes and gives, how many samples, and what of the example it does not read."""
+    graph, face = _import_ir().load(folder / MODEL_FILE).graph, _face(request)
+    read = [value.name for value in graph.inputs]
+    fixed, unread = _fixed(folder), [name for name in face.inputs if name not in read]
+    count = f"exactly {fixed} samples, which the model fixes" if fixed else "any number of samples"
+    left = [f"left out, since the outputs do not depend on it: {', '.join(unread)}"] if unread else []
+    return (f"the graph takes {', '.join(read)} and gives {', '.join(face.outputs)}, of {count}", *left)
+
+
+def _face(request: Request, op: str = "export") -> Face:
+    example = request.options.example
+    require(example is not None, op, "example", "be given for onnx: inputs [n, …]", "none")
+    return face_of(request.model, request.forward_step, example, op)
+
+
+def _batches(request: Request, folder: Path) -> list[Face]:
+    """The example and its first sample alone; the example where the graph takes no other number of samples."""
+    face, fixed = _face(request, "verify"), _fixed(folder)
+    if not fixed:
+        return [face.of(max(2, face.samples)), face.of(1)]
+    require(face.samples == fixed, "verify", "example", f"hold {fixed} samples, as the graph takes", face.samples)
+    return [face]
+
+
+def _fixed(folder: Path) -> int | None:
+    """The only number of samples that a graph takes; None where that is free."""
+    graph = _import_ir("verify").load(folder / MODEL_FILE).graph
+    return next((value.shape[0] for value in graph.inputs if isinstance(value.shape[0], int)), None)
+
+
+def _outputs(model: nn.Module, face: Face) -> Arrays:
     with torch.no_grad():
-        return np.asarray(torch.cat([model(example), model(example[:1])]).double().cpu().numpy())
+        found = face.module.under(model)(*face.inputs.values())
+    return {name: value.detach().cpu().numpy() for name, value in zip(face.outputs, found, strict=True)}
 
 
-def _run_twice(folder: Path, example: Tensor) -> np.ndarray[Any, Any]:
-    return np.concatenate([run(folder, example), run(folder, example[:1])])
+def _gap(found: Sequence[Arrays], wanted: Sequence[Arrays]) -> float:
+    """The largest difference as a share of the largest number of an output; of whole numbers the share that differs."""
+    return max(_off(a[name], b[name]) for a, b in zip(found, wanted, strict=True) for name in b)
 
 
-def _gap(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """The largest difference as a share of the largest logit."""
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+def _off(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    same = (found == wanted) | ((found != found) & (wanted != wanted))
+    if found.shape != wanted.shape or not np.issubdtype(wanted.dtype, np.floating):
+        return float(1 - np.mean(same)) if found.shape == wanted.shape else math.inf
+    a, b = np.where(same, 0.0, found.astype(float)), np.where(same, 0.0, wanted.astype(float))
+    difference = np.abs(a - b).max(initial=0.0)
+    finite = np.abs(wanted[np.isfinite(wanted)].astype(float)).max(initial=0.0)
+    return float(np.nan_to_num(difference / (finite or 1.0), nan=math.inf))
 
 
 def _check_rounding(folder: Path, ranges: Mapping[str, tuple[Layer, float, float]]) -> None:
@@ -165,25 +210,37 @@ def _without_rounding(folder: Path) -> Iterator[Path]:
 
 
 def run(folder: Path, inputs: Tensor) -> np.ndarray[Any, Any]:
-    """Outputs of an exported folder in onnxruntime on the CPU, activations kept in float32.
+    """The only output, for the only input, as :func:`outputs_of`."""
+    return next(iter(outputs_of(folder, {INPUT: inputs}).values()))
+
+
+def outputs_of(folder: Path, inputs: Mapping[str, Tensor]) -> Arrays:
+    """Outputs of an exported folder by name in onnxruntime on the CPU, activations kept in float32.
 
     Without ``session.qdq_matmulnbits_accuracy_level=1`` onnxruntime quantizes the activations of MatMuls it fuses with their
     weights to int8: faster, and off by up to 1 % of the largest logit.
 
     Raises:
-        CladoError: onnxruntime is not installed.
+        CladoError: onnxruntime is not installed, or does not run the graph on such inputs.
     """
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
         raise CladoError(f"verify: onnxruntime must be installed (pip install clado[onnx]), got {error}") from None
-    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run([OUTPUT], {INPUT: inputs.detach().cpu().numpy()})[0])
+    try:
+        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+        session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
+        fed = {value.name: inputs[value.name].detach().cpu().numpy() for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
+    except Exception as error:  # the checker and onnxruntime have their own
+        if isinstance(error, KeyError):
+            raise CladoError(f"verify: example must hold what the graph takes, got no {error.args[0]}") from None
+        raise CladoError(f"verify: onnxruntime must run the graph, got {' '.join(said(error).split())}") from error
 
 
 def _import_ir(op: str = "export") -> Any:
@@ -195,31 +252,33 @@ def _import_ir(op: str = "export") -> Any:
     return onnx_ir
 
 
-def _example(request: Request) -> Tensor:
-    example = request.options.example
-    require(example is not None, "export", "example", "be given for onnx: inputs [n, …]", "none")
-    assert example is not None
-    first = next(request.model.parameters())
-    example = example.to(first.device, first.dtype) if example.is_floating_point() else example.to(first.device)
-    return example if example.shape[0] > 1 else torch.cat([example, example])
-
-
 def _export(request: Request) -> Any:
-    """The graph with a free batch size, not yet optimized: weights still stand under their own names."""
-    example = _example(request)
+    """The graph, its batch size free unless the model fixes it, not yet optimized: weights stand under their own names."""
+    face = _face(request)
+    try:
+        model = _program(request, face.of(max(2, face.samples)), free=True)
+    except CladoError:  # a fixed size may be why; another reason is told once more
+        model = None
+    if model is None or any(isinstance(value.shape[0], int) for value in model.graph.inputs):
+        model = _program(request, face, free=False)
+    return model
+
+
+def _program(request: Request, face: Face, free: bool) -> Any:
     logger, before = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     logger.setLevel(logging.ERROR)
+    batch = {0: torch.export.Dim("batch")}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                request.model,
-                (example,),
+            made = torch.onnx.export(
+                face.module,
+                tuple(face.inputs.values()),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes={"tensors": (batch,) * len(face.inputs)} if free else None,
                 opset_version=OPSET_INT2 if _holds_int2(request) else OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                input_names=list(face.inputs),
+                output_names=list(face.outputs),
                 optimize=False,
                 verbose=False,
             )
@@ -230,6 +289,20 @@ def _export(request: Request) -> Any:
         raise CladoError(f"export: model must go through torch.onnx.export, got {said(reason)}") from error
     finally:
         logger.setLevel(before)
+    assert made is not None
+    _take_names(made.model.graph, face)
+    return made.model
+
+
+def _take_names(graph: Any, face: Face) -> None:
+    """The model's own names for its weights, and none of the inputs' and outputs' for anything else."""
+    for name in list(graph.initializers):
+        graph.initializers[name].name = name.removeprefix("model.")
+    reserved, outputs = {*face.inputs, *face.outputs}, set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in reserved and value not in outputs:
+                value.name += "_inside"
 
 
 def _floating(request: Request) -> set[str]:
@@ -348,7 +421,7 @@ def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
     owner = {module: layer for layer in plan.layers for module in modules(layer)}
     found: dict[str, tuple[Layer, float, float]] = {}
     for module, (low, high) in plan.activations.ranges.items():
-        layer = owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
+        layer = planned.get(module) or owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
         same = layer.name not in found or found[layer.name][1:] == (low, high)
         require(
             same, "export", f"layer {layer.name}", "have one range for onnx", "a weight shared by modules of several"
@@ -386,6 +459,11 @@ def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float)
         node.replace_input_with(0, again.outputs[0])
 
 
+def _scale_zero(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """The step of 255 over [low, high], and the code of zero."""
+    return np.float32((high - low) / 255), np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
+
+
 _PARTS = ("Gather", "Identity", "Reshape", "SequenceAt", "Slice", "Split", "SplitToSequence", "Squeeze", "Transpose")
 
 
@@ -398,11 +476,6 @@ def _products(weight: Any) -> list[Any]:
         elif use.idx == 0 and use.node.op_type in _PARTS:
             found |= {node: None for output in use.node.outputs for node in _products(output)}
     return list(found)
-
-
-def _scale_zero(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """The step of 255 over [low, high], and the code of zero."""
-    return np.float32((high - low) / 255), np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
 
 
 def _feeds_matmul_alone(node: Any) -> bool:
@@ -510,4 +583,4 @@ def _clean(model: Any) -> None:
     ClearMetadataAndDocStringPass()(model)
 
 
-FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, _DATA_FILE), options=Options)
+FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, _DATA_FILE), options=Options, notes=notes)

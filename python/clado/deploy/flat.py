@@ -1,0 +1,151 @@
+"""A model of any inputs and outputs as a function of tensors with names, as a file of its graph has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..common import CladoError, is_out_of_memory, moved_to, require, said
+
+ForwardStep = Callable[[nn.Module, Any], Any]
+INPUT, OUTPUT, LOGITS = (
+    "input",
+    "output",
+    "logits",
+)  # a single tensor's name, or what stands before a number; of one output
+
+
+class Flat(nn.Module):
+    """A model run on the tensors of an example, in order, that gives its outputs' tensors in order.
+
+    Without ``forward_step`` a tensor is the model's input, a tuple or list its arguments, a mapping its arguments by name.
+
+    Args:
+        example: nest of tensors ``[n, …]``; what is no tensor in it stays as it is.
+    """
+
+    def __init__(self, model: nn.Module, forward_step: ForwardStep | None, example: Any) -> None:
+        super().__init__()
+        self.model, self.forward_step = model, forward_step
+        self.leaves, self.structure = pytree.tree_flatten(example)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Every tensor of the output; one that is given twice, or is an input, as a copy."""
+        found, seen = [], {id(tensor) for tensor in tensors}
+        for leaf in pytree.tree_leaves(_nest(self.called(tensors))):
+            if isinstance(leaf, Tensor):
+                found.append(leaf.clone() if id(leaf) in seen else leaf)
+                seen.add(id(leaf))
+        return tuple(found)
+
+    def called(self, tensors: Sequence[Tensor]) -> Any:
+        """The model's own output."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        batch = pytree.tree_unflatten(leaves, self.structure)
+        if self.forward_step is not None:
+            return self.forward_step(self.model, batch)
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+
+    def under(self, model: nn.Module) -> Flat:
+        """The same of another model."""
+        made = Flat(model, self.forward_step, None)
+        made.leaves, made.structure = self.leaves, self.structure
+        return made.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+    """What a model shows: its inputs on an example, and its outputs, by name.
+
+    Attributes:
+        module: takes the inputs in order and gives the outputs in order.
+        inputs: {name: tensor ``[n, …]``}; outputs: names.
+    """
+
+    module: Flat
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def of(self, samples: int) -> Face:
+        """With so many samples, repeated where there are fewer."""
+        index = torch.arange(samples) % self.samples
+        return dataclasses.replace(self, inputs={name: x[index.to(x.device)] for name, x in self.inputs.items()})
+
+
+def face_of(model: nn.Module, forward_step: ForwardStep | None, example: Any, op: str) -> Face:
+    """Run the model once on an example, moved to where it is, and name what goes in and what comes out.
+
+    Keys and fields are names, places in a tuple numbers, arguments what the model's forward calls them.
+
+    Raises:
+        CladoError: no tensors ``[n, …]`` of one length, a forward that fails, or outputs without tensors.
+    """
+    first = next(model.parameters())
+    moved = pytree.tree_map(
+        lambda leaf: moved_to(leaf, first.device, first.dtype) if isinstance(leaf, Tensor) else leaf, example
+    )
+    module = Flat(model, forward_step, moved).eval()
+    tensors = [leaf for leaf in module.leaves if isinstance(leaf, Tensor)]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    sound = bool(shapes) and all(shapes) and len({shape[0] for shape in shapes if shape}) == 1 and shapes[0][0] > 0
+    require(sound, op, "example", "hold tensors [n, …] of one length", shapes or type(example).__name__)
+    try:
+        with torch.no_grad():
+            output = _nest(module.called(tensors))
+    except Exception as error:  # whatever a model, or the user's code, makes of inputs it does not take
+        if isinstance(error, CladoError) or is_out_of_memory(error):
+            raise
+        raise CladoError(f"{op}: model must run on example, of shapes {shapes}, got {said(error)}") from error
+    given = _by_argument(model, moved) if forward_step is None and isinstance(moved, (tuple, list)) else moved
+    names = _names(given, INPUT, INPUT, dict(model.state_dict()))
+    single = LOGITS if isinstance(output, Tensor) else OUTPUT
+    outputs = _names(output, single, OUTPUT, {*model.state_dict(), *names})
+    require(bool(outputs), op, "model", "return tensors", type(output).__name__)
+    return Face(module, dict(zip(names, tensors, strict=True)), tuple(outputs))
+
+
+def _nest(output: Any) -> Any:
+    """Mappings and dataclasses that pytrees do not know, as dictionaries."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
+        return {field.name: _nest(getattr(output, field.name)) for field in dataclasses.fields(output)}
+    if isinstance(output, Mapping):
+        return {key: _nest(value) for key, value in output.items()}
+    return output
+
+
+def _by_argument(model: nn.Module, values: Sequence[Any]) -> Any:
+    """{the forward's name of an argument: its value}; the values as they are where it has none."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return values
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return dict(zip(named, values, strict=False)) if len(named) >= len(values) else values
+
+
+def _names(nest: Any, single: str, root: str, taken: Collection[str]) -> list[str]:
+    """A name for every tensor of a nest: its path, after ``root`` where that begins with a number or is taken."""
+    found: list[str] = []
+    for path, leaf in pytree.tree_flatten_with_path(nest)[0]:
+        if not isinstance(leaf, Tensor):
+            continue
+        steps = [str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path]
+        name = "_".join(steps) or single
+        name = f"{root}_{name}" if name[0].isdigit() or name in taken else name
+        while name in taken or name in found:
+            name += "_"
+        found.append(name)
+    return found
