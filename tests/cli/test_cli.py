@@ -448,7 +448,7 @@ def test_a_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path) ->
     refused(call("evaluate", run, "--data", tmp_path), "(images: in one subfolder per class), got inputs alone")
     refused(
         call("profile", *MODEL, *weights, *how, "--loss", "cross_entropy", "--output-dir", tmp_path / "ce"),
-        "yield (inputs, targets) for cross_entropy, got inputs alone",
+        "yield (inputs, targets) for cross_entropy (images: in one subfolder per class), got inputs alone",
     )
 
 
