@@ -127,7 +127,8 @@ def notes(request: Request, folder: Path) -> tuple[str, ...]:
     graph, face = _import_ir().load(folder / MODEL_FILE).graph, _face(request)
     read = [value.name for value in graph.inputs]
     fixed, unread = _fixed(folder), [name for name in face.inputs if name not in read]
-    count = f"exactly {fixed} samples, which the model fixes" if fixed else "any number of samples"
+    samples = "1 sample" if fixed == 1 else f"{fixed} samples"
+    count = f"exactly {samples}, which the model fixes" if fixed else "any number of samples"
     left = [f"left out, since the outputs do not depend on it: {', '.join(unread)}"] if unread else []
     return (f"the graph takes {', '.join(read)} and gives {', '.join(face.outputs)}, of {count}", *left)
 
