@@ -232,12 +232,15 @@ def outputs_of(folder: Path, inputs: Mapping[str, Tensor]) -> Arrays:
     try:
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
         session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
-        fed = {value.name: inputs[value.name].detach().cpu().numpy() for value in session.get_inputs()}
+        read = [value.name for value in session.get_inputs()]
+        missing = [name for name in read if name not in inputs]
+        require(not missing, "verify", "example", "hold what the graph takes", f"no {', '.join(missing)}")
+        fed = {name: inputs[name].detach().cpu().numpy() for name in read}
         names = [value.name for value in session.get_outputs()]
         return dict(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
+    except CladoError:
+        raise
     except Exception as error:  # the checker and onnxruntime have their own
-        if isinstance(error, KeyError):
-            raise CladoError(f"verify: example must hold what the graph takes, got no {error.args[0]}") from None
         raise CladoError(f"verify: onnxruntime must run the graph, got {' '.join(said(error).split())}") from error
 
 
