@@ -372,10 +372,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("solve {run} --avg-bits 3 --threads 0", "0 is not in the range x>=1"),
         ("solve {run} --avg-bits 3 --time-limit nan", "error: solve: time-limit must be a positive number, got nan"),
         (
-            "solve {run} --avg-bits 4 --refine 1",
-            "error: solve: loss of the run must be one of clado's own for --rerank",
+            "solve {run} --avg-bits 4 --rerank 4 --correct 4",
+            "error: solve: loss of the run must be one of clado's own for --correct, got that of --loss-func",
         ),
-        ("solve {run} --avg-bits 4 --rerank 4 --correct 4", "that of --loss-func and --rerank, --correct"),
         ("merge {run} --output-dir=", "error: merge: output-dir must name a folder, got ''"),
     ],
 )
@@ -449,7 +448,7 @@ def test_a_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path) ->
     refused(call("evaluate", run, "--data", tmp_path), "(images: in one subfolder per class), got inputs alone")
     refused(
         call("profile", *MODEL, *weights, *how, "--loss", "cross_entropy", "--output-dir", tmp_path / "ce"),
-        "yield (inputs, targets) for cross_entropy, got inputs alone",
+        "yield (inputs, targets) for cross_entropy (images: in one subfolder per class), got inputs alone",
     )
 
 

@@ -148,7 +148,7 @@ def test_a_batch_size_that_the_model_fixes_is_said(samples: int, tmp_path: Path)
     written = clado.export(net, plan, tmp_path / "out", "onnx", example=x)
     assert shapes(tmp_path / "out") == {"input": [samples, 12], "logits": [samples, 4]}
     assert written.notes == (
-        f"the graph takes input and gives logits, of exactly {samples} samples, which the model fixes",
+        f"the graph takes input and gives logits, of exactly {samples} sample{'s' * (samples > 1)}, which the model fixes",
     )
     assert close(writer.run(tmp_path / "out", x), clado.apply(net, plan)(x))
     verify(net, plan, tmp_path / "out", "onnx", example=x)

@@ -113,3 +113,18 @@ def test_what_whole_forwards_cannot_tell() -> None:
     assert whole.only([0, 2]).rehearsed(lambda *_: None, [variants[0], variants[2]], x, 4) is None
     assert whole.sample_bytes is None
     assert [layer.name for layer in whole.only([0, 2]).layers] == [whole.layers[k].name for k in (0, 2)]
+
+
+def test_what_fixes_the_batch_size_is_the_reason_that_is_told() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.query = nn.Linear(4, 4), nn.Parameter(torch.randn(1, 3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.body(x)[:, None] + self.query.expand(len(x), -1, -1)).mean(1)
+
+    note = open_runner(Fixed().eval(), torch.randn(3, 4), quantize_ends=True).note
+    assert note is not None
+    assert "specialized it to be a constant (2)" in note
+    assert "TORCH_LOGS" not in note

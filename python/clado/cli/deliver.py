@@ -25,8 +25,15 @@ from .base import COUNT, main
 @click.option(
     "--odd-widths", help="compressed-tensors with 3, 5, 6, 7 bits: dense (readers ≥ 0.18.0), padded (≤ 0.17.1)."
 )
+@click.option(
+    "--batch-size",
+    type=COUNT,
+    default=2,
+    show_default=True,
+    help="onnx: samples of the example, which the graph of a model that fixes their number keeps to.",
+)
 @click.option("--verify", is_flag=True, help="Then read it with a consumer of the format and compare.")
-def export(run: str, format_: str, out: str | None, odd_widths: str | None, verify: bool) -> None:
+def export(run: str, format_: str, out: str | None, odd_widths: str | None, batch_size: int, verify: bool) -> None:
     """Write the integer weights of the plan in RUN.
 
     \b
@@ -41,7 +48,7 @@ def export(run: str, format_: str, out: str | None, odd_widths: str | None, veri
     plan, target = _chosen(run), out or Path(run) / "out"
     options: dict[str, Any] = {"odd_widths": odd_widths}
     if format_ in deploy.FORMATS and "example" in deploy.FORMATS[format_].takes:
-        options["example"] = example(model, spec, note, 2)
+        options["example"] = example(model, spec, note, batch_size)
         options["forward_step"] = functions(note).get("forward_step")
     written = deploy.export(model, plan, target, format_, **options)
     click.echo(

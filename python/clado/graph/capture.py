@@ -161,15 +161,23 @@ def _export(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
             program: torch.export.ExportedProgram = torch.export.export(model, (example,), dynamic_shapes=shapes)
             program = program.run_decompositions({})  # decomposes nothing, but removes mutation
     except Exception as error:  # torch.export raises whatever the model's code raises
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NotCapturable(
-            f"capture: model must be exportable by torch.export with a dynamic batch, got {type(error).__name__}: {reason}"
+            "capture: model must be exportable by torch.export with a dynamic batch, got "
+            f"{type(error).__name__}: {_reason(error)}"
         ) from error
     # Another batch, dtype or device may lay values out so that none but a copy has the shape.
     for node in program.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     return program
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of torch's message; of constraints that are violated the first one."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")] or [""]
+    if lines[0].startswith("Constraints violated") and len(lines) > 1:
+        return lines[1].split(". ")[0]  # what follows is advice on torch's own arguments
+    return lines[0]
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def notes(request: Request, folder: Path) -> tuple[str, ...]:
     graph, face = _import_ir().load(folder / MODEL_FILE).graph, _face(request)
     read = [value.name for value in graph.inputs]
     fixed, unread = _fixed(folder), [name for name in face.inputs if name not in read]
-    count = f"exactly {fixed} samples, which the model fixes" if fixed else "any number of samples"
+    samples = "1 sample" if fixed == 1 else f"{fixed} samples"
+    count = f"exactly {samples}, which the model fixes" if fixed else "any number of samples"
     left = [f"left out, since the outputs do not depend on it: {', '.join(unread)}"] if unread else []
     return (f"the graph takes {', '.join(read)} and gives {', '.join(face.outputs)}, of {count}", *left)
 
@@ -234,12 +235,15 @@ def outputs_of(folder: Path, inputs: Mapping[str, Tensor]) -> Arrays:
     try:
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
         session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
-        fed = {value.name: inputs[value.name].detach().cpu().numpy() for value in session.get_inputs()}
+        read = [value.name for value in session.get_inputs()]
+        missing = [name for name in read if name not in inputs]
+        require(not missing, "verify", "example", "hold what the graph takes", f"no {', '.join(missing)}")
+        fed = {name: inputs[name].detach().cpu().numpy() for name in read}
         names = [value.name for value in session.get_outputs()]
         return dict(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
+    except CladoError:
+        raise
     except Exception as error:  # the checker and onnxruntime have their own
-        if isinstance(error, KeyError):
-            raise CladoError(f"verify: example must hold what the graph takes, got no {error.args[0]}") from None
         raise CladoError(f"verify: onnxruntime must run the graph, got {' '.join(said(error).split())}") from error
 
 
