@@ -29,6 +29,7 @@ RIVALS = {
     "gptqmodel",
     "llmcompressor",
     "model_compression_toolkit",
+    "torchvision",
 }
 
 

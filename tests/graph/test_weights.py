@@ -279,8 +279,10 @@ def test_what_torch_computes_is_folded_and_goes_the_whole_way(make: Callable[[],
     assert all(value is before[name] for name, value in model.named_parameters())
     if make is pruned:
         zeros = again.get_parameter("2.weight") == 0
-        assert zeros.any()
-        assert (small.get_parameter("2.weight")[zeros] == 0).all()  # zero is a code
+        nearest = clado.profile(model, [x], num_samples=16, rounding="nearest", verbose=False)
+        kept = clado.apply(model, clado.solve(nearest, avg_bits=4)).get_parameter("2.weight")[zeros]
+        assert len(kept) > 0
+        assert (kept == 0).all()  # zero is a code; compensated rounding makes use of such weights
 
 
 @pytest.mark.filterwarnings("ignore:.*assigned during export")

@@ -133,12 +133,12 @@ class WholeForwards:
                 results.append(self._forward(state.batch, own, state.samples, _recorder(taps[-1], first)))
         with torch.enable_grad():
             total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))
-        places = self._places(state.batch, state.samples, [tap.call.x for tap in taps[0]])
+        places = self._places(state.batch, state.samples, first, [tap.call.x for tap in taps[0]])
         found = iter(gradients(total, [tap.output for own_taps in taps for tap in own_taps]))
         for stream, own_taps in enumerate(taps):
             for tap, place in zip(own_taps, places, strict=True):
                 gradient = next(found)
-                if gradient is not None and tap.layer >= first:
+                if gradient is not None:
                     values = self._slopes(tap, gradient, variants[tap.layer], place, state.samples)
                     start = starts[tap.layer - first]
                     out[start : start + len(values), stream] += values.to("cpu", torch.float64)
@@ -152,16 +152,16 @@ class WholeForwards:
         changes = (tap.call.under(layer.parameter(variant - clean, shape)) for variant in variants)
         return torch.stack([place.sums(change * gradient, samples) for change in changes])
 
-    def _places(self, batch: Any, samples: int, inputs: Sequence[Tensor]) -> list[_Place]:
-        """Where samples are in what enters each call of a layer, from a forward in which the first sample is another one."""
+    def _places(self, batch: Any, samples: int, first: int, inputs: Sequence[Tensor]) -> list[_Place]:
+        """Where samples are in what enters each call of layers from ``first`` on: the first sample is replaced by another."""
         if samples == 1 or all(len(x) == samples for x in inputs):
             return [_Place(0, 1)] * len(inputs)
         seen: list[_Tap] = []
         other = pytree.tree_map(lambda leaf: torch.cat([leaf[1:2], leaf[1:]]), batch)
         with torch.no_grad():
-            self._forward(other, {}, 0, _recorder(seen, self.num_layers))
+            self._forward(other, {}, 0, _recorder(seen, first))
             clean: list[_Tap] = []
-            self._forward(batch, {}, 0, _recorder(clean, self.num_layers))
+            self._forward(batch, {}, 0, _recorder(clean, first))
         places = [_place(a.call.x, b.call.x, samples) for a, b in zip(clean, seen, strict=True)]
         unknown = [tap.layer for tap, place in zip(clean, places, strict=True) if place is None]
         names = ", ".join(self.layers[k].name for k in unknown[:3])
@@ -293,11 +293,13 @@ class _Tap:
 
 
 def _recorder(taps: list[_Tap], first: int) -> Callable[[int, Call], Tensor]:
-    """Keeps every call; the outputs of layers from ``first`` on get gradients."""
+    """Keeps the calls of layers from ``first`` on, whose outputs get gradients where autograd is on."""
 
     def record(layer: int, call: Call) -> Tensor:
         y = call.of(call.x)
-        if layer >= first and not y.requires_grad:
+        if layer < first:
+            return y
+        if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
         taps.append(_Tap(layer, replace(call, args=(call.x.detach().clone(), *call.args[1:])), y))
         return y.clone()  # what follows may write in place

@@ -73,7 +73,7 @@ class Call:
 
     @property
     def applied(self) -> str:
-        """How the parameter itself is applied, as :attr:`clado.quant.Layer.kind` has it."""
+        """How the parameter itself is applied: the kind of its layer."""
         if self.kind not in ("linear", "matmul"):
             return self.kind
         return "linear" if self.part.turned == (self.kind == "matmul") else "matmul"
