@@ -175,3 +175,28 @@ def test_bad_examples_are_one_line(tmp_path: Path) -> None:
 
     with pytest.raises(clado.CladoError, match="export: model must return tensors, got str"):
         clado.export(net, plan, tmp_path / "out", "onnx", example=x, forward_step=nothing)
+
+
+def test_labels_do_not_lend_the_graph_their_length(tmp_path: Path) -> None:
+    """torch may take the number of samples from any input that has it."""
+    torch.manual_seed(0)
+
+    class Tokens(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.body(x)[:, None] + self.query.expand(x.shape[0], -1, -1)).relu().mean(1))
+
+    net, batch = Tokens().eval(), (torch.randn(3, 12), torch.zeros(3, dtype=torch.int64))
+    plan = random_plan(net, Quantizer(), (4,))
+    given: dict[str, Any] = {"example": batch, "forward_step": lambda model, batch: model(batch[0])}
+    clado.export(net, plan, tmp_path / "out", "onnx", **given)
+    assert list(shapes(tmp_path / "out")) == ["input_0", "logits"]
+    verify(net, plan, tmp_path / "out", "onnx", **given)
+    with pytest.raises(clado.CladoError, match="export: example must be looked at by the model, got none of it is"):
+        clado.export(
+            net,
+            plan,
+            tmp_path / "none",
+            "onnx",
+            example=batch,
+            forward_step=lambda model, batch: model(torch.ones(2, 12)),
+        )

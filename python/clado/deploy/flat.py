@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..common import CladoError, is_out_of_memory, moved_to, require, said
@@ -28,12 +29,16 @@ class Flat(nn.Module):
 
     Args:
         example: nest of tensors ``[n, …]``; what is no tensor in it stays as it is.
+
+    Attributes:
+        read: places of the leaves that the model reads, all tensors until :func:`face_of` has seen it run.
     """
 
     def __init__(self, model: nn.Module, forward_step: ForwardStep | None, example: Any) -> None:
         super().__init__()
         self.model, self.forward_step = model, forward_step
         self.leaves, self.structure = pytree.tree_flatten(example)
+        self.read = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Every tensor of the output; one that is given twice, or is an input, as a copy."""
@@ -46,8 +51,8 @@ class Flat(nn.Module):
 
     def called(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own output."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        given = dict(zip(self.read, tensors, strict=True))
+        leaves = [given.get(k, leaf) for k, leaf in enumerate(self.leaves)]
         batch = pytree.tree_unflatten(leaves, self.structure)
         if self.forward_step is not None:
             return self.forward_step(self.model, batch)
@@ -58,7 +63,7 @@ class Flat(nn.Module):
     def under(self, model: nn.Module) -> Flat:
         """The same of another model."""
         made = Flat(model, self.forward_step, None)
-        made.leaves, made.structure = self.leaves, self.structure
+        made.leaves, made.structure, made.read = self.leaves, self.structure, self.read
         return made.eval()
 
 
@@ -69,11 +74,13 @@ class Face:
     Attributes:
         module: takes the inputs in order and gives the outputs in order.
         inputs: {name: tensor ``[n, …]``}; outputs: names.
+        unread: tensors of the example that the model does not look at, such as labels.
     """
 
     module: Flat
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -98,12 +105,12 @@ def face_of(model: nn.Module, forward_step: ForwardStep | None, example: Any, op
         lambda leaf: moved_to(leaf, first.device, first.dtype) if isinstance(leaf, Tensor) else leaf, example
     )
     module = Flat(model, forward_step, moved).eval()
-    tensors = [leaf for leaf in module.leaves if isinstance(leaf, Tensor)]
+    tensors = [module.leaves[k] for k in module.read]
     shapes = [tuple(tensor.shape) for tensor in tensors]
     sound = bool(shapes) and all(shapes) and len({shape[0] for shape in shapes if shape}) == 1 and shapes[0][0] > 0
     require(sound, op, "example", "hold tensors [n, …] of one length", shapes or type(example).__name__)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Seen() as seen:
             output = _nest(module.called(tensors))
     except Exception as error:  # whatever a model, or the user's code, makes of inputs it does not take
         if isinstance(error, CladoError) or is_out_of_memory(error):
@@ -114,7 +121,23 @@ def face_of(model: nn.Module, forward_step: ForwardStep | None, example: Any, op
     single = LOGITS if isinstance(output, Tensor) else OUTPUT
     outputs = _names(output, single, OUTPUT, {*model.state_dict(), *names})
     require(bool(outputs), op, "model", "return tensors", type(output).__name__)
-    return Face(module, dict(zip(names, tensors, strict=True)), tuple(outputs))
+    looked_at = seen.ids | {id(leaf) for leaf in pytree.tree_leaves(output)}
+    inputs = {name: x for name, x in zip(names, tensors, strict=True) if id(x) in looked_at}
+    require(bool(inputs), op, "example", "be looked at by the model", "none of it is")
+    module.read = [k for k, x in zip(module.read, tensors, strict=True) if id(x) in looked_at]
+    return Face(module, inputs, tuple(outputs), tuple(name for name in names if name not in inputs))
+
+
+class _Seen(TorchFunctionMode):
+    """Notes what functions of torch are given, shapes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ids |= {id(leaf) for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def _nest(output: Any) -> Any:

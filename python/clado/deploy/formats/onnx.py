@@ -127,7 +127,7 @@ def notes(request: Request, folder: Path) -> tuple[str, ...]:
     """What the graph takes and gives, how many samples, and what of the example it does not read."""
     graph, face = _import_ir().load(folder / MODEL_FILE).graph, _face(request)
     read = [value.name for value in graph.inputs]
-    fixed, unread = _fixed(folder), [name for name in face.inputs if name not in read]
+    fixed, unread = _fixed(folder), [*face.unread, *(name for name in face.inputs if name not in read)]
     samples = "1 sample" if fixed == 1 else f"{fixed} samples"
     count = f"exactly {samples}, which the model fixes" if fixed else "any number of samples"
     left = [f"left out, since the outputs do not depend on it: {', '.join(unread)}"] if unread else []
