@@ -79,9 +79,13 @@ def test_equals_brute_force(
     case = instances.instance(seed)
     budgets = case.budgets if others else {}
     limit = limit_of(case.sens, objective, share) * (1 + beside)
-    plan = clado.solve(
-        case.sens, **budgets, max_loss_increase=limit, minimize=minimize, objective=objective, solver=solver
-    )
+    wishes = {"max_loss_increase": limit, "minimize": minimize, "objective": objective, "solver": solver}
+    try:
+        plan = clado.solve(case.sens, **budgets, **wishes)
+    except CladoError as error:
+        assert solver == "heuristic"  # found none, and proved nothing
+        assert "or there be more time or another solver" in str(error)
+        return
     if solver == "auto":
         assert plan.status != "feasible"
     check(case.sens, plan, limit, minimize, instances.within(case.sens, budgets), objective)
@@ -120,7 +124,7 @@ def test_it_is_the_inverse_of_a_budget() -> None:
     back = clado.solve(sens, max_loss_increase=plan.objective, minimize="avg_bits")
     assert back.status == "optimal"
     assert back.avg_bits <= plan.avg_bits
-    assert back.objective <= plan.objective * (1 + 1e-9)
+    assert back.objective <= plan.objective + 1e-9 * abs(plan.objective)
     assert clado.Plan.from_json(back.to_json()).info == back.info
     again = clado.solve(sens, avg_bits=back.info["minimized"]["used"])
     assert again.objective == pytest.approx(back.objective, rel=1e-6)

@@ -24,7 +24,7 @@ from ..deploy import check_fit
 from ..graph import common_dtype, converted, full_precision, open_runner
 from ..profiling import LOSSES, SampleStream, Sums, entries
 from ..quant import Scheme, folded, quantize_activations, variants
-from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
+from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
 
@@ -82,6 +82,7 @@ def refine(
         check_fit(model, plan, "refine")
     require(rounds >= 1, "refine", "rounds", "be at least 1", rounds)
     require(loss in LOSSES, "refine", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
+    least_loss_only("refine", arguments)
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
     count = num_samples or sens.num_samples

@@ -76,7 +76,7 @@ LAYERS = Check(lambda value: isinstance(value, Mapping), "be {layer: bits, or a 
 class SolveOptions(Arguments):
     """The arguments of :func:`solve`, checked as far as that goes without the matrix.
 
-    Their groups: budget, limit (which candidates may be taken), aim, effort.
+    Their groups: budget, inverse (least use instead of least loss), limit (which candidates may be taken), aim, effort.
     """
 
     op: ClassVar[str] = "solve"

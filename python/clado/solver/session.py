@@ -116,6 +116,21 @@ class Solver:
         return plan
 
     @takes(SolveOptions)
+    def extent(self, name: str, options: SolveOptions) -> tuple[float, float]:
+        """Least and most of a budget, in its unit: what the layers take, each by itself, within the limits and that budget.
+
+        Args:
+            name: of a budget that one number says, such as "size_bytes"; its own limit may be left out.
+
+        The other arguments are those that were given to :meth:`solve`.
+        """
+        asked = self._ask(options.objective, replace(options, max_loss_increase=0.0, minimize=name))
+        budget = next(b for b in asked.budgets if b.name == name)
+        use, first = budget.use[asked.keep], np.flatnonzero(np.diff(self.layer[asked.keep], prepend=-1))
+        most = min(budget.limit, int(np.maximum.reduceat(use, first).sum()))
+        return budget.shown(np.minimum.reduceat(use, first).sum()), budget.shown(most)
+
+    @takes(SolveOptions)
     def near(self, plan: Plan, count: int, options: SolveOptions) -> list[Plan]:
         """The ``count`` best plans within the budgets that differ from ``plan`` in one or two layers (or shared groups).
 
@@ -170,10 +185,8 @@ class Solver:
             return self._least_loss(asked, effort, start)
         found = Bisection(merge.program, merge.keep, row, value, ask, effort.share(SEARCH)).run()
         if found.choice is None:
-            late = not math.isinf(found.least)
-            require(not late, "solve", "time_limit", "be longer to find any plan of so small a loss", "none yet")
-            least = self._least_loss(asked, replace(effort, deadline=max(effort.deadline, time.monotonic() + 1)), start)
-            return self._too_strict(least, value)
+            later = replace(effort, deadline=max(effort.deadline, time.monotonic() + 1))
+            return self._too_strict(self._least_loss(asked, later, start), value, math.isinf(found.least))
         budget = asked.budgets[row]
         close = _limited(asked, row, int(merge.program.rows[row, found.choice].sum()))
         plan = self._plan(close, merge, self._answer(close, merge, effort, found.choice))
@@ -188,12 +201,14 @@ class Solver:
         status = "optimal" if found.least >= used else "feasible"
         return replace(plan, status=status, info={**plan.info, "minimized": note})
 
-    def _too_strict(self, least: Plan, value: float) -> Plan:
-        """What to say where no plan has so small a loss; ``least`` is that of the least one, if the budgets allow any."""
+    def _too_strict(self, least: Plan, value: float, proven: bool) -> Plan:
+        """What to say where no plan of so small a loss was found; ``least`` is that of the least one, if budgets allow any."""
         if not least.schemes:
             return least
-        reason = f"max_loss_increase must be at least {least.objective:.6g} with the other wishes kept, got {value:.6g}"
-        return self._infeasible(least.objective_name, reason)
+        must = f"be at least {least.objective:.6g} with the other wishes kept"
+        more = f"{must}, or there be more time or another solver, as none below {least.bound:.6g} is proven"
+        require(proven, "solve", "max_loss_increase", more, f"{value:.6g}")
+        return self._infeasible(least.objective_name, f"max_loss_increase must {must}, got {value:.6g}")
 
     def _decided(self, asked: _Asked, merge: Merged, effort: Effort, begin: Choice | None) -> Answer:
         """Whether there is a choice that is good enough: by the forms at hand first, which cost milliseconds."""

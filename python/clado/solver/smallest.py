@@ -71,18 +71,18 @@ class Bisection:
 
     def _lower(self) -> None:
         """Bring the upper end down; what stays undecided counts as impossible here."""
-        floor, ceiling, just_below = self.least, self.high - self.step, True
+        floor, ceiling, hopeful, just_below = self.least, self.high - self.step, True, False
         while floor <= ceiling and self._time():
-            # Just below what is known a proof settles it all; in between most is to be gained.
+            # By turns: just below what is known, where a proof settles it all, and in between, where most is to be gained.
+            just_below = hopeful and not just_below
             limit = ceiling if just_below else self._middle(floor, ceiling)
             found = self._found(limit)
-            just_below = found is True and not just_below
             if found:
-                ceiling = self.high - self.step
+                ceiling, hopeful = self.high - self.step, True
             elif found is False or limit < ceiling:
                 floor = limit + self.step
             else:
-                ceiling -= self.step
+                ceiling, hopeful = ceiling - self.step, False
 
     def _prove(self) -> None:
         """Raise the lower end through limits that were left undecided."""
