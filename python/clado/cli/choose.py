@@ -80,8 +80,8 @@ def solve(
 
     \b
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
-    clado solve run --max-loss-increase 0.01 --minimize size_bytes   # least size for a predicted loss, with a bound
-    clado solve run --max-drop 0.5%              # the same for a drop of top-1 that is measured on held-out images
+    clado solve run --max-loss-increase 0.01 --minimize size_bytes   # the smallest plan for a predicted loss
+    clado solve run --max-drop 0.5%              # the smallest plan for a drop of top-1, measured on other images
     clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
@@ -95,15 +95,15 @@ def solve(
     from .tables import show_plan
 
     sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
-    measured = {"max-drop": max_drop, "rerank": rerank, "refine": refine, "correct": correct}
-    asked = [f"--{name}" for name, value in measured.items() if value]
+    ways = {"max-drop": max_drop, "rerank": rerank, "refine": refine, "correct": correct}
+    asked = [f"--{name}" for name, value in ways.items() if value]
     known = not asked or sens.provenance.loss != "user"
     must = "be one of clado's own for --max-drop, --rerank, --refine and --correct"
     require(known, "solve", "loss of the run", must, f"that of --loss-func and {', '.join(asked)}")
-    inverse = max_drop is not None or "max_loss_increase" in wishes
-    alone = not inverse or len(asked) + ("max_loss_increase" in wishes) <= (max_drop is not None or not asked)
-    must = "come without the other and without --rerank, --refine and --correct"
-    require(alone, "solve", "max-loss-increase or max-drop", must, ", ".join(asked))
+    inverse = ["--max-loss-increase"] if "max_loss_increase" in wishes else []
+    alone = len(inverse + asked) <= 1 or not (inverse or max_drop)
+    must = "come without the other, --rerank, --refine and --correct"
+    require(alone, "solve", "max-loss-increase or max-drop", must, ", ".join(inverse + asked))
     if correct is not None:
         sens, plan = _correct(run, sens, correct, wishes, device)
     if max_drop is not None:
@@ -118,6 +118,8 @@ def solve(
         if refine is not None and plans[0].bits:
             plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
         plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
+    if inverse and not plan.bits:
+        raise CladoError(f"solve: {plan.info['reason']}")
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     if finish is not None:
         plan = _finish(run, sens, plan, finish, finish_samples, data, device)

@@ -74,8 +74,8 @@ def smallest_within(
 
     Returns:
         The plan, an answer of :func:`clado.solve` to a budget of ``minimize`` with its status and bound.
-        ``info["max_drop"]`` holds ``metric``, ``minimize``, ``limit``, ``drop`` and its standard error ``stderr`` (paired with the
-        float model), ``samples``, ``decided`` (whether the drop is more than 1.96 standard errors below the limit) and
+        ``info["max_drop"]`` holds ``metric``, ``minimize``, ``limit``, ``drop`` and its standard error ``stderr`` (paired with
+        the float model), ``samples``, ``decided`` (whether the drop is more than 1.96 standard errors below the limit) and
         ``evaluations``: ``used``, ``drop`` and ``stderr`` of every plan that was measured, in their order.
 
     Raises:
@@ -151,8 +151,9 @@ def _drops(
 
     def drops(plan: Plan) -> Tensor:
         logits = _outputs(apply(model, plan), batches, device)[0]
-        if metric == "top1":
-            return (clean.argmax(1) == labels).double() - (logits.argmax(1) == labels).double()
-        return clado_ext.batched_ce(clean, (logits - clean)[None], None if metric == "kl" else labels)[0]
+        if labels is not None and metric == "top1":
+            return clean.argmax(1).eq(labels).double() - logits.argmax(1).eq(labels).double()
+        found: Tensor = clado_ext.batched_ce(clean, (logits - clean)[None], None if metric == "kl" else labels)[0]
+        return found
 
     return drops

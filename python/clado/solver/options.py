@@ -157,7 +157,7 @@ class SolveOptions(Arguments):
         'what ``max_loss_increase`` makes least: "avg_bits", "size_mb", "size_bytes", "bitops" or "latency_ms"; None: '
         '"size_bytes".',
         Line("--minimize", "text", "avg_bits, size_mb, size_bytes, bitops or latency_ms; size_bytes when left out."),
-        check=one_of(lambda: AXES),
+        check=one_of(lambda: SolveOptions.positional()),
         group="inverse",
     )
     objective: str = argument(
