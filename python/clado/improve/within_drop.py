@@ -93,13 +93,12 @@ def smallest_within(
     drops = _drops(model, list(heldout), metric, device)
     widest = frontier.plan(frontier.most)
     require(bool(widest.schemes), op, "budgets", "fit together", widest.info.get("reason"))
+    measured = [_measured(widest, minimize, drops)]
+    low, best = frontier.least, measured[0]
+    must = f"be at least {best.drop:.4g}, which the plan of least predicted loss drops"
+    require(best.drop <= max_drop, op, "max_drop", must, f"{max_drop:.4g}")
     with progress_bar(f"measure {evaluations} plans", evaluations, "plans", verbose) as show:
-        measured = [_measured(widest, minimize, drops)]
         show(1)
-        best = measured[0]
-        must = f"be at least {best.drop:.4g}, which the plan of least predicted loss drops"
-        require(best.drop <= max_drop, op, "max_drop", must, f"{max_drop:.4g}")
-        low = frontier.least
         while len(measured) < evaluations and best.used - low > RESOLUTION * (frontier.most - frontier.least):
             limit = (low + best.used) / 2
             plan = frontier.plan(limit)
