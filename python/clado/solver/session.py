@@ -175,7 +175,7 @@ class Solver:
         """Of the plans with a loss of at most ``value`` the one of least use; then that of least loss within this use."""
         merge = self._merged(asked)
         row = [budget.name for budget in asked.budgets].index(name)
-        begin, aim = self._start(merge, start), replace(effort, enough=value)
+        begin, aim = self._start(merge, start), replace(effort, enough=value, gap=0.0)
 
         def ask(limit: int, best: Choice | None) -> Answer:
             one = replace(aim, deadline=aim.share(1.0 if best is None else QUESTION))
@@ -194,7 +194,7 @@ class Solver:
         note = {
             "name": name,
             "used": budget.shown(used),
-            "bound": budget.shown(int(found.least)),
+            "bound": budget.shown(min(int(found.least), used)),
             "max_loss_increase": value,
             "questions": found.questions,
         }
