@@ -415,7 +415,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("solve {run} --avg-bits 3 --time-limit nan", "error: solve: time-limit must be a positive number, got nan"),
         (
             "solve {run} --avg-bits 4 --refine 1",
-            "error: solve: loss of the run must be one of clado's own for --rerank",
+            "error: solve: loss of the run must be one of clado's own for --max-drop, --rerank",
         ),
         ("solve {run} --avg-bits 4 --rerank 4 --correct 4", "that of --loss-func and --rerank, --correct"),
         ("merge {run} --output-dir=", "error: merge: output-dir must name a folder, got ''"),

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clado
+from bench.solve.families import family
 from clado import CladoError, Sensitivity
 from clado.solver import objective_matrix
 from tests.solver import instances
@@ -189,3 +191,18 @@ def test_functions_that_choose_by_loss_refuse_the_inverse() -> None:
         clado.pareto(sens, avg_bits=[4], max_loss_increase=0.1)
     with pytest.raises(CladoError, match="shortlist: arguments must leave max_loss_increase and minimize to solve"):
         clado.shortlist(sens, max_loss_increase=0.1, minimize="avg_bits")
+    with pytest.raises(
+        CladoError, match="correct: arguments must leave max_loss_increase and minimize to solve, got m"
+    ):
+        clado.correct(torch.nn.Identity(), [], sens, max_loss_increase=0.1, minimize="avg_bits")
+
+
+def test_what_time_leaves_open_is_said() -> None:
+    """Without branch and bound a gap stays: the bound is below the size, and says so."""
+    sens = family("vit_b", noise=0.4)
+    limit = clado.solve(sens, avg_bits=3, solver="heuristic").objective
+    plan = clado.solve(sens, max_loss_increase=limit, minimize="avg_bits", solver="heuristic", time_limit=20)
+    note = plan.info["minimized"]
+    assert plan.status == "feasible"
+    assert 2 < note["bound"] < note["used"] <= 3
+    assert plan.objective <= limit
