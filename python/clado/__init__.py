@@ -7,7 +7,7 @@ from .common import CladoError, door
 if TYPE_CHECKING:
     from .artifacts import Plan, Sensitivity
     from .deploy import apply, export, load, predicted_bytes, time_layers, verify
-    from .improve import Score, correct, evaluate, finish, refine, rerank
+    from .improve import Score, correct, evaluate, finish, refine, rerank, smallest_within
     from .profiling import RunPlan, plan_run, profile
     from .quant import Layer, Quantizer
     from .report import write_figures, write_report
@@ -41,6 +41,7 @@ __all__ = [
     "refine",
     "rerank",
     "shortlist",
+    "smallest_within",
     "solve",
     "time_layers",
     "verify",

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clado import Plan, Sensitivity, solve
+from clado.artifacts import ChosenOn
 from clado.cli import main
 from clado.profiling import Checkpoint, Sums
 from tests.models import timm_model
@@ -336,6 +337,47 @@ def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -
     refused(call("solve", tmp_path, "--avg-bits", 4, "--correct", 7), "num_samples must lie in 2..6, got 7")
 
 
+def test_the_smallest_plan_for_a_loss_predicted_or_measured(tmp_path: Path) -> None:
+    data = ["--model", "digits", "--data", "digits:sensitivity", "--nsamples", 8, "--bits", "2,4,8"]
+    quick = ["--estimator", "diagonal", "--rounding", "nearest", "--group-size", 0]
+    assert call("profile", *data, *quick, "--output-dir", tmp_path).exit_code == 0
+    sens = Sensitivity.load(tmp_path)
+    limit = solve(sens, avg_bits=4).objective
+
+    result = call("solve", tmp_path, "--max-loss-increase", limit, "--minimize", "avg_bits")
+    assert result.exit_code == 0, result.output
+    assert f"least avg_bits with a predicted loss increase of at most {limit:.6g} nats: proven" in result.output
+    plan = Plan.load(tmp_path)
+    assert plan.avg_bits <= 4
+    assert plan.info["minimized"]["bound"] == plan.avg_bits
+    assert plan.objective <= limit
+    assert ": proven" in call("inspect", tmp_path).output
+    refused(call("solve", tmp_path, "--max-loss-increase", 1e-9), "error: solve: max_loss_increase must be at least ")
+    refused(call("solve", tmp_path, "--avg-bits", 4, "--minimize", "avg_bits"), "minimize must come with max_loss_inc")
+
+    how = ("--max-drop", "4%", "--data", "digits:heldout", "--drop-samples", 50)
+    result = call("solve", tmp_path, *how, "--minimize", "avg_bits", "--min-bits", 4)
+    assert result.exit_code == 0, result.output
+    assert "on 50 held-out samples, which chose it" in result.output
+    plan = Plan.load(tmp_path)
+    assert min(plan.bits.values()) >= 4
+    assert plan.info["max_drop"]["drop"] <= 0.04
+    assert plan.chosen_on == ChosenOn("digits:heldout", 50)
+    seen = call("evaluate", tmp_path, "--data", "digits:heldout", "--nsamples", 1000)
+    assert "550 samples" in seen.output  # six hundred less those that chose the plan
+    assert "held-out samples, which chose it" in call("inspect", tmp_path).output
+    for words, message in (
+        (("--max-drop", "0.5"), "max-drop must read 0.5% (points of top-1) or 0.01nats (of the loss), got '0.5'"),
+        (("--max-drop", "x%"), "max-drop must read 0.5% (points of top-1) or 0.01nats (of the loss), got 'x%'"),
+        (("--max-drop", "1%", "--rerank", 4), "must come without the other, --rerank, --refine and --correct, got"),
+        (("--max-drop", "1%", "--max-loss-increase", 1), "got --max-loss-increase, --max-drop"),
+        (("--max-loss-increase", 1, "--correct", 4), "got --max-loss-increase, --correct"),
+        (("--max-drop", "-99nats", "--drop-samples", 4), "smallest_within: max_drop must be at least"),
+    ):
+        refused(call("solve", tmp_path, *words), message)
+    assert Plan.load(tmp_path) == plan
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a user's loss on the digits with a plan."""
@@ -373,7 +415,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("solve {run} --avg-bits 3 --time-limit nan", "error: solve: time-limit must be a positive number, got nan"),
         (
             "solve {run} --avg-bits 4 --rerank 4 --correct 4",
-            "error: solve: loss of the run must be one of clado's own for --correct, got that of --loss-func",
+            "error: solve: loss of the run must be one of clado's own for --max-drop and --correct, got that of --loss-func",
         ),
         ("merge {run} --output-dir=", "error: merge: output-dir must name a folder, got ''"),
     ],

@@ -13,7 +13,7 @@ from clado import CladoError
 from clado.cli import fields, main
 from clado.common import Arguments, Line
 from clado.profiling import Options
-from clado.solver import AXES, SolveOptions
+from clado.solver import AXES, INVERSE, SolveOptions
 
 
 def options(command: str) -> dict[str, click.Option]:
@@ -30,7 +30,7 @@ def test_every_argument_has_its_option_once(command: str, kind: type[Arguments])
         if isinstance(line, str):
             assert name not in shown
             assert len(line.split()) > 3  # a reason
-        elif command != "pareto" or name not in AXES:
+        elif command != "pareto" or name not in (*AXES, *INVERSE):
             assert shown[name].opts == [line.flag]
             assert shown[name].help == line.help
             assert line.kind in fields.KINDS

@@ -21,7 +21,7 @@ from clado.artifacts import Provenance
 from clado.cli import main
 from clado.quant import Candidates, Layer
 from clado.report import Contents, agreement, gather, matrix_figures, random_plans, style, uniform_plans
-from clado.report.page import readable_bytes, render
+from clado.report.page import _proof, readable_bytes, render
 from tests.models import tiny_vit
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -389,3 +389,13 @@ def test_in_a_real_browser(measured: Path, imported: Path, tmp_path: Path, schem
         assert 'data-ready="true"' in shown.stdout
         count = len(drawn(page.read_text()))
         assert len(re.findall(r'<div data-figure="\w+"[^>]*><svg', shown.stdout)) == count
+
+
+def test_what_is_proven_of_a_smallest_plan_is_said() -> None:
+    sens = clado.Sensitivity.from_matrix(np.diag([2.0, 1.0, 0.2] * 2), [("a", 100), ("b", 50)], (2, 4, 8))
+    plan = clado.solve(sens, max_loss_increase=0.6, minimize="avg_bits")
+    said = "least avg_bits with a predicted loss increase of at most 0.6 nats: "
+    assert _proof(plan) == said + "proven"
+    open_ = replace(plan, status="feasible", info={**plan.info, "minimized": {**plan.info["minimized"], "bound": 4.5}})
+    assert _proof(open_) == said + "no plan below 4.5 is proven"
+    assert _proof(clado.solve(sens, avg_bits=4)) == "proven optimal"

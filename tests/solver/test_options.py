@@ -31,7 +31,7 @@ def test_every_argument_is_in_the_signature_and_in_the_docstring() -> None:
         assert f" {name}: {' '.join(about.help.split())}" in text
         assert about.help.endswith(".")
         assert about.line
-        assert about.group in ("budget", "limit", "aim", "effort")
+        assert about.group in ("budget", "inverse", "limit", "aim", "effort")
     assert set(AXES) < set(BUDGETS)
 
 

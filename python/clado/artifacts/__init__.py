@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .plan import PLAN_FILE, ChosenOn, Plan
+    from .plan import PLAN_FILE, ChosenOn, Plan, minimized_in_words
     from .provenance import Provenance
     from .rounded_file import read_rounded, rounded_name, save_held
     from .sensitivity import MATRIX_FILE, Sensitivity
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "Provenance",
     "Sensitivity",
+    "minimized_in_words",
     "read_rounded",
     "rounded_name",
     "save_held",

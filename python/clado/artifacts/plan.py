@@ -35,7 +35,8 @@ class Plan:
     Attributes:
         layers: the layers in execution order.
         schemes: {layer name: label of its scheme, such as "W4A16"}, or bits for it; empty when infeasible.
-        status: "optimal" (the bound closes), "feasible", "infeasible" (proven), or "given" (not solved for, e.g. uniform).
+        status: "optimal" (the bound closes), "feasible", "infeasible" (proven), or "given" (not solved for, e.g. uniform); where
+            ``info["minimized"]`` is there, "optimal" says that no plan of so small a loss takes less (:func:`clado.solve`).
         objective: predicted loss increase ½xᵀGx in nats under ``objective_name``.
         bound: no plan within the budgets has a lower objective; same units and same objective.
         objective_name: "original", "clipped", "shrunk" or "diagonal": what ``objective`` and ``bound`` belong to.
@@ -215,6 +216,13 @@ class Plan:
             return replace(plan, held=held)
         except UnicodeDecodeError:
             raise CladoError(f"plan: file must be a clado plan, got binary data in {source}") from None
+
+
+def minimized_in_words(plan: Plan) -> str:
+    """What is proven of a plan that answers the inverse question, ``info["minimized"]``."""
+    found = plan.info["minimized"]
+    least = f"least {found['name']} with a predicted loss increase of at most {found['max_loss_increase']:.6g} nats"
+    return least + (": proven" if plan.status == "optimal" else f": no plan below {found['bound']:,.6g} is proven")
 
 
 def _rounding_of(path: Path) -> RoundedBy | None:

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..common import CladoError, require
-from ..solver import AXES, SolveOptions
+from ..solver import AXES, INVERSE, SIZE, SolveOptions
 from . import fields
 from .base import COUNT, command_line, main
 
 JUDGES = 128  # held-out images that judge what --finish made, and nothing afterwards
-wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
+wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and pareto share
 
 
 @main.command()
 @click.argument("run")
-@fields.options(SolveOptions, only=AXES)
+@fields.options(SolveOptions, only=(*AXES, *INVERSE))
+@click.option(
+    "--max-drop",
+    help="The inverse question, measured: least --minimize that loses at most 0.5% of top-1 (points), or 0.01nats of the loss, "
+    "on --drop-samples held-out images.",
+)
+@click.option(
+    "--drop-samples",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Held-out images for --max-drop; they judge nothing afterwards.",
+)
 @click.option(
     "--rerank",
     type=click.IntRange(min=0),
     help="Measure the best plans of every objective on so many other images; keep one.",
 )
 @click.option(
-    "--data", help="Image folder for --rerank and the judges of --finish; the one that was profiled when left out."
+    "--data",
+    help="Image folder for --max-drop, --rerank and the judges of --finish; the one that was profiled when left out.",
 )
 @click.option(
     "--refine",
@@ -47,10 +61,12 @@ wishes = fields.options(SolveOptions, but=AXES)  # what solve and pareto share
 @click.option(
     "--finish-samples", type=click.IntRange(min=2), default=640, show_default=True, help="Images for --finish."
 )
-@click.option("--device", help="Where --rerank, --refine, --correct and --finish run: cpu or cuda.")
+@click.option("--device", help="Where --max-drop, --rerank, --refine, --correct and --finish run: cpu or cuda.")
 @wishes
 def solve(
     run: str,
+    max_drop: str | None,
+    drop_samples: int,
     rerank: int | None,
     data: str | None,
     refine: int | None,
@@ -60,10 +76,12 @@ def solve(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Choose bits per layer within one or more budgets, with a bound.
+    """Choose bits per layer within one or more budgets, with a bound; or the smallest plan for a loss.
 
     \b
     clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    clado solve run --max-loss-increase 0.01 --minimize size_bytes   # the smallest plan for a predicted loss
+    clado solve run --max-drop 0.5%              # the smallest plan for a drop of top-1, measured on other images
     clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
     clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
     clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
@@ -77,11 +95,20 @@ def solve(
     from .tables import show_plan
 
     sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
-    known = correct is None or sens.provenance.loss != "user"
-    require(known, "solve", "loss of the run", "be one of clado's own for --correct", "that of --loss-func")
+    ways = {"max-drop": max_drop, "rerank": rerank, "refine": refine, "correct": correct}
+    asked = [f"--{name}" for name, value in ways.items() if value]
+    own = sens.provenance.loss != "user" or not (max_drop or correct)
+    must = "be one of clado's own for --max-drop and --correct"
+    require(own, "solve", "loss of the run", must, "that of --loss-func")
+    inverse = ["--max-loss-increase"] if "max_loss_increase" in wishes else []
+    alone = len(inverse + asked) <= 1 or not (inverse or max_drop)
+    must = "come without the other, --rerank, --refine and --correct"
+    require(alone, "solve", "max-loss-increase or max-drop", must, ", ".join(inverse + asked))
     if correct is not None:
         sens, plan = _correct(run, sens, correct, wishes, device)
-    if rerank is None and refine is None:
+    if max_drop is not None:
+        plan = _within_drop(run, sens, max_drop, drop_samples, wishes, data, device)
+    elif rerank is None and refine is None:
         plan = choose(sens, **wishes) if correct is None else plan
     else:
         measured = "--rerank or --refine"
@@ -91,6 +118,8 @@ def solve(
         if refine is not None and plans[0].bits:
             plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
         plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
+    if inverse and not plan.bits:
+        raise CladoError(f"solve: {plan.info['reason']}")
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
     if finish is not None:
         plan = _finish(run, sens, plan, finish, finish_samples, data, device)
@@ -236,6 +265,45 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
     if note.get("kept"):
         click.echo("no stage made the plan better: its weights stay as they were measured")
     return found
+
+
+def _within_drop(
+    run: str, sens: Any, text: str, count: int, wishes: dict[str, Any], data: str | None, device: str | None
+) -> Any:
+    """The smallest plan within a measured drop, and a table of those that were measured."""
+    from dataclasses import replace
+
+    from rich.table import Table
+
+    from ..artifacts import ChosenOn
+    from ..improve import smallest_within
+    from ..runs import heldout, heldout_data, load_run
+    from .tables import console
+
+    limit, metric = _drop(text)
+    model, spec, note = load_run(run)
+    images = heldout(model, spec, note, data, count, 32)
+    wishes = {"minimize": SIZE, **wishes}
+    plan = smallest_within(model, images, sens, max_drop=limit, metric=metric, device=device, **wishes)
+    found = plan.info["max_drop"]
+    form = "{:.2%}".format if metric == "top1" else "{:.5f}".format
+    table = Table(box=None, header_style="bold")
+    for name in (found["minimize"], "drop", "± s.e.", "within"):
+        table.add_column(name, justify="right")
+    for row in found["evaluations"]:
+        within = "yes" if row["drop"] <= limit else "no"
+        table.add_row(f"{row['used']:,.6g}", form(row["drop"]), form(row["stderr"]), within)
+    console().print(table)
+    return replace(plan, chosen_on=ChosenOn(heldout_data(note, data), found["samples"]))
+
+
+def _drop(text: str) -> tuple[float, str]:
+    """Limit and metric of "0.5%" or "0.01nats"."""
+    for unit, scale, metric in (("%", 0.01, "top1"), ("nats", 1.0, "kl")):
+        if text.endswith(unit):
+            with suppress(ValueError):
+                return float(text.removesuffix(unit)) * scale, metric
+    raise CladoError(f"solve: max-drop must read 0.5% (points of top-1) or 0.01nats (of the loss), got {text!r}")
 
 
 def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: str | None) -> Any:

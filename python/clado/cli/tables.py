@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, minimized_in_words
 from ..common import require
 from ..quant import Scheme, inputs_kept, scheme_names
 from .holdings import holdings
@@ -35,6 +35,25 @@ def show_plan(plan: Any) -> None:
     )
     for name, use in plan.usage.items():
         click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
+    if "minimized" in plan.info:
+        click.echo(f"  {minimized_in_words(plan)}")
+    if "max_drop" in plan.info:
+        show_drop(plan)
+
+
+def show_drop(plan: Plan) -> None:
+    """What was measured of a plan that was chosen for its drop."""
+    found = plan.info["max_drop"]
+    drop, error, limit = (
+        f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f} nats"
+        for key in ("drop", "stderr", "limit")
+    )
+    what = "top-1" if found["metric"] == "top1" else found["metric"]
+    lead = "exceeds its error" if found["decided"] else "is within its error"
+    click.echo(
+        f"  measured drop of {what}: {drop} ± {error} of {limit} on {found['samples']:,} held-out samples, which chose it; "
+        f"what is left to the limit {lead}"
+    )
 
 
 def show_scores(rows: list[tuple[str, Any]]) -> None:

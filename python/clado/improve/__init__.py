@@ -1,6 +1,6 @@
 """Where the measured loss decides: true losses of plans, exact pairs of a plan, the matrix around a plan.
 
-Other packages call the four functions and read a :class:`Score`.
+Other packages call the functions and read a :class:`Score`.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from .finisher import finish
     from .refiner import refine
     from .true_loss import Score, evaluate, loss_increases, rerank, standard_error
+    from .within_drop import smallest_within
 else:
     __getattr__, __dir__ = door(__name__)
 
-__all__ = ["Score", "correct", "evaluate", "finish", "loss_increases", "refine", "rerank", "standard_error"]
+__all__ = [
+    "Score",
+    "correct",
+    "evaluate",
+    "finish",
+    "loss_increases",
+    "refine",
+    "rerank",
+    "smallest_within",
+    "standard_error",
+]

@@ -41,7 +41,7 @@ from ..profiling import (
     writing,
 )
 from ..quant import folded
-from ..solver import given_plan, solve
+from ..solver import given_plan, least_loss_only, solve
 
 FOLDER = "pairs"  # in a run directory: the running sums of a round
 
@@ -89,6 +89,7 @@ def correct(
         CladoError: no budget, another model or other samples than those of ``sens``, a matrix of another estimator, as
             :func:`clado.profile` and :func:`clado.solve`.
     """
+    least_loss_only("correct", arguments)
     require(rounds >= 1, "correct", "rounds", "be at least 1", rounds)
     made = sens.provenance.estimator
     require(made == "logit", "correct", "sens", "be measured by the logit estimator", made)

@@ -25,7 +25,7 @@ from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
 from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries, sample_count
 from ..quant import Scheme, folded, quantize_activations, variants
-from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan
+from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
 
@@ -86,6 +86,7 @@ def refine(
         require(bool(plan.bits), "refine", "plans", "have bits", plan.status)
         check_fit(model, plan, "refine")
     require(rounds >= 1, "refine", "rounds", "be at least 1", rounds)
+    least_loss_only("refine", arguments)
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
     forward_step = forward_step or sens.functions.get("forward_step")

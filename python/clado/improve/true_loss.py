@@ -94,9 +94,9 @@ def evaluate(
     Raises:
         CladoError: no data, no targets, labels that are no classes, or outputs that do not suit the loss.
     """
-    reader = _reader(model, "cross_entropy", device, forward_step, loss_func, "evaluate")
+    reader = reader_of(model, "cross_entropy", device, forward_step, loss_func, "evaluate")
     losses, hits, hits5 = [], [], []
-    for batch in _batches(model, data_loader, reader):
+    for batch in ran(model, data_loader, reader):
         if batch.targets is None or loss_func is not None:
             losses.append(batch.loss.reference(batch.output))
             continue
@@ -180,18 +180,18 @@ def loss_increases(
     Raises:
         CladoError: as :func:`rerank`.
     """
-    reader = _reader(model, loss, device, forward_step, loss_func, "rerank")
+    reader = reader_of(model, loss, device, forward_step, loss_func, "rerank")
     batches, model = list(heldout), folded(model)
     for plan in plans:
         check_fit(model, plan, "rerank")
     with torch.inference_mode(), full_precision():
-        clean = [batch.loss.reference(batch.output) for batch in _batches(model, batches, reader)]
+        clean = [batch.loss.reference(batch.output) for batch in ran(model, batches, reader)]
         parts: list[list[Tensor]] = [[] for _ in plans]
         runner = _runner(model, batches[0], plans, reader)
         if runner is None:
             for plan, own in zip(plans, parts, strict=True):
-                ran = _batches(apply(model, plan), batches, reader)
-                own += [batch.loss.increase_over(known, batch.output) for batch, known in zip(ran, clean, strict=True)]
+                under_plan = zip(ran(apply(model, plan), batches, reader), clean, strict=True)
+                own += [batch.loss.increase_over(known, batch.output) for batch, known in under_plan]
             return torch.stack([torch.cat(own) for own in parts])
         under = _Planned(model, runner, plans, reader)
         with progress_bar(f"evaluate {len(plans)} plans", len(batches), "batches", verbose) as show:
@@ -205,7 +205,7 @@ def loss_increases(
     return torch.stack([torch.cat(own) for own in parts])
 
 
-def _reader(
+def reader_of(
     model: nn.Module,
     loss: str,
     device: str | torch.device | None,
@@ -220,7 +220,7 @@ def _reader(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """What a model made of one of the loader's batches, and the loss of that."""
 
     output: Any
@@ -228,7 +228,7 @@ class _Batch:
     loss: Loss
 
 
-def _batches(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> Iterator[_Batch]:
+def ran(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> Iterator[Batch]:
     """Every batch, run by a model; raises where there is none, or the output does not suit the loss."""
     model, samples = converted(model, reader.device, reader.dtype), 0
     for item in data_loader:
@@ -238,7 +238,7 @@ def _batches(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> It
             output = reader.outputs(model, moved)
         known = replace(reader, classes=reader.classes_of(output))
         samples += sample_count(moved)
-        yield _Batch(output, targets, known.loss(moved, targets, sample_count(moved)))
+        yield Batch(output, targets, known.loss(moved, targets, sample_count(moved)))
     require(samples > 0, reader.op, "data_loader", "yield at least one sample", "none")
 
 

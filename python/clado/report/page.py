@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import Plan, Sensitivity
+from ..artifacts import Plan, Sensitivity, minimized_in_words
 from ..common import atomic_file, require
 from ..quant import scheme_names
 from ..runs import versions
@@ -120,6 +120,14 @@ def render(contents: Contents) -> str:
     )
 
 
+def _proof(plan: Plan) -> str:
+    """What is proven of a plan."""
+    if "minimized" in plan.info:
+        return minimized_in_words(plan)
+    left = f"at most {plan.gap:.2g} above the optimum" if plan.status == "feasible" else "not solved for"
+    return "proven optimal" if plan.status == "optimal" else left
+
+
 def tiles(contents: Contents) -> list[dict[str, str]]:
     """The few numbers on top."""
     sens, plan = contents.sens, contents.plan
@@ -141,18 +149,11 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
         }
     )
     predicted = plan.values.get("original", plan.objective)
-    proof = (
-        "proven optimal"
-        if plan.status == "optimal"
-        else f"at most {plan.gap:.2g} above the optimum"
-        if plan.status == "feasible"
-        else "not solved for"
-    )
     out.append(
         {
             "label": "predicted loss increase",
             "value": f"{predicted:.4f}",
-            "detail": f"nats, interactions included; {proof} for the {plan.objective_name} objective",
+            "detail": f"nats, interactions included; {_proof(plan)} for the {plan.objective_name} objective",
         }
     )
     chosen = next((r for r in contents.measured if r["kind"] == "chosen"), None)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .frontier import pareto
     from .objectives import NAMES as OBJECTIVES
     from .objectives import negative_mass, objective_matrix
-    from .options import AXES, BUDGETS, SolveOptions
+    from .options import AXES, BUDGETS, INVERSE, SIZE, SolveOptions, least_loss_only
     from .session import Solver, given_plan, solve
 else:
     __getattr__, __dir__ = door(__name__)
@@ -21,11 +21,14 @@ else:
 __all__ = [
     "AXES",
     "BUDGETS",
+    "INVERSE",
     "OBJECTIVES",
+    "SIZE",
     "LinearConstraint",
     "SolveOptions",
     "Solver",
     "given_plan",
+    "least_loss_only",
     "negative_mass",
     "objective_matrix",
     "pareto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -45,19 +45,32 @@ class Budget:
 
 
 def make_budgets(sens: Sensitivity, asked: SolveOptions) -> list[Budget]:
-    """Rows of the budgets that are given; see :func:`clado.solve` for their units."""
+    """Rows of the budgets that are given, and of what is minimized; see :func:`clado.solve` for their units."""
     candidates = sens.candidates
     stored = candidates.stored_bytes(sens.quantizer)
     macs = any(layer.macs for layer in sens.layers)
-    require(asked.bitops is None or macs, "solve", "bitops", "come with layers whose macs are known", "no macs")
+    require(
+        (asked.bitops is None and asked.minimized != "bitops") or macs,
+        "solve",
+        "bitops",
+        "come with layers whose macs are known",
+        "no macs",
+    )
     rows: list[tuple[str, Any, NDArray[np.int64], Fraction]] = [
         ("avg_bits", asked.avg_bits, candidates.code_bits, Fraction(max(1, candidates.numel))),
         ("size_mb", asked.size_mb, stored, Fraction(MIB)),
         ("size_bytes", asked.size_bytes, stored, Fraction(1)),
         ("bitops", asked.bitops, candidates.bitops(asked.act_bits), Fraction(1)),
     ]
-    budgets = [_whole_budget(name, limit, use, units) for name, limit, use, units in rows if limit is not None]
-    if asked.latency_ms is not None:
+    least = asked.minimized
+    budgets = [
+        _unlimited(sens, _whole_budget(name, 0, use, units))
+        if limit is None
+        else _whole_budget(name, limit, use, units)
+        for name, limit, use, units in rows
+        if limit is not None or name == least
+    ]
+    if asked.latency_ms is not None or least == "latency_ms":
         latency = asked.latency
         assert latency is not None
         table = latency if isinstance(latency, Mapping) else read_latency(latency)
@@ -65,13 +78,20 @@ def make_budgets(sens: Sensitivity, asked: SolveOptions) -> list[Budget]:
         missing = [name for name, widths in own.items() if not set(table.get(name, ())) >= widths]
         require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
         known = {name: table[name] for name in own}
-        budgets.append(_real_budget(sens, LinearConstraint("latency_ms", known, asked.latency_ms)))
+        timed = _real_budget(sens, LinearConstraint("latency_ms", known, asked.latency_ms or 0.0))
+        budgets.append(_unlimited(sens, timed) if asked.latency_ms is None else timed)
     budgets += [_real_budget(sens, constraint) for constraint in asked.constraints]
-    need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms or constraints"
+    need = "be given: avg_bits, size_mb, size_bytes, bitops, latency_ms, constraints or max_loss_increase"
     require(bool(budgets), "solve", "budget", need, "none")
     names = [budget.name for budget in budgets]
     require(len(set(names)) == len(names), "solve", "constraints", "have names of their own", names)
     return budgets
+
+
+def _unlimited(sens: Sensitivity, budget: Budget) -> Budget:
+    """The budget with a limit that every plan meets."""
+    most = int(np.maximum.reduceat(budget.use, sens.candidates.starts[:-1]).sum())
+    return replace(budget, limit=most, given=budget.shown(most))
 
 
 def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import CladoError
+from ..common import require
 from . import native, scip
 from .products import without_products
 from .program import Program, within_reach, worth_keeping
@@ -27,22 +27,38 @@ Choice = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to try: see :func:`clado.solve`. ``deadline`` is a ``time.monotonic()`` value."""
+    """How hard to try: see :func:`clado.solve`.
+
+    Attributes:
+        deadline: a ``time.monotonic()`` value.
+        enough: a choice whose value is at most this one ends the search, and so does a proof that there is none; None: only
+            the least value will do.
+    """
 
     deadline: float
     gap: float = 0.0
     seed: int = 0
     solver: str = "auto"
+    enough: float | None = None
 
     def share(self, part: float) -> float:
         """The moment at which ``part`` of the time that is left will be spent."""
         now = time.monotonic()
         return now + part * max(0.0, self.deadline - now)
 
+    def tolerance(self, value: float, unit: float) -> float:
+        """By how much less than ``value`` a choice must be to be looked for; ``unit`` is its :func:`reference`."""
+        closed = CLOSED / 4 * unit
+        needless = 0.0 if self.enough is None else value - self.enough - closed
+        return max(0.999 * self.gap * unit, closed, needless)
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A choice of candidates (None: proven infeasible), a lower bound on all choices, and who did it."""
+    """A choice of candidates, a lower bound on all choices, and who did it.
+
+    No choice and a bound of infinity: proven infeasible; with ``Effort.enough``, another bound: none was found in time.
+    """
 
     choice: Choice | None
     bound: float
@@ -69,11 +85,16 @@ def certify(
     largest = float(np.abs(program.matrix).max(initial=0.0))
     scale = 1.0 / largest if largest > 0 else 1.0
     work = native.QUICK * program.size if effort.solver == "heuristic" else 0
-    incumbent = native.search(program.scaled(scale), begin, effort.seed, effort.share(0.15), work=work)
+    target = -math.inf if effort.enough is None else effort.enough * scale
+    incumbent = native.search(program.scaled(scale), begin, effort.seed, effort.share(0.15), target, work)
     if incumbent is None:
-        incumbent = _any_feasible(program, effort)
+        incumbent, finished = _any_feasible(program, effort)
         if incumbent is None:
-            return Answer(None, math.inf, "scip")
+            late = effort.enough is None and not finished
+            require(not late, "solve", "time_limit", "be longer to find any plan within the budgets", "none yet")
+            return Answer(None, math.inf if finished else -math.inf, "scip")
+    if meets(program, incumbent, effort.enough):
+        return Answer(reach[incumbent], -math.inf, "heuristic")
     useful = np.arange(program.size) if program.size > LARGE else worth_keeping(program, program.value(incumbent))
     program, incumbent = program.restricted(useful), np.searchsorted(useful, incumbent)
     kept = reach[useful]
@@ -81,19 +102,32 @@ def certify(
     scale = 100.0 / diagonal if diagonal > 0 else scale
     known = [form.restricted(kept, form.multipliers).scaled(scale) for form in forms]
     program, choice, bound = program.scaled(scale), incumbent, -math.inf
+    effort = effort if effort.enough is None else replace(effort, enough=effort.enough * scale)
     while True:
         before = choice
         choice, proven, name = _prove(program, before, effort, known)
         bound = max(bound, proven)
         # The gap is relative to the last choice, which may be smaller than what the proof was aimed by.
         reached = program.value(choice) - bound <= max(effort.gap, CLOSED) * reference(program, choice)
-        if reached or choice is before or time.monotonic() > effort.deadline:
+        enough = meets(program, choice, effort.enough)
+        if reached or enough or choice is before or time.monotonic() > effort.deadline:
             return Answer(kept[choice], float(bound / scale), name)
 
 
 def reference(program: Program, choice: Choice) -> float:
     """What gaps are relative to: the larger of |objective| and the sum of the magnitudes on the diagonal, halved."""
     return max(abs(program.value(choice)), float(np.abs(np.diag(program.matrix)[choice]).sum() / 2))
+
+
+def meets(program: Program, choice: Choice, limit: float | None) -> bool:
+    """Whether the value is at most ``limit``, rounding aside: a limit that is a choice's own value allows that choice."""
+    return limit is not None and program.value(choice) <= limit + 1e-12 * reference(program, choice)
+
+
+def settled(program: Program, answer: Answer, limit: float | None) -> bool:
+    """Whether it is known if some choice has a value of at most ``limit``; None: never."""
+    good = answer.choice is None or meets(program, answer.choice, limit)
+    return good or (limit is not None and answer.bound > limit)
 
 
 def shifted(program: Program, deadline: float, target: float = math.inf, tolerance: float = 1e-7) -> ConvexForm:
@@ -119,11 +153,11 @@ def _prove(
     value, unit = program.value(incumbent), reference(program, incumbent)
     if program.size == program.num_layers:
         return incumbent, value, "presolve"
-    tolerance = max(0.999 * effort.gap, CLOSED / 4) * unit
+    tolerance = effort.tolerance(value, unit)
     if effort.solver == "heuristic" and forms:
         bound = max(native.prove(program, form, incumbent, effort.deadline, tolerance, nodes=1)[1] for form in forms)
         return incumbent, bound, "heuristic"
-    form = shifted(program, effort.share(0.8), value - CLOSED / 4 * unit)
+    form = shifted(program, effort.share(0.8), value - (CLOSED / 4 * unit if effort.enough is None else tolerance))
     if form.bound >= value - tolerance:
         return incumbent, form.bound, "heuristic"
     if effort.solver == "heuristic":
@@ -178,10 +212,8 @@ def _better(program: Program, incumbent: Choice, other: Choice | None) -> Choice
     return incumbent
 
 
-def _any_feasible(program: Program, effort: Effort) -> Choice | None:
-    """Some choice within the budgets by an integer linear program; None when there is none."""
+def _any_feasible(program: Program, effort: Effort) -> tuple[Choice | None, bool]:
+    """Some choice within the budgets by an integer linear program, None where there is none, and whether that is known."""
     nothing = Program(np.zeros_like(program.matrix), program.layer, program.rows, program.limits)
     choice, _, finished = scip.exact(nothing, linear_form(nothing), None, effort.deadline, 0.0, effort.seed)
-    if choice is None and not finished:
-        raise CladoError("solve: time_limit must be longer to find any plan within the budgets, got none yet")
-    return choice
+    return choice, finished

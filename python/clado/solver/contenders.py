@@ -7,6 +7,7 @@ from typing import Any
 from ..artifacts import Plan, Sensitivity
 from ..common import require
 from .objectives import NAMES, errors_known
+from .options import least_loss_only
 from .session import Solver
 
 
@@ -25,6 +26,7 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     Raises:
         CladoError: as :func:`clado.solve`.
     """
+    least_loss_only("shortlist", arguments)
     require("objective" not in arguments, "shortlist", "objective", "be left out: every one is tried", "one")
     require(near >= 0, "shortlist", "near", "not be negative", near)
     known = errors_known(sens.stderr, sens.candidates.same_layer)

@@ -10,7 +10,7 @@ from typing import Any
 from ..artifacts import Plan, Sensitivity
 from ..common import check_known, require
 from .certify import CLOSED
-from .options import AXES, SolveOptions
+from .options import AXES, SolveOptions, least_loss_only
 from .session import Solver
 
 
@@ -41,6 +41,7 @@ def pareto(
     """
     started = time.monotonic()
     check_known("pareto", arguments, SolveOptions.about())
+    least_loss_only("pareto", arguments)
     budgets = {"avg_bits": avg_bits, **{name: arguments.pop(name, None) for name in AXES[1:]}}
     axes = [name for name, value in budgets.items() if isinstance(value, Sequence) and not isinstance(value, str)]
     single = [f"{name}={value}" for name, value in budgets.items() if value is not None]

@@ -76,7 +76,7 @@ LAYERS = Check(lambda value: isinstance(value, Mapping), "be {layer: bits, or a 
 class SolveOptions(Arguments):
     """The arguments of :func:`solve`, checked as far as that goes without the matrix.
 
-    Their groups: budget, limit (which candidates may be taken), aim, effort.
+    Their groups: budget, inverse (least use instead of least loss), limit (which candidates may be taken), aim, effort.
     """
 
     op: ClassVar[str] = "solve"
@@ -139,6 +139,26 @@ class SolveOptions(Arguments):
         kept=_read_constraints,
         takes="Sequence[LinearConstraint] | str | os.PathLike[str]",
         group="budget",
+    )
+    max_loss_increase: float | None = argument(
+        None,
+        "the inverse question: of all plans whose predicted loss increase (nats, under ``objective``) is at most this one, the "
+        "one that takes least of ``minimize``.",
+        Line(
+            "--max-loss-increase",
+            "number",
+            "The inverse question: least --minimize whose predicted increase is so small.",
+        ),
+        check=Check(_finite, "be a finite number of nats"),
+        group="inverse",
+    )
+    minimize: str | None = argument(
+        None,
+        'what ``max_loss_increase`` makes least: "avg_bits", "size_mb", "size_bytes", "bitops" or "latency_ms"; None: '
+        '"size_bytes".',
+        Line("--minimize", "text", "avg_bits, size_mb, size_bytes, bitops or latency_ms; size_bytes when left out."),
+        check=one_of(lambda: SolveOptions.positional()),
+        group="inverse",
     )
     objective: str = argument(
         "original",
@@ -234,7 +254,24 @@ class SolveOptions(Arguments):
         super().__post_init__()
         timed = self.latency_ms is None or self.latency is not None
         require(timed, self.op, "latency", "be given with latency_ms", self.latency)
+        asked = self.minimize is None or self.max_loss_increase is not None
+        require(asked, self.op, "minimize", "come with max_loss_increase", repr(self.minimize))
+        timed = self.minimize != "latency_ms" or self.latency is not None
+        require(timed, self.op, "latency", "be given to minimize latency_ms", self.latency)
+
+    @property
+    def minimized(self) -> str | None:
+        """What is made least; None where the loss is."""
+        return None if self.max_loss_increase is None else self.minimize or SIZE
 
 
+SIZE = "size_bytes"
 AXES = SolveOptions.positional()  # budgets that one number says
 BUDGETS = SolveOptions.group("budget")
+INVERSE = SolveOptions.group("inverse")
+
+
+def least_loss_only(op: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse the inverse question where plans of least loss are chosen among."""
+    given = [name for name in INVERSE if arguments.get(name) is not None]
+    require(not given, op, "arguments", f"leave {' and '.join(INVERSE)} to solve", " and ".join(given))

@@ -16,17 +16,19 @@ from ..common import CladoError, check_known, require, takes
 from ..quant import Scheme
 from . import scip
 from .budgets import Budget, allowed_candidates, check_minimum, layer_groups, make_budgets
-from .certify import CLOSED, Answer, Effort, certify, reference, shifted, tightened
+from .certify import CLOSED, Answer, Effort, certify, reference, settled, shifted, tightened
 from .native import blas_threads
 from .objectives import NAMES, errors_known, negative_mass, objective_matrix
 from .options import BUDGETS, SolveOptions
 from .program import Merged, Program, merged, within_reach
 from .shift import ConvexForm, linear_form
+from .smallest import Bisection
 
 Choice = NDArray[np.int64]
 NEAR = 0.1  # relative gap beyond which a what-if question is worth a convex form of its own
 EXACT, ROUGH = 1e-7, 1e-3  # how exactly the semidefinite programs of the first question and of later ones are solved
 MOST_FORMS = 6  # limits whose convex forms are kept
+SEARCH, QUESTION = 0.8, 0.25  # of the time that is left: for least use before least loss, and for one question of it
 EIGEN_SHARE = 0.1  # of the time limit that eigenvalues may take for what is only reported
 
 
@@ -38,10 +40,19 @@ def solve(sens: Sensitivity, options: SolveOptions) -> Plan:
         sens: the sensitivity matrix.
         options: the arguments of :class:`SolveOptions`.
 
+    With ``max_loss_increase`` the question is the inverse one: least ``minimize`` of all plans whose predicted loss increase
+    is at most that, and within every budget that is given.
+
     Returns:
         Plan: "optimal" when the relative gap is at most 1e-6, else "feasible", with a bound that holds for the stated
         objective; "infeasible" when the budgets are proven to conflict although each alone could be met (``info["reason"]``
         says which would have to give).
+        Of the inverse question: among the plans of the least use that was found, the one of least loss, as if that use had
+        been given as a budget; ``bound`` is still of the loss, and holds for every plan within that use. ``info["minimized"]``
+        holds ``name``, ``used``, ``bound`` (no plan of so small a loss uses less; both in the unit of the budget),
+        ``max_loss_increase`` and ``questions`` (how many budgets were tried). "optimal": the bound is the use, where a loss
+        that is larger than allowed by less than a relative gap of 1e-6 counts as allowed or not; "infeasible": no plan has so
+        small a loss.
 
     Raises:
         CladoError: no budget, a budget below its minimum, a layer or width that is unknown, NaN or infinity in the
@@ -59,6 +70,10 @@ class _Asked:
     program: Program
     keep: Choice
     groups: Choice
+
+    def merged_to(self, merge: Merged) -> Program:
+        """The program over groups of layers, with this question's limits."""
+        return replace(merge.program, limits=self.program.limits)
 
 
 class Solver:
@@ -92,14 +107,28 @@ class Solver:
         with blas_threads(options.threads):
             asked = self._ask(options.objective, options)
             self._report_eigenvalues(options.time_limit)
-            answer = self._answer(asked, effort, options.start)
-            if answer.choice is None:
-                note = _conflict(self._merged(asked), asked.budgets, effort)
-                plan = self._infeasible(options.objective, note)
+            if options.minimized is None:
+                plan = self._least_loss(asked, effort, options.start)
             else:
-                plan = self._plan(asked, answer)
+                assert options.max_loss_increase is not None
+                plan = self._least_use(asked, effort, options.start, options.minimized, options.max_loss_increase)
         plan.info["seconds"] = time.monotonic() - started
         return plan
+
+    @takes(SolveOptions)
+    def extent(self, name: str, options: SolveOptions) -> tuple[float, float]:
+        """Least and most of a budget, in its unit: what the layers take, each by itself, within the limits and that budget.
+
+        Args:
+            name: of a budget that one number says, such as "size_bytes"; its own limit may be left out.
+
+        The other arguments are those that were given to :meth:`solve`.
+        """
+        asked = self._ask(options.objective, replace(options, max_loss_increase=0.0, minimize=name))
+        budget = next(b for b in asked.budgets if b.name == name)
+        use, first = budget.use[asked.keep], np.flatnonzero(np.diff(self.layer[asked.keep], prepend=-1))
+        most = min(budget.limit, int(np.maximum.reduceat(use, first).sum()))
+        return budget.shown(np.minimum.reduceat(use, first).sum()), budget.shown(most)
 
     @takes(SolveOptions)
     def near(self, plan: Plan, count: int, options: SolveOptions) -> list[Plan]:
@@ -115,7 +144,7 @@ class Solver:
         small = self._merged(asked)
         best = small.gather(self.sens.candidates.indices(plan.schemes))
         found = _neighbours(small.program, small.keep, best, count)
-        return [self._plan(asked, Answer(small.spread(choice), plan.bound, "near")) for choice in found]
+        return [self._plan(asked, small, Answer(choice, plan.bound, "near")) for choice in found]
 
     def _ask(self, objective: str, options: SolveOptions) -> _Asked:
         """A question in numbers; refuses what cannot be meant."""
@@ -134,32 +163,83 @@ class Solver:
         )
         return _Asked(objective, rows, program, keep, layer_groups(self.sens, options.shared_layers))
 
-    def _answer(self, asked: _Asked, effort: Effort, start: Plan | None) -> Answer:
-        """Solve over groups of layers; the choice comes back over layers."""
+    def _least_loss(self, asked: _Asked, effort: Effort, start: Plan | None) -> Plan:
+        """The plan of least loss within the budgets; solved over groups of layers."""
         merge = self._merged(asked)
-        small, keep = merge.program, merge.keep
-        begin = None
-        if start is not None and list(start.schemes) == [layer.name for layer in self.sens.layers]:
-            begin = merge.gather(self._start(start))
+        answer = self._answer(asked, merge, effort, self._start(merge, start))
+        if answer.choice is None:
+            return self._infeasible(asked.objective, _conflict(merge, asked.budgets, effort))
+        return self._plan(asked, merge, answer)
+
+    def _least_use(self, asked: _Asked, effort: Effort, start: Plan | None, name: str, value: float) -> Plan:
+        """Of the plans with a loss of at most ``value`` the one of least use; then that of least loss within this use."""
+        merge = self._merged(asked)
+        row = [budget.name for budget in asked.budgets].index(name)
+        begin, aim = self._start(merge, start), replace(effort, enough=value, gap=0.0)
+
+        def ask(limit: int, best: Choice | None) -> Answer:
+            one = replace(aim, deadline=aim.share(1.0 if best is None else QUESTION))
+            return self._decided(_limited(asked, row, limit), merge, one, begin if best is None else best)
+
+        if len(np.unique(merge.program.layer[merge.keep])) < merge.program.num_layers:
+            return self._least_loss(asked, effort, start)
+        found = Bisection(merge.program, merge.keep, row, value, ask, effort.share(SEARCH)).run()
+        if found.choice is None:
+            later = replace(effort, deadline=max(effort.deadline, time.monotonic() + 1))
+            return self._too_strict(self._least_loss(asked, later, start), value, math.isinf(found.least))
+        budget = asked.budgets[row]
+        close = _limited(asked, row, int(merge.program.rows[row, found.choice].sum()))
+        plan = self._plan(close, merge, self._answer(close, merge, effort, found.choice))
+        used = int(asked.program.rows[row, self.sens.candidates.indices(plan.schemes)].sum())
+        note = {
+            "name": name,
+            "used": budget.shown(used),
+            "bound": budget.shown(min(int(found.least), used)),
+            "max_loss_increase": value,
+            "questions": found.questions,
+        }
+        status = "optimal" if found.least >= used else "feasible"
+        return replace(plan, status=status, info={**plan.info, "minimized": note})
+
+    def _too_strict(self, least: Plan, value: float, proven: bool) -> Plan:
+        """What to say where no plan of so small a loss was found; ``least`` is that of the least one, if budgets allow any."""
+        if not least.schemes:
+            return least
+        must = f"be at least {least.objective:.6g} with the other wishes kept"
+        more = f"{must}, or there be more time or another solver, as none below {least.bound:.6g} is proven"
+        require(proven, "solve", "max_loss_increase", more, f"{value:.6g}")
+        return self._infeasible(least.objective_name, f"max_loss_increase must {must}, got {value:.6g}")
+
+    def _decided(self, asked: _Asked, merge: Merged, effort: Effort, begin: Choice | None) -> Answer:
+        """Whether there is a choice that is good enough: by the forms at hand first, which cost milliseconds."""
+        answer = self._answer(asked, merge, replace(effort, solver="heuristic"), begin)
+        program = asked.merged_to(merge)
+        if effort.solver == "heuristic" or settled(program, answer, effort.enough):
+            return answer
+        return certify(program, merge.keep, effort, answer.choice)
+
+    def _answer(self, asked: _Asked, merge: Merged, effort: Effort, begin: Choice | None) -> Answer:
+        """The choice over groups of layers."""
+        small, keep = asked.merged_to(merge), merge.keep
         if len(np.unique(small.layer[keep])) < small.num_layers:
             return Answer(None, math.inf, "presolve")
         if effort.solver == "heuristic":
             key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
-            answer = _what_if(small, keep, effort, begin, self._forms.setdefault(key, {}))
-        else:
-            answer = certify(small, keep, effort, begin)
-        return answer if answer.choice is None else replace(answer, choice=merge.spread(answer.choice))
+            return _what_if(small, keep, effort, begin, self._forms.setdefault(key, {}))
+        return certify(small, keep, effort, begin)
 
     def _merged(self, asked: _Asked) -> Merged:
         return merged(asked.program, asked.keep, asked.groups, self.schemes)
 
-    def _start(self, plan: Plan) -> Choice:
-        """``[L]`` candidates of a plan to begin with; a layer's first one where it was not measured at the plan's."""
+    def _start(self, merge: Merged, plan: Plan | None) -> Choice | None:
+        """Candidates of the groups to begin with; a layer's first one where it was not measured at the plan's."""
+        if plan is None or list(plan.schemes) != [layer.name for layer in self.sens.layers]:
+            return None
         own = self.sens.candidates
         taken = [
             own.index(n, s) if own.has(n, s) else int(own.starts[k]) for k, (n, s) in enumerate(plan.schemes.items())
         ]
-        return np.array(taken, np.int64)
+        return merge.gather(np.array(taken, np.int64))
 
     def refresh(self, keep: Choice) -> None:
         """Drop what was computed for another set of candidates that are not finite."""
@@ -188,9 +268,10 @@ class Solver:
         names = [name for name in NAMES if name == objective or known.get(name, True)]
         return {name: float(self._matrix(name)[np.ix_(choice, choice)].sum() / 2) for name in names}
 
-    def _plan(self, asked: _Asked, answer: Answer) -> Plan:
-        sens, program, choice = self.sens, asked.program, answer.choice
-        assert choice is not None
+    def _plan(self, asked: _Asked, merge: Merged, answer: Answer) -> Plan:
+        sens, program = self.sens, asked.program
+        assert answer.choice is not None
+        choice = merge.spread(answer.choice)
         value = program.value(choice)
         bound = min(answer.bound, value)
         unit = reference(program, choice)
@@ -225,13 +306,22 @@ class Solver:
         )
 
 
+def _limited(asked: _Asked, row: int, limit: int) -> _Asked:
+    """The question with another limit of one budget."""
+    limits = asked.program.limits.copy()
+    limits[row] = limit
+    budgets = list(asked.budgets)
+    budgets[row] = replace(budgets[row], limit=limit, given=budgets[row].shown(limit))
+    return replace(asked, budgets=budgets, program=replace(asked.program, limits=limits))
+
+
 def _what_if(
     program: Program, keep: Choice, effort: Effort, start: Choice | None, forms: dict[bytes, list[ConvexForm]]
 ) -> Answer:
     """Answer with the best of the forms at hand, {limits: forms}; where none comes near, with new ones, which are kept."""
     known = [form for pair in forms.values() for form in pair]
-    answer = certify(program, keep, effort, start, known) if known else None
-    if answer is not None and (answer.choice is None or program.limits.tobytes() in forms):
+    answer = certify(program, keep, effort, start, known) if known or effort.enough is not None else None
+    if answer is not None and (settled(program, answer, effort.enough) or program.limits.tobytes() in forms):
         return answer
     if answer is not None and answer.choice is not None:
         missing = program.value(answer.choice) - answer.bound
