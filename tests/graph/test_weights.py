@@ -237,6 +237,12 @@ def test_moments_of_any_convolution_are_those_of_its_output(
     torch.testing.assert_close((own @ moments * own).sum(-1), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_every_computed_weight_is_named_where_one_function_computes_several() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), LowRank(), nn.ReLU(), LowRank(), nn.Linear(6, 6), nn.Linear(6, 3)).eval()
+    for runner in (open_runner(model, torch.randn(4, 6)), WholeForwards(model, torch.randn(4, 6))):
+        assert set(runner.skipped) == {"1", "3", "5"}
+
+
 def old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

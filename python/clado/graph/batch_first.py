@@ -44,7 +44,7 @@ class _Rewriter:
         self.graph, self.batch = graph, batch
         self._outer: dict[
             Node, int
-        ] = {}  # of values that are stored as [N, outer, inner] where the model has [outer, N, inner]
+        ] = {}  # of values stored as [N, outer, inner] that the model has as [outer, N, inner]
         self._count: Node | None = None
 
     def visit(self, node: Node) -> None:

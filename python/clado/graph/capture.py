@@ -20,7 +20,7 @@ from ..quant import Layer, ignored, storage
 from .batch_first import put_batch_first
 from .forward import ForwardStep, Step, check_eval
 from .narrow import narrow
-from .weights import find_weights
+from .weights import find_weights, upstream
 
 aten = torch.ops.aten
 
@@ -204,13 +204,7 @@ def is_size(node: Node) -> bool:
 
 def _live_nodes(graph: Graph, sources: Sequence[Node], outputs: Sequence[Any]) -> tuple[Node, ...]:
     """Nodes between inputs and outputs; assertions and dead ends fall away."""
-    needed: set[Node] = set()
-    stack = [node for node in outputs if isinstance(node, Node)]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack += node.all_input_nodes
+    needed = upstream(node for node in outputs if isinstance(node, Node))
     depends = set(sources)
     for node in graph.nodes:
         if depends.intersection(node.all_input_nodes):

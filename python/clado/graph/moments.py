@@ -83,8 +83,8 @@ class Use:
             return
         stride, padding, dilation = self.convolution
         x = pad(x if x.dim() == 4 else x[None], _sides(padding, dilation, self.shape[2:]))
-        (groups, inputs), kernel, (down, across) = self.sides, self.shape[2:], _pair(stride)
-        covered = (step * (size - 1) + 1 for step, size in zip(_pair(dilation), kernel, strict=True))
+        (groups, inputs), kernel, (down, across) = self.sides, self.shape[2:], numbers(stride, 2)
+        covered = (step * (size - 1) + 1 for step, size in zip(numbers(dilation, 2), kernel, strict=True))
         high, wide = (
             (size - own) // by + 1 for size, own, by in zip(x.shape[2:], covered, (down, across), strict=True)
         )
@@ -96,7 +96,7 @@ class Use:
             x = x[:, :, ::down, ::across]
         many = max(1, x.shape[2] * x.shape[3] * x.shape[1] * kernel[0] * kernel[1])
         for part in x.split(max(1, ELEMENTS // many)):
-            patches = part if kernel == (1, 1) else unfold(part, kernel, _pair(dilation), 0, (down, across))
+            patches = part if kernel == (1, 1) else unfold(part, kernel, numbers(dilation, 2), 0, (down, across))
             yield patches.reshape(len(part), groups, inputs, -1)
 
     def _patches(self, x: Tensor) -> Iterator[Tensor]:
@@ -105,9 +105,9 @@ class Use:
         kernel, size = self.shape[2:], len(self.shape) - 2
         x = x if x.dim() == size + 2 else x[None]
         stride, padding, dilation = self.convolution
-        steps, spread = _numbers(stride, size), _numbers(dilation, size)
+        steps, spread = numbers(stride, size), numbers(dilation, size)
         if self.output_padding is not None:
-            x, steps = self._spaced(x, steps, _numbers(padding, size), spread), [1] * size
+            x, steps = self._spaced(x, steps, numbers(padding, size), spread), (1,) * size
         else:
             x = pad(x, _sides(padding, dilation, kernel))
         for dim, (own, by, apart) in enumerate(zip(kernel, steps, spread, strict=True), 2):
@@ -127,7 +127,7 @@ class Use:
 
     def _spaced(self, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """The input of the plain convolution that a transposed one is: zeros between and around its elements."""
-        kernel, added = self.shape[2:], _numbers(self.output_padding, len(stride))
+        kernel, added = self.shape[2:], numbers(self.output_padding, len(stride))
         wide = x.new_zeros(*x.shape[:2], *((n - 1) * by + 1 for n, by in zip(x.shape[2:], stride, strict=True)))
         places: list[Any] = [..., *(slice(None, None, by) for by in stride)]
         wide[tuple(places)] = x
@@ -197,29 +197,20 @@ def _outer(one: Tensor, other: Tensor) -> Tensor:
     return one[:, :, None] * other[:, None, :]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    numbers = list(value)
-    return numbers[0], numbers[-1]
-
-
-def _numbers(value: Any, size: int) -> list[int]:
+def numbers(value: Any, size: int) -> tuple[int, ...]:
     """One number for each of so many dimensions."""
-    if isinstance(value, int):
-        return [value] * size
-    numbers = list(value)
-    return numbers if len(numbers) == size else numbers * size
+    given = (value,) if isinstance(value, int) else tuple(value)
+    return given if len(given) == size else given * size
 
 
 def _sides(padding: Any, dilation: Any, kernel: tuple[int, ...]) -> list[int]:
     """Zeros around an input as :func:`torch.nn.functional.pad` has them: before and after, the last dimension first."""
     size, sides = len(kernel), list[int]()
-    apart = _numbers(dilation, size)
+    apart = numbers(dilation, size)
     for k in reversed(range(size)):
         if isinstance(padding, str):
             total = apart[k] * (kernel[k] - 1) if padding == "same" else 0
             sides += [total // 2, total - total // 2]
         else:
-            sides += [_numbers(padding, size)[k]] * 2
+            sides += [numbers(padding, size)[k]] * 2
     return sides

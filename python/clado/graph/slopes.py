@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .moments import numbers
 from .streams import rows
 from .weights import CONVOLUTIONS
 
@@ -86,18 +87,13 @@ def _patches(node: Node, x: Tensor, gradient: Tensor, shape: Sequence[int]) -> t
     """Convolution as a product: inputs ``[rows, groups, positions, K]`` and output gradients ``[rows, groups, positions, N]``."""
     given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False))
     given |= node.kwargs
-    stride, dilation = (_two(given.get(name, 1)) for name in ("stride", "dilation"))
+    stride, dilation = (numbers(given.get(name, 1), 2) for name in ("stride", "dilation"))
     padding, groups, kernel = given.get("padding", 0), given.get("groups", 1), shape[2:]
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
     else:
-        total = [2 * p for p in _two(padding)]
+        total = [2 * p for p in numbers(padding, 2)]
     (top, left), (height, width) = [t // 2 for t in total], total
     x = torch.nn.functional.pad(x, (left, width - left, top, height - top))
     columns = torch.nn.functional.unfold(x, tuple(kernel), dilation, 0, stride).unflatten(1, (groups, -1))
     return columns.transpose(2, 3), gradient.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-
-
-def _two(value: Any) -> tuple[int, int]:
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return both if len(both) == 2 else both * 2

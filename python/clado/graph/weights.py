@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..quant import Layer, has_rows, in_rows, layer_name, storage
+from ..quant import Layer, applied_as, groups_of, has_rows, in_rows, layer_name, positions, storage
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -74,9 +74,7 @@ class _Use:
     @property
     def applied(self) -> str:
         """How the parameter itself is applied: the kind of its layer."""
-        if self.kind not in ("linear", "matmul"):
-            return self.kind
-        return "linear" if self.turned == (self.kind == "matmul") else "matmul"
+        return applied_as(self.kind, self.turned)
 
 
 def find_weights(
@@ -100,9 +98,9 @@ def find_weights(
     found = Weights(skipped=finder.others(uses))
     for key, own in uses.items():
         first = min(own, key=lambda use: not has_rows(use.applied))  # one that has its output channels first, if any
-        layer = layer_of(
-            finder.aliases[key], given[first.parameter], first.applied, _groups(first.node), sum(u.macs for u in own)
-        )
+        groups = groups_of(first.node.args, first.node.kwargs)
+        macs = sum(use.macs for use in own)
+        layer = layer_of(finder.aliases[key], given[first.parameter], first.applied, groups, macs)
         found.layers.append(layer)
         found.sources.append(tuple(_put_in_rows(graph, node, layer) for node in finder.placeholders[key]))
         for use in own:
@@ -128,8 +126,9 @@ class _Finder:
         self, model: nn.Module, live: Sequence[Node], names: Mapping[Node, str], given: Mapping[Node, Tensor]
     ) -> None:
         self._live, self._names, self._given = set(live), names, given
-        self._computed: dict[str, str] = {}  # {module: why} of weights that are computed
-        self._inside: set[Any] = set()  # parameters that they are computed from
+        self._computed: list[
+            tuple[str, list[str]]
+        ] = []  # (function, parameters behind it) of weights that are computed
         self.aliases: dict[Any, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.dim() > 1:
@@ -155,28 +154,27 @@ class _Finder:
         return _Use(node, kind, parameter, turned, _macs(node, kind, weight.meta["val"]))
 
     def _note(self, weight: Node) -> None:
-        """Name the module that computes a weight."""
-        own = [node for node in _placeholders(weight) if node in self._given]
-        keys = {storage(self._given[node]) for node in own}.intersection(self.aliases)
-        if keys:
-            self._inside |= keys
-            self._computed |= computed([self.aliases[key][0] for key in keys], _name(weight))
+        """Keep what computes a weight."""
+        sources = [node for node in upstream([weight]) if node in self._given]
+        keys = dict.fromkeys(storage(self._given[node]) for node in sources)
+        behind = [self.aliases[key][0] for key in keys if key in self.aliases]
+        if behind:
+            self._computed.append((_name(weight), behind))
 
     def others(self, searched: Container[Any]) -> dict[str, str]:
         """Every parameter of two or more dimensions that no layer has, with the reason."""
-        skipped = dict(self._computed)
-        for key, names in self.aliases.items():
-            if key not in searched and key not in self._inside:
-                skipped[layer_name(names[0])] = self._reason(key)
-        return skipped
+        left = {names[0]: key for key, names in self.aliases.items() if key not in searched}
+        return unsearched(
+            [self.aliases[key] for key in left.values()], self._computed, lambda names: self._readers(left[names[0]])
+        )
 
-    def _reason(self, key: Any) -> str:
-        """What reads a parameter."""
+    def _readers(self, key: Any) -> set[str]:
+        """Names of what reads a parameter, where the output depends on it."""
         own = self.placeholders.get(key, [])
         if not any(node in self._live for node in _behind_all(own, lambda node: True)):
-            return reason(())
+            return set()
         readers = _behind_all(own, lambda node: node.target in _VIEWS)
-        return reason({_name(node) for node in readers if node.target not in (*_VIEWS, *_CHECKS)})
+        return {_name(node) for node in readers if node.target not in (*_VIEWS, *_CHECKS)}
 
 
 def _behind_all(nodes: Sequence[Node], follow: Callable[[Node], bool]) -> list[Node]:
@@ -190,15 +188,30 @@ def _behind_all(nodes: Sequence[Node], follow: Callable[[Node], bool]) -> list[N
     return list(seen)
 
 
-def computed(parameters: Sequence[str], function: str) -> dict[str, str]:
-    """{module: why it stays float} of a weight that a function computes from parameters."""
-    return {_module_of(parameters): f"its weight is computed ({function}): fold it into a parameter to search it"}
+def unsearched(
+    parameters: Iterable[Sequence[str]],
+    computed: Sequence[tuple[str, Iterable[str]]],
+    readers: Callable[[Sequence[str]], Iterable[str]],
+) -> dict[str, str]:
+    """{module or parameter that stays float: why}.
 
-
-def reason(readers: Iterable[str]) -> str:
-    """Why a parameter that these functions read stays float."""
-    read = ", ".join(sorted(readers))
-    return f"read by {read}, which is not searched" if read else "the output does not depend on it"
+    Args:
+        parameters: those that no layer has, each under all of its names.
+        computed: (function, parameters) of weights that a function computes from parameters; the module is named.
+        readers: what reads a parameter otherwise; nothing: the output does not depend on it.
+    """
+    skipped, inside = dict[str, str](), set[str]()
+    for function, behind in computed:
+        inside.update(behind)
+        skipped[_module_of(sorted(behind))] = (
+            f"its weight is computed ({function}): fold it into a parameter to search it"
+        )
+    for names in parameters:
+        if not inside.intersection(names):
+            read = ", ".join(sorted(readers(names)))
+            reason = f"read by {read}, which is not searched" if read else "the output does not depend on it"
+            skipped[layer_name(names[0])] = reason
+    return skipped
 
 
 def _behind(weight: Node, names: Mapping[Node, str]) -> tuple[Node, bool] | None:
@@ -229,15 +242,15 @@ def _keeps_rows(node: Node, source: Node) -> bool:
     return node.target in _SHAPED and shapes[0][0] == shapes[1][0] and math.prod(shapes[0]) == math.prod(shapes[1])
 
 
-def _placeholders(node: Node) -> list[Node]:
-    """Those that a node is computed from, in the order in which they are met."""
-    seen, stack = dict[Node, None](), [node]
+def upstream(nodes: Iterable[Node]) -> dict[Node, None]:
+    """These nodes and all that they are computed from."""
+    seen, stack = dict[Node, None](), list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen[node] = None
             stack += node.all_input_nodes
-    return [node for node in seen if node.op == "placeholder"]
+    return seen
 
 
 def _module_of(parameters: Sequence[str]) -> str:
@@ -251,22 +264,13 @@ def _module_of(parameters: Sequence[str]) -> str:
 
 
 def _name(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0] if node.op == "call_function" else str(node)
-
-
-def _groups(node: Node) -> int:
-    """Of a transposed convolution."""
-    given: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return int(given) if "conv_transpose" in str(node.target) else 1
+    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 def _macs(node: Node, kind: str, weight: Tensor) -> int:
     """Multiply-adds per sample: how often a weight is applied, times its elements."""
     entered, left = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    shape = entered if "transpose" in kind else left
-    channel = 1 if kind.startswith("conv") else len(shape) - 1
-    positions = [_per_sample(size) for d, size in enumerate(shape) if d != channel]
-    return math.prod(positions) * weight.numel()
+    return math.prod(map(_per_sample, positions(kind, entered, left))) * weight.numel()
 
 
 def _per_sample(size: Any) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..common import require
-from ..quant import Call, Calls, Layer, has_rows, ignored, layer_name, storage
+from ..quant import Call, Calls, Layer, Readers, has_rows, ignored, storage
 from .executor import gradients
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
 from .moments import Use
 from .runner import Objective, Runner, Variants
 from .streams import close, tensors
-from .weights import computed, layer_of, reason
+from .weights import layer_of, unsearched
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class WholeForwards:
                 results.append(self._forward(state.batch, own, state.samples, _recorder(taps[-1], first)))
         with torch.enable_grad():
             total = objective(replace(state, position=2 * self.num_layers, results=tuple(results)))
-        places = self._places(state.batch, state.samples, first, [tap.call.x for tap in taps[0]])
+        places = self._places(state, first, taps[0])
         found = iter(gradients(total, [tap.output for own_taps in taps for tap in own_taps]))
         for stream, own_taps in enumerate(taps):
             for tap, place in zip(own_taps, places, strict=True):
@@ -152,22 +152,19 @@ class WholeForwards:
         changes = (tap.call.under(layer.parameter(variant - clean, shape)) for variant in variants)
         return torch.stack([place.sums(change * gradient, samples) for change in changes])
 
-    def _places(self, batch: Any, samples: int, first: int, inputs: Sequence[Tensor]) -> list[_Place]:
-        """Where samples are in what enters each call of layers from ``first`` on: the first sample is replaced by another."""
-        if samples == 1 or all(len(x) == samples for x in inputs):
-            return [_Place(0, 1)] * len(inputs)
+    def _places(self, state: WholeState, first: int, taps: Sequence[_Tap]) -> list[_Place]:
+        """Where samples are in what enters the first stream's calls: a forward in which the first sample is another tells."""
+        if state.samples == 1 or all(len(tap.call.x) == state.samples for tap in taps):
+            return [_Place(0, 1)] * len(taps)
         seen: list[_Tap] = []
-        other = pytree.tree_map(lambda leaf: torch.cat([leaf[1:2], leaf[1:]]), batch)
+        other = pytree.tree_map(lambda leaf: torch.cat([leaf[1:2], leaf[1:]]), state.batch)
         with torch.no_grad():
-            self._forward(other, {}, 0, _recorder(seen, first))
-            clean: list[_Tap] = []
-            self._forward(batch, {}, 0, _recorder(clean, first))
-        places = [_place(a.call.x, b.call.x, samples) for a, b in zip(clean, seen, strict=True)]
-        unknown = [tap.layer for tap, place in zip(clean, places, strict=True) if place is None]
+            self._forward(other, state.weights[0], 0, _recorder(seen, first))
+        places = [_place(a.call.x, b.call.x, state.samples) for a, b in zip(taps, seen, strict=True)]
+        unknown = [tap.layer for tap, place in zip(taps, places, strict=True) if place is None]
         names = ", ".join(self.layers[k].name for k in unknown[:3])
-        require(
-            not unknown, "gradient", "model", "keep samples apart in what enters its layers", f"a mix before {names}"
-        )
+        must = "keep samples apart in what enters its layers"
+        require(not unknown, "gradient", "model", must, f"a mix before {names}")
         return [place for place in places if place is not None]
 
     def inputs(self, batch: Any, see: Callable[[int, Use, Tensor], None]) -> None:
@@ -214,8 +211,7 @@ class WholeForwards:
 
     def _clean(self, layer: int) -> Tensor:
         """A layer's clean weight, in rows."""
-        name = self.layers[layer].names[0]
-        return self.layers[layer].rows(self._base.get(name, self._parameters[name]))
+        return self.layers[layer].weight({**self._parameters, **self._base})
 
     def _named(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Every parameter of the layers with its weight."""
@@ -240,9 +236,9 @@ class WholeForwards:
         return output
 
     def _watch(self, changed: Mapping[str, Tensor], record: Callable[[int, Call], Tensor]) -> Calls:
-        layer_of = {name: k for k, layer in enumerate(self.layers) for name in layer.names}
-        own = {name: changed.get(name, self._parameters[name]) for name in layer_of}
-        return Calls(own, lambda call: record(layer_of[call.part.name], call))
+        position = {name: k for k, layer in enumerate(self.layers) for name in layer.names}
+        own = {name: changed.get(name, self._parameters[name]) for name in position}
+        return Calls(own, lambda call: record(position[call.part.name], call))
 
     def _find_layers(self, example: Any) -> tuple[list[Layer], dict[str, str]]:
         """The layers, and why the other parameters are none."""
@@ -259,28 +255,16 @@ class WholeForwards:
             return output
 
         others = [*(p for p in self._step.parameters() if p.dim() < 2), *self._step.buffers()]
-        with Calls(self._parameters, seen, others) as calls:
+        calls = Readers(self._parameters, seen, others)
+        with calls:
             self._step(example)
         layers = []
         for key, own in uses.items():
-            kind, groups, _ = min(
-                own, key=lambda use: not has_rows(use[0])
-            )  # one with its output channels first, if any
+            kind, groups, _ = min(own, key=lambda use: not has_rows(use[0]))  # with output channels first, if any
             parameter = self._parameters[names[key][0]]
             layers.append(layer_of(names[key], parameter, kind, groups, sum(use[2] for use in own)))
-        return layers, _others(calls, [own for key, own in names.items() if key not in uses])
-
-
-def _others(calls: Calls, parameters: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Why these parameters, each under all of its names, are no layers."""
-    skipped: dict[str, str] = {}
-    for function, behind in calls.computed.items():
-        skipped |= computed(sorted(behind), function)
-    inside = set().union(*calls.computed.values())
-    for names in parameters:
-        if not inside.intersection(names):
-            skipped[layer_name(names[0])] = reason({f for name in names for f in calls.read.get(name, ())})
-    return skipped
+        left = [own for key, own in names.items() if key not in uses]
+        return layers, unsearched(left, calls.computed, lambda own: {f for n in own for f in calls.read.get(n, ())})
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def compensate_block(
         inputs = _Inputs.of(((*a, b[1]) for a, b in entering if a is not None and b is not None), absorbs is not None)
         if inputs is None:
             continue
-        weight = layer.rows(state[layer.names[0]])
+        weight = layer.weight(state)
         held = compensated(inputs.target(weight), chosen[layer.name].number, plan.quantizer, inputs.moments, layer.name)
         now = Finished({layer.name: held}, {})
         if absorbs is not None:

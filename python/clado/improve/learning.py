@@ -64,10 +64,7 @@ class Learner:
     ) -> None:
         known, self.dtype = {layer.name: layer for layer in plan.layers}, dtype_of(plan, state)
         self.names = {name: known[name].names for name in layers}
-        self.weights = {
-            name: LearnedWeight(known[name].rows(state[known[name].names[0]]), finished.weights[name])
-            for name in layers
-        }
+        self.weights = {name: LearnedWeight(known[name].weight(state), finished.weights[name]) for name in layers}
         self.others = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
         offsets = [weight.offset for weight in self.weights.values() if weight.offset.requires_grad]
         groups = [(offsets, pace.offset)]

@@ -9,10 +9,21 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
-    from .calls import Call, Calls, announce
+    from .calls import Call, Calls, Readers, announce
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
     from .folding import folded
-    from .layers import Layer, has_rows, ignored, in_rows, layer_name, modules, storage
+    from .layers import (
+        Layer,
+        applied_as,
+        groups_of,
+        has_rows,
+        ignored,
+        in_rows,
+        layer_name,
+        modules,
+        positions,
+        storage,
+    )
     from .learned import LearnedWeight
     from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
     from .quantizer import Quantizer
@@ -38,17 +49,20 @@ __all__ = [
     "Number",
     "Quantized",
     "Quantizer",
+    "Readers",
     "Rounded",
     "RoundedBy",
     "Rounding",
     "Scheme",
     "announce",
+    "applied_as",
     "calibrate",
     "candidates_of",
     "check_bits",
     "codes",
     "compensated",
     "folded",
+    "groups_of",
     "has_rows",
     "ignored",
     "in_rows",
@@ -57,6 +71,7 @@ __all__ = [
     "layer_name",
     "modules",
     "parted",
+    "positions",
     "quantize_activations",
     "round_weights",
     "scheme_names",

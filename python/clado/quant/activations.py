@@ -165,17 +165,20 @@ def quantize_activations(model: nn.Module, activations: ActivationRanges, layers
     rounding = _Rounding(activations.bits, names)
     for layer in layers:
         found = {path: left.pop(path) for path in dict.fromkeys([layer.name, *modules(layer)]) if path in left}
-        one = len(set(found.values())) == 1
-        names |= dict.fromkeys(layer.names, next(iter(found.values()))) if one else {}
-        for name in layer.names if found else ():
+        if not found:
+            continue
+        pair, *others = set(found.values())
+        if not others:
+            names |= dict.fromkeys(layer.names, pair)
+        for name in layer.names:
             path, _, attribute = name.rpartition(".")
             there = path in every and hasattr(every[path], attribute)
             require(there, "activations", "model", f"have a parameter {name}", "another model")
-        for path in modules(layer) if found else ():
+        for path in modules(layer):
             owner = every.get(path)
             if owner is not None and owner is not quantized and hasattr(owner, "weight"):
-                pair = found.get(path, next(iter(found.values())))
-                owner.register_forward_pre_hook(rounding.hook(pair, always=not one), with_kwargs=True)
+                hook = rounding.hook(found.get(path, pair), always=bool(others))
+                owner.register_forward_pre_hook(hook, with_kwargs=True)
     require(not left, "activations", "layers", f"hold {next(iter(left), '')}", f"{len(layers)} others")
     quantized.__dict__["_input_rounding"] = rounding
     quantized.__class__ = _rounding_inputs(type(quantized))
@@ -218,10 +221,10 @@ def _rounding_inputs(kind: type[nn.Module]) -> type[nn.Module]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
         before, rounding.active = rounding.active, True
         try:
-            known = {
+            plain = {
                 name: parameters[name] for name in rounding.ranges if name in parameters
             }  # packed ones announce themselves
-            with Calls(known, rounding.apply):
+            with Calls(plain, rounding.apply):
                 return kind.forward(self, *args, **kwargs)
         finally:
             rounding.active = before

@@ -16,28 +16,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .layers import applied_as, groups_of, positions
+
 _KINDS = {"__matmul__": "matmul", "mm": "matmul"} | {
     name: name
     for name in ("linear", "matmul", *(f"conv{turned}{n}d" for turned in ("", "_transpose") for n in (1, 2, 3)))
 }
 _TURNED = ("t", "T", "mT", "transpose", "permute", "swapaxes", "movedim")
-_VIEWS = (
-    *_TURNED,
-    *(
-        "alias",
-        "chunk",
-        "clone",
-        "contiguous",
-        "data",
-        "detach",
-        "flatten",
-        "narrow",
-        "reshape",
-        "split",
-        "split_with_sizes",
-    ),
-    *("squeeze", "tensor_split", "unflatten", "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "__getitem__"),
-)
+_TAKEN = ("chunk", "narrow", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "__getitem__")
+_SAME = ("alias", "clone", "contiguous", "data", "detach")
+_SHAPED = ("flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view")
+_VIEWS = (*_TURNED, *_TAKEN, *_SAME, *_SHAPED)
 
 
 @dataclass(frozen=True)
@@ -74,14 +63,12 @@ class Call:
     @property
     def applied(self) -> str:
         """How the parameter itself is applied: the kind of its layer."""
-        if self.kind not in ("linear", "matmul"):
-            return self.kind
-        return "linear" if self.part.turned == (self.kind == "matmul") else "matmul"
+        return applied_as(self.kind, self.part.turned)
 
     @property
     def groups(self) -> int:
         """Of a convolution."""
-        return int(self.args[6]) if len(self.args) > 6 else int(self.kwargs.get("groups", 1))
+        return groups_of(self.args, self.kwargs)
 
     @property
     def x(self) -> Tensor:
@@ -106,10 +93,9 @@ class Call:
 
     def macs(self, output: Tensor, samples: int) -> int:
         """Multiply-adds per sample."""
-        shape = self.x.shape if "transpose" in self.kind else output.shape
-        channels = shape[-1] if not self.kind.startswith("conv") else shape[1]
         weight: Tensor = self.args[1]
-        return math.prod(shape) // channels // samples * weight.numel()
+        applied: int = math.prod(positions(self.kind, self.x.shape, output.shape)) // samples
+        return applied * weight.numel()
 
 
 class Calls(TorchFunctionMode):
@@ -117,32 +103,16 @@ class Calls(TorchFunctionMode):
 
     Args:
         parameters: {name: tensor} as the model reads them.
-        seen: ``seen(call)``; None: :meth:`Call.of` its own input.
-        constants: other tensors that weights may be computed from, such as buffers.
-
-    Attributes:
-        read: {parameter: names of functions that read it otherwise}.
-        computed: {name of a function that computes a weight: the parameters behind it}, for each weight that is applied.
+        seen: ``seen(call)``.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        seen: Callable[[Call], Tensor] | None = None,
-        constants: Iterable[Tensor] = (),
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], seen: Callable[[Call], Tensor]) -> None:
         super().__init__()
-        self.read: dict[str, dict[str, None]] = {}
-        self.computed: dict[str, set[str]] = {}
-        self._seen = seen or (lambda call: call.of(call.x))
+        self._seen = seen
         self._parts: dict[int, Part] = {}
-        self._made: dict[int, tuple[str, set[str]]] = {}
         self._kept: list[Any] = []  # what is known by its address stays
-        for tensor in constants:
-            self._made[id(tensor)] = ("", set())
-            self._kept.append(tensor)
         for name, parameter in parameters.items():
-            self._know(parameter, Part(name, False, lambda tensor: tensor))
+            self.know(parameter, name)
 
     def __enter__(self) -> Calls:
         _ACTIVE.append(self)
@@ -161,13 +131,11 @@ class Calls(TorchFunctionMode):
         if name in _VIEWS and args and id(args[0]) in self._parts:
             return self._view(func, name, args, kwargs)
         call = self._call(func, name, args, kwargs)
-        if call is not None:
-            return self._seen(call)
-        if getattr(func, "__name__", "") != "__get__":  # shapes and dtypes
-            self._note(name, args, kwargs)
-        output = func(*args, **kwargs)
-        self._follow(name, output, args, kwargs)
-        return output
+        return self._other(func, name, args, kwargs) if call is None else self._seen(call)
+
+    def know(self, tensor: Tensor, name: str) -> None:
+        """Take a tensor for a parameter."""
+        self._know(tensor, Part(name, False, lambda other: other))
 
     def _know(self, tensor: Tensor, part: Part) -> None:
         self._parts[id(tensor)] = part
@@ -188,42 +156,75 @@ class Calls(TorchFunctionMode):
         return output
 
     def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Call | None:
-        if name not in _KINDS:
-            return None
-        names = ("input", "weight", "bias") if _KINDS[name] != "matmul" else ("input", "other")
-        rest = dict(kwargs)
-        while len(args) < 2 and names[len(args)] in rest:
-            args = (*args, rest.pop(names[len(args)]))
-        if len(args) < 2 or id(args[0]) in self._parts:
+        kind, args, rest = _operands(name, args, kwargs)
+        if kind is None or id(args[0]) in self._parts:
             return None
         part = self._parts.get(id(args[1]))
-        if part is None:
-            made = self._made.get(id(args[1]))
-            if made is not None and made[1]:
-                self.computed.setdefault(made[0], set()).update(made[1])
+        if part is None or (kind == "matmul" and args[1].dim() != 2):
             return None
-        if _KINDS[name] == "matmul" and args[1].dim() != 2:
-            return None
-        return Call(_KINDS[name], part, func, args, rest)
+        return Call(kind, part, func, args, rest)
 
-    def _note(self, name: str, args: Any, kwargs: Any) -> None:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) in self._parts:
-                self.read.setdefault(self._parts[id(leaf)].name, {})[name] = None
+    def _other(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A function that applies no parameter."""
+        return func(*args, **kwargs)
 
-    def _follow(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        """Know what is computed from parameters alone."""
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        behind: set[str] = set()
-        for tensor in tensors:
-            part, made = self._parts.get(id(tensor)), self._made.get(id(tensor))
-            if part is None and made is None:
-                return
-            behind |= {part.name} if part is not None else made[1] if made is not None else set()
-        for made in pytree.tree_leaves(output) if tensors else ():
-            if isinstance(made, Tensor) and id(made) not in self._parts:
-                self._made[id(made)] = (name, behind)
-                self._kept.append(made)
+
+class Readers(Calls):
+    """Calls, and what else becomes of parameters.
+
+    Args:
+        constants: other tensors that weights may be computed from, such as buffers.
+
+    Attributes:
+        read: {parameter: names of functions that read it otherwise}.
+        computed: (name of the function that computes it, parameters behind it) of every weight that is applied but computed.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], seen: Callable[[Call], Tensor], constants: Iterable[Tensor]
+    ) -> None:
+        super().__init__(parameters, seen)
+        self.read: dict[str, dict[str, None]] = {}
+        self.computed: list[tuple[str, frozenset[str]]] = []
+        self._made: dict[int, tuple[str, frozenset[str]]] = {}
+        for tensor in constants:
+            self._make(tensor, "", frozenset())
+
+    def _other(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        kind, operands, _ = _operands(name, args, kwargs)
+        if kind is not None and id(operands[0]) not in self._parts:
+            made_by = self._made.get(id(operands[1]))
+            self.computed += [made_by] if made_by is not None and made_by[1] else []
+        if getattr(func, "__name__", "") != "__get__":  # shapes and dtypes
+            for tensor in given:
+                if id(tensor) in self._parts:
+                    self.read.setdefault(self._parts[id(tensor)].name, {})[name] = None
+        output = func(*args, **kwargs)
+        if given and all(id(tensor) in self._parts or id(tensor) in self._made for tensor in given):
+            behind = frozenset[str]().union(*map(self._behind, given))
+            for made in pytree.tree_leaves(output):
+                if isinstance(made, Tensor) and id(made) not in self._parts:
+                    self._make(made, name, behind)
+        return output
+
+    def _behind(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters that a tensor is computed from."""
+        part = self._parts.get(id(tensor))
+        return self._made[id(tensor)][1] if part is None else frozenset([part.name])
+
+    def _make(self, tensor: Tensor, function: str, behind: frozenset[str]) -> None:
+        self._made[id(tensor)] = (function, behind)
+        self._kept.append(tensor)
+
+
+def _operands(name: str, args: Any, kwargs: Any) -> tuple[str | None, Any, dict[str, Any]]:
+    """(kind of a function that multiplies two tensors, its arguments from these on, those by name); None for another one."""
+    kind, rest = _KINDS.get(name), dict(kwargs)
+    names = ("input", "other" if kind == "matmul" else "weight")
+    while len(args) < 2 and names[len(args)] in rest:
+        args = (*args, rest.pop(names[len(args)]))
+    return kind if len(args) > 1 else None, args, rest
 
 
 _ACTIVE: list[Calls] = []
@@ -232,7 +233,7 @@ _ACTIVE: list[Calls] = []
 def announce(weight: Tensor, name: str) -> Tensor:
     """Say that a tensor that was just made, from packed codes, stands for a parameter; it is returned."""
     for calls in _ACTIVE:
-        calls._know(weight, Part(name, False, lambda tensor: tensor))
+        calls.know(weight, name)
     return weight
 
 

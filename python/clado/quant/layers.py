@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class Layer:
     def in_rows(self) -> bool:
         """Whether the parameter has its output channels first, as the rows have."""
         return has_rows(self.kind)
+
+    def weight(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """This layer's weight among a model's parameters, as :meth:`rows`."""
+        return self.rows(parameters[self.names[0]])
 
     def rows(self, parameter: Tensor) -> Tensor:
         """A parameter of this layer with its output channels first: ``[N, …]`` of :attr:`shape`."""
@@ -87,6 +91,25 @@ class Layer:
 def has_rows(kind: str) -> bool:
     """Whether a parameter that is applied so has its output channels first."""
     return kind != "matmul" and "transpose" not in kind
+
+
+def applied_as(kind: str, turned: bool) -> str:
+    """The kind of a layer whose parameter, or its transpose where ``turned``, is given to a function of a kind."""
+    if kind not in ("linear", "matmul"):
+        return kind
+    return "linear" if turned == (kind == "matmul") else "matmul"
+
+
+def groups_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Of a convolution, plain or transposed, from the arguments of torch's functions; 1 for other functions."""
+    return int(args[6]) if len(args) > 6 else int(kwargs.get("groups", 1))
+
+
+def positions(kind: str, entered: Sequence[Any], left: Sequence[Any]) -> list[Any]:
+    """Sizes over which a weight is applied, samples among them, from the shapes of what enters and of what leaves."""
+    shape = entered if "transpose" in kind else left
+    channel = 1 if kind.startswith("conv") else len(shape) - 1
+    return [size for dim, size in enumerate(shape) if dim != channel]
 
 
 def in_rows(kind: str, parameter: Tensor, groups: int = 1) -> Tensor:

@@ -111,7 +111,7 @@ def round_weights(
     dead: dict[str, int] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer, schemes in zip(candidates.layers, candidates.schemes, strict=True):
-        name, weight = layer.name, layer.rows(parameters[layer.names[0]].detach())
+        name, weight = layer.name, layer.weight(parameters).detach()
         require(name in moments, "round", "moments", f"be there for {name} and {rounding} rounding", "none")
         own, inputs = moments[name], math.prod(layer.shape[1:])
         fits = own.dim() == 3 and own.shape[1:] == (inputs, inputs) and layer.shape[0] % len(own) == 0
@@ -161,7 +161,7 @@ class _Weight:
         require(same, "quantize", "rounded weights", f"be made with {quantizer}", rounded and rounded.quantizer)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for layer in layers:
-            yield _Weight(layer.name, layer.rows(parameters[layer.names[0]].detach()), quantizer, rounded)
+            yield _Weight(layer.name, layer.weight(parameters).detach(), quantizer, rounded)
 
     @cached_property
     def digest(self) -> str:
