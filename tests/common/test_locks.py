@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -71,4 +72,16 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         pytest.raises(clado.CladoError, match=r"file: .*file/run must be writable, got "),
         locked(tmp_path / "file" / "run", ""),
     ):
+        pass
+
+
+def test_a_full_disk_does_not_keep_a_lock_from_being_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note of who holds it is for people; without it the lock holds all the same."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    refused = pytest.raises(clado.CladoError, match="held by another process")
+    with locked(tmp_path, "profile"), refused, locked(tmp_path, "profile"):
         pass

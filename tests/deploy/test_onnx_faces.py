@@ -200,3 +200,13 @@ def test_labels_do_not_lend_the_graph_their_length(tmp_path: Path) -> None:
             example=batch,
             forward_step=lambda model, batch: model(torch.ones(2, 12)),
         )
+
+
+def test_a_model_in_train_mode_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    model = Fixed().train()
+    plan = random_plan(model, Quantizer())
+    with pytest.raises(
+        clado.CladoError, match=r"export: model must be in eval mode \(model.eval\(\)\), got train mode"
+    ):
+        clado.export(model, plan, tmp_path / "out", "onnx", example=torch.randn(2, 12))
+    assert model.training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,15 @@ def test_turned_weights_in_onnx(bits: int, groups: int, symmetric: bool, tmp_pat
     plan = clado.given_plan(sens, dict.fromkeys(["up", "w", "head"], bits))
     clado.export(model, plan, tmp_path / "onnx", "onnx", example=x)
     assert "within" in clado.verify(model, plan, tmp_path / "onnx", "onnx", example=x)
+
+
+def test_shares_are_said_where_they_were_counted(tmp_path: Path) -> None:
+    """A matrix from before others were counted does not pretend to hold all weights."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), torch.randn(8, 4)
+    sens = clado.profile(model, [x], num_samples=8, verbose=False)
+    assert sens.searched_share == pytest.approx(24 / 42)
+    assert sens.provenance.in_float(24) == "2 (42.9%, classifier)"
+    older = replace(sens, provenance=replace(sens.provenance, float_weights={}))
+    assert older.searched_share is None
+    assert older.provenance.in_float(24) == "2 (classifier)"
+    assert "over" not in clado.solve(older, avg_bits=4).average_in_words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,3 +125,18 @@ def test_data_that_cannot_judge(digits: tuple) -> None:
         clado.smallest_within(model, [(data[0][0][:1], data[0][1][:1])], sens, max_drop=0.1, verbose=False)
     one = clado.smallest_within(model, [data[0][0]], sens, max_drop=9, metric="kl", evaluations=1, verbose=False)
     assert one.info["max_drop"]["evaluations"][0]["drop"] == one.info["max_drop"]["drop"]
+
+
+def test_drops_are_measured_as_the_matrix_was(digits: tuple) -> None:
+    """A step that turns images around: given, or as the matrix knows it from its profile in this process."""
+    model, sens, data = digits
+
+    def step(net: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return net(-batch[0])
+
+    turned = [(-x, y) for x, y in data]
+    options: dict[str, Any] = {"max_drop": 0.05, "metric": "kl", "evaluations": 3, "verbose": False}
+    wanted = clado.smallest_within(model, data, sens, **options).info["max_drop"]
+    assert clado.smallest_within(model, turned, sens, forward_step=step, **options).info["max_drop"] == wanted
+    known = replace(sens, functions={"forward_step": step})
+    assert clado.smallest_within(model, turned, known, **options).info["max_drop"] == wanted

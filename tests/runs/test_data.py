@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import clado
+from clado.profiling import SampleStream
 from clado.runs import ModelSpec, build_data
 
 COUNT, SPEC = 6, ModelSpec("none", img_size=16)
@@ -211,3 +212,11 @@ def test_a_loader_that_ends_early_says_so() -> None:
     sens = clado.profile(net, batches, num_samples=64, batch_size=2, quantize_ends=True, verbose=False)
     assert sens.num_samples == 6
     assert "the data ended after 6 of 64 samples" in sens.info["warnings"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_knows_how_many_images_a_folder_has(folder: Path, workers: int) -> None:
+    """What cannot be asked for its length would be read by every rank, and counted as endless."""
+    loader = build_data(str(folder / "validation"), nn.Identity(), SPEC, 2, 0, workers=workers)
+    stream = SampleStream(loader, 10**6, 0)
+    assert stream.expected == len(loader.dataset) > 0  # type: ignore[attr-defined]

@@ -40,9 +40,9 @@ class Provenance:
     def in_float(self, searched: int) -> str:
         """What stayed float, with its share of all weights, beside so many that were searched; empty where nothing did."""
         total = searched + sum(self.float_weights.values())
-        shares = {name: self.float_weights.get(name, 0) / total for name in self.float_layers}
-        ordered = sorted(self.float_layers, key=lambda name: -shares[name])
-        return "; ".join(f"{name} ({shares[name]:.1%}, {self.float_layers[name]})" for name in ordered)
+        ordered = sorted(self.float_layers, key=lambda name: -self.float_weights.get(name, 0))
+        shares = {name: f"{self.float_weights[name] / total:.1%}, " for name in ordered if name in self.float_weights}
+        return "; ".join(f"{name} ({shares.get(name, '')}{self.float_layers[name]})" for name in ordered)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

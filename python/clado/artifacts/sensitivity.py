@@ -88,8 +88,9 @@ class Sensitivity:
 
     @property
     def searched_share(self) -> float | None:
-        """Share of the model's weights that the layers hold; None for scores from elsewhere."""
-        if not self.provenance.known:
+        """Share of the model's weights that the layers hold; None where others were not counted: scores from elsewhere."""
+        known = self.provenance
+        if not known.known or known.float_weights.keys() != known.float_layers.keys():
             return None
         searched = sum(layer.numel for layer in self.layers)
         return searched / (searched + sum(self.provenance.float_weights.values()))

@@ -250,7 +250,13 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
 
     model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
-    judges = heldout(model, spec, known, data, JUDGES, 32, seen)
+    try:
+        judges = heldout(model, spec, known, data, JUDGES, 32, seen)
+    except CladoError as error:
+        if data is not None:
+            raise
+        click.echo(f"no images beside those that were profiled judge ({error}): one in five of these does", err=True)
+        judges = []
     options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": known["seed"], "output_dir": run}
     found = finish(model, plan, images, method, heldout=judges or None, **functions(known), **options)
     if judges:
@@ -277,13 +283,13 @@ def _within_drop(
 
     from ..artifacts import ChosenOn
     from ..improve import smallest_within
-    from ..runs import heldout, heldout_data, load_run
+    from ..runs import functions, heldout, heldout_data, load_run
     from .tables import console
 
     limit, metric = _drop(text)
     model, spec, note = load_run(run)
     images = heldout(model, spec, note, data, count, 32)
-    wishes = {"minimize": SIZE, **wishes}
+    wishes = {"minimize": SIZE, "forward_step": functions(note).get("forward_step"), **wishes}
     plan = smallest_within(model, images, sens, max_drop=limit, metric=metric, device=device, **wishes)
     found = plan.info["max_drop"]
     form = "{:.2%}".format if metric == "top1" else "{:.5f}".format

@@ -59,9 +59,20 @@ def _taken(path: Path, op: str) -> int:
             ) from None
         except OSError:
             return handle  # no locks here
-        with suppress(OSError):
-            if os.fstat(handle).st_ino == path.stat().st_ino:
+        if _is_at(handle, path):
+            with suppress(OSError):  # a full disk: the note is for people
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return handle
+            return handle
         os.close(handle)  # its holder removed it in between
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at a path."""
+    try:
+        return os.fstat(handle).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+    except OSError:
+        os.close(handle)
+        raise

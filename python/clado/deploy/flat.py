@@ -100,6 +100,8 @@ def face_of(model: nn.Module, forward_step: ForwardStep | None, example: Any, op
     Raises:
         CladoError: no tensors ``[n, …]`` of one length, a forward that fails, or outputs without tensors.
     """
+    training = any(module.training for module in model.modules())
+    require(not training, op, "model", "be in eval mode (model.eval())", "train mode")
     first = next(model.parameters())
     moved = pytree.tree_map(
         lambda leaf: moved_to(leaf, first.device, first.dtype) if isinstance(leaf, Tensor) else leaf, example

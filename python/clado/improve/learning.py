@@ -133,15 +133,15 @@ def learn_block(
     own = {name: start.others.get(name, state[name]) for name in block.parameters if state[name].is_floating_point()}
     layers = [layer.name for layer in block.layers if layer.name in start.weights]
     learner = Learner(plan, start, layers, own, state, pace)
-    fixed = {name: value for name, value in start.others.items() if name not in own}
+    given = start.tensors(plan, dtype)  # a weight of an earlier block may be used again
     best, least, order = start, min(losses), list[int]()
     draw = torch.Generator().manual_seed(seed)
     for step in range(pace.steps):
         order = order or torch.randperm(len(pairs), generator=draw).tolist()
         with torch.enable_grad():
-            learner.step(step, error(pairs[order.pop()], {**fixed, **learner.tensors()}))
+            learner.step(step, error(pairs[order.pop()], given | learner.tensors()))
         if (step + 1) % -(-pace.steps // CHECKS) == 0 or step + 1 == pace.steps:
-            now = judged({**fixed, **learner.tensors()})
+            now = judged(given | learner.tensors())
             if now < least:
                 best, least = start.plus(learner.finished()), now
     return best

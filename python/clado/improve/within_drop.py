@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..artifacts import Plan, Sensitivity
 from ..common import check_known, progress_bar, require
 from ..deploy import apply
+from ..graph import ForwardStep
 from ..solver import AXES, SIZE, SolveOptions, Solver, least_loss_only
 from .true_loss import Batch, ran, reader_of, standard_error
 
@@ -47,6 +48,7 @@ def smallest_within(
     minimize: str = SIZE,
     evaluations: int = 10,
     time_limit: float = 60.0,
+    forward_step: ForwardStep | None = None,
     device: str | torch.device | None = None,
     verbose: bool = True,
     **arguments: Any,
@@ -66,6 +68,7 @@ def smallest_within(
         minimize: what is made least: "avg_bits", "size_mb", "size_bytes", "bitops" or "latency_ms".
         evaluations: how many plans are measured at most; ten find the budget to a thousandth of its range.
         time_limit: seconds of solving, for all budgets together.
+        forward_step: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
         device: where to run; None: where the model is.
         verbose: show a progress bar.
         **arguments: budgets and wishes of :func:`clado.solve` that hold for every plan.
@@ -88,7 +91,8 @@ def smallest_within(
     require(math.isfinite(max_drop), op, "max_drop", "be a finite number", max_drop)
     require(evaluations >= 1, op, "evaluations", "be at least 1", evaluations)
     frontier = _Frontier(sens, minimize, {**arguments, "time_limit": time_limit / (evaluations + 1)})
-    drops = _drops(model, list(heldout), metric, device)
+    step = forward_step or sens.functions.get("forward_step")
+    drops = _drops(model, list(heldout), metric, step, device)
     widest = frontier.plan(frontier.most)
     require(bool(widest.schemes), op, "budgets", "fit together", widest.info.get("reason"))
     measured = [_measured(widest, minimize, drops)]
@@ -138,12 +142,15 @@ def _measured(plan: Plan, minimize: str, drops: Callable[[Plan], Tensor]) -> _Me
 
 
 def _drops(
-    model: nn.Module, batches: list[Any], metric: str, device: str | torch.device | None
+    model: nn.Module,
+    batches: list[Any],
+    metric: str,
+    forward_step: ForwardStep | None,
+    device: str | torch.device | None,
 ) -> Callable[[Plan], Tensor]:
     """What gives the drop of every sample, float64 ``[N]``, under a plan."""
-    reader = reader_of(
-        model, "cross_entropy" if metric == "cross_entropy" else "kl", device, None, None, "smallest_within"
-    )
+    loss = "cross_entropy" if metric == "cross_entropy" else "kl"
+    reader = reader_of(model, loss, device, forward_step, None, "smallest_within")
     clean = list(ran(model, batches, reader))
     must = f"yield (inputs, targets) for {metric} (images: in one subfolder per class)"
     labelled = all(batch.targets is not None for batch in clean)

@@ -83,17 +83,7 @@ def build_data(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[skip:]
     require(len(order) > 0, "data", "folder", f"hold more than the {skip} images the matrix was made of", len(dataset))
     kept = torch.utils.data.Subset(dataset, order)
-    return _Loader(kept, batch_size=batch_size, num_workers=workers)
-
-
-class _Loader(torch.utils.data.DataLoader[Any]):
-    """What is said of an image stays one line where another process read it: torch puts the worker's whole story before it."""
-
-    def __iter__(self) -> Any:
-        try:
-            yield from super().__iter__()
-        except CladoError as error:
-            raise CladoError(str(error).strip().splitlines()[-1].partition("CladoError: ")[2] or str(error)) from None
+    return torch.utils.data.DataLoader(kept, batch_size=batch_size, num_workers=workers)
 
 
 def _transform(model: nn.Module, spec: ModelSpec) -> Any:
@@ -122,12 +112,13 @@ def _image_folder(data: str, transform: Any) -> Any:
 
 def _check_all_taken(folder: str, taken: Sequence[str]) -> None:
     """Raise where a folder holds pictures that a dataset leaves out."""
-    known = {os.path.realpath(path) for path in taken}
-    left: list[str] = []
+    known, left = set(taken), list[str]()
     for place, _, files in os.walk(folder, followlinks=True):
         paths = (os.path.join(place, file) for file in files if not file.startswith("."))
-        left += [path for path in paths if _is_picture(path) and os.path.realpath(path) not in known]
-    left.sort()
+        left += [path for path in paths if _is_picture(path) and path not in known]
+    if left:  # under other names, perhaps
+        known = {os.path.realpath(path) for path in taken}
+        left = sorted(path for path in left if os.path.realpath(path) not in known)
     must = f"hold images that are read ({', '.join(kind[1:] for kind in READ)}) and no others"
     require(not left, "data", "folder", must, f"{len(left)} others, such as {left[0] if left else ''}")
 
@@ -237,17 +228,24 @@ class HuggingFaceImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
             return self.transform(_rgb(row[self.image])), int(row[self.label])
 
 
+class _Unread(CladoError):
+    """An image that cannot be read, in one line: where another process read it torch makes the error anew from a whole story."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.strip().splitlines()[-1].rpartition("_Unread: ")[2])
+
+
 @contextlib.contextmanager
 def _naming(name: Callable[[], str]) -> Iterator[None]:
     """One line with the name of what is read, whatever a file, a decoder or a transform says."""
     try:
         yield
     except CladoError as error:
-        raise CladoError(f"{error} of {name()}") from None
+        raise _Unread(f"{error} of {name()}") from None
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise CladoError(f"data: image must be whole and readable, got {name()} ({_reason(error)})") from None
+        raise _Unread(f"data: image must be whole and readable, got {name()} ({_reason(error)})") from None
 
 
 def _rgb(image: Any) -> Any:
