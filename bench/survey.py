@@ -1,4 +1,4 @@
-"""``python -m bench.survey``: how clado takes models of timm, torchvision and transformers; writes docs/models.md.
+"""``python -m bench.survey``: how clado takes models of timm and torchvision; writes docs/models.md.
 
 Each model is built with random weights at a small size in a process of its own: captured as a graph or run by whole forwards,
 its layers found, its other weights named, a plan of 4 bits exported and verified in every format. What was measured before is
@@ -73,7 +73,7 @@ def build(library: str, name: str) -> tuple[nn.Module, torch.Tensor]:
         import torchvision
 
         model = torchvision.models.get_model(name, weights=None)
-        size = {"inception_v3": 299, "googlenet": 224}.get(name, 224)
+        size = {"inception_v3": 299}.get(name, 224)
         return model.eval(), torch.randn(2, 3, size, size)
     import timm
 
@@ -169,9 +169,8 @@ def main() -> None:
     wanted += [("torchvision", name, name) for name in TORCHVISION]
     for library, family, name in wanted:
         key = f"{library}/{family}"
-        if key in known and known[key]["model"] == name and options.only not in (name, family):
-            continue
-        if options.only and options.only not in (name, family):
+        named = options.only in (name, family)
+        if not named and (options.only or known.get(key, {}).get("model") == name):
             continue
         known[key] = {"model": name, **apart(library, name, formats)}
         print(key, {k: v for k, v in known[key].items() if k not in ("skipped",)}, flush=True)

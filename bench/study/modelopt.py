@@ -45,7 +45,7 @@ def plans(
         }
         for bits in sens.bits
     ]
-    searched = sum(layer.numel for layer in sens.layers)
+    searched = sens.candidates.numel
     names = {layer.name for layer in sens.layers}
     float_layers = {
         name: module.weight.numel()

@@ -92,8 +92,13 @@ class Sensitivity:
         known = self.provenance
         if not known.known or known.float_weights.keys() != known.float_layers.keys():
             return None
-        searched = sum(layer.numel for layer in self.layers)
+        searched = self.candidates.numel
         return searched / (searched + sum(self.provenance.float_weights.values()))
+
+    @property
+    def in_float(self) -> str:
+        """What stayed float, in words; empty where nothing did."""
+        return self.provenance.in_float(self.candidates.numel)
 
     @property
     def num_candidates(self) -> int:

@@ -244,8 +244,8 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
     from dataclasses import replace
 
     from ..artifacts import ChosenOn
+    from ..common import sample_count
     from ..improve import finish
-    from ..profiling import sample_count
     from ..runs import functions, heldout, heldout_data, that_chose
 
     model, spec, known, images = _profiled(run, sens)

@@ -106,7 +106,7 @@ def _profile(options: dict[str, Any]) -> None:
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
     )
     if sens.provenance.float_layers:
-        click.echo(f"left in float: {sens.provenance.in_float(sum(layer.numel for layer in sens.layers))}")
+        click.echo(f"left in float: {sens.in_float}")
     click.echo(f"next: clado solve {folder} --avg-bits 3")
 
 

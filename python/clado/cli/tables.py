@@ -107,7 +107,7 @@ def show_run(folder: Path) -> None:
     rounding = "" if known.rounding is None else f", {known.rounding}"
     click.echo(f"\n{source}{rounding}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
     if known.float_layers:
-        click.echo(f"left in float: {known.in_float(sum(layer.numel for layer in sens.layers))}")
+        click.echo(f"left in float: {sens.in_float}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))

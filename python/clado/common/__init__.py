@@ -9,9 +9,9 @@ from .doors import door
 
 if TYPE_CHECKING:
     from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
-    from .batches import check_targets, moved_to, split_batch, two_samples
+    from .batches import check_targets, moved_to, sample_count, shown_shapes, split_batch, two_samples
     from .devices import USABLE, usable
-    from .errors import CladoError, FileError, here, is_out_of_memory, require, said
+    from .errors import CladoError, FileError, here, is_out_of_memory, require, said, users_code
     from .files import atomic_file, atomic_folder, read_safetensors, refused, write_json
     from .fingerprint import code_digest, data_digest, digest, tensor_digest, weights_digest
     from .locks import locked
@@ -46,11 +46,14 @@ __all__ = [
     "refused",
     "require",
     "said",
+    "sample_count",
+    "shown_shapes",
     "split_batch",
     "takes",
     "tensor_digest",
     "two_samples",
     "usable",
+    "users_code",
     "weights_digest",
     "write_json",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CladoError, require
 
@@ -31,13 +31,27 @@ def check_targets(targets: Tensor | None, classes: int) -> None:
     require(low >= 0 and high < classes, "profile", "targets", f"lie in 0..{classes - 1}", f"{low}..{high}")
 
 
+def sample_count(batch: Any) -> int:
+    """Of a nest of tensors ``[n, …]``."""
+    return len(tree_leaves(batch)[0])
+
+
+def shown_shapes(inputs: Any) -> str:
+    """The shape of a tensor, or those of a nest."""
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return str(shapes[0] if isinstance(inputs, Tensor) else shapes)
+
+
 def two_samples(inputs: Any) -> Any:
     """Two samples of a nest of tensors to export and test with; a single one is repeated."""
     return tree_map(lambda x: x[:2] if len(x) > 1 else x.repeat(2, *[1] * (x.dim() - 1)), inputs)
 
 
 def moved_to(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """``inputs`` on the device, converted there, floating-point ones to ``dtype``; pinned ones without waiting."""
+    """``inputs`` on the device, converted there, floating-point ones to ``dtype``; pinned ones without waiting.
+
+    What is no tensor in a nest stays as it is.
+    """
     ahead = device.type == "cuda"  # towards a CPU nothing would wait for what is still on its way
-    there = tree_map(lambda x: x.to(device, non_blocking=ahead), inputs)
-    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, there)
+    there = tree_map(lambda x: x.to(device, non_blocking=ahead) if isinstance(x, Tensor) else x, inputs)
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, there)

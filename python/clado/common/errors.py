@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,6 +44,17 @@ def said(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)]
     return f"{type(error).__name__}: {line}" + (f" at {_shown(frames[-1])}" if frames else "")
+
+
+@contextmanager
+def users_code(line: str) -> Iterator[None]:
+    """What a user's code raises inside becomes one line: ``line``, what it said, and where. Ours and lack of memory pass."""
+    try:
+        yield
+    except Exception as error:  # whatever it may be
+        if isinstance(error, CladoError) or is_out_of_memory(error):
+            raise
+        raise CladoError(f"{line}, got {said(error)}") from error
 
 
 def here() -> str:

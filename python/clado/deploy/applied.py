@@ -28,14 +28,15 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> nn.Module:
     """:func:`apply` with the plan's weights as :func:`clado.quant.codes` gives them."""
-    quantized = copy.deepcopy(model)
+    rounds = plan.activations
+    quantized = copy.deepcopy(model) if rounds is None else quantize_activations(model, rounds, plan.layers)
     _take(quantized, adapted(plan))
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for layer in plan.layers:
             weight = parameters[layer.names[0]]
             weight.copy_(layer.parameter(weights[layer.name].values(weight.dtype), weight.shape))
-    return quantize_activations(quantized, plan.activations, plan.layers) if plan.activations else quantized
+    return quantized
 
 
 def adapted(plan: Plan) -> Mapping[str, Tensor]:
@@ -77,9 +78,8 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
     if plan.rounded is not None:
         _check_rounded(plan, plan.rounded, model, op)
     known_weights = plan.fingerprint.get("weights")
-    require(
-        known_weights in (None, weights_digest(model)), op, "model", "be the one the plan was made for", "other weights"
-    )
+    same = known_weights is None or known_weights == weights_digest(model)
+    require(same, op, "model", "be the one the plan was made for", "other weights")
 
 
 def _check_rounded(plan: Plan, held: Rounded, model: nn.Module, op: str) -> None:

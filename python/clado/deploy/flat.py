@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..common import CladoError, is_out_of_memory, moved_to, require, said
+from ..common import moved_to, require, users_code
 
 ForwardStep = Callable[[nn.Module, Any], Any]
 INPUT, OUTPUT, LOGITS = (
@@ -103,21 +103,14 @@ def face_of(model: nn.Module, forward_step: ForwardStep | None, example: Any, op
     training = any(module.training for module in model.modules())
     require(not training, op, "model", "be in eval mode (model.eval())", "train mode")
     first = next(model.parameters())
-    moved = pytree.tree_map(
-        lambda leaf: moved_to(leaf, first.device, first.dtype) if isinstance(leaf, Tensor) else leaf, example
-    )
+    moved = moved_to(example, first.device, first.dtype)
     module = Flat(model, forward_step, moved).eval()
     tensors = [module.leaves[k] for k in module.read]
     shapes = [tuple(tensor.shape) for tensor in tensors]
-    sound = bool(shapes) and all(shapes) and len({shape[0] for shape in shapes if shape}) == 1 and shapes[0][0] > 0
+    sound = bool(shapes) and all(shapes) and len({shape[0] for shape in shapes}) == 1 and shapes[0][0] > 0
     require(sound, op, "example", "hold tensors [n, …] of one length", shapes or type(example).__name__)
-    try:
-        with torch.no_grad(), _Seen() as seen:
-            output = _nest(module.called(tensors))
-    except Exception as error:  # whatever a model, or the user's code, makes of inputs it does not take
-        if isinstance(error, CladoError) or is_out_of_memory(error):
-            raise
-        raise CladoError(f"{op}: model must run on example, of shapes {shapes}, got {said(error)}") from error
+    with users_code(f"{op}: model must run on example, of shapes {shapes}"), torch.no_grad(), _Seen() as seen:
+        output = _nest(module.called(tensors))
     given = _by_argument(model, moved) if forward_step is None and isinstance(moved, (tuple, list)) else moved
     names = _names(given, INPUT, INPUT, dict(model.state_dict()))
     single = LOGITS if isinstance(output, Tensor) else OUTPUT

@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan, Sensitivity
-from ..common import CladoError, atomic_file, is_out_of_memory, moved_to, progress_bar, require, said
-from ..quant import Call, Calls, Layer, Scheme, codes, folded
+from ..common import (
+    atomic_file,
+    moved_to,
+    progress_bar,
+    require,
+    shown_shapes,
+    users_code,
+)
+from ..quant import Call, Calls, Layer, Quantized, Scheme, codes, folded
 from .flat import ForwardStep
 
 
@@ -89,15 +95,9 @@ def _calls(
         return call.of(call.x)
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    try:
-        with torch.inference_mode(), Calls({name: parameters[name] for name in names}, note):
-            model(batch) if forward_step is None else forward_step(model, batch)
-    except Exception as error:  # whatever a model, or the user's code, makes of a batch it does not take
-        if isinstance(error, CladoError) or is_out_of_memory(error):
-            raise
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
-        shown = shapes[0] if isinstance(batch, Tensor) else shapes
-        raise CladoError(f"latency: model must take inputs {shown}, got {said(error)}") from error
+    calls = Calls({name: parameters[name] for name in names}, note)
+    with users_code(f"latency: model must take inputs {shown_shapes(batch)}"), torch.inference_mode(), calls:
+        model(batch) if forward_step is None else forward_step(model, batch)
     idle = [name for name, calls in seen.items() if not calls]
     require(not idle, "latency", "model", "run every layer", f"none of {', '.join(idle[:3])}")
     return seen
@@ -113,8 +113,7 @@ def _run(
 
     def run() -> None:
         for call in calls:
-            held, scales = found.number.unpack(packed, layer.shape, sens.quantizer)
-            rows = found.number.decode(held, scales, parameter.dtype).view(layer.shape)
+            rows = Quantized.unpacked(found.number, layer.shape, packed, sens.quantizer).values(parameter.dtype)
             call.with_weight(layer.parameter(rows, parameter.shape))
 
     return run

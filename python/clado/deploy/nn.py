@@ -68,8 +68,8 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight: bit for bit what :func:`clado.apply` evaluates."""
-        codes, scales = self.number.unpack(self.packed(), self.weight_shape, self.quantizer)
-        return announce(self.number.decode(codes, scales, self.weight_dtype).view(self.weight_shape), self.weight_name)
+        found = Quantized.unpacked(self.number, self.weight_shape, self.packed(), self.quantizer)
+        return announce(found.values(self.weight_dtype), self.weight_name)
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name."""

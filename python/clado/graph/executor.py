@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..common import require
+from ..common import require, sample_count
 from ..quant import Layer
 from .capture import Captured, NotCapturable, evaluate, is_size
 from .cuts import Cuts, Segment
@@ -327,7 +327,7 @@ class Executor:
         """
         with FlopCounter() as counter:
             expected = None if whole is None else whole(batch)
-        self._forward_flops = counter.get_total_flops() / len(pytree.tree_leaves(batch)[0])
+        self._forward_flops = counter.get_total_flops() / sample_count(batch)
         other = pytree.tree_map(lambda x: x * 0.5 if x.is_floating_point() else x[:1].expand_as(x), batch)
         states = [self.start(batch), self.start(other)]
         for position in range(-1, 2 * self.num_layers):

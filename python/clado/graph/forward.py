@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..common import CladoError, here, is_out_of_memory, require, said
+from ..common import here, require, sample_count, users_code
 
 
 def check_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], op: str = "profile") -> None:
@@ -22,18 +22,13 @@ def check_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, An
     """
     check_eval(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    watch = _Watch(len(pytree.tree_leaves(batch)[0]))
+    watch = _Watch(sample_count(batch))
     changed: list[str] = []
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
+    line = f"{op}: model must run on batches of data_loader, of shapes {shapes}"
     try:
-        with torch.no_grad(), watch:
+        with users_code(line), torch.no_grad(), watch:
             forward(model, batch)
-    except Exception as error:  # whatever the user's code raises
-        if isinstance(error, CladoError) or is_out_of_memory(error):
-            raise
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
-        raise CladoError(
-            f"{op}: model must run on batches of data_loader, of shapes {shapes}, got {said(error)}"
-        ) from error
     finally:
         changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
         for name in changed:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..common import require
+from ..common import require, sample_count
 from ..quant import Call, Calls, Layer, Readers, has_rows, ignored, storage
 from .executor import gradients
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
@@ -92,7 +92,7 @@ class WholeForwards:
         return [0.0] * self.num_layers
 
     def start(self, batch: Any) -> WholeState:
-        return WholeState(-1, batch, len(pytree.tree_leaves(batch)[0]), ({},))
+        return WholeState(-1, batch, sample_count(batch), ({},))
 
     def advance(self, state: WholeState, layer: int) -> WholeState:
         """At the end: one forward per stream."""
@@ -172,7 +172,7 @@ class WholeForwards:
             see(layer, Use.of_call(call.kind, self.layers[layer].shape, call.args, call.kwargs), call.x)
             return call.of(call.x)
 
-        self._forward(batch, {}, len(pytree.tree_leaves(batch)[0]), record)
+        self._forward(batch, {}, sample_count(batch), record)
 
     def rebase(self, weights: Mapping[int, Tensor]) -> None:
         self._base = {**self._base, **self._named(weights)}
@@ -246,7 +246,7 @@ class WholeForwards:
         for name, parameter in self._parameters.items():
             names.setdefault(storage(parameter), []).append(name)
         key_of = {name: key for key, own in names.items() for name in own}
-        samples = len(pytree.tree_leaves(example)[0])
+        samples = sample_count(example)
         uses: dict[Any, list[tuple[str, int, int]]] = {}
 
         def seen(call: Call) -> Tensor:

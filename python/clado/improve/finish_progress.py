@@ -100,8 +100,7 @@ class Progress:
         shapes, quantizer = {layer.name: layer.shape for layer in self.plan.layers}, self.plan.quantizer
         weights = {}
         for (layer, name), parts in packed.items():
-            number, shape = NUMBERS[name], shapes[layer]
-            weights[layer] = Quantized(number, shape, *number.unpack(parts, shape, quantizer))
+            weights[layer] = Quantized.unpacked(NUMBERS[name], shapes[layer], parts, quantizer)
         return Finished(weights, others)
 
 

@@ -15,19 +15,18 @@ from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan
 from ..common import (
-    CladoError,
     code_digest,
     data_digest,
     digest,
-    is_out_of_memory,
     progress_bar,
     require,
-    said,
+    sample_count,
+    users_code,
     weights_digest,
 )
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import LossFunc, Reader, SampleStream, all_finite, alone, sample_count, sample_digests
+from ..profiling import LossFunc, Reader, SampleStream, all_finite, alone, sample_digests
 from ..quant import Rounded, codes, folded, quantize_activations
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
@@ -110,7 +109,7 @@ def finish(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     judges = _judges(held, len(digests), heldout, seed)
     if heldout is None:
-        held = pytree.tree_map(lambda t: t[: -len(pytree.tree_leaves(judges)[0])], held)
+        held = pytree.tree_map(lambda t: t[: -sample_count(judges)], held)
     reader = Reader(place, common_dtype(model), forward_step=forward_step, loss_func=loss_func, op="finish")
     learn, judge = (reader.parts(batch)[0] for batch in (held, judges))
     weights = weights_digest(model)
@@ -158,12 +157,8 @@ def _judges(held: Any, count: int, heldout: Iterable[Any] | None, seed: int) -> 
 
 
 def _opened(model: nn.Module, inputs: Any, forward_step: ForwardStep | None) -> Runner:
-    try:
+    with users_code("finish: model must run on the samples of data_loader"):
         return open_runner(model, inputs, quantize_ends=True, forward_step=forward_step, stacked=False, op="finish")
-    except Exception as error:  # whatever a model makes of inputs it does not take
-        if isinstance(error, CladoError) or is_out_of_memory(error):
-            raise
-        raise CladoError(f"finish: model must run on the samples of data_loader, got {said(error)}") from error
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 import clado_ext
 
 from ..artifacts import Plan, Sensitivity
-from ..common import progress_bar, require
+from ..common import progress_bar, require, sample_count
 from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
-from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries, sample_count
+from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries
 from ..quant import Scheme, folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
@@ -187,9 +187,6 @@ class _Ground:
     def loss(self, schemes: dict[str, str]) -> float:
         """Mean loss increase over the float model."""
         self._stand_on(schemes)
-        return self._loss_here()
-
-    def _loss_here(self) -> float:
         ran = ((loss, clean, self.runner.outputs(self.runner.start(part))[0]) for part, loss, clean in self.parts)
         return torch.cat([loss.increase_over(clean, output) for loss, clean, output in ran]).mean().item()
 

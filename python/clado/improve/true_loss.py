@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Plan
-from ..common import CladoError, progress_bar, require
+from ..common import CladoError, progress_bar, require, sample_count
 from ..deploy import adapted, apply, check_fit
 from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import Loss, LossFunc, Reader, sample_count
+from ..profiling import Loss, LossFunc, Reader
 from ..quant import Candidates, folded, variants
 
 
@@ -268,7 +268,7 @@ class _Planned:
 
     def __init__(self, model: nn.Module, runner: Runner, plans: Sequence[Plan], reader: Reader) -> None:
         self.model, self.runner, self.plans, self.reader = model, runner, plans, reader
-        self._weights: dict[tuple[int, int], Tensor] = {}
+        self._weights: dict[Any, Tensor] = {}  # by layer and what makes it
 
     def outputs(self, inputs: Any) -> Iterator[tuple[int, Any]]:
         """(plan, what the model gives under it), every plan once."""
@@ -284,16 +284,18 @@ class _Planned:
         for m in members:
             plan = self.plans[m]
             scheme = plan.schemes.get(self.runner.layers[k].name)
-            groups.setdefault((plan.quantizer, plan.rounding, scheme), []).append(m)
-        for (*_, scheme), group in groups.items():
-            planned = state if scheme is None else self.runner.fork(state, k, [self._weight(k, group[0])])
+            groups.setdefault((k, plan.quantizer, plan.rounding, scheme), []).append(m)
+        for made_by, group in groups.items():
+            planned = state
+            if made_by[-1] is not None:
+                planned = self.runner.fork(state, k, [self._weight(made_by, self.plans[group[0]])])
             yield from self._walk(planned, k + 1, group)
 
-    def _weight(self, k: int, m: int) -> Tensor:
-        """Of layer k under plan m."""
-        if (k, m) not in self._weights:
-            layer, plan, reader = self.runner.layers[k], self.plans[m], self.reader
+    def _weight(self, made_by: Any, plan: Plan) -> Tensor:
+        """Of a layer under one of the plans that have the same."""
+        if made_by not in self._weights:
+            layer, reader = self.runner.layers[made_by[0]], self.reader
             one = Candidates.uniform((layer,), (plan.schemes[layer.name],))
             made = variants(self.model, one, plan.quantizer, reader.device, reader.dtype, plan.rounded)
-            self._weights[k, m] = made[0][0]
-        return self._weights[k, m]
+            self._weights[made_by] = made[0][0]
+        return self._weights[made_by]

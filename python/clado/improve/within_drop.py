@@ -23,19 +23,13 @@ METRICS = ("top1", "kl", "cross_entropy")
 
 @dataclass(frozen=True)
 class _Measured:
-    """A plan that was run: what it takes, and the drop of every sample."""
+    """A plan that was run: what it takes, and its mean drop with the standard error."""
 
     plan: Plan
     used: float
-    drops: Tensor
-
-    @property
-    def drop(self) -> float:
-        return self.drops.mean().item()
-
-    @property
-    def stderr(self) -> float:
-        return standard_error(self.drops)
+    drop: float
+    stderr: float
+    samples: int
 
 
 def smallest_within(
@@ -119,7 +113,7 @@ def smallest_within(
         "limit": max_drop,
         "drop": best.drop,
         "stderr": best.stderr,
-        "samples": len(best.drops),
+        "samples": best.samples,
         "decided": best.drop + 1.96 * best.stderr <= max_drop,
         "evaluations": [{"used": one.used, "drop": one.drop, "stderr": one.stderr} for one in measured],
     }
@@ -138,7 +132,8 @@ class _Frontier:
 
 
 def _measured(plan: Plan, minimize: str, drops: Callable[[Plan], Tensor]) -> _Measured:
-    return _Measured(plan, plan.usage[minimize]["used"], drops(plan))
+    own = drops(plan)
+    return _Measured(plan, plan.usage[minimize]["used"], own.mean().item(), standard_error(own), len(own))
 
 
 def _drops(

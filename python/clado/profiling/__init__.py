@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .open import open_run
     from .options import LOSSES, NEAREST, Options
     from .profiler import plan_run, profile
-    from .reader import Reader, all_finite, sample_count
+    from .reader import Reader, all_finite
     from .run import PairTask, Run
     from .samples import SampleStream, sample_digests
     from .sums import Sums, corrected_entries, entries
@@ -52,7 +52,6 @@ __all__ = [
     "profile",
     "read_progress",
     "recorded",
-    "sample_count",
     "sample_digests",
     "torchrun_group",
     "writing",

@@ -110,8 +110,8 @@ class Checkpoint:
         header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
         with writing(path.parent):
             save_held(self.held, path.parent)
-        with writing(path.parent), atomic_file(path) as temporary:
-            temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
 
 
 def check_writable(folder: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common import progress_bar
+from ..common import progress_bar, sample_count
 from ..graph import Runner, converted
 from ..quant import ActivationRanges, calibrate
-from .reader import Reader, first_of_batch, sample_count
+from .reader import Reader, first_of_batch
 from .samples import SampleStream
 
 # Samples that calibrate ranges at most; batches of them at most, and samples of a batch at least.
@@ -71,4 +71,4 @@ def _increases(plain: Runner, rounded: Runner, part: Any, reader: Reader) -> Ten
 
 
 def _early(stream: SampleStream, samples: int) -> Iterator[Any]:
-    yield from stream.early(samples, max(ACT_BATCH, -(-samples // ACT_STEPS)))
+    return stream.early(samples, max(ACT_BATCH, -(-samples // ACT_STEPS)))

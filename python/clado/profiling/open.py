@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..common import digest, require, two_samples, weights_digest
+from ..common import digest, require, sample_count, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
 from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
 from .checkpoint import recorded, refuse_other_run
@@ -243,7 +242,7 @@ def _lowered(
     inputs, targets = reader.parts(first)
 
     def loss(batch: Any) -> Any:
-        return reader.loss(batch, targets, len(pytree.tree_leaves(batch)[0]))
+        return reader.loss(batch, targets, sample_count(batch))
 
     given: Variants = variants()
     found = probe(runner, given, reader.moved(inputs), loss, options.estimator, precision, num_samples)

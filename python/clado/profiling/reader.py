@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..common import CladoError, check_targets, is_out_of_memory, moved_to, require, said, split_batch
+from ..common import (
+    check_targets,
+    moved_to,
+    require,
+    shown_shapes,
+    split_batch,
+    users_code,
+)
 from ..graph import ForwardStep
 from .losses import LogitLoss, Loss, LossFunc, UserLoss
 from .options import LOSSES
@@ -92,14 +99,8 @@ class Reader:
         Raises:
             CladoError: whatever the forward raises, in one line.
         """
-        try:
+        with users_code(f"{self.op}: model must take inputs {shown_shapes(inputs)}"):
             return model(inputs) if self.step is None else self.step(model, inputs)
-        except Exception as error:  # whatever a model, or the user's code, makes of inputs it does not take
-            if isinstance(error, CladoError) or is_out_of_memory(error):
-                raise
-            shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-            shown = shapes[0] if isinstance(inputs, Tensor) else shapes
-            raise CladoError(f"{self.op}: model must take inputs {shown}, got {said(error)}") from error
 
     def classes_of(self, output: Any) -> int:
         """The number of classes of the model's output, 0 where unknown; raises where it does not suit the loss."""
@@ -122,11 +123,6 @@ class Reader:
         """The loss where labels only have a shape."""
         wanted = self.loss_name == "cross_entropy"
         return self.loss(inputs, torch.zeros(samples, dtype=torch.int64) if wanted else None, samples)
-
-
-def sample_count(batch: Any) -> int:
-    """Of a nest of tensors."""
-    return len(pytree.tree_leaves(batch)[0])
 
 
 def all_finite(batch: Any) -> bool:

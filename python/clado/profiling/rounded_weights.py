@@ -178,13 +178,12 @@ def kept_bytes(candidates: Candidates, quantizer: Quantizer, samples: int) -> in
 
 
 def _joined(own: Rounded, ranks: Ranks) -> Rounded:
-    """The parts of all ranks, which travel as files do; each is read from its own, since what is read stays mapped to it."""
+    """The parts of all ranks, which travel as files do."""
     with TemporaryDirectory() as folder:
         sent = save_held(own, Path(folder))
         assert sent is not None
-        parts = []
-        for rank, data in enumerate(ranks.everyone(sent.read_bytes())):
-            place = Path(folder) / str(rank)
+        parts, place = [], Path(folder) / "part"
+        for data in ranks.everyone(sent.read_bytes()):
             place.write_bytes(data)
             parts.append(read_rounded(place))
     return replace(

@@ -213,6 +213,11 @@ class Quantized:
     def zero_point(self) -> Tensor | None:
         return self.scales.zero_point
 
+    @staticmethod
+    def unpacked(number: Number, shape: tuple[int, ...], packed: Mapping[str, Tensor], scaling: Scaling) -> Quantized:
+        """A weight of this shape from the tensors of :meth:`packed`."""
+        return Quantized(number, shape, *number.unpack(packed, shape, scaling))
+
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weight that the codes stand for."""
         return self.number.decode(self.codes, self.scales, dtype).view(self.shape)

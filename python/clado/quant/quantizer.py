@@ -64,8 +64,7 @@ class Quantizer(Scaling):
 
     def unpack(self, packed: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> Quantized:
         """What :meth:`quantize` gave, from the tensors of :meth:`pack`."""
-        number, known = integer(bits), tuple(shape)
-        return Quantized(number, known, *number.unpack(packed, known, self))
+        return Quantized.unpacked(integer(bits), tuple(shape), packed, self)
 
     def dequantize(self, quantized: Quantized, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weight of :meth:`quantize`, bit for bit what :meth:`fake_quant` gives."""

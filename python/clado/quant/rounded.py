@@ -123,7 +123,7 @@ class Rounded:
         there = f"{len(self.shapes)} layers without it"
         require(self.has(layer, number), "round", "rounded weights", f"hold {layer} as {number.name}", there)
         shape = self.shapes[layer]
-        return Quantized(number, shape, *number.unpack(self.packed[layer, number.name], shape, self.quantizer))
+        return Quantized.unpacked(number, shape, self.packed[layer, number.name], self.quantizer)
 
     def header(self) -> dict[str, Any]:
         """What a file says beside the tensors; JSON values."""

@@ -15,10 +15,10 @@ import numpy as np
 from torch import nn
 
 from ..artifacts import PLAN_FILE, Plan, Sensitivity
-from ..common import CladoError, FileError, require, write_json
+from ..common import CladoError, FileError, require, sample_count, write_json
 from ..deploy import MODEL_FILE
 from ..graph import ForwardStep
-from ..profiling import LossFunc, sample_count
+from ..profiling import LossFunc
 from ..quant import PACKED, SCALE, ZERO_POINT
 from ..runs import RUN_FILE, functions, heldout_data, load_run, that_chose
 from ..runs import heldout as heldout_of

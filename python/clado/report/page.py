@@ -248,7 +248,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
         "work": f"{notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else "",
         "time": f"{notes['seconds']:,.1f} s on {notes.get('device', '')}" if "seconds" in notes else "",
-        "left in float": known.in_float(sum(layer.numel for layer in sens.layers)) if known.float_layers else "",
+        "left in float": sens.in_float,
         "warnings": "; ".join(notes.get("warnings", [])),
     }
     return {name: str(value) for name, value in out.items() if value}

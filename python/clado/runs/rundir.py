@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..artifacts import Plan
-from ..common import CladoError, require, write_json
+from ..common import CladoError, require, sample_count, write_json
 from .data import build_data
 from .models import ModelSpec, build_model
 from .names import named
@@ -115,7 +115,7 @@ def heldout(
         known = any_nest or (isinstance(item, (tuple, list)) and 1 <= len(item) <= 2)
         require(known, "data", source, "yield (inputs, targets) for this", type(item).__name__)
         batches.append(tree_map(lambda part, most=left: part[:most], item))
-        left -= len(tree_leaves(item)[0])
+        left -= sample_count(item)
         if left <= 0:
             break
     return batches

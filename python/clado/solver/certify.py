@@ -78,7 +78,7 @@ def certify(
         forms: convex forms of ``whole`` for any limits; used instead of a new one by the solver "heuristic".
     """
     reach = within_reach(whole, keep)
-    if len(np.unique(whole.layer[reach])) < whole.num_layers:
+    if not whole.covered(reach):
         return Answer(None, math.inf, "presolve")
     program = whole.restricted(reach)
     begin = np.searchsorted(reach, start) if start is not None and np.isin(start, reach).all() else None

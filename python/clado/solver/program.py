@@ -70,6 +70,10 @@ class Program:
         """The same program with its objective multiplied by ``factor``."""
         return Program(self.matrix * factor, self.layer, self.rows, self.limits)
 
+    def covered(self, keep: NDArray[np.int64]) -> bool:
+        """Whether every layer has a candidate among ``keep``."""
+        return len(np.unique(self.layer[keep])) == self.num_layers
+
     def restricted(self, keep: NDArray[np.int64]) -> Program:
         """The program over the candidates ``keep`` (ascending, at least one of every layer)."""
         if len(keep) == self.size:
@@ -92,7 +96,7 @@ def within_reach(program: Program, keep: NDArray[np.int64]) -> NDArray[np.int64]
         if fits.all():
             return keep
         keep = keep[fits]
-        if len(np.unique(program.layer[keep])) < program.num_layers:
+        if not program.covered(keep):
             return keep
 
 

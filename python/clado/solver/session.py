@@ -181,7 +181,7 @@ class Solver:
             one = replace(aim, deadline=aim.share(1.0 if best is None else QUESTION))
             return self._decided(_limited(asked, row, limit), merge, one, begin if best is None else best)
 
-        if len(np.unique(merge.program.layer[merge.keep])) < merge.program.num_layers:
+        if not merge.program.covered(merge.keep):
             return self._least_loss(asked, effort, start)
         found = Bisection(merge.program, merge.keep, row, value, ask, effort.share(SEARCH)).run()
         if found.choice is None:
@@ -221,7 +221,7 @@ class Solver:
     def _answer(self, asked: _Asked, merge: Merged, effort: Effort, begin: Choice | None) -> Answer:
         """The choice over groups of layers."""
         small, keep = asked.merged_to(merge), merge.keep
-        if len(np.unique(small.layer[keep])) < small.num_layers:
+        if not small.covered(keep):
             return Answer(None, math.inf, "presolve")
         if effort.solver == "heuristic":
             key = (asked.objective, tuple(budget.name for budget in asked.budgets), asked.groups.tobytes())
@@ -440,7 +440,7 @@ def _conflict(merge: Merged, budgets: list[Budget], effort: Effort) -> str:
         cost = np.diag(2.0 * whole.rows[k] / whole.row_scale[k])
         relaxed = Program(cost, whole.layer, whole.rows[others], whole.limits[others])
         reach = within_reach(relaxed, keep)
-        if len(np.unique(whole.layer[reach])) < whole.num_layers:
+        if not whole.covered(reach):
             continue
         part = relaxed.restricted(reach)
         deadline = max(effort.share(0.5), time.monotonic() + 0.2)
