@@ -15,7 +15,7 @@ MOST_BITS: int
 # A weight in place: address, dtype, rows, columns, row stride, columns of a group.
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
 # Upper factors of inverse moments: addresses of the factors and of the order of their columns (or 0), their number.
-Factors: TypeAlias = tuple[int, int, int]
+Factors: TypeAlias = tuple[int, int, int, int, int, int]
 # What errors count: address (or 0), rows.
 Importances: TypeAlias = tuple[int, int]
 # Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.

@@ -31,8 +31,8 @@ def compensate(
 
     Args:
         weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``.
-        factor: float32 ``[G, K, K]``: G factors U, each for N/G consecutive rows (a grouped convolution has one per group). Only
-            the upper triangle is read.
+        factor: float32 ``[G, K, K]``, any strides: G factors U, each for N/G consecutive rows (a grouped convolution has one
+            per group). Only the upper triangle is read.
         scale: float32 ``[B, N, groups]``, fixed beforehand, e.g. by :func:`scale_search`.
         bits: distinct ascending widths, 2 to 8; B of them.
         group_size: -1 one scale per row, g > 0 one per g consecutive columns of the weight, whatever the order.
@@ -84,7 +84,7 @@ def _launch(
     loss: Tensor,
 ) -> None:
     weight, numbers = given(weight, group_size)
-    factors, scales = factor.contiguous(), scale.contiguous()
+    scales = scale.contiguous()
     zeros, orders = (None if x is None else x.contiguous() for x in (zero_point, order))
     if codes.numel() == 0:
         loss.zero_()
@@ -94,7 +94,7 @@ def _launch(
         _, _, rows, columns, _, _ = numbers
         workspace = weight.new_empty(_native.compensate_workspace(rows, columns, len(bits)), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
-    taken = (factors.data_ptr(), address(orders), factors.shape[0])
+    taken = (factor.data_ptr(), address(orders), factor.shape[0], *factor.stride())
     addresses = (scales.data_ptr(), address(zeros), codes.data_ptr(), loss.data_ptr())
     sound = call("compensate", weight.device, numbers, bits, taken, *addresses, *extra)
     if sound is False:

@@ -205,7 +205,7 @@ def compensation(
                     taken = (
                         (at(weight), dtype, rows, columns, columns, group),
                         BITS,
-                        (at(factor), at(order), len(factor)),
+                        (at(factor), at(order), len(factor), *(s // 4 for s in factor.strides)),
                     )
                     assert native.compensate_cpu(*taken, at(scale), at(zero), at(codes), at(loss), threads)
                     return [codes, loss]

@@ -4,17 +4,17 @@
 
 namespace {
 
-// (addresses of the factors and the order, factors)
-using Factors = std::tuple<Address, Address, int64_t>;
+// (addresses of the factors and the order, factors, the three strides of the factors)
+using Factors = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
 
 clado::Compensation given_of(const char* op, const Weight& numbers, const Widths& bits, const Factors& factors, Address scales,
                              Address zeros) {
   const auto weight = weight_of(op, numbers);
-  const auto [factor, order, count] = factors;
+  const auto [factor, order, count, apart, down, right] = factors;
   expect(count >= 1 && weight.rows % count == 0, op, "the number of factors must divide the rows");
   expect_memory(op, weight, {factor, scales});
-  return {weight, bits_of(op, bits), as<const float>(factor), count, as<const int64_t>(order), as<const float>(scales),
-          as<const int8_t>(zeros)};
+  return {weight, bits_of(op, bits), as<const float>(factor), {apart, down, right}, count,
+          as<const int64_t>(order), as<const float>(scales), as<const int8_t>(zeros)};
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ namespace clado {
 struct Compensation {
   WeightView weight;
   BitList bits;
-  const float* factor;   // [factors, columns, columns]
+  const float* factor;   // [factors, columns, columns], its elements by `strides`
+  int64_t strides[3];
   int64_t factors;       // divides the weight's rows
   const int64_t* order;  // [factors, columns] or null
   const float* scales;
@@ -33,6 +34,9 @@ struct Compensation {
   // Rows that share a factor, and their streams: a row at one width each, those of a width side by side.
   constexpr int64_t rows() const { return weight.rows / factors; }
   constexpr int64_t streams() const { return bits.count * rows(); }
+  constexpr float u(int64_t f, int64_t i, int64_t j) const {
+    return factor[f * strides[0] + i * strides[1] + j * strides[2]];
+  }
   constexpr int64_t column(int64_t f, int64_t i) const { return order ? order[f * weight.columns + i] : i; }
 };
 

@@ -22,11 +22,11 @@ constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to *
 constexpr int64_t panel_start(int64_t panel) { return kPanel * kPanel / 2 * panel * (panel + 1); }
 constexpr int64_t packed_size(int64_t columns) { return panel_start(rounded_up(columns, kLeaf) / kPanel); }
 
-void pack_panel(const float* factor, int64_t columns, int64_t panel, float* packed) {
+void pack_panel(const Compensation& given, int64_t f, int64_t panel, float* packed) {
   float* out = packed + panel_start(panel);
-  const int64_t first = panel * kPanel;
+  const int64_t first = panel * kPanel, columns = given.weight.columns;
   for (int64_t i = 0; i < first + kPanel; ++i)
-    for (int64_t j = first; j < first + kPanel; ++j) *out++ = i <= j && j < columns ? factor[i * columns + j] : 0.0f;
+    for (int64_t j = first; j < first + kPanel; ++j) *out++ = i <= j && j < columns ? given.u(f, i, j) : 0.0f;
 }
 
 // ---- a tile: [columns, 48 streams] float32; a column is replaced by -e once it is rounded ----
@@ -177,16 +177,17 @@ struct Tile {
   // The weights, turned: sixteen rows at a time.
   void read() const {
     const int64_t columns = given.weight.columns, padded = rounded_up(columns, kLeaf);
+    const int64_t apart = padded + kLanes;  // a line more: sixteen rows of n pages each would share one set of the cache
     room.tile.assign(static_cast<size_t>(padded * kTile), 0.0f);
-    room.rows.resize(static_cast<size_t>(padded * kLanes));
+    room.rows.resize(static_cast<size_t>(apart * kLanes));
     for (int v = 0; v < vectors(); ++v) {
       const int count = std::min(kLanes, streams() - v * kLanes);
       for (int l = 0; l < count; ++l)
-        read_row(given.weight.at(row(v * kLanes + l), 0), given.weight.dtype, columns, &room.rows[static_cast<size_t>(l * padded)]);
+        read_row(given.weight.at(row(v * kLanes + l), 0), given.weight.dtype, columns, &room.rows[static_cast<size_t>(l * apart)]);
       for (int64_t i = 0; i < columns; ++i) {
         const float* from = room.rows.data() + given.column(f, i);
         float* to = room.tile.data() + i * kTile + v * kLanes;
-        for (int l = 0; l < count; ++l) to[l] = from[l * padded];
+        for (int l = 0; l < count; ++l) to[l] = from[l * apart];
       }
     }
   }
@@ -257,7 +258,7 @@ bool compensate_cpu(const Compensation& given, int8_t* codes, double* loss, int 
   std::vector<float> packed(static_cast<size_t>(factors * size));
   parallel_for(factors * panels, threads_for(factors * size, threads), [&](int64_t n) {
     const int64_t f = n / panels;
-    pack_panel(given.factor + f * columns * columns, columns, n % panels, packed.data() + f * size);
+    pack_panel(given, f, n % panels, packed.data() + f * size);
   });
   parallel_for(factors * tiles, threads_for(work, threads), [&](int64_t n) {
     static thread_local Room room;

@@ -35,8 +35,8 @@ __global__ void round_kernel(State state, int64_t first, int count, int64_t bloc
   const Compensation& given = state.given;
   const int64_t columns = given.weight.columns, f = blockIdx.x / blocks;
   const int64_t stream = blockIdx.x % blocks * kThreads + threadIdx.x;
-  const float* corner = given.factor + (f * columns + first) * columns + first;
-  for (int k = threadIdx.x; k < count * count; k += kThreads) u[k / count][k % count] = corner[k / count * columns + k % count];
+  for (int k = threadIdx.x; k < count * count; k += kThreads)
+    u[k / count][k % count] = given.u(f, first + k / count, first + k % count);
   __syncthreads();
   if (stream >= given.streams()) return;
   const int width = state.width(stream), bits = given.bits.width[width];
@@ -74,7 +74,7 @@ __global__ void update_kernel(State state, int64_t first, int count, int64_t fro
   for (int k = thread; k < count * kTile; k += kSide * kSide) {
     const int i = k / kTile, l = k % kTile;
     e[i][l] = stream + l < streams ? state.column(f, first + i)[stream + l] : 0.0f;
-    u[i][l] = column + l < columns ? state.given.factor[(f * columns + first + i) * columns + column + l] : 0.0f;
+    u[i][l] = column + l < columns ? state.given.u(f, first + i, column + l) : 0.0f;
   }
   __syncthreads();
   float w[kEach][kEach];

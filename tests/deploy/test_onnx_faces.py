@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +40,17 @@ class Pair(NamedTuple):
     features: Tensor
 
 
+@dataclass
+class Classes:
+    """Within a list: pytrees take it for one leaf without tensors."""
+
+    best: Tensor
+
+
 class Tuples(Two):
     def forward(self, image: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
         found = super().forward(image, mask)
-        return Pair(found["head"]["linear"], found["scale"]), [found["scale"].argmax(1)]
+        return Pair(found["head"]["linear"], found["scale"]), [Classes(found["scale"].argmax(1))]
 
 
 class Fixed(nn.Module):
@@ -103,13 +111,13 @@ def test_tuples_of_outputs_and_whole_numbers(tmp_path: Path) -> None:
     clado.export(net, plan, tmp_path / "out", "onnx", example=example)
     found = writer.outputs_of(tmp_path / "out", {"image": example[0], "mask": example[1]})
     (logits, features), (best,) = clado.apply(net, plan)(*example)
-    assert list(found) == ["output_0_logits", "output_0_features", "output_1_0"]
+    assert list(found) == ["output_0_logits", "output_0_features", "output_1_0_best"]
     assert close(found["output_0_logits"], logits)
     assert close(found["output_0_features"], features)
-    assert (found["output_1_0"] == best.numpy()).all()
+    assert (found["output_1_0_best"] == best.best.numpy()).all()
     verify(net, plan, tmp_path / "out", "onnx", example=example)
     other = random_plan(net, Quantizer(), (2,))
-    with pytest.raises(clado.CladoError, match="verify: output_0_logits, output_0_features, output_1_0 must equal"):
+    with pytest.raises(clado.CladoError, match="verify: output_0_logits, output_0_features, output_1_0_best must equal"):
         verify(net, other, tmp_path / "out", "onnx", example=example)
 
 

@@ -206,6 +206,29 @@ def test_whole_numbers_as_inputs_and_weights_of_any_dtype(dtype: torch.dtype) ->
     assert all(value.dtype == dtype for value in clado.apply(model, found).state_dict().values())
 
 
+class HalfAndWhole(nn.Module):
+    """A layer in half precision between others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(16, 32), nn.Linear(32, 64).half(), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x).relu().half()).relu().to(x.dtype))
+
+
+def test_a_layer_in_half_precision_is_finished_as_its_dtype_holds_it(tmp_path: Path) -> None:
+    """Its scales and biases; an export keeps them in that dtype."""
+    torch.manual_seed(0)
+    model, x = HalfAndWhole().eval(), data((16,))
+    plan = clado.finish(model, uniform(model, x, quantize_ends=True), [x], num_samples=96, verbose=False)
+    assert "kept" not in plan.info["finish"]
+    scale = codes(model, plan)["middle"].scale
+    assert torch.equal(scale, scale.half().float())
+    clado.export(model, plan, tmp_path / "out", "compressed-tensors")
+    verify(model, plan, tmp_path / "out", "compressed-tensors")
+
+
 def test_a_plan_that_nothing_makes_better_keeps_its_weights() -> None:
     model, shape = tiny_vit()
     x = data(shape, 32)

@@ -136,11 +136,15 @@ class _Seen(TorchFunctionMode):
 
 
 def _nest(output: Any) -> Any:
-    """Mappings and dataclasses that pytrees do not know, as dictionaries."""
+    """Mappings and dataclasses that pytrees do not know, wherever they are in it, as dictionaries."""
     if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
         return {field.name: _nest(getattr(output, field.name)) for field in dataclasses.fields(output)}
     if isinstance(output, Mapping):
         return {key: _nest(value) for key, value in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(_nest, output))
+    if type(output) in (tuple, list):
+        return [_nest(value) for value in output]
     return output
 
 

@@ -44,6 +44,12 @@ class Finished:
         """With the float model's own values of some parameters."""
         return Finished(self.weights, {name: value for name, value in self.others.items() if name not in names})
 
+    def held_by(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Finished:
+        """As a model of these dtypes holds it, by the name of parameter or buffer."""
+        owner = {layer.name: layer.names[0] for layer in plan.layers}
+        weights = {name: held.held_by(dtypes[owner[name]]) for name, held in self.weights.items()}
+        return Finished(weights, {name: value.to(dtypes[name]).to(value.dtype) for name, value in self.others.items()})
+
     def tensors(self, plan: Plan, dtype: torch.dtype) -> dict[str, Tensor]:
         """{parameter or buffer: value}, dequantized."""
         names = {layer.name: layer.names for layer in plan.layers}

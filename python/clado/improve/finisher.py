@@ -178,6 +178,7 @@ class _Ground:
         batch_size: int,
     ) -> None:
         self.plan, self.reader = plan, reader
+        self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}  # before they are made one
         self.model = converted(
             quantize_activations(model, plan.activations, plan.layers) if plan.activations else model,
             reader.device,
@@ -248,6 +249,7 @@ class _Ground:
                     progress.keep(replace(so_far, blocks=blocks, now=now))
 
                 found = stage(resumed.now if resumed else best, resumed.blocks if resumed else 0, done)
+                found = found.held_by(self.plan, self.dtypes)
                 losses[name] = self.loss(found)
                 if losses[name] < min(value for key, value in losses.items() if key != name):
                     best = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -217,6 +217,10 @@ class Quantized:
     def unpacked(number: Number, shape: tuple[int, ...], packed: Mapping[str, Tensor], scaling: Scaling) -> Quantized:
         """A weight of this shape from the tensors of :meth:`packed`."""
         return Quantized(number, shape, *number.unpack(packed, shape, scaling))
+
+    def held_by(self, dtype: torch.dtype) -> Quantized:
+        """With the nearest scales that a model of ``dtype`` holds."""
+        return replace(self, scales=self.scales._replace(scale=held_by(dtype, self.scale)))
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weight that the codes stand for."""

@@ -134,7 +134,8 @@ def decompressed(folder: Path, model: nn.Module) -> nn.Module:
     compressor = ModelCompressor(quantization_config=config)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         compressor.compress_model(read)
-        read.load_state_dict(load_file(folder / MODEL_FILE))
+        with refused(folder / MODEL_FILE, "hold the weights of the export"):
+            read.load_state_dict(load_file(folder / MODEL_FILE))
         compressor.decompress_model(read)
     return read
 
