@@ -117,7 +117,9 @@ def test_tuples_of_outputs_and_whole_numbers(tmp_path: Path) -> None:
     assert (found["output_1_0_best"] == best.best.numpy()).all()
     verify(net, plan, tmp_path / "out", "onnx", example=example)
     other = random_plan(net, Quantizer(), (2,))
-    with pytest.raises(clado.CladoError, match="verify: output_0_logits, output_0_features, output_1_0_best must equal"):
+    with pytest.raises(
+        clado.CladoError, match="verify: output_0_logits, output_0_features, output_1_0_best must equal"
+    ):
         verify(net, other, tmp_path / "out", "onnx", example=example)
 
 

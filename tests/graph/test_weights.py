@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import std_conv
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -290,6 +291,29 @@ def test_what_torch_computes_is_folded_and_goes_the_whole_way(make: Callable[[],
         kept = clado.apply(model, clado.solve(nearest, avg_bits=4)).get_parameter("2.weight")[zeros]
         assert len(kept) > 0
         assert (kept == 0).all()  # zero is a code; compensated rounding makes use of such weights
+
+
+@pytest.mark.parametrize("name", ["StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_standardized_convolutions_of_timm_are_folded(name: str, stride: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kind = getattr(std_conv, name)
+    inner = [kind(4, 6, 3, stride=stride), nn.ReLU(), kind(6, 6, 3, groups=2, dilation=stride, bias=True)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *inner, nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = torch.randn(8, 3, 9, 9)
+    wanted, before = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    plain = folded(model)
+    assert torch.equal(plain(x), wanted)
+    assert {name for name, _ in plain.named_parameters()} == {name for name in before if not name.endswith("gain")}
+    assert folded(plain) is plain
+    sens = clado.profile(model, [x], num_samples=8, verbose=False)
+    assert [layer.name for layer in sens.layers] == ["1", "3"]
+    assert set(sens.provenance.float_layers) == {"0", "5"}  # first and last
+    plan = clado.solve(sens, avg_bits=4)
+    clado.export(model, plan, tmp_path / "out")
+    assert torch.equal(clado.load(tmp_path / "out", model)(x), clado.apply(model, plan)(x))
+    assert type(model[1]).__name__ == name
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:.*assigned during export")

@@ -1,0 +1,142 @@
+"""``python -m bench.study.interactions PHOTOGRAPHS``: how far a plan for a net with ImageNet weights should trust interactions.
+
+A matrix is measured on each of several disjoint draws of the sensitivity photographs. Plans are made with a share of every
+interaction, 0 (the diagonal) to 1 (all), and under the other objectives; each is judged by the KL to the float net on held-out
+photographs of other things, beside the diagonal's, paired, with standard errors clustered by what the photographs show. Scores
+are kept plan by plan in ``--work``, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import clado
+from clado.artifacts import Plan, Sensitivity
+from clado.common import atomic_file
+
+from ..harness import machine
+from .measure import divergence
+from .page import clustered, compact
+from .photographs import load_photographs, read_photographs
+from .real_nets import LITE, load_net
+
+RESULTS = Path("bench/results/xeon-2core/interactions.json")
+BITS = (2, 3, 4, 8)
+BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+OBJECTIVES = ("clipped", "shrunk")
+SAMPLES, DRAWS, HELDOUT = 192, 3, 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path, help="folder that bench.study.photographs wrote")
+    parser.add_argument("--work", type=Path, default=Path("build/study/interactions"), help="profiles and scores")
+    parser.add_argument("--nets", default=LITE[0], help=f"of {', '.join(LITE)}")
+    parser.add_argument("--roundings", default="compensated,nearest")
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="photographs of a draw")
+    parser.add_argument("--heldout", type=int, default=HELDOUT)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    for net in options.nets.split(","):
+        bench = Bench.of(net, options.photographs, options.heldout, options.work)
+        for rounding in options.roundings.split(","):
+            for draw in range(options.draws):
+                known = [r for r in known if (r["net"], r["rounding"], r["draw"]) != (net, rounding, draw)]
+                known += bench.rows(rounding, draw, options.samples)
+                found = {
+                    "benchmark": "interactions",
+                    "machine": machine(),
+                    "settings": {"bits": BITS, "samples": options.samples, "heldout": options.heldout},
+                    "rows": known,
+                }
+                with atomic_file(options.json) as temporary:
+                    Path(temporary).write_text(compact(found) + "\n")
+
+
+def with_share(sens: Sensitivity, share: float) -> Sensitivity:
+    """The matrix with that share of every interaction."""
+    return replace(sens, interaction=sens.interaction * share)
+
+
+@dataclass
+class Bench:
+    """A net, photographs to measure on and to judge by."""
+
+    name: str
+    model: nn.Module
+    sensitivity: Tensor
+    heldout: Tensor
+    shown: NDArray[np.int64]  # [held-out photographs]: what each shows
+    clean: Tensor
+    work: Path
+
+    @classmethod
+    def of(cls, name: str, folder: Path, heldout: int, work: Path) -> Bench:
+        model, mean, std = load_net(name)
+        held = load_photographs(folder, "heldout", mean, std)[:heldout]
+        shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
+        images = load_photographs(folder, "sensitivity", mean, std)
+        return cls(name, model, images, held, shown, logits(model, held), work / name)
+
+    def rows(self, rounding: str, draw: int, samples: int) -> list[dict[str, Any]]:
+        """One row per budget."""
+        images = self.sensitivity[draw * samples : (draw + 1) * samples]
+        if len(images) < samples:
+            raise ValueError(f"draw {draw} of {samples} needs more than {len(self.sensitivity)} photographs")
+        folder = self.work / f"{rounding}-{samples}-{draw}"
+        sens = clado.profile(
+            self.model, [images], BITS, rounding=rounding, num_samples=samples, output_dir=folder / "run", verbose=False
+        )
+        return [self.row(sens, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
+
+    def row(self, sens: Sensitivity, folder: Path, budget: float) -> dict[str, Any]:
+        plans = {
+            f"{share:g}": clado.solve(with_share(sens, share), avg_bits=budget, solver="heuristic") for share in SHARES
+        }
+        plans |= {name: clado.solve(sens, objective=name, avg_bits=budget, solver="heuristic") for name in OBJECTIVES}
+        found = {name: self.losses(sens, plan, folder) for name, plan in plans.items()}
+        means = {name: float(losses.mean()) for name, losses in found.items()}
+        print(self.name, folder.name, budget, {name: round(mean, 4) for name, mean in means.items()}, flush=True)
+        return {
+            "net": self.name,
+            "budget": budget,
+            "kl": means,
+            "predicted": {name: plan.objective for name, plan in plans.items()},
+            "minus_diagonal": {name: clustered(losses - found["0"], self.shown) for name, losses in found.items()},
+            "same_plan": [name for name, plan in plans.items() if plan.schemes == plans["0"].schemes],
+        }
+
+    def losses(self, sens: Sensitivity, plan: Plan, folder: Path) -> NDArray[np.float64]:
+        """KL of every held-out photograph under the plan."""
+        path = folder / "scores" / ("".join(str(width) for width in plan.bits.values()) + ".npy")
+        if not path.exists():
+            own = clado.given_plan(sens, plan.schemes)
+            found = divergence(self.clean, logits(clado.apply(self.model, own), self.heldout)).numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, found)
+        scores: NDArray[np.float64] = np.load(path)
+        return scores
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in images.split(50)]
+    return torch.cat([model(part) for part in parts]).double()
+
+
+if __name__ == "__main__":
+    main()
