@@ -33,9 +33,9 @@ from ..harness import machine
 from . import modelopt
 from .measure import BITS, BUDGETS, REFINED_TO, SAMPLES, SCALES, Unit, divergence
 from .nets import NETS, load_split, trained
-from .page import clustered, compact
+from .numbers import clustered, compact
+from .page import FINISHED
 
-RESULTS = Path("bench/results/xeon-2core/finished.json")
 ROUNDINGS = (
     "mse",
     "gptq",
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--nets", default=",".join(NETS))
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--samples", default="a,b", help="sensitivity sets")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=FINISHED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in options.seeds.split(",")]

@@ -25,7 +25,7 @@ from clado.common import atomic_file
 
 from ..harness import machine
 from .measure import divergence
-from .page import clustered, compact
+from .numbers import clustered, compact
 from .photographs import load_photographs, read_photographs
 from .real_nets import LITE, load_net
 

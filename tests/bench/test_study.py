@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from bench.study import imagenet
 from bench.study.nets import NETS, SPLITS, load_split
-from bench.study.page import clustered, verdict
+from bench.study.numbers import clustered
+from bench.study.page import verdict
 from tests.models import timm_model
 
 
