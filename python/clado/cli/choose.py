@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import fields
 from .base import COUNT, command_line, main
 
 JUDGES = 128  # held-out images that judge what --finish made, and nothing afterwards
+MEASURED = 128  # held-out images that choose among plans where nothing else is asked
 wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and pareto share
 
 
@@ -35,9 +37,11 @@ wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and p
 )
 @click.option(
     "--rerank",
-    type=click.IntRange(min=0),
-    help="Measure the best plans of every objective on so many other images; keep one.",
+    type=click.IntRange(min=2),
+    help="Measure the best plans of every objective on so many other images; keep one.  [default: "
+    f"{MEASURED}, where the run knows model and images and nothing else is asked]",
 )
+@click.option("--no-measure", is_flag=True, help="Choose by the matrix alone.")
 @click.option(
     "--data",
     help="Image folder for --max-drop, --rerank and the judges of --finish; the one that was profiled when left out.",
@@ -68,6 +72,7 @@ def solve(
     max_drop: str | None,
     drop_samples: int,
     rerank: int | None,
+    no_measure: bool,
     data: str | None,
     refine: int | None,
     correct: int | None,
@@ -79,19 +84,15 @@ def solve(
     """Choose bits per layer within one or more budgets, with a bound; or the smallest plan for a loss.
 
     \b
-    clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8
+    clado solve run --avg-bits 3 --pin blocks.0.attn.qkv=8   # the true loss decides among the best plans
     clado solve run --max-loss-increase 0.01 --minimize size_bytes   # the smallest plan for a predicted loss
     clado solve run --max-drop 0.5%              # the smallest plan for a drop of top-1, measured on other images
     clado solve run --avg-bits 3 --correct 128   # exact pairs where the closed form led; RUN keeps them
-    clado solve run --avg-bits 3 --rerank 256    # the true loss decides among the best plans
+    clado solve run --avg-bits 3 --no-measure    # in seconds, by the matrix alone
     clado solve run --avg-bits 2.25 --refine 4   # few bits: the matrix again, around the plan
     clado solve run --avg-bits 3 --finish learned   # the plan's weights, rounded once more for the net that ships
     """
-    from dataclasses import replace
-
     from ..artifacts import PLAN_FILE, Sensitivity
-    from ..solver import shortlist
-    from ..solver import solve as choose
     from .tables import show_plan
 
     sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
@@ -108,16 +109,11 @@ def solve(
         sens, plan = _correct(run, sens, correct, wishes, device)
     if max_drop is not None:
         plan = _within_drop(run, sens, max_drop, drop_samples, wishes, data, device)
-    elif rerank is None and refine is None:
-        plan = choose(sens, **wishes) if correct is None else plan
-    else:
-        measured = "--rerank or --refine"
-        require(rerank is None or rerank >= 2, "solve", "rerank", "be at least 2 images", rerank)
-        require(wishes.pop("objective") == "original", "solve", "objective", f"be left out with {measured}", "another")
-        plans = shortlist(sens, **wishes)
-        if refine is not None and plans[0].bits:
-            plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
-        plan = _rerank(run, plans, data, rerank, device) if rerank is not None and plans[0].bits else plans[0]
+    elif rerank is not None or refine is not None:
+        plan = _measured(run, sens, rerank, refine, wishes, data, device)
+    elif correct is None:
+        measure = not (no_measure or inverse) and wishes["objective"] == "original"
+        plan = _chosen(run, sens, measure, wishes, data, device)
     if inverse and not plan.bits:
         raise CladoError(f"solve: {plan.info['reason']}")
     require(bool(plan.bits), "solve", "budgets", "fit together", plan.info.get("reason"))
@@ -210,6 +206,44 @@ def _profiled(run: str, sens: Any) -> tuple[Any, Any, dict[str, Any], Any]:
     return model, spec, note, build_data(note["data"], model, spec, 32, note["seed"], skipped)
 
 
+def _chosen(run: str, sens: Any, measure: bool, wishes: dict[str, Any], data: str | None, device: str | None) -> Any:
+    """The best plan; by the true loss, where ``measure`` and the run knows a model and images that were not profiled."""
+    from ..solver import shortlist
+    from ..solver import solve as choose
+
+    if not measure:
+        return choose(sens, **wishes)
+    try:
+        images = _Heldout.of(run, data, MEASURED)
+    except CladoError as error:
+        click.echo(f"chosen by the matrix alone, as nothing can be measured: {error}", err=True)
+        return choose(sens, **wishes)
+    plans = shortlist(sens, **{key: value for key, value in wishes.items() if key != "objective"})
+    return images.best(plans, device) if plans[0].bits else plans[0]
+
+
+def _measured(
+    run: str,
+    sens: Any,
+    rerank: int | None,
+    refine: int | None,
+    wishes: dict[str, Any],
+    data: str | None,
+    device: str | None,
+) -> Any:
+    """The best of a shortlist, improved by refinement, or by its loss on other images, or both."""
+    from ..solver import shortlist
+
+    must = "be left out with --rerank or --refine"
+    require(wishes.pop("objective") == "original", "solve", "objective", must, "another")
+    plans = shortlist(sens, **wishes)
+    if not plans[0].bits:
+        return plans[0]
+    if refine is not None:
+        plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
+    return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device)
+
+
 def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
     """The matrix with exact pairs where plans went, and the plan that stands."""
     from ..improve import correct
@@ -241,8 +275,6 @@ def _refine(run: str, sens: Any, plans: list[Any], rounds: int, wishes: dict[str
 
 def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str | None, device: str | None) -> Any:
     """The plan with weights rounded once more, on images of the sensitivity set."""
-    from dataclasses import replace
-
     from ..artifacts import ChosenOn
     from ..common import sample_count
     from ..improve import finish
@@ -277,8 +309,6 @@ def _within_drop(
     run: str, sens: Any, text: str, count: int, wishes: dict[str, Any], data: str | None, device: str | None
 ) -> Any:
     """The smallest plan within a measured drop, and a table of those that were measured."""
-    from dataclasses import replace
-
     from rich.table import Table
 
     from ..artifacts import ChosenOn
@@ -312,31 +342,37 @@ def _drop(text: str) -> tuple[float, str]:
     raise CladoError(f"solve: max-drop must read 0.5% (points of top-1) or 0.01nats (of the loss), got {text!r}")
 
 
-def _rerank(run: str, plans: list[Any], data: str | None, count: int, device: str | None) -> Any:
-    """The plan of least true loss on held-out images, and a table of all."""
-    from dataclasses import replace
+@dataclass
+class _Heldout:
+    """The run's model and images that it was not profiled on."""
 
-    from rich.table import Table
+    model: Any
+    note: dict[str, Any]
+    data: str | None
+    images: list[Any]
 
-    from ..artifacts import ChosenOn
-    from ..improve import rerank
-    from ..runs import functions, heldout, heldout_data, load_run
-    from .tables import console
+    @classmethod
+    def of(cls, run: str, data: str | None, count: int) -> _Heldout:
+        from ..common import sample_count
+        from ..runs import heldout, load_run
 
-    model, spec, note = load_run(run)
-    images = heldout(model, spec, note, data, count, 32)
-    best = rerank(model, images, plans, device=device, **functions(note))
-    best = replace(best, chosen_on=ChosenOn(heldout_data(note, data), best.info["rerank_samples"]))
-    table = Table(box=None, header_style="bold")
-    for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
-        table.add_column(name, justify="left" if name == "plan" else "right")
-    for row in best.info["rerank"]:
-        numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
-        table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
-    console().print(table)
-    lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
-    click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
-    return best
+        model, spec, note = load_run(run)
+        images = heldout(model, spec, note, data, count, 32)
+        found = sum(map(sample_count, images))
+        require(found >= 2, "solve", "data", "hold two images at least beside those that were profiled", found)
+        return cls(model, note, data, images)
+
+    def best(self, plans: list[Any], device: str | None) -> Any:
+        """The plan of least true loss, and a table of all."""
+        from ..artifacts import ChosenOn
+        from ..improve import rerank
+        from ..runs import functions, heldout_data
+        from .tables import show_measured
+
+        best = rerank(self.model, self.images, plans, device=device, **functions(self.note))
+        show_measured(best)
+        chosen_on = ChosenOn(heldout_data(self.note, self.data), best.info["rerank_samples"])
+        return replace(best, chosen_on=chosen_on)
 
 
 def _points(text: str) -> list[float]:

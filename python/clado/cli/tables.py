@@ -41,6 +41,19 @@ def show_plan(plan: Any) -> None:
         show_drop(plan)
 
 
+def show_measured(best: Plan) -> None:
+    """The plans that were measured beside the one that was chosen."""
+    table = Table(box=None, header_style="bold")
+    for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for row in best.info["rerank"]:
+        numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
+        table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
+    console().print(table)
+    lead = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
+    click.echo(f"{best.info['rerank_samples']} images; the winner's lead {lead}")
+
+
 def show_drop(plan: Plan) -> None:
     """What was measured of a plan that was chosen for its drop."""
     found = plan.info["max_drop"]
