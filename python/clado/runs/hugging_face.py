@@ -32,7 +32,10 @@ def absolute(model: str) -> str:
 
 
 def load_model(
-    model: str, num_classes: int | None = None, img_size: int | None = None, weights: bool = True
+    model: str,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """The module under transformers' own names of layers, in eval mode; classifiers return their logits.
 
@@ -42,39 +45,41 @@ def load_model(
         model: ``hf:FOLDER`` as ``save_pretrained`` writes it, or ``hf:owner/name``.
         num_classes: of the head, which is drawn anew where the stored one has others, the same at every call.
         img_size: of the images, where the model can interpolate its position embeddings.
-        weights: False where they come from elsewhere: all are drawn.
+        state: weights to take instead of the stored ones, under any names that transformers reads.
 
     Raises:
         CladoError: transformers is not installed; no configuration, no weights, damaged ones or ones that do not fit; a model
             that takes more than images.
     """
     transformers, source = _transformers(), _source(model)
-    config = _config(transformers, source)
-    kind = _kind(transformers, config)
-    classifies = kind in _classifiers(transformers, config)
-    if num_classes is not None:
-        require(classifies, "model", "num_classes", "be left out: the model does not classify images", kind.__name__)
-        require(num_classes > 0, "model", "num_classes", f"be positive for {PREFIX} models", num_classes)
-        config.num_labels = num_classes
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
-        if not weights:
-            with _opening(source):
-                return _of_images(kind(config).eval(), classifies, img_size)
-        if os.path.isdir(source):
+    with _opening(source):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        stored = getattr(config, "quantization_config", None)
+        require(stored is None, "model", "weights", "be float", f"quantized ones in {source}")
+        kind = _kind(transformers, config)
+        classifies = kind in _classifiers(transformers, config)
+        if num_classes is not None:
+            require(
+                classifies, "model", "num_classes", "be left out: the model does not classify images", kind.__name__
+            )
+            require(num_classes > 0, "model", "num_classes", f"be positive for {PREFIX} models", num_classes)
+            config.num_labels = num_classes
+        if state is None and os.path.isdir(source):
             must = f"hold {WEIGHTS[0]} (or --checkpoint name the weights)"
-            found = ", ".join(sorted(os.listdir(source))[:5])
-            require(_holds(source, WEIGHTS), "model", "folder", must, f"{found} in {source}")
-        with _opening(source):
+            held = ", ".join(sorted(os.listdir(source))[:5])
+            require(_holds(source, WEIGHTS), "model", "folder", must, f"{held} in {source}")
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
             found, told = kind.from_pretrained(
-                source,
+                source if state is None else None,
+                state_dict=state,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # they are told below
                 output_loading_info=True,
             )
-    _check_loaded(found, told, source, num_classes)
+    _check_loaded(found, told, source if state is None else "the checkpoint", num_classes)
     return _of_images(found.eval(), classifies, img_size)
 
 
@@ -106,8 +111,8 @@ def load_processor(model: str, img_size: int | None = None) -> ImageProcessor:
         require(_holds(source, PROCESSORS), "data", "folder of the model", must, f"none in {source}")
     with _opening(source, "data"):
         processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    made = ImageProcessor(processor, {} if img_size is None else _sizes(processor, img_size))
-    _check_processor(made, source)
+        made = ImageProcessor(processor, {} if img_size is None else _sizes(processor, img_size))
+        _check_processor(made, source)
     return made
 
 
@@ -126,21 +131,14 @@ def _source(model: str) -> str:
     if os.path.isdir(source):
         require(_holds(source, ("config.json",)), "model", "folder", "hold config.json of transformers", source)
         return source
-    named = not source.startswith((".", "/", "~")) and 1 <= len(source.split("/")) <= 2 and not os.path.exists(source)
-    require(bool(source) and named, "model", "name", "be hf:FOLDER or hf:owner/name", repr(model))
+    parts = source.split("/")
+    named = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not os.path.exists(source)
+    require(named, "model", "name", "be hf:FOLDER of a folder that is there, or hf:owner/name", repr(model))
     return source
 
 
 def _holds(folder: str, names: tuple[str, ...]) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
-
-
-def _config(transformers: Any, source: str) -> Any:
-    with _opening(source):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    stored = getattr(config, "quantization_config", None)
-    require(stored is None, "model", "weights", "be float", f"quantized ones in {source}")
-    return config
 
 
 def _kind(transformers: Any, config: Any) -> Any:
@@ -220,8 +218,7 @@ def _check_processor(made: ImageProcessor, source: str) -> None:
     """Raise unless images of every shape become tensors of one shape."""
     from PIL import Image
 
-    with _opening(source, "data"):
-        shapes = [tuple(made(Image.new("RGB", size)).shape) for size in ((96, 64), (64, 96))]
+    shapes = [tuple(made(Image.new("RGB", size)).shape) for size in ((96, 64), (64, 96))]
     sound = shapes[0] == shapes[1] and len(shapes[0]) == 3
     require(sound, "data", "image processor", f"make tensors [3, H, W] of one size, in {source}", shapes)
 
@@ -232,16 +229,25 @@ def _opening(source: str, op: str = "model") -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    trees = logging.getLogger("torch.utils._pytree")  # says what it thinks of a torchao that transformers imports
     theirs.set_verbosity(logging.CRITICAL)
     theirs.disable_progress_bar()
+    trees.addFilter(_never)
     try:
         yield
+    except CladoError:
+        raise
     except Exception as error:  # what a hub, a parser or a model's own code raises differs
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
         where = source if os.path.isdir(source) else f"{source} (no folder of that name)"
         raise CladoError(f"{op}: transformers must be able to open {where}, got {reason}") from None
     finally:
+        trees.removeFilter(_never)
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
+
+
+def _never(record: logging.LogRecord) -> bool:
+    return False

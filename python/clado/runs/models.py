@@ -67,7 +67,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     elif hugging_face.is_hugging_face(spec.model):
         must = "be left out: the weights lie with the model"
         require(not spec.pretrained, "model", "pretrained", must, spec.pretrained)
-        model = hugging_face.load_model(spec.model, spec.num_classes, spec.img_size, weights=spec.checkpoint is None)
+        state = None if spec.checkpoint is None else _read_state(Path(spec.checkpoint))
+        return hugging_face.load_model(spec.model, spec.num_classes, spec.img_size, state)
     elif ":" in spec.model and not spec.model.startswith(_HUB):
         model = _own(spec.model)
     else:
