@@ -106,8 +106,7 @@ def load_processor(model: str, img_size: int | None = None) -> ImageProcessor:
     """
     transformers, source = _transformers(), _source(model)
     if os.path.isdir(source):
-        must = f"hold {PROCESSORS[0]}, which says how images are resized and normalized (AutoImageProcessor's"
-        must += " save_pretrained writes it), or --data be a function that gives tensors"
+        must = f"hold {PROCESSORS[0]} (AutoImageProcessor's save_pretrained writes it), or --data be a function"
         require(_holds(source, PROCESSORS), "data", "folder of the model", must, f"none in {source}")
     with _opening(source, "data"):
         processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -226,8 +225,7 @@ def _check_processor(made: ImageProcessor, source: str) -> None:
 @contextmanager
 def _opening(source: str, op: str = "model") -> Iterator[None]:
     """Without what transformers prints meanwhile; whatever it raises is one line."""
-    from transformers.utils import logging as theirs
-
+    theirs: Any = _transformers().utils.logging
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     trees = logging.getLogger("torch.utils._pytree")  # says what it thinks of a torchao that transformers imports
     theirs.set_verbosity(logging.CRITICAL)

@@ -237,7 +237,7 @@ def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """A transformers model's own configuration, by which ``from_pretrained`` builds it; nothing for other models."""
-    own = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     if not (hasattr(own, "model_type") and hasattr(own, "to_json_string")):
         return {}
     return {**json.loads(own.to_json_string()), "architectures": [type(model).__name__]}
