@@ -72,7 +72,8 @@ def save(folder: Path, name: str) -> Path:
         made = lively(model())
         for module in made.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # an average: many small nets in a row would fade otherwise
+                torch.nn.init.ones_(module.weight)
+                module.momentum = None  # the mean of all batches
         with_statistics(made, (3, SIZE, SIZE))
         made.save_pretrained(folder / name)
         processor().save_pretrained(folder / name)

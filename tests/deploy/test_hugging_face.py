@@ -30,7 +30,7 @@ def planned(model: Any, linear: bool = False) -> Plan:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit", "deit", "swin", "beit", "convnext", "mobilevit"])
 def test_transformers_reads_compressed_tensors(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its outputs are those of ``clado.apply`` up to the order of sums. DINOv2 and SigLIP it does not read (5.24), whoever packed them."""
+    """Its outputs are those of ``clado.apply`` up to the order of sums. DINOv2 and SigLIP its version 5.24 reads from nobody."""
     model = build_model(ModelSpec(f"hf:{save(tmp_path, name)}"))
     plan = planned(model, linear=True)
     clado.export(model, plan, tmp_path / "out", "compressed-tensors")
