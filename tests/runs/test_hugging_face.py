@@ -176,8 +176,8 @@ def test_what_cannot_be_opened_is_one_line(nets: Path, tmp_path: Path, monkeypat
         tmp_path / "empty": "folder must hold config.json of transformers",
         short: "must be able to open .*SafetensorError",
         broken: "must be able to open .* not a valid JSON",
-        tmp_path / "bert": "that of a model of images alone .* got BertForMaskedLM of text",
-        tmp_path / "clip": "that of a model of images alone .* got CLIPModel of image and text",
+        tmp_path / "bert": r"of a model of pixel_values alone .* got BertForMaskedLM of input_ids \(text\)",
+        tmp_path / "clip": r"of a model of pixel_values alone .* got CLIPModel of input_ids \(image and text\)",
         changed("unknown", model_type="none", architectures=["NoNet"]): "must be able to open .*none",
         changed("quantized", quantization_config={"quant_method": "compressed-tensors"}): "weights must be float",
         changed(

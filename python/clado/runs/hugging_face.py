@@ -147,11 +147,14 @@ def _kind(transformers: Any, config: Any) -> Any:
     if kind is None:
         known = _classifiers(transformers, config) or _several(transformers.MODEL_MAPPING.get(type(config), None))
         kind = known[0] if known else None
-    takes = getattr(kind, "input_modalities", None)
-    of_images = getattr(kind, "main_input_name", None) == "pixel_values" and takes in ("image", ("image",), ["image"])
+    takes = _several(
+        getattr(kind, "input_modalities", None)
+    )  # one where a model takes images alone; "text" where it does not say
+    first = getattr(kind, "main_input_name", None)
     got = getattr(kind, "__name__", named or config.model_type)
-    got += f" of {takes if isinstance(takes, str) else ' and '.join(takes)}" if takes else ""
-    require(of_images, "model", "name", "be that of a model of images alone (of others, save the vision tower)", got)
+    got += f" of {first} ({' and '.join(takes)})" if first else ""
+    must = "be that of a model of pixel_values alone (of others, save the vision tower)"
+    require(first == "pixel_values" and len(takes) == 1, "model", "name", must, got)
     return kind
 
 
@@ -160,8 +163,9 @@ def _classifiers(transformers: Any, config: Any) -> tuple[Any, ...]:
     return _several(transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None))
 
 
-def _several(classes: Any) -> tuple[Any, ...]:
-    return tuple(classes) if isinstance(classes, (tuple, list)) else () if classes is None else (classes,)
+def _several(found: Any) -> tuple[Any, ...]:
+    """None, one or several as a tuple."""
+    return tuple(found) if isinstance(found, (tuple, list)) else () if found is None else (found,)
 
 
 def _check_loaded(model: nn.Module, told: Mapping[str, Any], source: str, num_classes: int | None) -> None:
