@@ -122,7 +122,7 @@ def test_missing_and_unused_weights_are_not_silent(
     assert "1 weights of" in caplog.text
     assert "have no place in ViTForImageClassification (extra)" in caplog.text
     save_file({k: v for k, v in stored.items() if k != "vit.layernorm.bias"}, file, {"format": "pt"})
-    for classes in (None, 7):
+    for classes in (None, 7, 32):  # a row of 32 is no head
         with pytest.raises(clado.CladoError, match=r"fit ViTForImageClassification, got 1 missing .*layernorm.bias"):
             build(tmp_path / "vit", num_classes=classes)
 

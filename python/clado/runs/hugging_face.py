@@ -59,9 +59,8 @@ def load_model(
         kind = _kind(transformers, config)
         classifies = kind in _classifiers(transformers, config)
         if num_classes is not None:
-            require(
-                classifies, "model", "num_classes", "be left out: the model does not classify images", kind.__name__
-            )
+            must = "be left out: the model does not classify images"
+            require(classifies, "model", "num_classes", must, kind.__name__)
             require(num_classes > 0, "model", "num_classes", f"be positive for {PREFIX} models", num_classes)
             config.num_labels = num_classes
         if state is None and os.path.isdir(source):
@@ -147,9 +146,7 @@ def _kind(transformers: Any, config: Any) -> Any:
     if kind is None:
         known = _classifiers(transformers, config) or _several(transformers.MODEL_MAPPING.get(type(config), None))
         kind = known[0] if known else None
-    takes = _several(
-        getattr(kind, "input_modalities", None)
-    )  # one where a model takes images alone; "text" where it does not say
+    takes = _several(getattr(kind, "input_modalities", None))  # of some models of images the default, "text"
     first = getattr(kind, "main_input_name", None)
     got = getattr(kind, "__name__", named or config.model_type)
     got += f" of {first} ({' and '.join(takes)})" if first else ""
@@ -172,8 +169,9 @@ def _check_loaded(model: nn.Module, told: Mapping[str, Any], source: str, num_cl
     """Raise where weights are missing or do not fit, but for a head of another number of classes; say what is drawn or unused."""
     shaped = {name for name, *_ in told["mismatched_keys"]}
     drawn = sorted({*told["missing_keys"], *shaped})
-    state = model.state_dict()
-    strange = [name for name in drawn if num_classes is None or state[name].shape[:1] != (num_classes,)]
+    state, body = model.state_dict(), f"{model.base_model_prefix}."
+    head = {name for name in drawn if not name.startswith(body) and state[name].shape[:1] == (num_classes,)}
+    strange = [name for name in drawn if name not in head]
     what = f"{len(strange)} missing or of another shape ({strange[0]})" if strange else ""
     require(not strange, "model", "weights", f"fit {type(model).__name__}", f"{what} in {source}")
     if drawn:
