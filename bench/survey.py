@@ -1,4 +1,4 @@
-"""``python -m bench.survey``: how clado takes models of timm and torchvision; writes docs/models.md.
+"""``python -m bench.survey``: how clado takes models of timm, torchvision and transformers; writes docs/models.md.
 
 Each model is built with random weights at a small size in a process of its own: captured as a graph or run by whole forwards,
 its layers found, its other weights named, a plan of 4 bits exported and verified in every format. What was measured before is
@@ -48,6 +48,27 @@ TORCHVISION = (
     *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
     *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32"),
 )
+_VIT = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 384, "image_size": 96}
+_SWIN = {"image_size": 128, "embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]}
+_STAGES = {"hidden_sizes": [16, 24, 40, 64], "depths": [1, 1, 2, 1]}
+# {model of transformers: (its configuration, options that make it small)}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViTForImageClassification": ("ViTConfig", _VIT),
+    "DeiTForImageClassificationWithTeacher": ("DeiTConfig", _VIT),
+    "BeitForImageClassification": ("BeitConfig", {**_VIT, "use_relative_position_bias": True}),
+    "Dinov2ForImageClassification": ("Dinov2Config", {**_VIT, "patch_size": 16}),
+    "Dinov2WithRegistersForImageClassification": ("Dinov2WithRegistersConfig", {**_VIT, "use_swiglu_ffn": True}),
+    "SwinForImageClassification": ("SwinConfig", {**_SWIN, "window_size": 4}),
+    "Swinv2ForImageClassification": ("Swinv2Config", {**_SWIN, "window_size": 4}),
+    "ConvNextForImageClassification": ("ConvNextConfig", _STAGES),
+    "ConvNextV2ForImageClassification": ("ConvNextV2Config", _STAGES),
+    "ResNetForImageClassification": ("ResNetConfig", {**_STAGES, "embedding_size": 16}),
+    "RegNetForImageClassification": ("RegNetConfig", {**_STAGES, "embedding_size": 16, "groups_width": 8}),
+    "MobileViTForImageClassification": ("MobileViTConfig", {"image_size": 64, "hidden_sizes": [48, 64, 80]}),
+    "MobileViTV2ForImageClassification": ("MobileViTV2Config", {"image_size": 64, "width_multiplier": 0.5}),
+    "CLIPVisionModel": ("CLIPVisionConfig", {**_VIT, "patch_size": 16}),
+    "SiglipVisionModel": ("SiglipVisionConfig", _VIT),
+}
 TIMEOUT = 600
 
 
@@ -75,6 +96,8 @@ def build(library: str, name: str) -> tuple[nn.Module, torch.Tensor]:
         model = torchvision.models.get_model(name, weights=None)
         size = {"inception_v3": 299}.get(name, 224)
         return model.eval(), torch.randn(2, 3, size, size)
+    if library == "transformers":
+        return build_transformers(name)
     import timm
 
     model = timm.create_model(name).eval()
@@ -83,6 +106,25 @@ def build(library: str, name: str) -> tuple[nn.Module, torch.Tensor]:
     least = given.get("min_input_size") or (3, 96, 96)
     size = side if given.get("fixed_input_size") else min(side, max(96, least[1]))
     return model, torch.randn(2, channels, size, size)
+
+
+def build_transformers(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The model as ``--model hf:FOLDER`` builds it, with random weights, and two inputs."""
+    import transformers
+
+    from clado.runs import ModelSpec, build_model
+
+    kind, options = TRANSFORMERS[name]
+    config = getattr(transformers, kind)(**options)
+    with tempfile.TemporaryDirectory() as folder:
+        made = getattr(transformers, name)(config)
+        for module in made.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)  # drawn around zero by some, and nothing passes
+        made.save_pretrained(folder)
+        model = build_model(ModelSpec(f"hf:{folder}"))
+    size = options.get("image_size", 96)
+    return model, torch.randn(2, 3, size, size)
 
 
 def measure(library: str, name: str, formats: tuple[str, ...]) -> dict[str, Any]:
@@ -167,6 +209,7 @@ def main() -> None:
     known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     wanted = [("timm", family, name) for family, name in families().items()]
     wanted += [("torchvision", name, name) for name in TORCHVISION]
+    wanted += [("transformers", name, name) for name in TRANSFORMERS]
     for library, family, name in wanted:
         key = f"{library}/{family}"
         named = options.only in (name, family)
@@ -189,7 +232,8 @@ def page(known: dict[str, Any]) -> str:
     out = [
         "# Models",
         "",
-        "Written by `python -m bench.survey`: a small model of every family of timm, and models of torchvision, random weights.",
+        "Written by `python -m bench.survey`: a small model of every family of timm, and models of torchvision and transformers "
+        "(small configurations), random weights.",
         f"{len(ran)} of {len(known)} go through, {graphs} of them as a graph; the others by whole forwards, which cost more.",
         "",
         "| model | input | runs as | layers | weights searched | left in float | exported and verified |",

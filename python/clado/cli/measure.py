@@ -24,7 +24,9 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="timm name, package.module:function, or digits (embedded).")
+@click.option(
+    "--model", required=True, help="timm name, hf:… of transformers (see below), package.module:function, or digits."
+)
 @click.option("--checkpoint", help="Weights: .safetensors, or a torch file of tensors alone.")
 @click.option(
     "--pretrained",
@@ -32,8 +34,12 @@ def quickstart(output_dir: str, avg_bits: float) -> None:
     flag_value="hub",
     help="timm's own weights: from its hub, or from a local folder or file when one is named.",
 )
-@click.option("--num-classes", type=click.IntRange(min=0), help="Classes of the head, as timm takes it.")
-@click.option("--img-size", type=COUNT, help="Image size, as timm takes it.")
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=0),
+    help="Classes of the head; another number than the weights' is drawn anew.",
+)
+@click.option("--img-size", type=COUNT, help="Image size, in place of the model's own.")
 @click.option("--data", required=True, help="Image folder (one subfolder per class), timm:…, hf:…, own (see above).")
 @fields.option(Options, "num_samples")
 @click.option(
@@ -59,6 +65,10 @@ def profile(**options: Any) -> None:
     torchrun --nproc-per-node 8 -m clado profile --model vit_base_patch16_224 ... --output-dir run
     clado profile --model mine:net --data mine:data --loss-func mine:loss --forward-step mine:step \\
         --estimator exact --output-dir run
+
+    \b
+    --model hf:FOLDER                                     as save_pretrained writes it, image processor too
+            hf:owner/name                                 the same on the Hugging Face hub
 
     \b
     --data  FOLDER                                        one subfolder per class

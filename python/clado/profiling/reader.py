@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +108,10 @@ class Reader:
         if self.loss_func is not None:
             return 0
         fits = isinstance(output, Tensor) and output.dim() == 2
-        shape = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        got += f" of {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         must = "return logits [N, C] (others need forward_step to take them, or loss_func)"
-        require(fits, self.op, "model", must, shape)
+        require(fits, self.op, "model", must, got)
         return int(output.shape[1])
 
     def loss(self, inputs: Any, targets: Tensor | None, samples: int) -> Loss:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import CladoError, is_out_of_memory, require
+from .hugging_face import is_hugging_face, load_processor
 from .models import ModelSpec
 from .names import named
 
@@ -88,6 +89,8 @@ def build_data(
 
 def _transform(model: nn.Module, spec: ModelSpec) -> Any:
     """The model's own evaluation transforms, image to tensor."""
+    if is_hugging_face(spec.model):
+        return load_processor(spec.model, spec.img_size)
     try:
         from timm.data import create_transform, resolve_data_config
     except ImportError:

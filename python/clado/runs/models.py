@@ -1,4 +1,4 @@
-"""Models by name: timm's, or a function of the user's own; weights from a hub or a local file."""
+"""Models by name: timm's, transformers', or a function of the user's own; weights from a hub or a local file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import CladoError, require
+from . import hugging_face
 from .names import named
 
 _HUB = "hf-hub:"
@@ -23,12 +24,12 @@ class ModelSpec:
     """How a model is built; kept in the run directory so that later stages find it again.
 
     Attributes:
-        model: a timm name (``hf-hub:owner/name`` too), "digits" (the embedded net), or ``package.module:function`` that returns
-            a module.
+        model: a timm name (``hf-hub:owner/name`` too), ``hf:FOLDER`` or ``hf:owner/name`` of transformers, "digits" (the
+            embedded net), or ``package.module:function`` that returns a module.
         checkpoint: local weights, ``.safetensors`` or a torch file of tensors alone.
         pretrained: timm's own weights: True from its hub, or a local folder or file of them. Unlike a checkpoint they may have
             another number of classes, and names of the original release.
-        num_classes, img_size: as timm takes them.
+        num_classes, img_size: as timm takes them; as :func:`hugging_face.load_model` does.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ModelSpec:
         local = {name: getattr(self, name) for name in ("checkpoint", "pretrained")}
         return {
             **asdict(self),
+            "model": hugging_face.absolute(self.model),
             **{name: os.path.abspath(path) for name, path in local.items() if isinstance(path, str)},
         }
 
@@ -62,6 +64,11 @@ def build_model(spec: ModelSpec) -> nn.Module:
         from .digits import load_model
 
         model = load_model()
+    elif hugging_face.is_hugging_face(spec.model):
+        must = "be left out: the weights lie with the model"
+        require(not spec.pretrained, "model", "pretrained", must, spec.pretrained)
+        state = None if spec.checkpoint is None else _read_state(Path(spec.checkpoint))
+        return hugging_face.load_model(spec.model, spec.num_classes, spec.img_size, state)
     elif ":" in spec.model and not spec.model.startswith(_HUB):
         model = _own(spec.model)
     else:

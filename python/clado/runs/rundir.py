@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     known = {"python": platform.python_version()}
-    for package in ("clado", "torch", "numpy", "timm", "pyscipopt"):
+    for package in ("clado", "torch", "numpy", "timm", "transformers", "pyscipopt"):
         with suppress(PackageNotFoundError):
             known[package] = version(package)
     return {**known, "platform": f"{platform.system()} {platform.machine()}"}

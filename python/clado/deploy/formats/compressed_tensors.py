@@ -1,7 +1,8 @@
 """compressed-tensors ``pack-quantized``: one config group per width, int32 words per row, read by vLLM and transformers.
 
 Only Linear weights have a place in the format; a planned convolution stays float and is listed under ``ignore``. Its readers
-keep a layer's scales in the dtype of its weight, so that is what they are written in.
+keep a layer's scales in the dtype of its weight, so that is what they are written in. Of a transformers model the folder holds
+the configuration too, so that ``from_pretrained`` reads it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         group["targets"] += modules(layer)
     leftovers = request.leftovers({name for layer in quantized for name in layer.names})
     save_file(tensors | leftovers, folder / MODEL_FILE, metadata={"format": "pt"})
-    config = {
+    quantization = {
         "quant_method": "compressed-tensors",
         "version": _VERSIONS[request.options.odd_widths or "dense"],
         "format": "pack-quantized",
@@ -70,7 +71,8 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
         "ignore": _ignored(request.model, quantized),
         "config_groups": {f"group_{k}": group for k, group in enumerate(groups.values())},
     }
-    (folder / CONFIG_FILE).write_text(json.dumps({"quantization_config": config}, indent=1))
+    config = {**_config(request.model), "quantization_config": quantization}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
     return sum(t.nbytes for t in tensors.values()), sum(t.nbytes for t in leftovers.values())
 
 
@@ -232,6 +234,14 @@ def _pack(request: Request, codes: Tensor, bits: int) -> Tensor:
     unsigned = nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -columns % fit)).unflatten(1, (-1, fit))
     found: Tensor = (unsigned << (bits * torch.arange(fit))).sum(-1).int()
     return found
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """A transformers model's own configuration, by which ``from_pretrained`` builds it; nothing for other models."""
+    own: Any = getattr(model, "config", None)
+    if not (hasattr(own, "model_type") and hasattr(own, "to_json_string")):
+        return {}
+    return {**json.loads(own.to_json_string()), "architectures": [type(model).__name__]}
 
 
 def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:

@@ -273,7 +273,8 @@ def _program(request: Request, face: Face, free: bool) -> Any:
     logger.setLevel(logging.ERROR)
     batch = {0: torch.export.Dim("batch")}
     try:
-        with warnings.catch_warnings():
+        # With gradients attention is traced in one order of memory and decomposed in another, which views do not survive.
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 face.module,
