@@ -96,7 +96,11 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     assert f"{sum(plan['layer_bytes'].values()):,} bytes of codes" in result.output
     result = call("evaluate", run)
     assert result.exit_code == 0, result.output
-    assert "12 samples" in result.output  # twenty less the eight that were profiled
+    assert "6 samples" in result.output  # twenty less the eight that were profiled and the six that chose the plan
+    result = call("solve", run, "--avg-bits", 3, "--time-limit", 5, "--no-measure")
+    assert result.exit_code == 0, result.output
+    assert "the winner's lead" not in result.output
+    assert "12 samples" in call("evaluate", run).output
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--refine", 1, "--rerank", 5)
     assert result.exit_code == 0, result.output
     assert "refined on 8 images: loss increase" in result.output
@@ -124,7 +128,9 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     refused(call("solve", run, "--avg-bits", 1), "avg_bits must be at least 2, got 1")
     refused(call("solve", run, "--avg-bits", 3, "--pin", "blocks"), "pin must read LAYER=BITS")
     refused(call("solve", run), "budget must be given")
-    refused(call("solve", run, "--avg-bits", 3, "--rerank", 1), "rerank must be at least 2 images")
+    refused(
+        call("solve", run, "--avg-bits", 3, "--rerank", 1), "Invalid value for '--rerank': 1 is not in the range x>=2"
+    )
     refused(call("export", run, "--format", "gguf"), "format must be one of safetensors")
     assert sorted(p.name for p in run.iterdir()) == before
 

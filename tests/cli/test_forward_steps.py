@@ -75,7 +75,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("steps") / request.param
     what = ("--model", f"{HERE}:model", "--data", f"{HERE}:Pairs", "--nsamples", 16, "--bits", "2,4,8")
     call("profile", *what, *KINDS[request.param], "--quantize-ends", "--output-dir", folder)
-    call("solve", folder, "--avg-bits", 4, "--time-limit", 5)
+    call("solve", folder, "--avg-bits", 4, "--no-measure", "--time-limit", 5)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_solve_reranks_refines_and_finishes_by_them(run: Path, tmp_path: Path) -
     plan = clado.Plan.load(again)
     assert plan.info["rerank"][0]["loss_increase"] == pytest.approx(increase(run, plan), rel=1e-3, abs=1e-6)
     assert "32 images; the winner's lead" in said
-    call("solve", again, "--avg-bits", 4, "--finish", "compensated", "--time-limit", 5)
+    call("solve", again, "--avg-bits", 4, "--no-measure", "--finish", "compensated", "--time-limit", 5)
     finished = clado.Plan.load(again)
     held = finished.info["finish"]["loss_increase"]
     assert finished.info["finish"]["judged_by"] == 32

@@ -112,7 +112,7 @@ def solve(
     elif rerank is not None or refine is not None:
         plan = _measured(run, sens, rerank, refine, wishes, data, device)
     elif correct is None:
-        measure = not (no_measure or inverse) and wishes["objective"] == "original"
+        measure = not (no_measure or set(INVERSE) & set(wishes)) and wishes["objective"] == "original"
         plan = _chosen(run, sens, measure, wishes, data, device)
     if inverse and not plan.bits:
         raise CladoError(f"solve: {plan.info['reason']}")
@@ -214,7 +214,7 @@ def _chosen(run: str, sens: Any, measure: bool, wishes: dict[str, Any], data: st
     if not measure:
         return choose(sens, **wishes)
     try:
-        images = _Heldout.of(run, data, MEASURED)
+        images = _Heldout.of(run, data, 2 * MEASURED).half()
     except CladoError as error:
         click.echo(f"chosen by the matrix alone, as nothing can be measured: {error}", err=True)
         return choose(sens, **wishes)
@@ -361,6 +361,13 @@ class _Heldout:
         found = sum(map(sample_count, images))
         require(found >= 2, "solve", "data", "hold two images at least beside those that were profiled", found)
         return cls(model, note, data, images)
+
+    def half(self) -> _Heldout:
+        """The first half of the images: the others may still judge."""
+        from ..common import sample_count
+        from ..runs import first
+
+        return replace(self, images=first(max(2, sum(map(sample_count, self.images)) // 2), self.images))
 
     def best(self, plans: list[Any], device: str | None) -> Any:
         """The plan of least true loss, and a table of all."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .rundir import (
         RUN_FILE,
         example,
+        first,
         functions,
         heldout,
         heldout_data,
@@ -34,6 +35,7 @@ __all__ = [
     "build_data",
     "build_model",
     "example",
+    "first",
     "functions",
     "heldout",
     "heldout_data",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,24 @@ def heldout(
     """Up to ``count`` images, none of those the matrix was made of, nor the ``skip`` next ones."""
     source = heldout_data(note, data)
     profiled = note["num_samples"] if source == note["data"] else 0
-    batches: list[Any] = []
-    left = sys.maxsize if count is None else count
     any_nest = any(name in note for name in FUNCTIONS)
-    for item in build_data(source, model, spec, batch_size, note["seed"], profiled + skip):
+    found = first(count, build_data(source, model, spec, batch_size, note["seed"], profiled + skip))
+    for item in found:
         known = any_nest or (isinstance(item, (tuple, list)) and 1 <= len(item) <= 2)
         require(known, "data", source, "yield (inputs, targets) for this", type(item).__name__)
-        batches.append(tree_map(lambda part, most=left: part[:most], item))
+    return found
+
+
+def first(count: int | None, batches: Iterable[Any]) -> list[Any]:
+    """Batches of the first ``count`` samples; of all where it is None."""
+    found: list[Any] = []
+    left = sys.maxsize if count is None else count
+    for item in batches:
+        found.append(tree_map(lambda part, most=left: part[:most], item))
         left -= sample_count(item)
         if left <= 0:
             break
-    return batches
+    return found
 
 
 def that_chose(note: dict[str, Any], plan: Plan | None, data: str | None) -> int:
