@@ -18,6 +18,7 @@ from .measure import BITS, BUDGETS, FEW, REFINED_TO, SAMPLES
 from .nets import SPLITS, load_split
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
+STABLE = RESULTS.with_name("stable.json")
 PAGE, IMAGES = Path("docs/evidence.md"), Path("docs/images")
 RIVALS = ("modelopt gradient", "modelopt kl_div")
 ADDITIVE, PAIRS, OURS = "logit: diagonal", "logit: original", "logit: refined, reranked"

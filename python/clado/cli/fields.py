@@ -74,7 +74,7 @@ KINDS = {
     "switch": Kind({"is_flag": True}),
     "unless": Kind({"is_flag": True}, lambda op, name, given: not given),
     "several": Kind({"multiple": True}),
-    "share": Kind({"type": float, "is_flag": False, "flag_value": 0.05, "metavar": "[SHARE]"}),
+    "share": Kind({"type": float, "is_flag": False, "flag_value": 0.1, "metavar": "[SHARE]"}),
     "numbers": Kind({"callback": comma_floats}),
     "widths": Kind({"callback": comma_ints}),
     "labels": Kind({}, lambda op, name, given: tuple(given.split(","))),

@@ -175,12 +175,10 @@ class Options(Arguments):
         None,
         "end before ``num_samples`` where more samples would hardly change the plans: when two checks in a row find those of "
         "``avg_bits`` to be, for all the noise tells, at most this share of their predicted loss increase off the best (two "
-        "standard errors; 0.05: 5 %). Checks are made at 8, 12, 16, 24, 32, … chunks, of 64 samples or more; chunks are a 64th "
+        "standard errors; 0.1: 10 %). Checks are made at 8, 12, 16, 24, 32, … chunks, of 64 samples or more; chunks are a 64th "
         "of ``num_samples`` at most, where ``batch_size`` is not given. Samples must come in random order. To be given from the "
         "first sample of a run on; prolonged, it may have another share, or none.",
-        Line(
-            "--until-stable", "share", "End once the plans of --avg-bits are so near the best; 0.05 without a number."
-        ),
+        Line("--until-stable", "share", "End once the plans of --avg-bits are so near the best; 0.1 without a number."),
         check=Check(lambda value: _positive(value) and value < 1, "lie between 0 and 1"),
         kept=float,
     )
