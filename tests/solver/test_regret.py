@@ -68,7 +68,7 @@ def by_hand(parts: np.ndarray, candidates: Candidates, limit: float) -> float:
         other = min(allowed, key=lambda c: loss(parts[half].mean(0), c))
         excess = [loss(part, best) - loss(part, other) for part in parts]
         bound = max(bound, np.mean(excess) + ERRORS * np.std(excess, ddof=1) / math.sqrt(len(excess)))
-    return bound / max(abs(loss(mean, best)), abs(np.diag(mean)[best]).sum())
+    return bound / max(abs(loss(mean, best)), 0.1 * np.diag(mean)[best].sum())
 
 
 @pytest.mark.parametrize("groups", [8, 12, 16])
@@ -110,11 +110,10 @@ def test_bound_covers_the_true_regret(groups: int, noise: float) -> None:
             allowed = choices(made.candidates, limit)
             chosen = min(allowed, key=lambda c: loss(mean, c))
             regret = loss(made.truth, chosen) - min(loss(made.truth, c) for c in allowed)
-            unit = max(abs(loss(mean, chosen)), abs(np.diag(mean)[chosen]).sum())
+            unit = max(abs(loss(mean, chosen)), 0.1 * np.abs(np.diag(mean)[chosen]).sum())
             covered.append(regret <= bound * unit + 1e-12)
             lost.append(regret > 1e-12)
     assert np.mean(lost) > 0.1  # noise does hide the best plan
-    print("COV", groups, noise, np.mean(lost), np.mean(covered))
     assert np.mean(covered) >= 0.9
 
 

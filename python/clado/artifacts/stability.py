@@ -16,7 +16,7 @@ class Stability:
         tolerance: the share that was asked for.
         avg_bits: budgets of the plans.
         regrets: for each of them, how far its plan may be from the best at two standard errors, as a share of its predicted loss
-            increase (of the sum of its single increases where that is more); empty before the first check.
+            increase (:func:`clado.solver.regret_bounds`); empty before the first check.
         samples: that the last check was made of.
         limit: how many there were to be at most.
         reached: whether the run ended there because the plans stood.

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from ..quant import Candidates
 from .budgets import whole_budget
-from .certify import reference
 from .native import QUICK, search
 from .program import Program
 
 Matrix = NDArray[np.float64]
 Choice = NDArray[np.int64]
 ERRORS = 2.0  # standard errors
+LEAST_LEFT = 0.1  # of the single increases: a predicted loss near zero, or below it, is no unit
 MOST_PAIRS = 8
 _SIGNS = np.array([[(-1) ** (a & b).bit_count() for b in range(MOST_PAIRS)] for a in range(MOST_PAIRS)])  # Hadamard's
 
@@ -39,9 +39,9 @@ def regret_bounds(parts: Matrix, candidates: Candidates, keep: Choice, avg_bits:
         avg_bits: budgets.
 
     Returns:
-        For every budget max(0, mean + 2 s.e.) of what the chosen plan may lose against any of the contenders, relative to its
-        loss increase (to the sum of its single increases where that is more, as the gap of a plan is); infinity where no plan
-        is within it.
+        For every budget max(0, mean + 2 s.e.) of what the chosen plan may lose against any of the contenders, as a share of its
+        predicted loss increase (of a tenth of its single increases, where the interactions take away more than the rest);
+        infinity where no plan is within it.
     """
     layer = candidates.layer_of[keep]
     if len(np.unique(layer)) < len(candidates.layers):
@@ -92,5 +92,6 @@ def _bound(whole: Program, parts: Matrix, choices: Sequence[Choice | None]) -> f
     excess = losses[0] - losses[1:]
     error = excess.std(axis=1, ddof=1) / math.sqrt(len(parts))
     most = max(0.0, float((excess.mean(axis=1) + ERRORS * error).max()))
-    unit = reference(whole, best)
+    single = float(np.abs(np.diag(whole.matrix)[best]).sum() / 2)
+    unit = max(abs(whole.value(best)), LEAST_LEFT * single)
     return most / unit if unit > 0 else math.inf if most > 0 else 0.0
