@@ -117,6 +117,23 @@ def test_bound_covers_the_true_regret(groups: int, noise: float) -> None:
     assert np.mean(covered) >= 0.9
 
 
+def test_a_loss_that_interactions_cancel_is_no_unit() -> None:
+    """Two layers of single increases 1, less Ω between them: what is left is the unit, a tenth of 2 at least."""
+    own = [Layer(name, "linear", (4, 4), 1) for name in "ab"]
+    candidates = Candidates.uniform(own, [Scheme.of(bits) for bits in (2, 4)])
+    parts = np.zeros((8, 4, 4))
+    parts[:, [0, 1, 2, 3], [0, 1, 2, 3]] = 1.0
+    parts[:, 1, 2] = parts[:, 0, 3] = np.linspace(-0.1, 0.1, 8)  # one group against another
+    parts[:, 1, 2] *= -1
+    parts[:, 0, 2] = 5.0  # both at 2 bits: out of the question
+    excess = 2 * ERRORS * np.std(parts[:, 0, 3], ddof=1) / math.sqrt(8)  # of one mixed plan over the other
+    for left in (1.0, 0.15, -0.15, 0.0):
+        shifted = parts.copy()
+        shifted[:, [0, 0, 1, 1], [2, 3, 2, 3]] += left - 2
+        (found,) = regret_bounds(shifted, candidates, np.arange(4), (3.0,))
+        assert found == pytest.approx(excess / max(abs(left), 0.2))
+
+
 def test_without_noise_there_is_nothing_to_lose() -> None:
     made = world(0)
     parts = np.stack([made.truth] * 8)
