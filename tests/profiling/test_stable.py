@@ -147,17 +147,16 @@ def test_one_lucky_check_is_not_enough() -> None:
     assert [count for count, stop in enumerate(stops, 1) if stop] == twice
 
 
-@pytest.mark.parametrize("noise", [0.5, 1.5])
-def test_what_is_lost_where_it_ended_is_below_the_tolerance(noise: float) -> None:
-    """Looking often and ending at the first good sight does not undo the bound: of 60 runs at least 90 % stand."""
+def test_what_is_lost_where_it_ended_is_below_the_tolerance() -> None:
+    """Looking often and ending at the first good sight does not undo the bound: at least 90 % of the plans stand."""
     from tests.solver.test_regret import choices, loss
 
-    candidates, kept = layers(), []
-    own = rule(0.1, candidates)
-    for seed in range(60):
+    candidates, kept, lost = layers(), [], []
+    own, noise = rule(0.3, candidates), 1.0
+    for seed in range(40):
         parts, total = noisy(seed, noise, candidates), Sums.zeros(len(candidates))
         truth = next(noisy(seed, 0.0, candidates))
-        count = stop_of(own, parts, 512)
+        count = stop_of(own, parts, 64)
         if count is None:
             continue
         parts = noisy(seed, noise, candidates)
@@ -171,8 +170,10 @@ def test_what_is_lost_where_it_ended_is_below_the_tolerance(noise: float) -> Non
             allowed = choices(candidates, limit)
             chosen = min(allowed, key=lambda c: loss(mean, c))
             regret = loss(true, chosen) - min(loss(true, c) for c in allowed)
-            kept.append(regret <= 0.1 * max(abs(loss(mean, chosen)), 0.1 * np.diag(mean)[chosen].sum()))
-    assert len(kept) >= 90
+            lost.append(regret > 1e-12)
+            kept.append(regret <= 0.3 * max(abs(loss(mean, chosen)), 0.1 * np.diag(mean)[chosen].sum()))
+    assert len(kept) >= 60
+    assert np.mean(lost) > 0.05  # it did end before the best plans were known
     assert np.mean(kept) >= 0.9
 
 
@@ -298,6 +299,16 @@ def test_a_run_that_ended_is_loaded_and_goes_on_where_more_is_asked_for(tmp_path
     again = run(output_dir=tmp_path, until_stable=None)
     assert same(again, strict)
     assert len(added) == 25 + 25  # of the plain run: the directory is loaded
+
+
+def test_it_may_end_before_the_samples_that_decided_the_rounding(tmp_path: Path) -> None:
+    how = {"rounding": "compensated", "moment_samples": 160, "output_dir": tmp_path}
+    first = run(**how)
+    assert first.num_samples < 160 == first.provenance.rounding.samples
+    assert same(run(**how), first)
+    longer = run(**how, until_stable=None)
+    assert longer.num_samples == 200
+    assert same(longer, run(rounding="compensated", moment_samples=160, until_stable=None))
 
 
 def test_it_is_prolonged_without_and_then_with_it_again(tmp_path: Path) -> None:
