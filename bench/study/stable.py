@@ -1,7 +1,7 @@
 """``python -m bench.study.stable``: how many samples `until_stable` saves, and whether the plans stood.
 
 Each net is profiled with one tolerance after the other, the strictest last, and then to the last sample. At every stop the plans
-are compared with those of all samples: by the matrix of all samples, and by the loss on held-out images.
+are compared with those of all samples: by a matrix of held-out images, and by the loss on them.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     model, heldout = net.build(work / "nets"), load_split("heldout")
     images = net.prepared(sensitivity_set()[: net.samples])
     judge = Judge(model, net.prepared(heldout.images))
+    others = [judge.images[: net.samples]]
+    fresh = clado.profile(model, others, net.bits, rounding="nearest", output_dir=work / "fresh" / name, verbose=False)
     stops: dict[float | None, Sensitivity] = {}
     spent, seconds, checks = 0.0, 0.0, 0.0
     for tolerance in (*TOLERANCES, None):
@@ -128,7 +130,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
                     "samples": sens.num_samples,
                     "budget": bits,
                     "regret": found.regrets[k],
-                    **against(plan, plans[k], whole, judge, heldout),
+                    **against(plan, plans[k], fresh, judge, heldout),
                 }
             )
     return {
@@ -142,13 +144,13 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     }
 
 
-def against(plan: Plan, best: Plan, whole: Sensitivity, judge: Judge, heldout: Digits) -> dict[str, Any]:
-    """A plan beside that of all samples, by the matrix of all samples and by held-out images."""
-    own, other = (clado.given_plan(whole, p.schemes) for p in (plan, best))
+def against(plan: Plan, best: Plan, fresh: Sensitivity, judge: Judge, heldout: Digits) -> dict[str, Any]:
+    """A plan beside that of all samples, by the matrix of held-out images and by the loss on them."""
+    own, other = (fresh.predict(p.schemes) for p in (plan, best))
     one, two = judge.loss(plan), judge.loss(best)
     return {
         "layers_differ": sum(plan.schemes[name] != scheme for name, scheme in best.schemes.items()),
-        "predicted": own.objective / other.objective - 1,
+        "predicted": own / other - 1,
         "heldout_loss": two.mean().item(),
         "heldout": clustered((one - two).numpy(), heldout.digit.numpy()),
     }

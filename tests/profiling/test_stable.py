@@ -23,7 +23,7 @@ from clado.artifacts import Sensitivity, Stability
 from clado.graph.capture import Captured, capture
 from clado.profiling import PROGRESS_FILE, Checkpoint, Sums, plan_run, profile, read_progress
 from clado.profiling.groups import GROUPS, Groups
-from clado.profiling.stable import Rule, check_points, default_budgets
+from clado.profiling.stable import Rule, budgets, check_points
 from clado.quant import Candidates, Scheme
 from tests.models import tiny_vit
 
@@ -178,10 +178,10 @@ def test_what_is_lost_where_it_ended_is_below_the_tolerance() -> None:
 
 
 def test_budgets_lie_between_least_and_most() -> None:
-    assert default_budgets(layers()) == (2.75, 3.5, 5.0)
+    assert budgets(None, layers()) == (2.75, 3.5, 5.0)
     own = [Layer("a", "linear", (4, 4), 1), Layer("b", "linear", (4, 12), 1)]
     ragged = Candidates(tuple(own), ((Scheme.of(4),), (Scheme.of(2), Scheme.of(8))))
-    assert default_budgets(ragged) == (2.5 + 4.5 / 8, 2.5 + 4.5 / 4, 2.5 + 4.5 / 2)
+    assert budgets(None, ragged) == (2.5 + 4.5 / 8, 2.5 + 4.5 / 4, 2.5 + 4.5 / 2)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_it_is_said_before_what_it_takes(tmp_path: Path) -> None:
     assert sizes < plan.disk_bytes
 
 
-def test_merged_and_corrected_matrices_do_not_claim_it() -> None:
+def test_merged_matrices_do_not_claim_it() -> None:
     x = data()[1]
     one, other = run([x[:104]]), run([x[104:]])
     assert one.provenance.stability is not None

@@ -25,7 +25,7 @@ from .reader import Reader
 from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
 from .run import PairTask, Run
 from .samples import SampleStream
-from .stable import CHUNKS, Rule
+from .stable import CHUNKS, Rule, budgets
 
 
 def open_run(
@@ -80,6 +80,7 @@ def open_run(
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), reader))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
+    looked_at = () if options.until_stable is None else budgets(options.avg_bits, candidates)
     rounded, moments = None if task is None else task.rounded, None
     if task is None and needs_moments(options.rounding):
         rounded = held_already(model, candidates, options, known)
@@ -139,7 +140,7 @@ def open_run(
     }
     rule = None
     if options.until_stable is not None:
-        rule = Rule(options.until_stable, options.avg_bits, candidates, size, stream.expected)
+        rule = Rule(options.until_stable, looked_at, candidates, size, stream.expected)
     return Run(
         runner=runner,
         reader=reader,

@@ -296,9 +296,7 @@ class Run:
                             checkpoint.pieces.append(self.pieces.now)
                         checkpoint.add(sums, digests)
                     if rule is not None and end <= seen == checkpoint.total.samples and rule.stops(checkpoint):
-                        stops = (
-                            True  # whatever other ranks have measured behind it: the run ends where one rank's would
-                        )
+                        stops = True  # what other ranks measured behind it is left: one rank would end here
                         break
                 tick()
                 if rule is not None and ranks.agree([int(stops)])[0]:

@@ -31,17 +31,20 @@ def check_points(samples: int, size: int) -> list[int]:
     return [point for point in points if LEAST_SAMPLES <= point <= samples]
 
 
-def default_budgets(candidates: Candidates) -> tuple[float, ...]:
-    """Average bits between the least and the most that the candidates allow."""
-    least, most = _extent(candidates)
-    return tuple(least + share * (most - least) for share in SHARES)
+def budgets(avg_bits: Sequence[float] | None, candidates: Candidates) -> tuple[float, ...]:
+    """Average bits of the plans that are looked at; None: some between the least and the most that the candidates allow.
 
-
-def _extent(candidates: Candidates) -> tuple[float, float]:
+    Raises:
+        CladoError: one that no plan meets.
+    """
     first, use = candidates.starts[:-1], candidates.code_bits
     sums = (int(ends.reduceat(use, first).sum()) for ends in (np.minimum, np.maximum))
     least, most = (total / max(1, candidates.numel) for total in sums)
-    return least, most
+    if avg_bits is None:
+        return tuple(least + share * (most - least) for share in SHARES)
+    must = f"be at least {least:.10g}, which the layers take"
+    require(min(avg_bits) >= least, "profile", "avg_bits", must, f"{min(avg_bits):.10g}")
+    return tuple(avg_bits)
 
 
 class Rule:
@@ -51,7 +54,7 @@ class Rule:
 
     Args:
         tolerance: that share.
-        avg_bits: budgets of the plans; None: :func:`default_budgets`.
+        avg_bits: of :func:`budgets`.
         candidates: what the matrix is over.
         size: samples of a chunk.
         limit: samples at most.
@@ -60,18 +63,14 @@ class Rule:
         seconds: that the checks took.
 
     Raises:
-        CladoError: a budget that no plan meets, or a limit that allows no two checks.
+        CladoError: a limit that allows no two checks.
     """
 
     def __init__(
-        self, tolerance: float, avg_bits: Sequence[float] | None, candidates: Candidates, size: int, limit: int
+        self, tolerance: float, avg_bits: tuple[float, ...], candidates: Candidates, size: int, limit: int
     ) -> None:
-        self.tolerance, self.candidates, self.size, self.limit = tolerance, candidates, size, limit
-        self.avg_bits = default_budgets(candidates) if avg_bits is None else tuple(avg_bits)
-        self.seconds = 0.0
-        least = _extent(candidates)[0]
-        must = f"be at least {least:.10g}, which the layers take"
-        require(min(self.avg_bits) >= least, "profile", "avg_bits", must, f"{min(self.avg_bits):.10g}")
+        self.tolerance, self.avg_bits, self.candidates = tolerance, avg_bits, candidates
+        self.size, self.limit, self.seconds = size, limit, 0.0
         needed = next(count for count in range(1, 2**40) if len(check_points(count * size, size)) > 1) * size
         must = f"be at least {needed:,} with until_stable and chunks of {size:,} (two checks, of 8 chunks or more)"
         require(limit >= needed, "profile", "num_samples", must, f"{limit:,}")

@@ -1,9 +1,11 @@
 """How far a plan that was chosen by a noisy matrix may be from the best one.
 
 The mean over samples differs from the truth by about as much as the mean over half of them differs from that over all. So the
-plans that are best on halves are the ones that noise of this size could have hidden, and of each the loss is compared with the
-chosen plan's: the loss is linear in the matrix, so every group of samples gives a difference, and the groups its standard error.
-Means without one group, as in a plain jackknife, lie too near the whole one to bring up the plans that count.
+plans that are best on halves are the contenders that noise of this size brings up, and two things are asked of each: what it
+loses against the chosen plan on all samples, as the chosen one may have lost in the same way; and what it may gain, the loss
+being linear in the matrix, so that every group of samples gives a difference, and the groups its standard error. The larger
+counts: where there are many layers the second alone is too small, since the chosen plan was chosen on the same samples. Means
+without one group, as in a plain jackknife, lie too near the whole one to bring up the plans that count.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _SIGNS = np.array([[(-1) ** (a & b).bit_count() for b in range(MOST_PAIRS)] for 
 
 
 def regret_bounds(parts: Matrix, candidates: Candidates, keep: Choice, avg_bits: Sequence[float]) -> tuple[float, ...]:
-    """How far the best plans on all samples may be from the best ones there are, at two standard errors.
+    """How far the best plans on all samples may be from the best ones there are.
 
     Args:
         parts: ``[G, V, V]``, sums over G groups of as many samples each: ΔL on the diagonal, Ω above it, zero below; G is even,
@@ -39,7 +41,7 @@ def regret_bounds(parts: Matrix, candidates: Candidates, keep: Choice, avg_bits:
         avg_bits: budgets.
 
     Returns:
-        For every budget max(0, mean + 2 s.e.) of what the chosen plan may lose against any of the contenders, as a share of its
+        For every budget the most that a contender loses, or may gain at two standard errors, as a share of the chosen plan's
         predicted loss increase (of a tenth of its single increases, where the interactions take away more than the rest);
         infinity where no plan is within it.
     """
@@ -91,9 +93,9 @@ def _bound(whole: Program, parts: Matrix, choices: Sequence[Choice | None]) -> f
         return math.inf
     best = min(known, key=whole.value)
     losses = np.stack([parts[:, c[:, None], c].sum(axis=(1, 2)) for c in (best, *known)])
-    excess = losses[0] - losses[1:]
-    error = excess.std(axis=1, ddof=1) / math.sqrt(len(parts))
-    most = max(0.0, float((excess.mean(axis=1) + ERRORS * error).max()))
+    gain = losses[0] - losses[1:]
+    mean, error = gain.mean(axis=1), gain.std(axis=1, ddof=1) / math.sqrt(len(parts))
+    most = max(0.0, float(np.maximum(-mean, mean + ERRORS * error).max()))
     single = float(np.abs(np.diag(whole.matrix)[best]).sum() / 2)
     unit = max(abs(whole.value(best)), LEAST_LEFT * single)
     return most / unit if unit > 0 else math.inf if most > 0 else 0.0
