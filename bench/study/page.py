@@ -492,13 +492,13 @@ Mean change of the excess over float, relative to the plain `logit` plan unless 
 
 def samples_needed(stable: dict[str, Any]) -> str:
     """What ``until_stable`` saves, and what its plans are worth beside those of all samples."""
-    rows, ended = [], []
+    rows, plans = [], dict[tuple[Any, ...], dict[str, Any]]()
     for net in stable["nets"]:
         for tolerance in stable["settings"]["tolerances"]:
             own = [row for row in net["rows"] if row["tolerance"] == tolerance]
             cells = [f"{max(row['regret'] for row in own):.0%}"]
             if own[0]["reached"]:
-                ended += [row for row in own if row not in ended]
+                plans |= {(net["net"], row["samples"], row["budget"]): row for row in own}
                 cells.append(", ".join(f"{row['predicted']:+.1%}" for row in own))
                 cells.append(
                     ", ".join(
@@ -510,6 +510,7 @@ def samples_needed(stable: dict[str, Any]) -> str:
                 cells += ["", ""]
             share = 1 - own[0]["samples"] / net["samples"]
             rows.append([net["net"], f"{tolerance:.0%}", f"{own[0]['samples']:,}", f"{share:.0%}", *cells])
+    ended = list(plans.values())
     within = sum(row["predicted"] <= row["regret"] for row in ended)
     same = sum(row["layers_differ"] == 0 for row in ended)
     words = [verdict(row["heldout"]) for row in ended]
@@ -537,10 +538,10 @@ are given without plans. Numbers from `{STABLE}`.
 
 {table(head, rows)}
 
-Of the {len(ended)} different rows and budgets that ended early, {same} have the plan of all samples; by the matrix of other images {within} lost no more than was said. On held-out images
+Of the {len(ended)} plans of runs that ended early, {same} have the plan of all samples; by the matrix of other images {within} lost no more than was said. On held-out images
 {words.count("ties")} tie with the plans of all samples, {words.count("hurts")} are worse and {words.count("helps")} better, by {np.mean(change):+.1%} on average: the bound is on what the noise hides from the matrix,
 and the matrix does not know the loss of a whole plan so well. Where a few per cent count, more samples still pay, and so does re-ranking. The checks
-took {shares} of the time of these runs of seconds; they cost no more on nets whose forwards take a thousand times longer.
+took {shares} of the time of these runs of seconds; at as many candidates they cost the same where a forward takes a thousand times longer.
 """
 
 
