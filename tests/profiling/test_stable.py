@@ -177,6 +177,20 @@ def test_what_is_lost_where_it_ended_is_below_the_tolerance() -> None:
     assert np.mean(kept) >= 0.9
 
 
+def test_a_candidate_whose_loss_is_not_finite_is_left_out() -> None:
+    """It would be dropped from the matrix; the others decide. Without any candidate of a layer the run never ends."""
+    candidates = layers()
+
+    def broken(rows: list[int]) -> Iterator[Sums]:
+        for sums in noisy(0, 0.0, candidates):
+            sums.loss[rows] = torch.inf
+            sums.pair[:, rows] = torch.nan
+            yield sums
+
+    assert stop_of(rule(1e-6, candidates), broken([1]), 64) == 12
+    assert stop_of(rule(1e-6, candidates), broken([3, 4, 5]), 64) is None
+
+
 def test_budgets_lie_between_least_and_most() -> None:
     assert budgets(None, layers()) == (2.75, 3.5, 5.0)
     own = [Layer("a", "linear", (4, 4), 1), Layer("b", "linear", (4, 12), 1)]

@@ -56,9 +56,8 @@ def regret_bounds(parts: Matrix, candidates: Candidates, keep: Choice, avg_bits:
     budgets = [whole_budget("avg_bits", limit, candidates.code_bits[keep], units) for limit in avg_bits]
 
     def programs(groups: Sequence[int]) -> list[Program]:
-        mean = sum(parts[group] for group in groups) / len(
-            groups
-        )  # one by one: a copy of all would be as large as they are
+        total = sum(parts[group] for group in groups)  # one by one: a copy of all would be as large as they are
+        mean = total / len(groups)
         matrix = np.where(inside, 0.0, mean + mean.T)
         return [Program(matrix, layer, b.use[None], np.array([b.limit], np.int64)) for b in budgets]
 
