@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from bench.study import imagenet
 from bench.study.nets import NETS, SPLITS, load_split
 from bench.study.numbers import clustered
-from bench.study.page import verdict
+from bench.study.page import PAGE, STABLE, samples_needed, verdict
 from tests.models import timm_model
 
 
@@ -76,3 +76,9 @@ def test_errors_are_clustered_by_digit() -> None:
     assert found["mean"] == pytest.approx(values.mean())
     assert found["stderr"] == pytest.approx(2 * values.std(ddof=1) / 200**0.5, rel=0.02)
     assert [verdict({"mean": m, "stderr": 1.0}) for m in (-3.0, 1.0, 3.0)] == ["helps", "ties", "hurts"]
+
+
+def test_what_the_page_says_of_stopping_early_is_what_was_measured() -> None:
+    section = samples_needed(json.loads(STABLE.read_text()))
+    assert section.strip() in PAGE.read_text()
+    assert section.count("\n| ") == 2 + 4 * 4

@@ -23,7 +23,7 @@ import json, os, sys, time, torch
 torch.set_num_threads(1)
 from clado.improve import correct
 from clado.profiling import Run, profile, torchrun_group
-from tests.profiling.test_distributed import data, SETTINGS, WISHES
+from tests.profiling.test_distributed import data, SETTINGS, STABLE, WISHES
 
 folder, runs, last = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 with torchrun_group() as device:
@@ -52,6 +52,9 @@ with torchrun_group() as device:
             assert plan.rounded.by == sens.rounded.by == sens.provenance.rounding
             os.makedirs(f"{place}/rank{rank}")
             plan.save(f"{place}/rank{rank}/plan.json")
+        elif estimator == "stable":
+            model, loader = data(samples)
+            sens = profile(model, loader, output_dir=place, device=device, **STABLE)
         else:
             sens = profile(
                 model, loader, estimator=estimator, num_samples=samples, output_dir=place, device=device, **SETTINGS
@@ -59,12 +62,13 @@ with torchrun_group() as device:
         sens.save(f"{place}/rank{rank}.safetensors")
 """
 WISHES = {"avg_bits": 3.0, "solver": "heuristic", "verbose": False}
+STABLE = {"until_stable": 0.9, "batch_size": 8, "rounding": "nearest", "verbose": False}
 SETTINGS = {"batch_size": 4, "exact_samples": 5, "verbose": False}
 
 
-def data() -> tuple[torch.nn.Module, torch.utils.data.DataLoader]:
+def data(samples: int = 22) -> tuple[torch.nn.Module, torch.utils.data.DataLoader]:
     model, shape = tiny_vit()
-    x = torch.randn(22, *shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(1))
     return model, torch.utils.data.DataLoader(x, batch_size=5, shuffle=True)
 
 
@@ -83,6 +87,9 @@ def one_rank(estimator: str, samples: int, output_dir: Path | None = None) -> Se
         if estimator == "correct":
             sens = profile(model, loader, num_samples=samples, **SETTINGS)  # type: ignore[arg-type]
             return correct(model, loader, sens, num_samples=3, batch_size=2, **WISHES)[0]
+        if estimator == "stable":
+            model, loader = data(samples)
+            return profile(model, loader, **STABLE)  # type: ignore[arg-type]
         if estimator == "compensated":
             return profile(model, loader, rounding=estimator, num_samples=samples, **SETTINGS)  # type: ignore[arg-type]
         arguments = {"estimator": estimator, "num_samples": samples, "output_dir": output_dir}
@@ -107,6 +114,7 @@ def check_same(got: Sensitivity, wanted: Sensitivity) -> None:
             [("logit", 3), ("corrected", 22), ("correct", 8), ("compensated", 8)],
         ),  # one chunk that both share, and six that each takes half of
         (3, [(name, 4) for name in ESTIMATORS]),  # one chunk, by three
+        (5, [("stable", 160)]),  # ends after 12 chunks, in the third round
         (4, [("exact", 7)]),  # two chunks, each by two
     ],
 )

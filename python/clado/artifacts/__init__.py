@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .provenance import Provenance
     from .rounded_file import read_rounded, rounded_name, save_held
     from .sensitivity import MATRIX_FILE, Sensitivity
+    from .stability import Stability, percent
 else:
     __getattr__, __dir__ = door(__name__)
 
@@ -22,7 +23,9 @@ __all__ = [
     "Plan",
     "Provenance",
     "Sensitivity",
+    "Stability",
     "minimized_in_words",
+    "percent",
     "read_rounded",
     "rounded_name",
     "save_held",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..quant import RoundedBy
+from .stability import Stability
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Provenance:
         dropped: (layer, label of the scheme) of candidates whose loss was not finite.
         corrected_pairs: (v, w) whose interaction :func:`clado.correct` measured exactly.
         rounding: how the weights were rounded; None: to the nearest code.
+        stability: what a run that was to end as soon as its plans stand found of them; None: it was to take all samples.
     """
 
     estimator: str | None = None
@@ -31,6 +33,7 @@ class Provenance:
     dropped: tuple[tuple[str, str], ...] = ()
     corrected_pairs: tuple[tuple[int, int], ...] = ()
     rounding: RoundedBy | None = None
+    stability: Stability | None = None
 
     @property
     def known(self) -> bool:
@@ -53,4 +56,6 @@ class Provenance:
         pairs = tuple((int(v), int(w)) for v, w in data["corrected_pairs"])
         dropped = tuple((str(layer), str(label)) for layer, label in data["dropped"])
         rounding = RoundedBy.from_json(data.get("rounding"))
-        return Provenance(**{**data, "dropped": dropped, "corrected_pairs": pairs, "rounding": rounding})
+        stability = Stability.from_json(data.get("stability"))
+        parsed = {"dropped": dropped, "corrected_pairs": pairs, "rounding": rounding, "stability": stability}
+        return Provenance(**{**data, **parsed})

@@ -254,7 +254,7 @@ class Sensitivity:
             interaction=mean,
             stderr=stderr,
             num_samples=total,
-            provenance=replace(first.provenance, dropped=dropped),
+            provenance=replace(first.provenance, dropped=dropped, stability=None),
             notes=notes,
             fingerprint={**first.fingerprint, "data": data_digest(digests)},
             sample_digests=digests,

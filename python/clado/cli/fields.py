@@ -32,6 +32,13 @@ def comma_ints(ctx: click.Context, parameter: click.Parameter, value: str | None
         raise click.BadParameter(f"must be whole numbers separated by commas, got {value!r}") from None
 
 
+def comma_floats(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"must be numbers separated by commas, got {value!r}") from None
+
+
 def _function(op: str, name: str, given: str) -> Callable[..., Any]:
     from ..runs import named
 
@@ -67,6 +74,8 @@ KINDS = {
     "switch": Kind({"is_flag": True}),
     "unless": Kind({"is_flag": True}, lambda op, name, given: not given),
     "several": Kind({"multiple": True}),
+    "share": Kind({"type": float, "is_flag": False, "flag_value": 0.1, "metavar": "[SHARE]"}),
+    "numbers": Kind({"callback": comma_floats}),
     "widths": Kind({"callback": comma_ints}),
     "labels": Kind({}, lambda op, name, given: tuple(given.split(","))),
     "GiB": Kind({"type": float, "callback": positive}, lambda op, name, given: int(given * 2**30)),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, read_rounded, rounded_name
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, percent, read_rounded, rounded_name
 from ..common import CladoError
 from ..profiling import PROGRESS_FILE, read_progress
 from ..runs import RUN_FILE
@@ -50,10 +50,12 @@ def _measured(path: Path) -> str:
 
 
 def _progress(path: Path) -> str:
-    done = read_progress(path)[1].samples
+    header, sums, _ = read_progress(path)
+    done, checks = sums.samples, header.get("checks", [])
+    looked = f"; plans within {percent(max(checks[-1]['regrets']))} at {checks[-1]['samples']:,}" if checks else ""
     finished = (path.parent / MATRIX_FILE).exists()
     more = "kept, so that more can be added" if finished else "done; run the same command to go on"
-    return f"{done:,} samples {more}"
+    return f"{done:,} samples {more}{looked}"
 
 
 _ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {

@@ -115,6 +115,8 @@ def _profile(options: dict[str, Any]) -> None:
         f"{len(sens.layers)} layers, {sens.num_candidates} candidates, {sens.num_samples} samples, "
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
     )
+    if sens.provenance.stability is not None:
+        click.echo(str(sens.provenance.stability))
     if sens.provenance.float_layers:
         click.echo(f"left in float: {sens.in_float}")
     click.echo(f"next: clado solve {folder} --avg-bits 3")

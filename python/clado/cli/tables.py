@@ -119,6 +119,8 @@ def show_run(folder: Path) -> None:
     source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
     rounding = "" if known.rounding is None else f", {known.rounding}"
     click.echo(f"\n{source}{rounding}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
+    if known.stability is not None:
+        click.echo(str(known.stability))
     if known.float_layers:
         click.echo(f"left in float: {sens.in_float}")
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None

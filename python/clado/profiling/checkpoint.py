@@ -24,6 +24,7 @@ from torch import Tensor
 from ..artifacts import MATRIX_FILE, save_held
 from ..common import CladoError, atomic_file, locked, read_safetensors, require
 from ..quant import Rounded
+from .groups import Groups
 from .sums import TENSORS, Sums
 
 PROGRESS_FILE = "progress.safetensors"
@@ -41,6 +42,7 @@ class Checkpoint:
         size: samples of a whole chunk. Only whole chunks are written: a shorter one ends the set, and with more samples it is
             measured again as a whole one.
         candidates: V.
+        grouped: keep sums over groups of chunks too; a directory that has some goes on with them in any case.
 
     Attributes:
         total: sums so far.
@@ -48,9 +50,16 @@ class Checkpoint:
         pieces: (samples, perturbations) that advanced together on the writing rank: one pair, and another wherever that changed.
         expected: int64, digests of all samples the directory is known to hold, finished result included.
         held: weights that were rounded for the run, to be written before the first sums that were measured with them.
+        groups: sums over groups of the whole chunks; None where they are not kept.
+        checks: what was found of the plans after so many samples, as JSON values.
+
+    Raises:
+        CladoError: a directory of another run, or one whose samples are in no groups although they should be.
     """
 
-    def __init__(self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int) -> None:
+    def __init__(
+        self, output_dir: Path | None, settings: dict[str, Any], size: int, candidates: int, grouped: bool = False
+    ) -> None:
         self.path = None if output_dir is None else output_dir / PROGRESS_FILE
         self.size = size
         self.settings = json.loads(json.dumps(settings))
@@ -58,10 +67,17 @@ class Checkpoint:
         self.digests = torch.zeros(0, dtype=torch.int64)
         self.pieces: list[list[int]] = []
         self.held: Rounded | None = None
+        self.groups = Groups(candidates) if grouped else None
+        self.checks: list[dict[str, Any]] = []
         if self.path is not None and os.path.exists(self.path):
-            header, self.total, self.digests = read_progress(self.path)
-            self.pieces = header.get("pieces", [])
+            header, self.total, self.digests, groups = _read(self.path)
+            self.pieces, self.checks = header.get("pieces", []), header.get("checks", [])
             refuse_other_run(header["settings"], self.settings, self.path.parent)
+            if groups is not None:
+                self.groups = Groups.of(groups, len(self.digests) // size)
+            bare = f"{len(self.digests)} samples of {self.path.parent} that were measured without it"
+            known = groups is not None or len(self.digests) == 0 or not grouped
+            require(known, "profile", "until_stable", "be given from a run's first sample on", bare)
         self.expected = self.digests
 
     def remove_leftovers(self) -> None:
@@ -99,6 +115,8 @@ class Checkpoint:
         if self.path is not None and not whole and not os.path.exists(self.path):
             self._write(self.path)  # the settings, for whoever comes with others
         self.total += part
+        if self.groups is not None and whole:
+            self.groups.add(part)
         self.digests = torch.cat([self.digests, digests])
         if self.path is not None and whole:
             self._write(self.path)
@@ -108,6 +126,9 @@ class Checkpoint:
             "digests": self.digests
         }
         header = {"schema": SCHEMA, "settings": self.settings, "pieces": self.pieces}
+        if self.groups is not None:
+            tensors["groups"] = self.groups.begun
+            header["checks"] = self.checks
         with writing(path.parent):
             save_held(self.held, path.parent)
             with atomic_file(path) as temporary:
@@ -190,6 +211,11 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
     Raises:
         CladoError: a damaged or foreign file.
     """
+    return _read(path)[:3]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Sums, Tensor, Tensor | None]:
+    """As :func:`read_progress`, and the sums over groups where there are some."""
     try:
         metadata, held = read_safetensors(path)
         header = json.loads(metadata.get("clado.progress", "{}"))
@@ -201,4 +227,4 @@ def read_progress(path: Path) -> tuple[dict[str, Any], Sums, Tensor]:
             "without it the run starts anew"
         ) from None
     digests = tensors.pop("digests")
-    return header, Sums(**tensors, samples=len(digests)), digests
+    return header, Sums(**tensors, samples=len(digests)), digests, held.get("groups")

@@ -16,6 +16,7 @@ from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, i
 from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
 from .checkpoint import recorded, refuse_other_run
 from .estimators import ESTIMATORS
+from .groups import group_bytes
 from .inputs import ACT_SAMPLES, calibrated, input_loss
 from .options import NEAREST, Options
 from .pieces import Pieces, default_batch
@@ -24,6 +25,7 @@ from .reader import Reader
 from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
 from .run import PairTask, Run
 from .samples import SampleStream
+from .stable import CHUNKS, Rule, budgets
 
 
 def open_run(
@@ -78,6 +80,7 @@ def open_run(
     example = two_samples(reader.moved(inputs))
     reader = replace(reader, classes=check_output(_output(plain, example), reader))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
+    looked_at = () if options.until_stable is None else budgets(options.avg_bits, candidates)
     rounded, moments = None if task is None else task.rounded, None
     if task is None and needs_moments(options.rounding):
         rounded = held_already(model, candidates, options, known)
@@ -104,6 +107,9 @@ def open_run(
     products = "float32" if kept_plain else options.precision
     widest = max(candidates.counts) if task is None else 1
     size = options.batch_size or known.get("batch_size") or default_batch(runner, widest, options.estimator, device)
+    chosen = options.batch_size is None and "batch_size" not in known
+    if options.until_stable is not None and chosen:
+        size = min(size, max(1, stream.expected // CHUNKS))
     few = options.exact_samples or known.get("exact_samples") or max(2, stream.expected // 8)
     exact_samples = few if ESTIMATORS[options.estimator].residual else None
     pieces = Pieces(
@@ -116,9 +122,10 @@ def open_run(
         reader.unlabelled_loss,
         reader.classes,
         size,
+        0 if options.until_stable is None else group_bytes(len(candidates)),
     )
     pieces.fit(options.max_memory, device)
-    if options.batch_size is None and "batch_size" not in known:
+    if chosen:
         size = pieces.together
     settings = {
         "products": products,
@@ -131,6 +138,9 @@ def open_run(
             **_of_rounded(rounded, options, known),
         ),
     }
+    rule = None
+    if options.until_stable is not None:
+        rule = Rule(options.until_stable, looked_at, candidates, size, stream.expected)
     return Run(
         runner=runner,
         reader=reader,
@@ -149,6 +159,7 @@ def open_run(
         notes=notes,
         probed=probed,
         started=started,
+        rule=rule,
         task=task,
     )
 

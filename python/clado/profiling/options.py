@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import os
@@ -86,6 +87,10 @@ def _patterns(schemes: Any) -> dict[str, tuple[str, ...]]:
     return kept
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and 0 < float(value) < math.inf
+
+
 COUNT = Check(lambda value: _whole(value, 1, 2**63 - 1), "be a whole number from 1 up", str)
 
 
@@ -165,6 +170,28 @@ class Options(Arguments):
         Line("--nsamples", "count", "Images of the sensitivity set; ask for more later.", default=512),
         check=COUNT,
         kept=operator.index,
+    )
+    until_stable: float | None = argument(
+        None,
+        "end before ``num_samples`` where more samples would hardly change the plans: when two checks in a row find those of "
+        "``avg_bits`` to be, for all the noise tells, at most this share of their predicted loss increase off the best (two "
+        "standard errors; 0.1: 10 %). Checks are made at 8, 12, 16, 24, 32, … chunks, of 64 samples or more; chunks are a 64th "
+        "of ``num_samples`` at most, where ``batch_size`` is not given. Samples must come in random order. To be given from the "
+        "first sample of a run on; prolonged, it may have another share, or none.",
+        Line("--until-stable", "share", "End once the plans of --avg-bits are so near the best; 0.1 without a number."),
+        check=Check(lambda value: _positive(value) and value < 1, "lie between 0 and 1"),
+        kept=float,
+    )
+    avg_bits: tuple[float, ...] | None = argument(
+        None,
+        "of the plans that ``until_stable`` looks at; None: an eighth, a quarter and half of the way from the least to the most "
+        "average bits of the candidates.",
+        Line("--avg-bits", "numbers", "Of the plans that --until-stable looks at, separated by commas."),
+        check=Check(
+            lambda value: _listed(value) and bool(value) and all(map(_positive, value)), "hold positive numbers"
+        ),
+        kept=lambda value: tuple(sorted({float(bits) for bits in value})),
+        takes="Sequence[float] | None",
     )
     exact_samples: int | None = argument(
         None,
@@ -304,6 +331,7 @@ class Options(Arguments):
         self._check_loss()
         self._check_precision()
         self._check_rounding()
+        self._check_stable()
         _ = self.quantizer  # refuses what it cannot be
 
     def _check_candidates(self) -> None:
@@ -346,6 +374,17 @@ class Options(Arguments):
             for name in ("moment_samples", "rounded_as"):
                 given = getattr(self, name)
                 require(given is None, "profile", name, f"be left out with {self.rounding} rounding", given)
+
+    def _check_stable(self) -> None:
+        from .estimators import ESTIMATORS
+
+        if self.until_stable is None:
+            must = "be left out without until_stable"
+            require(self.avg_bits is None, "profile", "avg_bits", must, self.avg_bits)
+            return
+        usable = [name for name, known in ESTIMATORS.items() if not known.residual]
+        must = f"be one of {', '.join(usable)} with until_stable (exact pairs of the first samples alone say nothing of more)"
+        require(self.estimator in usable, "profile", "estimator", must, self.estimator)
 
     def of_run(self, known: dict[str, Any]) -> Options:
         """With the rounding that a run has: as asked for, else as it began with, else the one that serves best.

@@ -30,6 +30,7 @@ class Pieces:
         make_loss: the loss of a batch of so many samples.
         classes: of the model's output, 0 where unknown.
         together: samples, to begin with.
+        own_bytes: what the run keeps on the CPU beside its sums.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Pieces:
         make_loss: Callable[[Any, int], Loss],
         classes: int,
         together: int,
+        own_bytes: int = 0,
     ) -> None:
         self.runner, self.estimator, self.variants, self.widest = runner, estimator, variants, widest
         self.tensors, self.example, self.make_loss, self.classes = tensors, example, make_loss, classes
-        self.together = together
+        self.together, self.own_bytes = together, own_bytes
 
     @property
     def stack(self) -> int:
@@ -100,7 +102,7 @@ class Pieces:
         device = variants[0][0].device.type
         here = [t for t in (*self.tensors, *self.runner.kept) if t.device.type == device]
         storages = [t.untyped_storage() for t in (*here, *(variant for own in variants for variant in own))]
-        sums = sums_bytes(sum(map(len, variants)), self.estimator) if device == "cpu" else 0
+        sums = sums_bytes(sum(map(len, variants)), self.estimator) + self.own_bytes if device == "cpu" else 0
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) + sums
 
     def chunk_bytes(self) -> int | None:

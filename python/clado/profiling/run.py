@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, save_held
+from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
 from ..quant import ActivationRanges, Candidates, Rounded
 from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
+from .groups import group_bytes
 from .losses import Loss
 from .options import NEAREST, Options
 from .pieces import Pieces, disk_bytes
@@ -26,6 +27,7 @@ from .reader import Reader, all_finite
 from .rounded_weights import MomentWork, kept_bytes, needs_moments
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
+from .stable import Rule
 from .sums import Sums, assemble
 from .work import RunPlan, Work
 
@@ -84,6 +86,7 @@ class Run:
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
         float_weights: how many weights each of the runner's skipped layers has.
+        rule: where the run may end before the last sample; None: nowhere.
         task: what is measured instead of all candidates and pairs.
         measured: samples of this rank, in this call or an earlier one.
     """
@@ -105,6 +108,7 @@ class Run:
     notes: list[str]
     probed: dict[str, Any]
     started: float
+    rule: Rule | None = None
     task: PairTask | None = None
     measured: int = field(default=0, init=False)
 
@@ -141,7 +145,7 @@ class Run:
 
     def checkpoint(self, folder: Path | None) -> Checkpoint:
         """What is kept of this run in a folder."""
-        return Checkpoint(folder, self.settings, self.size, sum(self.counts))
+        return Checkpoint(folder, self.settings, self.size, sum(self.counts), self.rule is not None)
 
     def plan(self) -> RunPlan:
         """What :meth:`measure` would cost; a few layers are run for the time."""
@@ -159,6 +163,7 @@ class Run:
         weights = kept_bytes(self.candidates, options.quantizer, moments.samples or count) if self._keeps_weights else 0
         count_v, layers = sum(self.counts), self.runner.num_layers
         pairs = (count_v**2 - sum(c**2 for c in self.counts)) // 2
+        groups = 0 if checkpoint.groups is None else group_bytes(count_v)
         return RunPlan(
             estimator=options.estimator,
             layers=layers,
@@ -175,7 +180,8 @@ class Run:
             fixed_bytes=pieces.fixed_bytes(),
             chunk_bytes=pieces.chunk_bytes(),
             moment_bytes=moments.nbytes,
-            disk_bytes=disk_bytes(count_v, count, options.estimator) + weights,
+            group_bytes=groups,
+            disk_bytes=disk_bytes(count_v, count, options.estimator) + 2 * groups + weights,
             notes=(*self.notes, shared) if shared else tuple(self.notes),
         )
 
@@ -216,17 +222,29 @@ class Run:
             self._expect_samples_of(self.rounded, checkpoint)
             checkpoint.held = self.rounded
         seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
-        if known is None or seen != known.num_samples:
-            checkpoint.check_end(seen)
-            known = self._result(checkpoint, ranks)
-            if folder is not None:
-                with writing(folder):
-                    known.save(folder / MATRIX_FILE)
-        elif folder is not None:
+        stability = self._stability(checkpoint, seen)
+        changed = known is None or seen != known.num_samples
+        if known is None or changed:
+            if stability is None or not stability.reached:
+                checkpoint.check_end(seen)
+            known = self._result(checkpoint, ranks, stability)
+        elif stability not in (None, known.provenance.stability):
+            provenance = replace(known.provenance, stability=stability)
+            known, changed = replace(known, provenance=provenance, held=self.rounded), True
+        if folder is not None:
             with writing(folder):
-                save_held(self.rounded, folder)
+                if changed:
+                    known.save(folder / MATRIX_FILE)
+                else:
+                    save_held(self.rounded, folder)
         ranks.send(replace(known, held=None).save)
         return known
+
+    def _stability(self, checkpoint: Checkpoint, seen: int) -> Stability | None:
+        """What is known of the plans at the end of a run that was to end as soon as they stand."""
+        if self.rule is None:
+            return None
+        return self.rule.found(checkpoint, seen == checkpoint.total.samples and self.rule.stops(checkpoint))
 
     def _expect_samples_of(self, rounded: Rounded, checkpoint: Checkpoint) -> None:
         """The samples that decided the weights come first, unless the weights are another run's."""
@@ -235,11 +253,13 @@ class Run:
             checkpoint.expected = own
 
     def gather(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
-        """Bring the checkpoint to the end of the stream; returns how many samples that are. Rank 0 keeps the books.
+        """Bring the checkpoint to the end of the stream, or to where the rule ends it; returns how many samples that are. Rank 0
+        keeps the books.
 
         ``end``: samples of the finished result in the directory, 0 without one; its last, short chunk is not in the checkpoint.
         """
-        ranks.check_same(self.settings)
+        rule = self.rule
+        ranks.check_same({**self.settings, "until_stable": None if rule is None else [rule.tolerance, *rule.avg_bits]})
         done, expected, work = checkpoint.total.samples, self.stream.expected, self.work
         self._go_on(checkpoint.pieces)
         wanted = [done, end, work.members(ranks.world, expected, done), *self.pieces.now]
@@ -255,11 +275,11 @@ class Run:
 
             def tick() -> None:
                 ours = settled + (self.runner.work - settled) * members
-                show(min(ours * ranks.groups, total))
+                show(min(ours * ranks.groups, total), "" if rule is None else rule.note(checkpoint))
 
             ahead = self.device.type == "cuda"
             for chunk in self.stream.chunks(self.size, ranks.group, ranks.groups, ahead=ahead):
-                part = None
+                part, stops = None, False
                 if chunk is not None:
                     checkpoint.check(chunk.first, chunk.digests)
                     self.measured += chunk.samples
@@ -275,7 +295,12 @@ class Run:
                         if checkpoint.pieces[-1:] != [self.pieces.now]:
                             checkpoint.pieces.append(self.pieces.now)
                         checkpoint.add(sums, digests)
+                    if rule is not None and end <= seen == checkpoint.total.samples and rule.stops(checkpoint):
+                        stops = True  # what other ranks measured behind it is left: one rank would end here
+                        break
                 tick()
+                if rule is not None and ranks.agree([int(stops)])[0]:
+                    break
         return seen
 
     def _go_on(self, pieces: Sequence[Sequence[int]]) -> None:
@@ -340,7 +365,7 @@ class Run:
         together, stack = self.pieces.now
         self.notes.append(f"out of memory: went on with {together} samples, {stack} perturbations at a time")
 
-    def _result(self, checkpoint: Checkpoint, ranks: Ranks) -> Sensitivity:
+    def _result(self, checkpoint: Checkpoint, ranks: Ranks, stability: Stability | None) -> Sensitivity:
         options, sums = self.options, checkpoint.total
         fingerprint = {
             "weights": str(self.settings["weights"]),
@@ -355,9 +380,10 @@ class Run:
             self.runner.skipped,
             self.float_weights,
             rounding=rounding,
+            stability=stability,
         )
         result = assemble(sums, self.candidates, options.quantizer, provenance, fingerprint, checkpoint.digests)
-        if sums.samples < options.num_samples:
+        if sums.samples < options.num_samples and not (stability is not None and stability.reached):
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
         if len(checkpoint.pieces) > 1:
             shown = ", then ".join(f"{together} and {stack}" for together, stack in checkpoint.pieces)
@@ -376,6 +402,8 @@ class Run:
             exact_samples=int(sums.residual_samples) or None,
             seconds=time.perf_counter() - self.started,
         )
+        if self.rule is not None:
+            result.notes["check_seconds"] = self.rule.seconds
         return result
 
 

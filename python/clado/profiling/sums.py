@@ -115,6 +115,12 @@ def entries(sums: Sums, candidates: Candidates) -> tuple[Any, Any, Any]:
     return delta_loss, interaction, stderr
 
 
+def finite_candidates(sums: Sums, candidates: Candidates) -> Any:
+    """The candidates that :func:`assemble` would not drop, ascending int64."""
+    dropped = _drop(*entries(sums, candidates))
+    return np.setdiff1d(np.arange(len(candidates)), np.array(dropped, np.int64))
+
+
 def _symmetric(upper: Tensor) -> Any:
     half = np.triu(upper.numpy(), 1)
     return half + half.T

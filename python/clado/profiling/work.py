@@ -85,6 +85,7 @@ class RunPlan:
         batch_size: samples of a chunk; together: how many of them advance at a time, with ``stack`` perturbations.
         fixed_bytes: weights, variants, sums; chunk_bytes: live values at most, None where they cannot be planned.
         moment_bytes: of the second moments that decide the rounding, before the run; 0 where it needs none.
+        group_bytes: of the sums over groups of chunks that ``until_stable`` needs, in memory and on disk; 0 without it.
         disk_bytes: of the run directory.
     """
 
@@ -104,6 +105,7 @@ class RunPlan:
     chunk_bytes: int | None
     disk_bytes: int
     moment_bytes: int = 0
+    group_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -121,6 +123,7 @@ class RunPlan:
             ("at a time", f"{self.together} samples, {self.stack} perturbations; chunks of {self.batch_size} samples"),
             ("memory", f"{_size(self.fixed_bytes)} weights and variants, {live} live values{total}"),
             *([("moments", f"{_size(self.moment_bytes)} before the run")] if self.moment_bytes else []),
+            *([("groups", f"{_size(self.group_bytes)} of memory and on disk")] if self.group_bytes else []),
             ("disk", _size(self.disk_bytes)),
             *(("note", note) for note in self.notes),
         )

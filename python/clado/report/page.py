@@ -248,6 +248,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
         "work": f"{notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else "",
         "time": f"{notes['seconds']:,.1f} s on {notes.get('device', '')}" if "seconds" in notes else "",
+        "samples": "" if known.stability is None else str(known.stability),
         "left in float": sens.in_float,
         "warnings": "; ".join(notes.get("warnings", [])),
     }

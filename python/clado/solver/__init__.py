@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .objectives import NAMES as OBJECTIVES
     from .objectives import negative_mass, objective_matrix
     from .options import AXES, BUDGETS, INVERSE, SIZE, SolveOptions, least_loss_only
+    from .regret import regret_bounds
     from .session import Solver, given_plan, solve
 else:
     __getattr__, __dir__ = door(__name__)
@@ -34,6 +35,7 @@ __all__ = [
     "pareto",
     "read_constraints",
     "read_latency",
+    "regret_bounds",
     "shortlist",
     "solve",
 ]

@@ -64,9 +64,7 @@ def make_budgets(sens: Sensitivity, asked: SolveOptions) -> list[Budget]:
     ]
     least = asked.minimized
     budgets = [
-        _unlimited(sens, _whole_budget(name, 0, use, units))
-        if limit is None
-        else _whole_budget(name, limit, use, units)
+        _unlimited(sens, whole_budget(name, 0, use, units)) if limit is None else whole_budget(name, limit, use, units)
         for name, limit, use, units in rows
         if limit is not None or name == least
     ]
@@ -94,7 +92,8 @@ def _unlimited(sens: Sensitivity, budget: Budget) -> Budget:
     return replace(budget, limit=most, given=budget.shown(most))
 
 
-def _whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:
+def whole_budget(name: str, limit: Any, use: NDArray[np.int64], units: Fraction) -> Budget:
+    """A budget whose use is whole already."""
     whole = Fraction(limit if isinstance(limit, (int, Fraction)) else float(limit)) * units
     nearest = round(whole)
     # A limit that was computed in floating point from a use must allow that use.
