@@ -1,5 +1,7 @@
 #include "compensate/compensate.h"
 
+#include <algorithm>
+
 #include "weights.h"
 
 namespace {
@@ -12,6 +14,7 @@ clado::Compensation given_of(const char* op, const Weight& numbers, const Widths
   const auto weight = weight_of(op, numbers);
   const auto [factor, order, count, apart, down, right] = factors;
   expect(count >= 1 && weight.rows % count == 0, op, "the number of factors must divide the rows");
+  expect(std::min({apart, down, right}) >= 0, op, "the strides of the factors must not be negative");
   expect_memory(op, weight, {factor, scales});
   return {weight, bits_of(op, bits), as<const float>(factor), {apart, down, right}, count,
           as<const int64_t>(order), as<const float>(scales), as<const int8_t>(zeros)};

@@ -147,7 +147,10 @@ def test_bindings_refuse_numbers_that_make_no_sense(
         ),
         "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
         "quantize_cpu": ((*given, a, 0, a, 1), sound),
-        "compensate_cpu": ((*given, (a, 0, factors), a, 0, a, a, 1), sound and factors > 0 and rows % factors == 0),
+        "compensate_cpu": (
+            (*given, (a, 0, factors, stride, stride, 1), a, 0, a, a, 1),
+            sound and factors > 0 and rows % factors == 0,
+        ),
     }
     for name, (arguments, fine) in calls.items():
         if fine:  # in place would not be safe to run: only what is refused is tried
