@@ -66,6 +66,34 @@ def test_a_model_that_cannot_be_measured_is_named_and_left_alone(name: str) -> N
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
+class Table(nn.Module):
+    """Replaces a buffer that is no part of the state dict: once per size of the input, or (``always``) in every forward."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.always = nn.Linear(6, 6), nn.Linear(6, 3), always
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.always:
+            self.table = self.table + 1
+        elif len(self.table) != x.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)
+        return self.last(self.first(x).relu() + self.table.sum())
+
+
+def test_a_table_of_the_first_forward_may_stay() -> None:
+    torch.manual_seed(0)
+    model, x = Table(always=False).eval(), torch.randn(8, 6)
+    sens = profile(model, [x], estimator="diagonal", quantize_ends=True, verbose=False)
+    assert not any("whole forwards" in note for note in sens.info["warnings"])
+    assert torch.equal(model.table, torch.arange(6.0))
+    model = Table(always=True).eval()
+    with pytest.raises(clado.CladoError, match="leave its buffers unchanged in eval mode, got changes of table"):
+        profile(model, [x], estimator="diagonal", quantize_ends=True, verbose=False)
+    assert torch.equal(model.table, torch.zeros(1))
+
+
 def test_what_only_looks_like_it_passes() -> None:
     """Dropout in eval mode, attention that could drop, an instance norm: statistics of a sample are its own."""
     model = Net(lambda net, x: F.instance_norm(F.dropout(net.norm(x), 0.5, training=False))).eval()

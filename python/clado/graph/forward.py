@@ -16,28 +16,65 @@ from ..common import here, require, sample_count, users_code
 def check_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], op: str = "profile") -> None:
     """Run ``model`` once on ``batch``, in eval mode; its buffers stay as they are.
 
+    A table that is no part of the state dict may be put in the place of another by the first forward of a size: it stays.
+
     Raises:
         CladoError: train mode; whatever the forward raises; something drawn at random; statistics taken over the batch;
             buffers that change.
     """
     check_eval(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     watch = _Watch(sample_count(batch))
-    changed: list[str] = []
     shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch)]
     line = f"{op}: model must run on batches of data_loader, of shapes {shapes}"
-    try:
-        with users_code(line), torch.no_grad(), watch:
+    with _Buffers(model) as buffers, users_code(line), torch.no_grad(), watch:
+        forward(model, batch)
+    changed = buffers.changed
+    if changed and buffers.tables_alone:
+        with torch.no_grad():
             forward(model, batch)
-    finally:
-        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
-        for name in changed:
-            model.get_buffer(name).copy_(buffers[name])
+            with _Buffers(model) as again:
+                forward(model, batch)
+        changed = again.changed
+        if changed:
+            buffers.restore()
     require(watch.random is None, op, "model", "draw nothing at random in eval mode (dropout, noise)", watch.random)
     require(watch.statistics is None, op, "model", "take no statistics over the batch in eval mode", watch.statistics)
     require(
         not changed, op, "model", "leave its buffers unchanged in eval mode", f"changes of {', '.join(changed[:3])}"
     )
+
+
+class _Buffers:
+    """Puts the buffers of a model back as they were, and says which were changed within.
+
+    Attributes:
+        changed: their names.
+        tables_alone: whether all of these were replaced by other tensors and are no part of the state dict.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+        self.changed: list[str] = []
+        self.tables_alone = False
+
+    def __enter__(self) -> _Buffers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        now, lasting = dict(self.model.named_buffers()), self.model.state_dict()
+        self.changed = [n for n, (_, value) in self.kept.items() if n not in now or not torch.equal(now[n], value)]
+        self.tables_alone = all(
+            name not in lasting and name in now and now[name] is not self.kept[name][0] for name in self.changed
+        )
+        self.restore()
+
+    def restore(self) -> None:
+        for name in self.changed:
+            buffer, value = self.kept[name]
+            place, _, own = name.rpartition(".")
+            self.model.get_submodule(place)._buffers[own] = buffer
+            buffer.copy_(value)
 
 
 def generator_states(device: torch.device | None) -> bytes:

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from clado_ext import pack, packed_columns
 
-from ...common import CladoError, refused, require
+from ...common import CladoError, refused, require, users_code
 from ...quant import PACKED, SCALE, ZERO_POINT, Layer, modules
 from ..applied import dequantized
 from . import base
@@ -130,14 +130,19 @@ def decompressed(folder: Path, model: nn.Module) -> nn.Module:
 
     with refused(folder, "be an export for compressed-tensors"):
         held = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate(held)
+    with refused(folder / MODEL_FILE, "hold the weights of the export"):
+        tensors = load_file(folder / MODEL_FILE)
     read = copy.deepcopy(model)
-    apply_quantization_config(read, config, show_progress=False)
-    compressor = ModelCompressor(quantization_config=config)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+    # Its progress bars; and what it cannot read, such as a module that has several names.
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        users_code("verify: compressed-tensors must be able to read the export"),
+    ):
+        config = QuantizationConfig.model_validate(held)
+        apply_quantization_config(read, config, show_progress=False)
+        compressor = ModelCompressor(quantization_config=config)
         compressor.compress_model(read)
-        with refused(folder / MODEL_FILE, "hold the weights of the export"):
-            read.load_state_dict(load_file(folder / MODEL_FILE))
+        read.load_state_dict(tensors)
         compressor.decompress_model(read)
     return read
 
