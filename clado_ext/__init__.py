@@ -3,6 +3,7 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
 from ._native import has_cuda, set_simd, simd_level
+from ._native import version as __version__
 from .batched_ce import batched_ce
 from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
 from .carried import carried_add_layer_norm, carried_gelu, carried_layer_norm, carried_softmax
@@ -23,6 +24,7 @@ from .scale_search import range_search, scale_search
 
 __all__ = [
     "QuantizedWeight",
+    "__version__",
     "batched_ce",
     "carried_add_layer_norm",
     "carried_gelu",

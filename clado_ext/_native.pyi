@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 has_cuda: bool
+version: str  # of the distribution, as pyproject.toml has it
 
 # Codes of a weight's dtype, and the bit-widths of codes.
 FLOAT32: int

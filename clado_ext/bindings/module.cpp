@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of clado_ext as plain functions of addresses and sizes; use the torch ops in clado_ext instead.";
+  m.attr("version") = CLADO_VERSION;
 #ifdef CLADO_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

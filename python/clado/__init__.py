@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 else:
     # Imported on first use, so that profiling needs neither timm nor pyscipopt and `import clado` is cheap. Neither a package
     # nor a file within one is named like a public name of the same place: importing it would put the module in the name's place.
-    __getattr__, __dir__ = door(__name__)
+    _public, __dir__ = door(__name__)
+
+    def __getattr__(name):
+        if name != "__version__":
+            return _public(name)
+        from importlib.metadata import version
+
+        return version("clado")
+
 
 __all__ = [
     "CladoError",

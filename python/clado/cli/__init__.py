@@ -3,7 +3,7 @@
 Nothing imports from here but the entry point.
 """
 
-from . import choose, deliver, inspect, measure
+from . import choose, deliver, doctor, inspect, measure
 from .base import main
 
-__all__ = ["choose", "deliver", "inspect", "main", "measure"]
+__all__ = ["choose", "deliver", "doctor", "inspect", "main", "measure"]

@@ -73,7 +73,7 @@ def main() -> None:
       clado pareto   run --avg-bits 2.2:8:0.2
       clado inspect  run
       clado report   run
-    Start with `clado quickstart`: everything on an embedded, trained net in about a minute.
+    Start with `clado quickstart`: everything on an embedded, trained net in about a minute. `clado doctor` says what works here.
     """
 
 
