@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell git ls-files csrc clado_ext/bindings CMakeLists.txt pyproject.toml 2>/dev/null)
 
-.PHONY: help quickstart test lint docs dev native bench sanitize gpu-check clean
+.PHONY: help quickstart test lint docs dev native bench sanitize wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,7 @@ $(BIN)/python:
 
 # Editable, so that what runs is what the checkout holds; made again when the native side changes.
 $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
+	@$(PYTHON) csrc/build_backend.py
 	$(BIN)/python -m pip install --editable ".[$*]"
 	@touch $@
 
@@ -55,6 +56,9 @@ sanitize: $(VENV)/.installed-dev  ## CPU kernels, and CUDA kernels run on the CP
 	$(BIN)/cmake --build build/sanitize
 	$(UNDER_SANITIZERS) $(BIN)/python tests/sanitize.py build/sanitize/_native*.so
 	kernels=$$($(BIN)/python tests/cuda_on_cpu/build.py --sanitize) && $(UNDER_SANITIZERS) $(BIN)/python tests/sanitize.py $$kernels
+
+wheel:  ## one wheel with CPU and CUDA kernels in dist/, repaired for manylinux, tried in a clean environment
+	$(PYTHON) tests/wheel.py
 
 gpu-check:  ## build, test, sanitize and time the CUDA kernels with the Python that is there; fails without a GPU
 	$(PYTHON) bench/gpu_check.py

@@ -1,7 +1,7 @@
 """``python -m clado_ext.selftest``: every op against its definition, on every device and SIMD level of this machine.
 
 For people who build or ship the kernels and for tools that call them: it needs torch alone, takes seconds, and exits with 1
-where an op does not give what its plain twin in :mod:`clado_ext.reference` gives in float64. Codes must agree exactly, sums to
+where an op does not give what its plain twin (``clado_ext/reference``) gives in float64. Codes must agree exactly, sums to
 what float32 can hold, and every SIMD level and thread count must give the same bits.
 """
 

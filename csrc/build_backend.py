@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-OLDEST, NEWEST = (13, 0), (13, 0)  # CUDA releases to fetch: PyPI has no whole compiler before; the newest that was tried
+OLDEST, NEWEST = (
+    (13, 0),
+    (13, 0),
+)  # CUDA releases to fetch: PyPI has no whole compiler before; the newest that was tried
 # What nvcc calls, in its own release: left to themselves they would come in the newest.
 PACKAGES = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 MEGABYTES = 150  # of downloads

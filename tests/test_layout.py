@@ -165,7 +165,7 @@ def test_tests_mirror_the_packages() -> None:
     assert not [path.name for path in (ROOT / "tests").glob("test_*.py") if path.stem not in OF_THE_WHOLE]
 
 
-OF_THE_WHOLE = {"test_dependencies", "test_docs", "test_layout"}
+OF_THE_WHOLE = {"test_build_backend", "test_dependencies", "test_docs", "test_layout"}
 
 
 def test_weights_are_quantized_in_one_place() -> None:
