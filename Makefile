@@ -30,16 +30,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# Editable, so that what runs is what the checkout holds; made again when the native side changes.
+# Editable, so that what runs is what the checkout holds; built again when the native side changes, not for further extras.
+BUILT := $(VENV)/.built
 $(VENV)/.installed-%: $(NATIVE) | $(BIN)/python
-	@$(PYTHON) csrc/build_backend.py
-	$(BIN)/python -m pip install --editable ".[$*]"
+	@if [ -e $(BUILT) ] && [ -z "$$(find $(NATIVE) -newer $(BUILT))" ]; then \
+		$(BIN)/python -m pip install "clado[$*]"; \
+	else \
+		$(PYTHON) csrc/build_backend.py && $(BIN)/python -m pip install --editable ".[$*]" && touch $(BUILT); \
+	fi
 	@touch $@
 
 dev: | $(BIN)/python  ## editable install whose native module rebuilds itself at import
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" pybind11 cmake ninja
 	$(BIN)/python -m pip install --no-build-isolation --config-settings=editable.rebuild=true --editable ".[dev]"
-	@touch $(VENV)/.installed-quickstart $(VENV)/.installed-test $(VENV)/.installed-dev
+	@touch $(BUILT) $(VENV)/.installed-quickstart $(VENV)/.installed-test $(VENV)/.installed-dev
 
 native:  ## the native module in place, without an install (PYTHONPATH=.:python)
 	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
