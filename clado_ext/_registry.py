@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, partial, wraps
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,7 +32,8 @@ def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None])
 
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         outputs = allocate(*args, **kwargs)
-        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)), **kwargs)
+        own = partial(launch, **kwargs) if kwargs else launch
+        fill(own, args, outputs if isinstance(outputs, tuple) else (outputs,))  # type: ignore[arg-type]
         return outputs
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -40,6 +42,34 @@ def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None])
     _library.register_fake(f"clado::{name}", allocate, lib=LIBRARY)
     op: Callable[_P, _R] = getattr(torch.ops.clado, name).default
     return op
+
+
+def fill(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """``launch(*inputs, *outputs)``. A build without CUDA kernels takes CUDA tensors by way of the CPU: the same bits, slower."""
+    if _native.has_cuda or not outputs[0].is_cuda:
+        launch(*inputs, *outputs)
+    else:
+        _warn_slow()
+        fill_by_host(launch, inputs, outputs)
+
+
+def fill_by_host(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """:func:`fill` on copies in the CPU's memory."""
+    copies = [torch.empty_like(output, device=_CPU) for output in outputs]
+    launch(*(value.cpu() if isinstance(value, Tensor) else value for value in inputs), *copies)
+    for output, copy in zip(outputs, copies, strict=True):
+        output.copy_(copy)
+
+
+@cache
+def _warn_slow() -> None:
+    """Once in a process."""
+    remedy = (
+        "CLADO_CUDA=ON pip install --force-reinstall --no-deps clado builds them (`clado doctor` says what is here)"
+    )
+    warnings.warn(
+        f"clado_ext: built without CUDA kernels, so the CPU computes what is on the GPU; {remedy}", stacklevel=5
+    )
 
 
 def call(name: str, device: torch.device, *args: float | Sequence[int]) -> Any:

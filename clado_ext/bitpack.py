@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._native import LEAST_BITS, MOST_BITS
-from ._registry import call, check_output, checked, define, refusal, require
+from ._registry import call, check_output, checked, define, fill, refusal, require
 
 
 @checked
@@ -60,7 +60,7 @@ def pack_into(codes: Tensor, bits: int, packed: Tensor) -> None:
         ValueError: as :func:`pack` (``packed`` is then unspecified), or an output of another shape, dtype, device or layout.
     """
     check_output("pack_into", "packed", packed, codes, _packed_shape("pack_into", codes, bits), torch.int32)
-    _launch_pack(codes, bits, packed)
+    fill(_launch_pack, (codes, bits), (packed,))
 
 
 @checked
@@ -72,7 +72,7 @@ def unpack_into(packed: Tensor, bits: int, codes: Tensor) -> None:
     """
     columns = codes.shape[-1] if codes.dim() else 0
     check_output("unpack_into", "codes", codes, packed, _codes_shape("unpack_into", packed, bits, columns), torch.int8)
-    _launch_unpack(packed, bits, columns, codes)
+    fill(_launch_unpack, (packed, bits, columns), (codes,))
 
 
 def packed_columns(columns: int, bits: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, check_output, checked, define, require
+from ._registry import call, check_output, checked, define, fill, require
 from ._weights import address, check_scales, check_steps, check_weight, given, matrix_shape
 
 
@@ -69,7 +69,7 @@ def fake_quant_into(
     check_scales("fake_quant_into", weight, scale, zero_point, bits, group_size)
     check_output("fake_quant_into", "values", values, weight, (len(bits), *weight.shape), weight.dtype)
     check_output("fake_quant_into", "sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
-    _launch_fake_quant(weight, scale, zero_point, bits, group_size, values, sqerr)
+    fill(_launch_fake_quant, (weight, scale, zero_point, bits, group_size), (values, sqerr))
 
 
 @checked
