@@ -220,3 +220,29 @@ def test_a_model_in_train_mode_is_refused_and_stays_as_it_is(tmp_path: Path) -> 
     ):
         clado.export(model, plan, tmp_path / "out", "onnx", example=torch.randn(2, 12))
     assert model.training
+
+
+class Windows(nn.Module):
+    """Attention over one, two and more dimensions in front of the rows, with and without a mask, by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
+        self.register_buffer("mask", torch.randn(2, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = nn.functional.scaled_dot_product_attention
+        tokens = self.embed(x).reshape(-1, 2, 1, 3, 16)  # samples, windows, heads, rows, channels
+        windows = attention(tokens, tokens, tokens, self.mask) + attention(query=tokens, key=tokens, value=tokens)
+        rows = windows.flatten(1, 3)
+        return self.head(attention(rows, rows, rows).mean(1))
+
+
+def test_attention_over_any_dimensions(tmp_path: Path) -> None:
+    """Hiera's windows; torch's exporter knows four dimensions alone."""
+    torch.manual_seed(0)
+    net, x = Windows().eval(), torch.randn(3, 6, 12)
+    plan = random_plan(net, Quantizer(), (8,))
+    clado.export(net, plan, tmp_path / "out", "onnx", example=x)
+    verify(net, plan, tmp_path / "out", "onnx", example=x)
+    assert close(writer.run(tmp_path / "out", torch.cat([x, x])), clado.apply(net, plan)(torch.cat([x, x])))

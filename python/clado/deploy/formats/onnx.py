@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...common import CladoError, require, said
 from ...quant import ActivationRanges, Layer, Quantized, modules, quantize_activations
@@ -274,7 +275,7 @@ def _program(request: Request, face: Face, free: bool) -> Any:
     batch = {0: torch.export.Dim("batch")}
     try:
         # With gradients attention is traced in one order of memory and decomposed in another, which views do not survive.
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _FourDimensions():
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 face.module,
@@ -297,6 +298,31 @@ def _program(request: Request, face: Face, free: bool) -> Any:
     assert made is not None
     _take_names(made.model.graph, face)
     return made.model
+
+
+class _FourDimensions(TorchFunctionMode):
+    """Attention over any number of batch dimensions as attention over two, which is all that torch's exporter takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and (args[0] if args else given["query"]).dim() != 4:
+            return self._attention(func, *args, **given)
+        return func(*args, **given)
+
+    @staticmethod
+    def _attention(
+        func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more: Any, **given: Any
+    ) -> Tensor:
+        batch = query.shape[:-2]
+
+        def two(x: Tensor) -> Tensor:
+            return x.reshape(-1, x.shape[-3] if x.dim() > 2 else 1, *x.shape[-2:])
+
+        mask = attn_mask
+        if mask is not None and mask.dim() > 2:
+            mask = two(mask.expand(*batch, *mask.shape[-2:]))
+        found: Tensor = func(two(query), two(key), two(value), mask, *more, **given)
+        return found.reshape(*batch, *found.shape[-2:])
 
 
 def _take_names(graph: Any, face: Face) -> None:
