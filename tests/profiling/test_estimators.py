@@ -301,10 +301,10 @@ def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "logit"}, "estimator must be one of diagonal, gradient, exact with loss_func, got logit"),
+        ({"estimator": "logits"}, "estimator must be one of diagonal, additive, gradient, corrected, exact, got 'logits'"),
         (
             {"loss_func": lambda output, batch: output},
-            r"loss_func must return a loss per sample \[4\] or their mean, got",
+            r"loss_func must return a loss per sample \[2\] or their mean, got",
         ),
         (
             {"data_loader": [{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(3)}]},

@@ -141,8 +141,7 @@ def singles(
     state, finished = runner.start(batch), []
     layers = range(runner.num_layers) if layers is None else layers
     places, counts = blocks(variants), [len(variants[k]) for k in layers]
-    suffix = runner.suffix_share
-    own = share.own(len(layers), lambda: single_work([suffix[k] for k in layers], counts))
+    own = share.own(len(layers), lambda: single_work(runner.suffix_share[layers.start : layers.stop], counts))
     for k in (layers[place] for place in own):
         state = runner.advance(state, k)
         for part in stacks(runner, variants[k]):
