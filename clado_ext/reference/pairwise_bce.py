@@ -7,7 +7,7 @@ from .pairwise_ce import sums
 
 
 def interactions(logits: Tensor, delta: Tensor, other: Tensor | None = None) -> Tensor:
-    """a_vw of every row, float64 ``[V, W, R]``: L(z+δ_v+δ_w) - L(z+δ_v) - L(z+δ_w) + L(z), L(z) = log(1 + e^z); no label stays."""
+    """a_vw of every row, float64 ``[V, W, R]``: L(z+δ_v+δ_w) - L(z+δ_v) - L(z+δ_w) + L(z), L(z) = log(1 + e^z)."""
     z, d = logits.double(), delta.double()
     o = d if other is None else other.double()
 
