@@ -67,10 +67,35 @@ struct PairCut {
   }
 };
 
-// ---- filling panels ----
+// ---- eight at a time: in vectors, which loops over what a register was stored to are not ----
 
 using Float8x = float __attribute__((vector_size(32)));
+using Double8x = double __attribute__((vector_size(64)));
 using Int8x = int32_t __attribute__((vector_size(32)));
+
+template <class V, class T>
+CLADO_INLINE V load_as(const T* x) {
+  V v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+CLADO_INLINE Double8x widened(const float* x) { return __builtin_convertvector(load_as<Float8x>(x), Double8x); }
+CLADO_INLINE void add_to(double* x, Double8x y) {
+  const Double8x sum = load_as<Double8x>(x) + y;
+  std::memcpy(x, &sum, sizeof sum);
+}
+// x[l] += y[l] for sixteen lanes.
+CLADO_INLINE void add_lanes(double* x, const float* y) {
+  for (int l = 0; l < kLanes; l += 8) add_to(x + l, widened(y + l));
+}
+CLADO_INLINE void add_lanes(float* x, const float* y) {
+  for (int l = 0; l < kLanes; l += 8) {
+    const Float8x sum = load_as<Float8x>(x + l) + load_as<Float8x>(y + l);
+    std::memcpy(x + l, &sum, sizeof sum);
+  }
+}
+
+// ---- filling panels ----
 
 template <int S>
 CLADO_INLINE void exchange(Float8x& a, Float8x& b) {  // swaps the S x S corners of the pair
@@ -116,7 +141,7 @@ inline void product_base(const float* a, const float* b, int64_t width, Sum* til
       float sum[kTile] = {};
       for (int64_t c = start; c < stop; ++c)
         for (int l = 0; l < kTile; ++l) sum[l] = __builtin_fmaf(a[c * kTile + r], b[c * kTile + l], sum[l]);
-      for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += static_cast<Sum>(sum[l]);
+      add_lanes(tile + r * kTile, sum);
     }
   }
 }
@@ -136,7 +161,7 @@ __attribute__((target("arch=x86-64-v4"))) inline void product_avx512(const float
     for (int r = 0; r < kTile; ++r) {
       float part[kTile];
       _mm512_storeu_ps(part, sum[r]);
-      for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += static_cast<Sum>(part[l]);
+      add_lanes(tile + r * kTile, part);
     }
   }
 }
@@ -162,7 +187,7 @@ __attribute__((target("arch=x86-64-v3"))) inline void product_avx2(const float* 
         float part[kTile];
         _mm256_storeu_ps(part, low[r]);
         _mm256_storeu_ps(part + 8, high[r]);
-        for (int l = 0; l < kTile; ++l) tile[(first + r) * kTile + l] += static_cast<Sum>(part[l]);
+        add_lanes(tile + (first + r) * kTile, part);
       }
     }
   }

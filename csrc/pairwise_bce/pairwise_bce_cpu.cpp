@@ -74,7 +74,7 @@ CLADO_INLINE void add_logs_body(const float* a, const float* b, const float* wei
       }
       float part[kLanes];
       store(part, sum);
-      for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += static_cast<double>(part[l]);
+      add_lanes(tile + r * kTile, part);
     }
   }
 }

@@ -19,7 +19,7 @@ CLADO_INLINE void add_logs_body(const float* tile, double weight, double* sum) {
     const F x = F::load(tile + r * kTile);
     float a[kLanes];
     store(a, log1p_lanes(select(x < kFloor, F(kFloor), x)));
-    for (int l = 0; l < kTile; ++l) sum[r * kTile + l] += weight * static_cast<double>(a[l]);
+    for (int l = 0; l < kTile; l += 8) add_to(sum + r * kTile + l, weight * widened(a + l));
   }
 }
 CLADO_LANES_KERNEL(add_logs, (const float* tile, double weight, double* sum), (tile, weight, sum))
@@ -37,10 +37,10 @@ CLADO_INLINE void add_squares_body(const float* tile, double weight, double* tot
     const F x = F::load(tile + r * kTile);
     float a[kLanes];
     store(a, log1p_lanes(select(x < kFloor, F(kFloor), x)));
-    for (int l = 0; l < kTile; ++l) {
-      const double value = weight * static_cast<double>(a[l]);
-      total[r * kTile + l] += value;
-      squares[r * kTile + l] += value * value;
+    for (int l = 0; l < kTile; l += 8) {
+      const Double8x value = weight * widened(a + l);
+      add_to(total + r * kTile + l, value);
+      add_to(squares + r * kTile + l, value * value);
     }
   }
 }
