@@ -24,6 +24,7 @@ namespace clado {
 constexpr int kTile = kLanes;
 constexpr int kTileSize = kTile * kTile;
 constexpr int64_t kChunk = 128;  // products added in float32 before they meet the tile's sum
+constexpr int64_t kAhead = 8;    // lines of a panel that are fetched ahead of the one that is multiplied
 constexpr int64_t kPanelBytes = 3 << 19;  // of all panels at a time: they stay in the second-level cache
 
 // The perturbations of both sides in panels; those of `other` come behind the others.
@@ -118,14 +119,19 @@ CLADO_INLINE void transpose_corner(const float* in, float* out) {
   for (int c = 0; c < 8; ++c) std::memcpy(out + c * kTile, &x[c], sizeof x[c]);
 }
 
-// The first `rest` rows of out[c][r] = block[r][c].
-CLADO_INLINE void store_turned(const float* block, int64_t rest, float* out) {
-  alignas(64) float turned[kTileSize];
+// out[c][r] = block[r][c], 16 x 16.
+CLADO_INLINE void transpose_tile(const float* block, float* out) {
   for (int corner = 0; corner < 4; ++corner) {
     const int r = corner / 2 * 8, l = corner % 2 * 8;
-    transpose_corner(block + r * kTile + l, turned + l * kTile + r);
+    transpose_corner(block + r * kTile + l, out + l * kTile + r);
   }
-  std::memcpy(out, turned, sizeof(float) * static_cast<size_t>(std::min<int64_t>(rest, kTile) * kTile));
+}
+// The first `rest` rows of it.
+CLADO_INLINE void store_turned(const float* block, int64_t rest, float* out) {
+  if (rest >= kTile) return transpose_tile(block, out);
+  alignas(64) float turned[kTileSize];
+  transpose_tile(block, turned);
+  std::memcpy(out, turned, sizeof(float) * static_cast<size_t>(rest * kTile));
 }
 
 // ---- products of two panels ----
@@ -155,6 +161,8 @@ __attribute__((target("arch=x86-64-v4"))) inline void product_avx512(const float
     for (int r = 0; r < kTile; ++r) sum[r] = _mm512_setzero_ps();
     for (int64_t c = start; c < stop; ++c) {
       const __m512 y = _mm512_loadu_ps(b + c * kTile);
+      __builtin_prefetch(a + (c + kAhead) * kTile);
+      __builtin_prefetch(b + (c + kAhead) * kTile);
 #pragma GCC unroll 16
       for (int r = 0; r < kTile; ++r) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[c * kTile + r]), y, sum[r]);
     }

@@ -8,6 +8,8 @@
 namespace clado {
 namespace {
 
+constexpr int64_t kFetched = 128;  // elements ahead: rows lie far apart in memory
+
 // out[m][r] = root[m] * rows[r][m]; zeros where the root is 0 and for rows that are not there. root null: 1.
 template <class F>
 CLADO_INLINE void fill_products_body(const float* const* rows, const float* root, int64_t width, float* out) {
@@ -17,7 +19,10 @@ CLADO_INLINE void fill_products_body(const float* const* rows, const float* root
     alignas(64) float block[kTileSize];
     for (int r = 0; r < kTile; ++r) {
       F x;
-      if (rows[r]) x = F::load_part(rows[r] + m, rest);
+      if (rows[r]) {
+        __builtin_prefetch(rows[r] + m + kFetched);
+        x = F::load_part(rows[r] + m, rest);
+      }
       if (root) x = select(factor == 0.0f, F{}, factor * x);
       store(block + r * kTile, x);
     }
