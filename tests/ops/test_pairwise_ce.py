@@ -128,7 +128,7 @@ def test_strides_and_op(device: str) -> None:
     logits, delta = case((5, 4, 9), 1.0, torch.float32, device)
     strided = delta.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert same_bits(clado_ext.pairwise_ce(logits, strided), clado_ext.pairwise_ce(logits, delta))
-    torch.library.opcheck(torch.ops.clado.pairwise_ce.default, (logits, delta))
+    torch.library.opcheck(torch.ops.clado.pairwise_ce.default, (logits, delta, None, 1, None))
     compiled = torch.compile(lambda z, d: clado_ext.pairwise_ce(z, d)[0] * 2, fullgraph=True, backend="aot_eager")
     assert same_bits(compiled(logits, delta), clado_ext.pairwise_ce(logits, delta)[0] * 2)
     assert clado_ext.pairwise_ce(logits, delta[:0])[0].shape == (0, 0)

@@ -1,0 +1,29 @@
+// Interactions of all pairs of perturbations of logits under binary cross-entropy, summed over samples.
+//
+// A row is one logit z, of the class that may be, against a class at 0; what pairwise_ce gives for [0, z] and [0, d] is
+//
+//   a_vw = log1p( p (1 - p) e_v e_w / ((1 + p e_v) (1 + p e_w)) ),  p = sigmoid(z), e = expm1(d)
+//        = log1p( s_v s_w ),  s = sinh(d / 2) / cosh((z + d) / 2)
+//
+// where s is computed without a difference, from h = e^{-|d| / 2}:
+//
+//   |s| = (1 - h^2) / (e^{z / 2} + e^{-z / 2} h^2) for d > 0,  (1 - h^2) / (e^{-z / 2} + e^{z / 2} h^2) for d < 0
+//
+// A sample's interaction is the weighted sum over its rows; total and squares, both [perturbations, others] float64, receive the
+// sums of it and of its square, in sample order. Edges: s_v s_w below 2^-24 - 1 is taken as that (-16.6 nats), |s| above 2^62 as
+// that (86 nats; there |z| > 86 and the change turns it over), |d| above 174 as that; float64 goes further. z = inf or -inf is
+// certain and adds nothing, NaN spoils all; a change that is NaN or infinite spoils its rows and columns. The width is 1.
+#pragma once
+
+#include "common/pairs.h"
+
+namespace clado {
+
+void pairwise_bce_cpu(const Pairs& pairs, const LogitRows& rows, double* total, double* squares, int threads);
+
+// Bytes of `workspace` on the device, which need no initial value.
+int64_t pairwise_bce_workspace(const Pairs& pairs, int64_t per_sample);
+void pairwise_bce_cuda(const Pairs& pairs, const LogitRows& rows, double* total, double* squares, void* workspace, int device,
+                       void* stream);
+
+}  // namespace clado
