@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import clado
-from clado.deploy import time_layers
 from clado.improve import loss_increases
 from clado.improve.refiner import _Ground
 from clado.profiling import LossChoice, Reader
@@ -195,8 +194,10 @@ def test_matrix_around_a_plan_under_a_users_loss() -> None:
     for v, (name, label) in enumerate(zip(owners, labels, strict=True)):
         assert around.delta_loss[v] == pytest.approx(of({**base, name: label}) - here, abs=1e-4 * abs(here))
     v, w = labels.index("W8A16"), len(labels) - 3  # two other layers' moves
-    moved = [outputs("dictionary", clado.apply(model, clado.given_plan(sens, {**base, **move}))) for move in (
-        {}, {owners[v]: labels[v]}, {owners[w]: labels[w]})]
+    moved = [
+        outputs("dictionary", clado.apply(model, clado.given_plan(sens, {**base, **move})))
+        for move in ({}, {owners[v]: labels[v]}, {owners[w]: labels[w]})
+    ]
     none, one, other = (torch.cat([part["values"].double() for part in parts]) for parts in moved)
     wanted = 2 * ((one - none) * (other - none)).mean(1).mean().item()  # of the squared error
     assert around.interaction[v, w] == pytest.approx(wanted, rel=1e-3)

@@ -301,7 +301,10 @@ def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "logits"}, "estimator must be one of diagonal, additive, gradient, corrected, exact, got 'logits'"),
+        (
+            {"estimator": "logits"},
+            "estimator must be one of diagonal, additive, gradient, corrected, exact, got 'logits'",
+        ),
         (
             {"loss_func": lambda output, batch: output},
             r"loss_func must return a loss per sample \[2\] or their mean, got",

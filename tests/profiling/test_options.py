@@ -224,7 +224,10 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
             {"loss": "mae"},
             "profile: loss must be one of kl, cross_entropy, bce, mse, smooth_l1, cosine, got 'mae'",
         ),
-        ({"loss": {"a": "mae"}}, "profile: loss must be one of kl, cross_entropy, bce, mse, smooth_l1, cosine, got 'mae'"),
+        (
+            {"loss": {"a": "mae"}},
+            "profile: loss must be one of kl, cross_entropy, bce, mse, smooth_l1, cosine, got 'mae'",
+        ),
         ({"loss": {}}, "profile: loss must name an output at least, got none"),
         ({"loss": {"a": ("mse", 0)}}, "profile: loss must have positive weights, as in {'key': ('mse', 0.5)}, got 0"),
         ({"loss": "kl", "loss_against": "targets"}, "profile: loss_against must be outputs for kl, got 'targets'"),

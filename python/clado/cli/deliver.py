@@ -95,7 +95,7 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
-    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors; under another --loss of the run that alone.
+    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors; the run's own loss alone.
 
     The last row is the plan less the float model on the same images: its errors are those of paired differences.
 

@@ -15,9 +15,9 @@ def split_batch(item: Any, op: str = "profile") -> tuple[Tensor, Any]:
     """(inputs, targets or None) of one batch of a data loader; targets may be a nest of tensors."""
     if isinstance(item, Tensor) and item.dim() >= 1:
         return item, None
-    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(_tensors(part) for part in item[1:]):
-        if isinstance(item[0], Tensor):
-            return item[0], item[1] if len(item) == 2 else None
+    pair = isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and isinstance(item[0], Tensor)
+    if pair and all(_tensors(part) for part in item[1:]):
+        return item[0], item[1] if len(item) == 2 else None
     raise CladoError(f"{op}: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
 
 

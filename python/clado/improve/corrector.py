@@ -76,8 +76,8 @@ def correct(
         sens: its matrix by the ``additive`` estimator, or what this function made of it.
         num_samples: how many of the samples the pairs are measured on; None: an eighth of them.
         rounds: at most so many.
-        forward_step, loss_func: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it. The loss is
-            that of ``sens``.
+        forward_step, loss_func: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
+            The loss is that of ``sens``.
         batch_size, max_memory, device, seed: as for :func:`clado.profile`.
         output_dir: run directory; the matrix is saved there after every round, and the running sums of a round chunk by
             chunk: after an interruption, the same call with the matrix that lies there goes on.

@@ -79,8 +79,8 @@ def finish(
         heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
-        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; the loss judges, and is not what weights are learned
-            by. None: the KL divergence of logits ``[N, C]``, of other outputs the squared error relative to their squares.
+        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; the loss judges, and is not what weights are
+            learned by. None: the KL divergence of logits ``[N, C]``, of others the squared error relative to their squares.
         forward_step, loss_func: as for :func:`clado.profile`.
         device: where to run; None: where the model is.
         seed: of the order of samples.

@@ -60,8 +60,8 @@ def refine(
         sens: the matrix the plans were solved from: its widths and its quantizer.
         plans: where to begin: one plan, or several (see :func:`clado.shortlist`) of which the best measured one is taken.
         rounds: how many matrices to measure at most.
-        loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``; None: the KL divergence to the
-            float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
+        loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``; None: the KL divergence to
+            the float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
         num_samples: how many samples of the loader to use; None: as many as ``sens``.
         batch_size: samples that advance together.
         device: where to run; None: where the model is.
@@ -168,7 +168,8 @@ class _Part:
 
     Attributes:
         inputs: on the device.
-        choice: the loss as it was asked for; ``loss``: of these samples, the float model's outputs fixed where it compares with them.
+        choice: the loss as it was asked for.
+        loss: of these samples, the float model's outputs fixed where it compares with them.
         clean: what the loss keeps of the float model's outputs.
     """
 

@@ -95,8 +95,8 @@ def evaluate(
     """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets), or another loss.
 
     Args:
-        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; None: the cross-entropy, with accuracies. Under any
-            other the score has losses alone.
+        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; None: the cross-entropy, with accuracies.
+            Under any other the score has losses alone.
         reference: the float model, for losses that compare with its outputs: those over its own.
         forward_step, loss_func: as for :func:`clado.profile`. Under ``loss_func`` the score has losses alone.
 

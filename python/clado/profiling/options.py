@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -128,10 +128,10 @@ class Options(Arguments):
     )
     estimator: str = argument(
         "additive",
-        '"additive" (all interactions from single perturbations, as if changes of the output added: in closed form under the named '
-        'losses; its old name "logit" is the same), "exact" (every pair by a forward: the paper), "diagonal" (no interactions), '
-        '"gradient" (the upstream layer perturbed, the downstream one linearised: one backward per candidate), "corrected" '
-        "(additive on all samples, and the exact residual on ``exact_samples`` of them).",
+        '"additive" (all interactions from single perturbations, as if changes of the output added: in closed form under the '
+        'named losses; its old name "logit" is the same), "exact" (every pair by a forward: the paper), "diagonal" '
+        '(no interactions), "gradient" (the upstream layer perturbed, the downstream one linearised: one backward per '
+        'candidate), "corrected" (additive on all samples, and the exact residual on ``exact_samples`` of them).',
         Line("--estimator", "text", "additive (or logit), gradient, corrected, exact, diagonal."),
         check=Check(lambda name: _estimator(name) in _estimators(), lambda: f"be one of {', '.join(_estimators())}"),
         kept=_estimator,
@@ -139,11 +139,11 @@ class Options(Arguments):
     )
     loss: Any = argument(  # checked beside loss_func, in whose presence it is "user"
         "kl",
-        '"kl" to the float model\'s outputs (needs no targets), "cross_entropy" (the paper), "bce" (logits of yes and no), "mse", '
-        '"smooth_l1" (½ e² of errors up to 1, |e| − ½ beyond) or "cosine"; {key: name} or {key: (name, weight)} for several '
-        "outputs, found by key, name or place; or an object with ``increase(z, delta)``, ``[S, N]`` of changes ``[S, N, …]``, and "
-        "``pairs(z, delta)``, the sums over samples of interactions and of their squares, ``[S, S]`` each (or a function of the "
-        "batch that gives such an object). A sample's loss is its mean over positions or values. Outputs other than ``[N, C]`` "
+        '"kl" to the float model\'s outputs (needs no targets), "cross_entropy" (the paper), "bce" (logits of yes and no), '
+        '"mse", "smooth_l1" (½ e² of errors up to 1, |e| − ½ beyond) or "cosine"; {key: name} or {key: (name, weight)} for '
+        "several outputs, found by key, name or place; or an object with ``increase(z, delta)``, ``[S, N]`` of changes ``[S, N, …]``, "
+        "and ``pairs(z, delta)``, the sums over samples of interactions and of their squares, ``[S, S]`` each (or a function of "
+        "the batch that gives such an object). A sample's loss is its mean over positions or values. Outputs other than ``[N, C]`` "
         "need one that is named with them in mind.",
         Line(
             "--loss", "loss", "kl, cross_entropy, bce, mse, smooth_l1, cosine, or for several outputs a=kl,b=0.5*mse."
@@ -153,8 +153,8 @@ class Options(Arguments):
     )
     loss_dim: int | None = argument(
         None,
-        'dimension of the output that holds the classes ("kl", "cross_entropy") or a feature ("cosine"), counted with the samples '
-        "as dimension 0. None: 1 for ``[N, C]``, and where targets leave no choice.",
+        'dimension of the output that holds the classes ("kl", "cross_entropy") or a feature ("cosine"), counted with the '
+        "samples as dimension 0. None: 1 for ``[N, C]``, and where targets leave no choice.",
         Line("--loss-dim", "whole", "Dimension of the output that holds the classes, 1 in [N, C, H, W]."),
         check=Check(lambda value: _whole(value, -64, 64), "be a dimension", str),
         kept=operator.index,
@@ -175,8 +175,8 @@ class Options(Arguments):
     )
     positions: int | None = argument(
         None,
-        "of a large output at most so many positions (values, where the loss takes each by itself) are looked at, others for every "
-        "sample, drawn by its content. Standard errors count what that adds to the noise.",
+        "of a large output at most so many positions (values, where the loss takes each by itself) are looked at, others for "
+        "every sample, drawn by its content. Standard errors count what that adds to the noise.",
         Line("--positions", "count", "Look at so many random positions of every image, where outputs are large."),
         check=COUNT,
         kept=operator.index,

@@ -1,7 +1,8 @@
 """What estimators are made of: what one is, the single perturbations that all of them measure, and what these cost.
 
 An estimator's function returns :class:`Sums` over the chunk's samples, so chunks add up in a fixed order and carry their own
-error bars. Candidates are layer-major, bits ascending; a candidate's change is δ_v = outputs(w + Δ_v) − z, in the form that the loss takes. Where ranks
+error bars. Candidates are layer-major, bits ascending; a candidate's change is δ_v = outputs(w + Δ_v) − z, in the form
+that the loss takes. Where ranks
 share a chunk, every entry is measured on one of them and is zero on the others. The sums stay on the device: a host that asked
 for them in between would wait for it.
 """

@@ -57,7 +57,8 @@ class Loss:
             a = self.part(n, n + 1).interactions(_samples(z, n, 0), mine, theirs)[..., 0]
             total = a.clone() if total is None else total.add_(a)
             squares = a.square() if squares is None else squares.add_(a.square())
-        assert total is not None and squares is not None
+        assert total is not None
+        assert squares is not None
         return total, squares
 
     def pair(self, z: Any, first: Any, second: Any, joint: Any) -> tuple[Tensor, Tensor]:
@@ -133,6 +134,11 @@ class Loss:
 def changes(leaf: Any) -> bool:
     """Whether a leaf of an output has a difference."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def averaged(sums: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Σ a and Σ a² of means over so many rows, from those of sums over them."""
+    return (sums[0] / count, sums[1] / count**2) if count > 1 else sums
 
 
 def samples_of(z: Any) -> int:

@@ -154,7 +154,11 @@ class LossChoice:
 
     @property
     def _made_of_batch(self) -> bool:
-        return not self.named and callable(self.loss) and not hasattr(self.loss, "increase")
+        return (
+            not self.named
+            and callable(self.loss)
+            and (isinstance(self.loss, type) or not hasattr(self.loss, "increase"))
+        )
 
     @property
     def name(self) -> str:
@@ -252,8 +256,8 @@ class LossChoice:
         raise AssertionError  # one of the two returned or raised
 
     def priced(self, output: Any, batch: Any, candidates: int, flops: float) -> LossChoice:
-        """With a function's interactions by what serves at least cost: the function itself where calling it for all pairs takes at
-        most what the forwards do, ``flops`` a sample; beyond that Gauss–Newton, if the function is smooth.
+        """With a function's interactions by what serves at least cost: the function itself where calling it for all pairs takes
+        at most what the forwards do, ``flops`` a sample; beyond that Gauss–Newton, if the function is smooth.
 
         The cost is counted, not timed, so that the same run has the same bits.
         """
@@ -402,7 +406,7 @@ class LossChoice:
         counted = targets if place.positions == 1 else targets[targets != place.ignore_index]
         if counted.numel():
             low, high = int(counted.min()), int(counted.max())
-            inside = 0 <= low and high < place.vector
+            inside = low >= 0 and high < place.vector
             must = f"lie in 0..{place.vector - 1}" + (
                 "" if place.positions == 1 else f" or be {place.ignore_index}, to be ignored"
             )

@@ -10,8 +10,7 @@ from torch import Tensor
 
 import clado_ext
 
-from .. import kernels
-from .base import Loss
+from .base import Loss, averaged
 from .place import Place
 
 
@@ -48,11 +47,9 @@ class Rows(Loss):
             return torch.where(self.weight == 0, 0.0, values * self.weight).sum(-1)
         return values[..., 0] if values.shape[-1] == 1 else values.mean(-1)
 
-    def weights(self, rows: int, like: Tensor) -> Tensor | None:
-        """Of all rows of all samples, as a kernel takes them; None: 1."""
-        if self.weight is not None:
-            return self.weight.to(like.dtype).flatten()
-        return None if rows == 1 else like.new_full((len(like) * rows,), 1 / rows)
+    def weights(self, z: Tensor) -> Tensor:
+        """Of every row ``[N, R]``."""
+        return z.new_full(z.shape[:2], 1 / z.shape[1]) if self.weight is None else self.weight.to(z.dtype)
 
 
 @dataclass(frozen=True)
@@ -101,20 +98,17 @@ class Categorical(Rows):
         return self.mean(-logs.take_along_dim(self.target[..., None], -1)[..., 0])
 
     def pairs(self, z: Tensor, delta: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = z.shape[1]
-        weight = self.weights(rows, z)
-        if weight is None and other is None:
-            return clado_ext.pairwise_ce(z[:, 0], delta[:, :, 0])
-        flat = [None if x is None else x.flatten(-3, -2) for x in (z, delta, other)]
-        assert flat[0] is not None and flat[1] is not None
-        return kernels.pairwise_ce(flat[0], flat[1], weight, rows, flat[2])
+        rows, weight = z.shape[1], None if self.weight is None else self.weight.flatten()
+        others = None if other is None else other.flatten(1, 2)
+        found = clado_ext.pairwise_ce(z.flatten(0, 1), delta.flatten(1, 2), weight, rows, others)
+        return found if weight is not None else averaged(found, rows)
 
     def pair(self, z: Tensor, first: Tensor, second: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
         """The residual of the true joint change is small and free of cancellation, too: log E_q[e^r] − r[y]."""
         v, w, p = first.double(), second.double(), z.double().softmax(-1)
         closed = torch.einsum("nrc,anrc,bnrc->abnr", p, excess(p, v), excess(p, w)).log1p()
         added = v[:, None] + w[None]
-        rest = joint.double().sub_(added)
+        rest = joint - added
         shape, base = rest.shape[:-1], (z.double() + added).flatten(0, -2)
         rest = rest.reshape(base.shape)
         if self.target is not None and self.target.dim() == 2:
@@ -137,8 +131,8 @@ class Categorical(Rows):
             slope = slope - self.soft.to(slope.dtype)
         else:
             slope = slope - torch.nn.functional.one_hot(self.target, z.shape[-1])
-        weight = self.weights(z.shape[1], z)
-        return slope if weight is None else slope * weight.view(*z.shape[:2], 1)
+        weighted: Tensor = slope * self.weights(z)[..., None]
+        return weighted
 
 
 def excess(p: Tensor, delta: Tensor) -> Tensor:
@@ -167,7 +161,8 @@ class Cosine(Rows):
     def _wanted(self, z: Tensor) -> Tensor:
         """y / |y| of rows."""
         y: Tensor = z.double() if self.target is None else self.target
-        return y / y.norm(dim=-1, keepdim=True).clamp(min=_LEAST)
+        length: Tensor = y.norm(dim=-1, keepdim=True)
+        return y / length.clamp(min=_LEAST)
 
     def increase(self, z: Tensor, delta: Tensor) -> Tensor:
         y, x, d = self._wanted(z), z.double(), delta.double()
@@ -186,8 +181,7 @@ class Cosine(Rows):
         out = torch.zeros(len(first), len(second), len(z), dtype=torch.float64, device=z.device)
         rows, classes = z.shape[1:]
         step = max(1, _ELEMENTS // (len(first) * len(second) + (len(first) + len(second)) * classes))
-        y, weight = self._wanted(z), self.weights(rows, z.double())
-        scale = z.new_ones(z.shape[:2], dtype=torch.float64) if weight is None else weight.view(z.shape[:2])
+        y, scale = self._wanted(z), self.weights(z.double())
         for n in range(len(z)):
             for begin in range(0, rows, step):
                 own = slice(begin, begin + step)

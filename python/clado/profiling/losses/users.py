@@ -148,13 +148,12 @@ class UserLoss(Loss):
         found = []
         for begin in range(0, len(ones), step):
             some = [self._moved(z, one) for one in ones[begin : begin + step]]
-            output = pytree.tree_map(lambda *leaves: self._joined(leaves), *some)
-            batch = pytree.tree_map(lambda leaf, k=len(some): self._joined([leaf] * k), self.batch)
+            output, batch = (pytree.tree_map(self._joined, *nests) for nests in (some, [self.batch] * len(some)))
             wider = replace(self, batch=batch, samples=self.samples * len(some))
             found.append(wider.losses(output).double().view(len(some), self.samples))
         return torch.cat(found)
 
-    def _joined(self, leaves: Any) -> Any:
+    def _joined(self, *leaves: Any) -> Any:
         return torch.cat(list(leaves)) if self._has_rows(leaves[0]) else leaves[0]
 
     def _moved(self, z: Any, change: Any) -> Any:
@@ -242,7 +241,8 @@ class ElementCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class OwnLoss(Loss):
-    """An object of the user's: ``increase(z, delta)`` gives ``[S, N]``, ``pairs(z, delta)`` gives Σ a and Σ a² over samples ``[V, V]``.
+    """An object of the user's: ``increase(z, delta)`` gives ``[S, N]``, ``pairs(z, delta)`` the sums over samples of
+    interactions and of their squares, ``[S, S]`` each.
 
     Attributes:
         make: gives the object, from the batch where it takes one.

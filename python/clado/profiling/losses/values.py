@@ -10,8 +10,7 @@ from torch import Tensor
 
 import clado_ext
 
-from .. import kernels
-from .base import Loss
+from .base import Loss, averaged
 from .place import Place
 
 V = TypeVar("V", bound="Values")
@@ -79,7 +78,8 @@ class Squared(Values):
         return self.mean(d.square() if self.target is None else d * (d + 2 * self._off(z)))
 
     def pairs(self, z: Tensor, delta: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return kernels.pairwise_mse(delta, self.weights(z), other)
+        found = clado_ext.pairwise_mse(delta, self.weight, other)
+        return found if self.weight is not None else averaged(found, z.shape[1])
 
     def pair(self, z: Tensor, first: Tensor, second: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
         v, w = first.double(), second.double()
@@ -152,8 +152,9 @@ class Binary(Values):
         return self.mean(found)
 
     def pairs(self, z: Tensor, delta: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        flat = None if other is None else other.flatten(1)
-        return kernels.pairwise_bce(z.flatten(), delta.flatten(1), self.weights(z).flatten(), z.shape[1], flat)
+        weight, others = (None if x is None else x.flatten(k) for x, k in ((self.weight, 0), (other, 1)))
+        found = clado_ext.pairwise_bce(z.flatten(), delta.flatten(1), weight, z.shape[1], others)
+        return found if weight is not None else averaged(found, z.shape[1])
 
     def pair(self, z: Tensor, first: Tensor, second: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
         v, w = first.double(), second.double()
