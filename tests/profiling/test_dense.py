@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import clado
 from clado.artifacts import Sensitivity
+from clado.graph.capture import capture
 from clado.graph.rehearsal import LiveBytes
 from clado.profiling import ESTIMATORS, Options, open_run, plan_run, profile
 from tests.models import lively
@@ -28,11 +29,15 @@ class Segmenter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.body = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, stride=2)
-        self.head, self.aux, self.score = nn.ConvTranspose2d(6, 4, 2, stride=2), nn.Conv2d(6, 4, 1), nn.Linear(6, 1)
+        self.head, self.aux, self.score = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 4, 1), nn.Linear(6, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.body(self.stem(x).relu()).relu()
-        return {"out": self.head(x), "aux": self.aux(x), "score": self.score(x.mean((2, 3)))[:, 0]}
+        return {
+            "out": self.head(F.interpolate(x, scale_factor=2.0)),
+            "aux": self.aux(x),
+            "score": self.score(x.mean((2, 3)))[:, 0],
+        }
 
 
 class Map(Segmenter):
@@ -116,7 +121,12 @@ def test_a_map_under_every_kind_of_loss(name: str, estimator: str) -> None:
     sens = run(model, (x, y), estimator, **asked)
     increase, omega = by_loops(model, sens, x, lambda z, clean: defined(z, clean, y), estimator == "additive")
     np.testing.assert_allclose(sens.delta_loss, increase.mean(1), rtol=1e-6, atol=1e-14)
-    assert np.linalg.norm(sens.interaction - omega.mean(2)) < 1e-6 * np.linalg.norm(omega.mean(2))
+    by_hessian = "Gauss–Newton" in sens.provenance.loss_words and estimator == "additive"
+    assert by_hessian == (name == "function" and estimator == "additive")  # cheaper, beside so small a net
+    limit = (0.1 if by_hessian else 1e-6) * np.linalg.norm(omega.mean(2))
+    assert np.linalg.norm(sens.interaction - omega.mean(2)) < limit
+    if by_hessian:
+        return
     wanted = omega.std(2, ddof=1) / SAMPLES**0.5
     off = ~sens.candidates.same_layer
     np.testing.assert_allclose(sens.stderr[off], wanted[off], rtol=1e-5, atol=1e-6 * wanted.max())
@@ -135,7 +145,8 @@ def test_the_other_estimators_of_a_map(estimator: str) -> None:
     if estimator == "gradient":  # linear in the later layer: right where that changes little
         pair = np.ix_(*[[v for v in range(sens.num_candidates) if v % 2]] * 2)
         got, wanted = sens.interaction[pair], known.interaction[pair]
-        assert np.corrcoef(got[np.triu_indices(5, 1)], wanted[np.triu_indices(5, 1)])[0, 1] > 0.9
+        upper = np.triu_indices(len(got), 1)
+        np.testing.assert_allclose(got[upper], wanted[upper], rtol=0, atol=0.2 * np.abs(wanted).max())
 
 
 def test_several_outputs_are_the_weighted_sum_of_each() -> None:
@@ -265,7 +276,8 @@ def test_every_stage_takes_the_loss_of_the_run(name: str) -> None:
     refined = clado.refine(model, batches, sens, plans[0], avg_bits=4.0, rounds=1, verbose=False)
     assert refined.info["refine_loss"] == pytest.approx(measured(refined), rel=1e-4, abs=1e-6)
     assert refined.info["refine"][0]["loss_increase"] == pytest.approx(measured(plans[0]), rel=1e-4, abs=1e-6)
-    scores = [clado.evaluate(m, batches, reference=model, **asked) for m in (model, clado.apply(model, plans[0]))]
+    judged = {"loss": "kl", **asked, "reference": model}
+    scores = [clado.evaluate(m, batches, **judged) for m in (model, clado.apply(model, plans[0]))]
     assert scores[1].difference(scores[0])[0] == pytest.approx(measured(plans[0]), rel=1e-4, abs=1e-6)
     done = clado.finish(model, plans[0], batches, "compensated", heldout=batches, verbose=False, **asked)
     assert done.info["finish"]["loss_increase"]["before"] == pytest.approx(measured(plans[0]), rel=1e-4, abs=1e-6)
@@ -280,55 +292,93 @@ def test_every_stage_takes_the_loss_of_the_run(name: str) -> None:
 # Nets of others, with random weights.
 
 
-def test_torchvision_segmentation() -> None:
-    torchvision = pytest.importorskip("torchvision")
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several runs of one model, whose graph is found once."""
+    kept: list[Any] = []
+
+    def captured(*arguments: Any) -> Any:
+        kept.extend([] if kept else [capture(*arguments)])
+        return kept[0]
+
+    monkeypatch.setattr("clado.graph.open.capture", captured)
+
+
+class TinyBackbone(nn.Module):
+    """Two maps by name, as torchvision's heads take them."""
+
+    out_channels = 8
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.stem, self.down = nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fine = self.stem(x).relu()
+        return dict(zip(self.names, (fine, self.down(fine).relu()), strict=True))
+
+
+def test_torchvision_segmentation(captured_once: None) -> None:
+    segmentation = pytest.importorskip("torchvision").models.segmentation
     torch.manual_seed(0)
-    model = lively(torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, num_classes=5)).eval()
-    x, y = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
-    keep = ("backbone.[0-9].*", "backbone.1[0-4].*", "backbone.15.block.[0-2].*")
-    options: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "verbose": False, "ignore": keep}
-    sens = profile(model, [(x, y)], (2, 8), loss={"out": "cross_entropy"}, **options)
-    assert sens.provenance.loss_words == (
-        "out: cross_entropy to the targets over dimension 1 (5 classes), mean over 1,024 positions"
+    model = lively(segmentation.LRASPP(TinyBackbone("low", "high"), 8, 8, 5)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    options: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "verbose": False}
+    sens, exact = (
+        profile(model, [x], (6,), loss={"out": "kl"}, loss_dim=1, estimator=name, **options)
+        for name in ("additive", "exact")
     )
-    exact = profile(model, [(x, y)], (2, 8), loss={"out": "cross_entropy"}, estimator="exact", **options)
+    assert sens.provenance.loss_words == (
+        "out: kl to the float model's outputs over dimension 1 (5 classes), mean over 1,024 positions"
+    )
     upper = np.triu(~sens.candidates.same_layer)
-    assert np.corrcoef(sens.interaction[upper], exact.interaction[upper])[0, 1] > 0.9
-    with pytest.raises(clado.CladoError, match=r"must return one tensor, such as logits .* of out"):
-        profile(model, [x], (2, 8), **options)
+    assert np.corrcoef(sens.interaction[upper], exact.interaction[upper])[0, 1] > 0.95
+
+
+def test_outputs_that_no_loss_is_named_for_are_refused() -> None:
+    x = data()[0]
+    with pytest.raises(clado.CladoError, match=r"must return one tensor, such as logits .* dict of out, aux, score"):
+        run(net(Segmenter), x)
+    with pytest.raises(clado.CladoError, match=r"loss must be said for an output of shape \[N, 4, 6, 6\]: loss='mse'"):
+        run(net(), x)
 
 
 def test_timm_features() -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = lively(timm.create_model("resnet10t", features_only=True, pretrained=False)).eval()
+    model = lively(timm.create_model("test_resnet", features_only=True, pretrained=False)).eval()
     x = torch.randn(2, 3, 32, 32)
     options: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "verbose": False}
     sens = profile(model, [x], (4,), loss={"3": "mse", "4": ("cosine", 0.1)}, loss_dim=1, **options)
     assert np.isfinite(sens.interaction).all()
     assert np.abs(sens.interaction).max() > 0
-    with pytest.raises(clado.CladoError, match=r"must return one tensor, such as logits .* of 0, 1, 2, 3, 4"):
-        profile(model, [x], (4,), **options)
-    tokens = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, global_pool="", depth=1).eval()
-    with pytest.raises(clado.CladoError, match=r"loss must be said for an output of shape \[N, 5, 192\]"):
-        profile(tokens, [x], (4,), **options)
 
 
-def detector_features(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def of_its_head(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What a detector makes of images before boxes are chosen: outputs of one shape."""
-    features = model.backbone(images)
-    return model.head(list(features.values()))
+    return model.head(list(model.backbone(images).values()))
+
+
+def all_of_it(model: nn.Module, images: Tensor) -> list[dict[str, Tensor]]:
+    return model(list(images))
 
 
 def test_a_detector_by_the_outputs_of_its_head() -> None:
     """What it returns after suppression changes its shape with the data, which is one line; its head's outputs serve."""
     detection = pytest.importorskip("torchvision").models.detection
     torch.manual_seed(0)
-    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
-    lively(model)
-    x = torch.rand(2, 3, 64, 64)
-    options: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "verbose": False, "ignore": ("backbone.*",)}
-    losses = {"cls_logits": "kl", "bbox_regression": ("smooth_l1", 0.5)}
-    sens = profile(model, [x], (4,), forward_step=detector_features, loss=losses, loss_dim=2, **options)
+    anchors = detection.anchor_utils.AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
+    model = detection.RetinaNet(
+        TinyBackbone("0", "1"), num_classes=3, anchor_generator=anchors, min_size=32, max_size=32
+    )
+    lively(model).eval()
+    x = torch.rand(2, 3, 32, 32)
+    options: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "verbose": False}
+    losses = {"cls_logits": "bce", "bbox_regression": ("smooth_l1", 0.5)}
+    sens = profile(model, [x], (4,), forward_step=of_its_head, loss=losses, **options)
     assert np.abs(sens.interaction).max() > 0
-    assert "cls_logits: kl to the float model's outputs over dimension 2 (3 classes)" in sens.provenance.loss_words
+    assert sens.provenance.loss_words.startswith("cls_logits: bce to the float model's outputs, mean over 240 values")
+    whole = {"loss_func": lambda out, batch: torch.stack([one["scores"].sum() for one in out])}
+    with pytest.raises(clado.CladoError, match="must return outputs of the same shapes whatever the weights and data"):
+        profile(model, [x], (2,), forward_step=all_of_it, estimator="diagonal", **whole, **options)

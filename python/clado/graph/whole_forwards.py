@@ -201,6 +201,11 @@ class WholeForwards:
         self.forward_flops = counter.get_total_flops() / sample_count(batch)
         again = self._forward(batch, {}, 0)
         alone = self._forward(pytree.tree_map(lambda leaf: leaf[:1], batch), {}, 0)
+        first, other = ([tuple(t.shape[1:]) for t in tensors(output)] for output in (whole, alone))
+        must = (
+            "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
+        )
+        require(first == other, "capture", "model", must, f"{other} after {first}")
         same = all(
             close(a, b, rtol) and (a.dim() == 0 or close(a[:1], c, rtol))
             for a, b, c in zip(*map(tensors, (whole, again, alone)), strict=True)

@@ -116,7 +116,7 @@ def finish(
     judges = _judges(held, len(digests), heldout, seed)
     if heldout is None:
         held = pytree.tree_map(lambda t: t[: -sample_count(judges)], held)
-    named = loss is not None or loss_func is not None
+    named = any(given is not None for given in (loss, loss_func, loss_dim, loss_against))
     chosen = LossChoice("kl" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, op="finish")
     reader = Reader(place, common_dtype(model), chosen, forward_step, "finish")
     (learn, _), (judge, targets) = (reader.parts(batch) for batch in (held, judges))
