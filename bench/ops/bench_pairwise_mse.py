@@ -1,4 +1,4 @@
-"""pairwise_mse: flops are those of one triangle of the product, two per element and pair; the ceiling is torch's product of squares.
+"""pairwise_mse: flops are those of one triangle of the product, two per element and pair.
 
 Shapes are V x N x M: perturbations, samples, elements of the output.
 """
