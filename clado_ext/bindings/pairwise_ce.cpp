@@ -10,6 +10,7 @@ void bind_pairwise_ce(py::module_& m) {
   }, NoGil());
 #ifdef CLADO_WITH_CUDA
   m.def("pairwise_ce_workspace", [](const PairNumbers& numbers, int64_t per_sample) {
+    expect(per_sample >= 1, "pairwise_ce_workspace", "rows per sample must be positive");
     return clado::pairwise_ce_workspace(pairs_of("pairwise_ce_workspace", numbers, {}), per_sample);
   });
   m.def("pairwise_ce_cuda", [](const PairNumbers& numbers, const LogitNumbers& logits, Address total, Address squares,

@@ -10,9 +10,10 @@
 //   |s| = (1 - h^2) / (e^{z / 2} + e^{-z / 2} h^2) for d > 0,  (1 - h^2) / (e^{-z / 2} + e^{z / 2} h^2) for d < 0
 //
 // A sample's interaction is the weighted sum over its rows; total and squares, both [perturbations, others] float64, receive the
-// sums of it and of its square, in sample order. Edges: s_v s_w below 2^-24 - 1 is taken as that (-16.6 nats), |s| above 2^62 as
-// that (86 nats; there |z| > 86 and the change turns it over), |d| above 174 as that; float64 goes further. z = inf or -inf is
-// certain and adds nothing, NaN spoils all; a change that is NaN or infinite spoils its rows and columns. The width is 1.
+// sums of it and of its square, in sample order. Edges of float32 (float64 goes further): s_v s_w below 2^-24 - 1 is taken as that
+// (-16.6 nats, in float64 too), above 2^126 as that (87 nats: a saturated z that both changes turn over), |d| above 174 as that, and
+// a z beyond 177, or infinite, is certain and adds nothing. NaN in z spoils all, a change that is NaN or infinite its rows and
+// columns. The width is 1.
 #pragma once
 
 #include "common/pairs.h"

@@ -9,7 +9,9 @@
 namespace clado {
 namespace {
 
-constexpr float kFloor = 5.9604645e-8f - 1.0f, kCap = 0x1p62f, kFarthest = 174.0f;
+constexpr float kFloor = 5.9604645e-8f - 1.0f, kTop = 0x1p126f;  // of products
+constexpr float kCap = 3e38f, kFarthest = 174.0f;                  // of s and of |d|
+constexpr double kDoubleCap = 1e308, kDoubleFarthest = 1400.0;
 
 // What the perturbations share of a slice of elements.
 template <class T>
@@ -52,9 +54,9 @@ void fill_sines(const double* const* rows, const double* up, const double* down,
     for (int r = 0; r < kTile; ++r) {
       double s = 0.0;
       if (rows[r] && weight[m] != 0.0) {
-        const double d = rows[r][m], half = -0.5 * std::min(std::fabs(d), 1400.0), h = std::exp(half), minus = std::expm1(half);
+        const double d = rows[r][m], half = -0.5 * std::min(std::fabs(d), kDoubleFarthest), h = std::exp(half), minus = std::expm1(half);
         const double first = d > 0.0 ? up[m] : down[m], second = d > 0.0 ? down[m] : up[m];
-        const double ratio = minus * (minus + 2.0) / (first + second * h * h), capped = ratio < -0x1p510 ? -0x1p510 : ratio;
+        const double ratio = minus * (minus + 2.0) / (first + second * h * h), capped = ratio < -kDoubleCap ? -kDoubleCap : ratio;
         s = (d > 0.0 ? -capped : capped) + (d - d);
       }
       out[m * kTile + r] = s;
@@ -70,7 +72,7 @@ CLADO_INLINE void add_logs_body(const float* a, const float* b, const float* wei
       F sum;
       for (int64_t m = start; m < stop; ++m) {
         const F x = F::load(b + m * kTile) * a[m * kTile + r];
-        sum += log1p_lanes(select(x < kFloor, F(kFloor), x)) * weight[m];
+        sum += log1p_lanes(clamp(x, kFloor, kTop)) * weight[m];
       }
       float part[kLanes];
       store(part, sum);
@@ -86,7 +88,7 @@ void add_logs(const double* a, const double* b, const double* weight, int64_t wi
     for (int r = 0; r < kTile; ++r)
       for (int l = 0; l < kTile; ++l) {
         const double x = a[m * kTile + r] * b[m * kTile + l];
-        tile[r * kTile + l] += weight[m] * std::log1p(x < floor ? floor : x);
+        tile[r * kTile + l] += weight[m] * std::log1p(x < floor ? floor : x > kDoubleCap ? kDoubleCap : x);
       }
 }
 

@@ -15,6 +15,8 @@ template <class T>
 struct BinaryCrossEntropy {
   using Element = T;
   static constexpr bool kFloat = sizeof(T) == sizeof(float);
+  static constexpr T kTop = kFloat ? T(0x1p126) : T(1e308);  // of products
+  static constexpr T kCap = kFloat ? T(3e38) : T(1e308), kFarthest = kFloat ? T(174) : T(1400);  // of s and of |d|
   const T* logits;
   const double* weights;  // null: 1
   T up[4], down[4], weight[4];
@@ -30,11 +32,10 @@ struct BinaryCrossEntropy {
   }
   __device__ T value(int k, T d) const {
     if (weight[k] == T(0)) return T(0);
-    const T farthest = static_cast<T>(kFloat ? 174.0 : 1400.0), cap = static_cast<T>(kFloat ? 0x1p62 : 0x1p510);
-    const T size = d < T(0) ? -d : d, half = T(-0.5) * (size > farthest ? farthest : size);
+    const T size = d < T(0) ? -d : d, half = T(-0.5) * (size > kFarthest ? kFarthest : size);
     const T h = exp_of(half), minus = expm1_of(half);
     const T ratio = minus * (minus + T(2)) / ((d > T(0) ? up[k] : down[k]) + (d > T(0) ? down[k] : up[k]) * h * h);
-    const T capped = ratio < -cap ? -cap : ratio;
+    const T capped = ratio < -kCap ? -kCap : ratio;
     return (d > T(0) ? -capped : capped) + (d - d);
   }
   __device__ T factor(int k) const { return weight[k]; }
@@ -44,7 +45,8 @@ struct BinaryCrossEntropy {
 #pragma unroll 1
     for (int c = 0; c < kDepth; ++c)
       for_entries(left, right, own, c, part, [&](int at, T a, T b, T sum) {
-        return multiply_add(factors[at], log1p_floored(a * b), sum);
+        const T x = a * b;
+        return multiply_add(factors[at], log1p_floored(x > kTop ? kTop : x), sum);
       });
   }
 };

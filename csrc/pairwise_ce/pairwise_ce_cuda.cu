@@ -66,12 +66,15 @@ __device__ void write_row(const T* z, const T* d, T* row, int64_t classes, doubl
   }
 }
 
+// Rows of weight 0 are left out.
 // float64: one warp per row and perturbation.
 template <int, bool>
-__global__ void rows_kernel(const double* logits, Changes<double> changes, double* rows, int64_t first, int64_t count) {
+__global__ void rows_kernel(const double* logits, const double* weight, Changes<double> changes, double* rows, int64_t first,
+                            int64_t count) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y, classes = changes.classes;
   if (index >= count * changes.all) return;
   const int64_t n = first + index / changes.all;
+  if (weight && weight[n] == 0.0) return;
   const double *z = logits + n * classes, *d = changes.row(index % changes.all, n);
   const double log_norm = warp_log_sum_exp(z, classes);
   write_row(z, d, rows + index * classes, classes, log_norm, warp_moments(z, d, classes, log_norm).log_mean_exp());
@@ -79,12 +82,13 @@ __global__ void rows_kernel(const double* logits, Changes<double> changes, doubl
 
 // float32: one block per row and kRowsPerBlock perturbations, a warp at a time.
 template <int N, bool Kept>
-__global__ void rows_kernel(const float* __restrict__ logits, Changes<float> changes, float* __restrict__ rows, int64_t first,
-                            int64_t count) {
+__global__ void rows_kernel(const float* __restrict__ logits, const double* weight, Changes<float> changes,
+                            float* __restrict__ rows, int64_t first, int64_t count) {
   const int64_t classes = changes.classes;
   __shared__ __align__(16) float kept[kKept];
   __shared__ __align__(16) float roots[kKept];
   const int64_t sample = blockIdx.x % count, n = first + sample, begin = blockIdx.x / count * kRowsPerBlock;
+  if (weight && weight[n] == 0.0) return;
   const float* z = logits + n * classes;
   CleanRow clean;
   clean.read(z, classes, kept);
@@ -211,7 +215,8 @@ void launch(const Pairs& pairs, const LogitRows& given, double* total, double* s
     const int64_t left_of_sample = given.per_sample - first % given.per_sample;
     const int64_t count = std::min({cut.together, pairs.rows - first, cut.span < given.per_sample ? left_of_sample : pairs.rows});
     const int64_t blocks = kFloat ? count * ceil_div(changes.all, kRowsPerBlock) : ceil_div(count * changes.all, kRowWarps);
-    rows_kernel<N, Kept><<<static_cast<unsigned>(blocks), dim3(32, kRowWarps), 0, queue>>>(logits, changes, rows, first, count);
+    rows_kernel<N, Kept><<<static_cast<unsigned>(blocks), dim3(32, kRowWarps), 0, queue>>>(logits, given.weight, changes, rows, first,
+                                                                                         count);
     check_launch("pairwise_ce");
     const double* weight = given.weight ? given.weight + first : nullptr;
     const int64_t samples = ceil_div(count, cut.span);
