@@ -91,12 +91,17 @@ def outputs(kind: str, model: nn.Module) -> list[Any]:
     return [run(model, batch) for batch in batches]
 
 
+def of_double(output: Any, batch: Any) -> Tensor:
+    """The user's loss without its own rounding."""
+    return squared({name: value.double() for name, value in output.items()}, (None, batch[1].double()))
+
+
 def increases(kind: str, changed: nn.Module) -> Tensor:
     """What each sample loses, by a plain loop."""
     model, batches, _ = made(kind)
     pairs = zip(outputs(kind, model), outputs(kind, changed), batches, strict=True)
     if kind in ("dictionary", "mean"):
-        return torch.cat([(squared(now, batch) - squared(clean, batch)).double() for clean, now, batch in pairs])
+        return torch.cat([of_double(now, batch) - of_double(clean, batch) for clean, now, batch in pairs])
     gaps = []
     for clean, now, _ in pairs:
         p, q = clean.double().log_softmax(1), now.double().log_softmax(1)

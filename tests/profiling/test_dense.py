@@ -246,6 +246,9 @@ def test_positions_are_those_of_a_sample_whatever_the_chunks() -> None:
     every = run(model, x, loss_dim=1)
     assert not np.allclose(one.delta_loss, every.delta_loss, rtol=1e-3)
     assert np.linalg.norm(one.delta_loss - every.delta_loss) < 0.5 * np.linalg.norm(every.delta_loss)
+    said = one.info["warnings"][0]
+    assert said.startswith("9 positions of every sample leave its loss increase right to ")
+    assert "and the mean over " in said
 
 
 def test_the_loss_is_said_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,9 +243,10 @@ class _Ground:
         state, found, loss = self.runner.start(part.inputs), [], part.loss
         for k, own in zip(self.position, self.variants, strict=True):
             state = self.runner.advance(state, k)
-            found.append(self.runner.finish(self.runner.fork(state, k, own)))
+            found.append(loss.taken(self.runner.finish(self.runner.fork(state, k, own)), 1))
         clean = self.runner.clean(state)
-        z, delta = loss.taken(clean), loss.taken(self.runner.changes(joined(found), clean), 1)
+        z = loss.taken(clean)
+        delta = self.runner.changes(joined(found), z)
         increase, pairs = loss.increase(z, delta), loss.pairs(z, delta)
         sums.loss += increase.sum(1).cpu()
         sums.loss_squared += increase.square().sum(1).cpu()

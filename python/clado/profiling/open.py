@@ -21,6 +21,7 @@ from .groups import group_bytes
 from .inputs import ACT_SAMPLES, calibrated, input_loss
 from .options import NEAREST, Options
 from .pieces import Pieces, default_batch
+from .positions import position_noise
 from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader
 from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
@@ -103,6 +104,8 @@ def open_run(
         lost = input_loss(whole, plain, stream, reader, act_samples)
         notes.append(lost.words(options.act_bits))
         probed["activation_loss"] = asdict(lost)
+    if options.positions is not None and not dry and task is None:
+        notes.append(_said_of_positions(plain, every(), reader, first, stream.expected))
     if options.precision in LOW_PRECISIONS:
         runner, probed = _lowered(plain, every, first, reader, options, stream.expected, known.get("products"), notes)
     kept_plain = options.precision in LOW_PRECISIONS and runner is plain
@@ -229,6 +232,20 @@ def _output(runner: Runner, example: Any) -> Any:
     output = runner.outputs(runner.start(example))[0]
     runner.work = 0.0
     return output
+
+
+def _said_of_positions(runner: Runner, variants: Variants, reader: Reader, first: Any, num_samples: int) -> str:
+    """What looking at some positions alone adds to the noise, measured on the first samples."""
+    inputs, targets = reader.parts(first)
+    moved, count = reader.moved(inputs), sample_count(inputs)
+    losses = [replace(reader, loss=replace(reader.loss, positions=p)) for p in (None, reader.loss.positions)]
+    every, some = (known.of_batch(moved, targets, count, range(count)) for known in losses)
+    noise = position_noise(runner, variants, moved, every, some)
+    runner.work = 0.0
+    return (
+        f"{reader.loss.positions:,} positions of every sample leave its loss increase right to {noise:.1%} (root mean square, "
+        f"{count} samples), and the mean over {num_samples:,} to {noise / num_samples**0.5:.2%}; standard errors count it"
+    )
 
 
 def _lowered(

@@ -140,11 +140,11 @@ class Options(Arguments):
     loss: Any = argument(  # checked beside loss_func, in whose presence it is "user"
         "kl",
         '"kl" to the float model\'s outputs (needs no targets), "cross_entropy" (the paper), "bce" (logits of yes and no), '
-        '"mse", "smooth_l1" (½ e² of errors up to 1, |e| − ½ beyond) or "cosine"; {key: name} or {key: (name, weight)} for '
-        "several outputs, found by key, name or place; or an object with ``increase(z, delta)``, ``[S, N]`` of changes ``[S, N, …]``, "
-        "and ``pairs(z, delta)``, the sums over samples of interactions and of their squares, ``[S, S]`` each (or a function of "
-        "the batch that gives such an object). A sample's loss is its mean over positions or values. Outputs other than ``[N, C]`` "
-        "need one that is named with them in mind.",
+        '"mse", "smooth_l1" (½ e² of errors up to 1, |e| − ½ beyond) or "cosine"; {key: name} or {key: (name, weight)} '
+        "for several outputs, found by key, name or place; or an object with ``increase(z, delta)``, ``[S, N]`` of changes "
+        "``[S, N, …]``, and ``pairs(z, delta)``, the sums over samples of interactions and of their squares, ``[S, S]`` each (or "
+        "a function of the batch that gives such an object). A sample's loss is its mean over positions or values. Outputs "
+        "other than ``[N, C]`` need one that is named with them in mind.",
         Line(
             "--loss", "loss", "kl, cross_entropy, bce, mse, smooth_l1, cosine, or for several outputs a=kl,b=0.5*mse."
         ),

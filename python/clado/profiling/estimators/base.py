@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -111,14 +112,12 @@ class Singles:
         increase: loss increase ``[V, N]`` of them.
         z, delta: the clean output and its changes with the candidates in front, in the loss's form; no changes where they are
             not kept.
-        clean: the clean output as the model gives it.
     """
 
     rows: slice
     increase: Tensor
     z: Any
     delta: Any
-    clean: Any
 
 
 def singles(
@@ -129,34 +128,67 @@ def singles(
     tick: Tick,
     share: Share = ALONE,
     layers: range | None = None,
-    clean: Any = None,
+    z: Any = None,
     keep: bool = True,
 ) -> Singles:
     """One clean pass whose prefixes all candidates share.
 
     Args:
         layers: those that are perturbed, one behind the other; None: all.
-        clean: the clean output, where it is known; else the pass goes on to the end.
+        z: the clean output in the loss's form, where it is known; else the pass goes on to the end.
         keep: whether the changes are handed out, on every member of the share.
     """
-    state, finished = runner.start(batch), []
+    state, outputs = runner.start(batch), None
     layers = range(runner.num_layers) if layers is None else layers
     places, counts = blocks(variants), [len(variants[k]) for k in layers]
     own = share.own(len(layers), lambda: single_work(runner.suffix_share[layers.start : layers.stop], counts))
+    rows = slice(places[layers[0]].start, places[layers[-1]].stop)
+    mine = [v - rows.start for place in own for v in range(rows.stop)[places[layers[place]]]]
+    done = 0
     for k in (layers[place] for place in own):
         state = runner.advance(state, k)
         for part in stacks(runner, variants[k]):
-            finished.append(runner.finish(runner.fork(state, k, part)))
+            found = loss.taken(runner.finish(runner.fork(state, k, part)), 1)
+            outputs = placed(outputs, found, done, len(part), len(mine))
+            done += len(part)
         tick()
-    if clean is None:
-        clean = runner.clean(state)
-    rows, z = slice(places[layers[0]].start, places[layers[-1]].stop), loss.taken(clean)
-    mine = [v - rows.start for place in own for v in range(rows.stop)[places[layers[place]]]]
-    delta = loss.taken(runner.changes(joined(finished), clean), 1) if finished else nothing_of(z)
-    increase = share.gathered(loss.increase(z, delta), mine, sum(counts))
+    if z is None:
+        z = loss.taken(runner.clean(state))
+    delta = nothing_of(z) if outputs is None else runner.changes(outputs, z)
+    increase = share.gathered(increases(loss, z, delta), mine, sum(counts))
     if keep:
-        delta = pytree.tree_map(lambda rows: share.gathered(rows, mine, sum(counts)), delta)
-    return Singles(rows, increase, z, delta if keep else None, clean)
+        delta = pytree.tree_map(lambda changes: share.gathered(changes, mine, sum(counts)), delta)
+    return Singles(rows, increase, z, delta if keep else None)
+
+
+def placed(whole: Any, part: Any, first: int, count: int, total: int) -> Any:
+    """A nest ``[total, …]`` with another, ``[count, …]``, in the rows from ``first`` on; what is no tensor stays as it was."""
+    if count == total:
+        return part
+    if whole is None:
+        whole = pytree.tree_map(lambda x: x.new_empty(total, *x.shape[1:]) if isinstance(x, Tensor) else x, part)
+    for mine, new in zip(pytree.tree_leaves(whole), pytree.tree_leaves(part), strict=True):
+        if isinstance(mine, Tensor):
+            mine[first : first + count] = new
+    return whole
+
+
+def increases(loss: Loss, z: Any, delta: Any) -> Tensor:
+    """Loss increase ``[V, N]``, of few candidates at a time where outputs are large: losses make float64 of them."""
+    leaves = [leaf for leaf in pytree.tree_leaves(delta) if isinstance(leaf, Tensor)]
+    count, size = len(leaves[0]), sum(leaf.nbytes for leaf in leaves)
+    step = max(1, count * _INCREASE_BYTES // max(1, size))
+    if step >= count:
+        return loss.increase(z, delta)
+    parts = (pytree.tree_map(partial(rows_of, slice(a, a + step)), delta) for a in range(0, count, step))
+    return torch.cat([loss.increase(z, part) for part in parts])
+
+
+_INCREASE_BYTES = 64 << 20
+
+
+def rows_of(rows: slice, leaf: Any) -> Any:
+    return leaf[rows] if isinstance(leaf, Tensor) else leaf
 
 
 def joined(parts: Sequence[Any]) -> Any:

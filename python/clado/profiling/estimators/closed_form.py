@@ -24,10 +24,10 @@ def diagonal(
     later: Later | None = None,
 ) -> Sums:
     """Single loss increases only; Ω = 0 (CLADO*, the HAWQ-like baseline)."""
-    clean, increase, counts = None, list[Tensor](), [len(own) for own in variants]
+    z, increase, counts = None, list[Tensor](), [len(own) for own in variants]
     for layers in groups(counts, runner.held):
-        found = singles(runner, variants, batch, loss, tick, share, layers, clean, keep=False)
-        clean = found.clean
+        found = singles(runner, variants, batch, loss, tick, share, layers, z, keep=False)
+        z = found.z
         increase.append(found.increase)
     return single_sums(torch.cat(increase), share)
 
@@ -48,15 +48,15 @@ def additive(
     counts = [len(own) for own in variants]
     parts = groups(counts, runner.held)
     sums = Sums.zeros(sum(counts), variants[0][0].device)
-    clean, increase = None, list[Tensor]()
+    z, increase = None, list[Tensor]()
     for k, layers in enumerate(parts):
-        first = singles(runner, variants, batch, loss, tick, share, layers, clean)
-        clean = first.clean
+        first = singles(runner, variants, batch, loss, tick, share, layers, z)
+        z = first.z
         increase.append(first.increase)
         for others in parts[k:]:
             second = None
             if others is not layers:
-                second = singles(runner, variants, batch, loss, tick, share, others, clean)
+                second = singles(runner, variants, batch, loss, tick, share, others, z)
             if share.leads:
                 block = (first.rows, first.rows if second is None else second.rows)
                 found = loss.pairs(first.z, first.delta, None if second is None else second.delta)

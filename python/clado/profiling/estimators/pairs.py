@@ -22,6 +22,7 @@ from .base import (
     Tick,
     blocks,
     joined,
+    rows_of,
     single_sums,
     singles,
     stacks,
@@ -90,7 +91,7 @@ def _pairs(
 
     def measured(both: Any) -> Any:
         """What both perturbations change, streams in front."""
-        return loss.taken(runner.changes(runner.finish(both), alone.clean), 1)
+        return runner.changes(loss.taken(runner.finish(both), 1), alone.z)
 
     state = runner.start(batch)
     behind = every_pair(runner.num_layers) if later is None else later
@@ -115,10 +116,6 @@ def _pairs(
 def by_layers(later: int, earlier: int, leaf: Any) -> Any:
     """Streams ``[later, earlier]``, the later layer's candidates outermost, the other way round."""
     return leaf.reshape(later, earlier, *leaf.shape[1:]).transpose(0, 1) if isinstance(leaf, Tensor) else leaf
-
-
-def rows_of(rows: slice, leaf: Any) -> Any:
-    return leaf[rows] if isinstance(leaf, Tensor) else leaf
 
 
 def every_pair(layers: int) -> Later:
