@@ -61,7 +61,7 @@ def measure(device: str = "cpu") -> list[dict[str, Any]]:
         ),
         "pairwise_ce": (
             lambda: clado_ext.pairwise_ce(logits, delta),
-            lambda: _native.pairwise_ce_cpu((z, d, 3, 2, 10, False), t, q, 1),
+            lambda: _native.pairwise_ce_cpu((d, 0, 3, 3, 2, 10, False), (z, 0, 1), t, q, 1),
         ),
     }
     before = torch.get_num_threads()

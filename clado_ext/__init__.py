@@ -19,7 +19,9 @@ from .fake_quant import (
 )
 from .iqp_prove import iqp_prove
 from .iqp_search import iqp_search
+from .pairwise_bce import pairwise_bce
 from .pairwise_ce import pairwise_ce
+from .pairwise_mse import pairwise_mse
 from .scale_search import range_search, scale_search
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "pack",
     "pack_into",
     "packed_columns",
+    "pairwise_bce",
     "pairwise_ce",
+    "pairwise_mse",
     "quantize",
     "quantize_weight",
     "range_search",

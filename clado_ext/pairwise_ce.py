@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import _native
-from ._losses import check_logits, computed, numbers
-from ._registry import call, checked, define
+from ._losses import check_logits
+from ._pairs import check_changes, check_rows, check_weight, empty_sums, launch_rows
+from ._registry import checked, define
 
 
 @checked
-def pairwise_ce(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def pairwise_ce(
+    logits: Tensor,
+    delta: Tensor,
+    weight: Tensor | None = None,
+    rows_per_sample: int = 1,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Interactions of every pair of perturbations if their logit changes add, summed over samples.
 
     With z the clean logits, p = softmax(z) and ``u_v = e^{δ_v} / E_p[e^{δ_v}] - 1``, the second difference of the loss has a
-    closed form per sample, the same for cross-entropy with any label and for the KL divergence to p:
+    closed form per row of logits, the same for cross-entropy with any label and for the KL divergence to p:
 
         a_vw = L(z + δ_v + δ_w) - L(z + δ_v) - L(z + δ_w) + L(z) = log1p(Σ_c p_c u_v[c] u_w[c])
 
-    so nothing is subtracted and nothing cancels. No ``[N, V, V]`` tensor is made; extra memory is a few MiB and O(V²).
+    so nothing is subtracted and nothing cancels. A sample is one row, or as many as it has positions (pixels, tokens): its a is
+    then the weighted sum over them. No ``[R, V, V]`` tensor is made; extra memory is a few MiB and O(V²).
 
     Args:
-        logits: clean logits ``[N, C]``, float32 or float64 (float16 and bfloat16 are computed as float32). A class at -inf does
+        logits: clean logits ``[R, C]``, float32 or float64 (float16 and bfloat16 are computed as float32). A class at -inf does
             not count.
-        delta: logit changes ``[V, N, C]``, same dtype and device.
+        delta: logit changes ``[V, R, C]``, same dtype and device.
+        weight: of each row, ``[R]``, floating-point, at least 0; None: 1. A row of weight 0 counts nothing whatever it holds.
+        rows_per_sample: rows that are one sample, one after the other; divides R.
+        other: changes ``[W, R, C]`` of a second set of perturbations; None: ``delta`` again. So V perturbations may come in
+            blocks, each pair of blocks in a call.
 
     Returns:
-        (Σ_n a, Σ_n a²), float64 ``[V, V]`` each, symmetric, in nats and nats²; the diagonal is the formula for w = v. Rows and
-        columns of a perturbation whose δ holds NaN or infinity are NaN.
+        (Σ_n a, Σ_n a²) over the R / rows_per_sample samples, float64 ``[V, W]`` each, in nats and nats². Without ``other``
+        ``[V, V]``, symmetric; the diagonal is the formula for w = v. Rows and columns of a perturbation whose δ holds NaN or
+        infinity are NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _pairwise_ce(logits, delta)
+    return _pairwise_ce(logits, delta, weight, rows_per_sample, other)
 
 
-def _allocate(logits: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate(
+    logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
+) -> tuple[Tensor, Tensor]:
     check_logits("pairwise_ce", logits, delta)
-    shape = (delta.shape[0], delta.shape[0])
-    return delta.new_empty(shape, dtype=torch.float64), delta.new_empty(shape, dtype=torch.float64)
+    if other is not None:
+        check_changes("pairwise_ce", "other", other, "W", logits, "the logits")
+    check_weight("pairwise_ce", weight, logits.shape[:1], logits.device)
+    check_rows("pairwise_ce", rows_per_sample, logits.shape[0])
+    return empty_sums(delta, other)
 
 
-def _launch(logits: Tensor, delta: Tensor, total: Tensor, squares: Tensor) -> None:
-    z, d = computed(logits), computed(delta)
-    changes = numbers(z, d)
-    extra: tuple[int, ...] = ()
-    if z.is_cuda:
-        workspace = d.new_empty(_native.pairwise_ce_workspace(*changes[2:]), dtype=torch.uint8)
-        extra = (workspace.data_ptr(),)
-    call("pairwise_ce", z.device, changes, total.data_ptr(), squares.data_ptr(), *extra)
+def _launch(
+    logits: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    rows_per_sample: int,
+    other: Tensor | None,
+    total: Tensor,
+    squares: Tensor,
+) -> None:
+    launch_rows("pairwise_ce", logits, delta, weight, rows_per_sample, other, (total, squares))
 
 
-_pairwise_ce = define("pairwise_ce(Tensor logits, Tensor delta) -> (Tensor, Tensor)", _allocate, _launch)
+_pairwise_ce = define(
+    "pairwise_ce(Tensor logits, Tensor delta, Tensor? weight, int rows_per_sample, Tensor? other) -> (Tensor, Tensor)",
+    _allocate,
+    _launch,
+)

@@ -131,8 +131,49 @@ def losses(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator
                     changes = (at(logits), at(delta), *delta.shape, double)
                     native.batched_ce_cpu(changes, 0, at(kl), threads)
                     assert native.batched_ce_cpu(changes, at(target), at(ce), threads)
-                    native.pairwise_ce_cpu(changes, at(total), at(squares), threads)
+                    pairs = (at(delta), 0, n, *delta.shape, double)
+                    native.pairwise_ce_cpu(pairs, (at(logits), 0, 1), at(total), at(squares), threads)
                     return [kl, ce, total, squares]
+
+                yield run
+
+
+def pairs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    """Weighted rows in samples, and two sets of perturbations of ragged sizes."""
+    for left, right, samples, per, classes in (
+        (1, 1, 1, 1, 1),
+        (3, 18, 2, 5, 7),
+        (17, 2, 3, 2, 33),
+        (65, 3, 1, 4, 16),
+        (2, 1, 1, LONG // 10, 2),
+    ):
+        for double in (False, True):
+            for blocks in (False, True):
+                kind, rows = np.float64 if double else np.float32, samples * per
+                logits = (3 * draw.standard_normal((rows, classes))).astype(kind)
+                delta = draw.standard_normal((left, rows, classes)).astype(kind)
+                other = draw.standard_normal((right, rows, classes)).astype(kind) if blocks else None
+                weight = draw.integers(0, 3, rows) / 2.0
+
+                def run(
+                    threads: int,
+                    logits: np.ndarray = logits,
+                    delta: np.ndarray = delta,
+                    other: np.ndarray | None = other,
+                    weight: np.ndarray = weight,
+                    per: int = per,
+                    double: bool = double,
+                ) -> list[np.ndarray]:
+                    (left, rows, classes), right = delta.shape, len(delta if other is None else other)
+                    elements = weight.repeat(classes).astype(delta.dtype)
+                    sides, out = (at(delta), at(other), left, right), [np.zeros((left, right)) for _ in range(6)]
+                    ce, bce, mse = (tuple(at(x) for x in out[i : i + 2]) for i in (0, 2, 4))
+                    native.pairwise_ce_cpu((*sides, rows, classes, double), (at(logits), at(weight), per), *ce, threads)
+                    singles, many = (*sides, rows * classes, 1, double), weight.repeat(classes)
+                    native.pairwise_bce_cpu(singles, (at(logits), at(many), per * classes), *bce, threads)
+                    whole = (*sides, rows // per, per * classes, double)
+                    native.pairwise_mse_cpu(whole, at(elements), *mse, threads)
+                    return out
 
                 yield run
 
@@ -257,7 +298,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses, carried, compensation, programs):
+    for family in (quantization, packing, losses, pairs, carried, compensation, programs):
         for run in family(native, draw):
             first = None
             for level in levels:

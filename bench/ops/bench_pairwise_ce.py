@@ -1,7 +1,7 @@
 """pairwise_ce: flops are those of one triangle of the product, two per class and pair.
 
 Shapes are V x N x C. The last of the default ones, one sample of ImageNet-21k's classes, takes about half a minute; four samples,
-`--shape 2000x4x21843`, take two or three.
+`--shape 2000x4x21843`, take two or three. Without shapes a dense output is timed too, whose samples have many rows.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,41 @@ def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple
     return total, squares
 
 
+def close(got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for x, y in zip(got, wanted, strict=True):
+        # float32 products: 1e-6 of the norms of their rows, which stand on the diagonal
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6 * y.abs().max().item())
+
+
+def dense(device: str, v: int = 200, n: int = 2, positions: int = 1024, c: int = 21) -> Case:
+    """Samples of many rows, a third of which count nothing. Its rival calls the op for rows that are samples of their own."""
+    logits, delta = (
+        3 * torch.randn(n * positions, c, device=device),
+        0.1 * torch.randn(v, n * positions, c, device=device),
+    )
+    weight = torch.randint(0, 3, (n * positions,), device=device).clamp(max=1) / positions
+
+    def check() -> None:
+        some = delta[:: v // 8]
+        close(
+            clado_ext.pairwise_ce(logits, some, weight, positions), oracle.pairwise_ce(logits, some, weight, positions)
+        )
+
+    return Case(
+        "pairwise_ce",
+        f"V={v} N={n} rows={positions} C={c}",
+        "float32",
+        lambda: clado_ext.pairwise_ce(logits, delta, weight, positions),
+        check,
+        logits.nbytes + delta.nbytes,
+        v * (v + 1) * c * n * positions,
+        {"a sample per row": lambda: clado_ext.pairwise_ce(logits, delta)},
+    )
+
+
 def cases(grid: Grid) -> Iterator[Case]:
+    if not grid.shapes:
+        yield dense(grid.device)
     large = ((300, 1024, 1000),) if grid.device == "cuda" else ()
     for v, n, c in grid.shapes_or((50, 64, 1000), (150, 256, 1000), *large, (2000, 1, 21843)):
         logits, delta = 3 * torch.randn(n, c, device=grid.device), 0.1 * torch.randn(v, n, c, device=grid.device)
@@ -36,9 +70,7 @@ def cases(grid: Grid) -> Iterator[Case]:
         def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
             some = torch.linspace(0, len(delta) - 1, 8, device=delta.device).long()  # of all that the case computes
             got = [x[some][:, some] for x in clado_ext.pairwise_ce(logits, delta)]
-            for x, wanted in zip(got, oracle.pairwise_ce(logits, delta[some]), strict=True):
-                # float32 products: 1e-6 of the norms of their rows, which stand on the diagonal
-                torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
+            close((got[0], got[1]), oracle.pairwise_ce(logits, delta[some]))
 
         chunks = [k for k in (8, 16, 32) if k <= max(n, 8)]
         rivals = {f"torch bmm by {k}": lambda z=logits, d=delta, k=k: torch_chunks(z, d, k) for k in chunks}

@@ -30,7 +30,7 @@ from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling.estimators.base import singles
 from clado.profiling.heap import heap
-from clado.profiling.losses import LogitLoss
+from clado.profiling.losses import Categorical
 from clado.quant import Candidates, Quantizer
 from clado.quant import variants as variants_of
 
@@ -39,7 +39,7 @@ LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}
 
 
 def deltas(executor: Runner, variants: list[list[Tensor]], x: Tensor) -> Tensor:
-    return singles(executor, variants, x, LogitLoss(None), lambda: None)[2]
+    return singles(executor, variants, x, Categorical(), lambda: None).delta
 
 
 def errors(delta: Tensor, wanted: Tensor) -> dict[str, list[float]]:

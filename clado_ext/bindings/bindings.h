@@ -42,5 +42,7 @@ void bind_compensate(py::module_& m);
 void bind_fake_quant(py::module_& m);
 void bind_iqp_prove(py::module_& m);
 void bind_iqp_search(py::module_& m);
+void bind_pairwise_bce(py::module_& m);
 void bind_pairwise_ce(py::module_& m);
+void bind_pairwise_mse(py::module_& m);
 void bind_scale_search(py::module_& m);

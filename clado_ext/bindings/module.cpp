@@ -25,6 +25,8 @@ PYBIND11_MODULE(_native, m) {
   bind_fake_quant(m);
   bind_iqp_prove(m);
   bind_iqp_search(m);
+  bind_pairwise_bce(m);
   bind_pairwise_ce(m);
+  bind_pairwise_mse(m);
   bind_scale_search(m);
 }

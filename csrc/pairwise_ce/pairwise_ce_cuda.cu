@@ -2,33 +2,56 @@
 
 #include "common/cuda.cuh"
 #include "common/delta_loss.cuh"
+#include "common/pairs.cuh"
 #include "pairwise_ce/pairwise_ce.h"
 
 namespace clado {
 namespace {
 
-constexpr int kTile = 64;   // perturbations per side of a tile
-constexpr int kDepth = 16;  // classes in shared memory at once
-constexpr int kRowsPerBlock = 4 * kRowWarps;  // perturbations of one sample that a block makes rows of
-constexpr int64_t kRowBytes = 256 << 20, kPartialBytes = 64 << 20;
-constexpr int64_t kBlocks = 2048;  // of threads, enough to fill any GPU of today several times
+constexpr int kRowsPerBlock = 4 * kRowWarps;  // perturbations of one row that a block makes rows of
+constexpr int64_t kRowBytes = 256 << 20;
 
-// How the work is cut: samples whose rows are in memory together, and slices of them that run side by side.
+// How the work is cut: rows whose u are in memory together, either those of whole samples or some of one sample; a sample, or a
+// group of samples of one row, in parts that run side by side.
 struct Cut {
-  int64_t together, tiles, slices;
-  Cut(int64_t perturbations, int64_t samples, int64_t classes, int64_t element) {
-    const int64_t one = std::max<int64_t>(1, perturbations * classes * element), side = ceil_div(perturbations, kTile);
-    together = std::max<int64_t>(1, std::min(samples, kRowBytes / one));
-    tiles = std::max<int64_t>(1, side * (side + 1) / 2);
-    const int64_t fit = kPartialBytes / std::max<int64_t>(1, 16 * perturbations * perturbations);
-    slices = std::max<int64_t>(1, std::min({together, ceil_div(kBlocks, tiles), fit}));
+  int64_t together, span, parts;  // span: rows that the parts share
+  Cut(const Pairs& pairs, int64_t per_sample) {
+    const Sides sides(pairs);
+    const int64_t sums = per_sample == 1 ? 2 : 1, all = sides.left + (sides.symmetric ? 0 : sides.right);
+    const int64_t one = std::max<int64_t>(1, all * pairs.width * (pairs.is_double ? 8 : 4));
+    const int64_t fit = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, 8 * sums * sides.entries()));
+    together = std::max<int64_t>(1, std::min(pairs.rows, kRowBytes / one));
+    if (per_sample > 1 && together >= per_sample)
+      together = per_sample * std::max<int64_t>(1, std::min({together / per_sample, fit, kBlocks}));
+    span = per_sample == 1 ? together : std::min(together, per_sample);
+    const int64_t samples = ceil_div(together, span);
+    parts = std::max<int64_t>(1, std::min({span, ceil_div(kBlocks, sides.tiles() * samples), fit / samples}));
   }
+  int64_t sums() const { return ceil_div(together, span) * parts; }
 };
 
-// The rows lie first in the workspace, on whole packs; the slices' sums behind them.
-int64_t row_bytes(const Cut& cut, int64_t perturbations, int64_t classes, int64_t element) {
-  return ceil_div(cut.together * perturbations * classes * element, 16) * 16;
+// The rows of u lie first in the workspace, on whole packs; the parts' sums behind them, then those of an unfinished sample.
+int64_t row_bytes(const Cut& cut, const Pairs& pairs) {
+  const int64_t all = pairs.perturbations + (pairs.symmetric() ? 0 : pairs.others);
+  return ceil_div(cut.together * all * pairs.width * (pairs.is_double ? 8 : 4), 16) * 16;
 }
+
+// The changes of both sides, those of `other` behind the others.
+template <class T>
+struct Changes {
+  const T *delta, *other;
+  int64_t perturbations, all, rows, classes;
+  explicit Changes(const Pairs& pairs)
+      : delta(static_cast<const T*>(pairs.delta)),
+        other(static_cast<const T*>(pairs.other)),
+        perturbations(pairs.perturbations),
+        all(pairs.perturbations + (pairs.symmetric() ? 0 : pairs.others)),
+        rows(pairs.rows),
+        classes(pairs.width) {}
+  __device__ const T* row(int64_t v, int64_t n) const {
+    return v < perturbations ? delta + (v * rows + n) * classes : other + ((v - perturbations) * rows + n) * classes;
+  }
+};
 
 // ---- rows: row[c] = sqrt(p) * expm1(d - log E_p[e^d]) ----
 
@@ -43,25 +66,29 @@ __device__ void write_row(const T* z, const T* d, T* row, int64_t classes, doubl
   }
 }
 
-// float64: one warp per sample and perturbation.
+// Rows of weight 0 are left out.
+// float64: one warp per row and perturbation.
 template <int, bool>
-__global__ void rows_kernel(const double* logits, const double* delta, double* rows, int64_t first, int64_t count,
-                            int64_t perturbations, int64_t samples, int64_t classes) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y;
-  if (index >= count * perturbations) return;
-  const int64_t n = first + index / perturbations, v = index % perturbations;
-  const double *z = logits + n * classes, *d = delta + (v * samples + n) * classes;
+__global__ void rows_kernel(const double* logits, const double* weight, Changes<double> changes, double* rows, int64_t first,
+                            int64_t count) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y, classes = changes.classes;
+  if (index >= count * changes.all) return;
+  const int64_t n = first + index / changes.all;
+  if (weight && weight[n] == 0.0) return;
+  const double *z = logits + n * classes, *d = changes.row(index % changes.all, n);
   const double log_norm = warp_log_sum_exp(z, classes);
   write_row(z, d, rows + index * classes, classes, log_norm, warp_moments(z, d, classes, log_norm).log_mean_exp());
 }
 
-// float32: one block per sample and kRowsPerBlock perturbations, a warp at a time.
+// float32: one block per row and kRowsPerBlock perturbations, a warp at a time.
 template <int N, bool Kept>
-__global__ void rows_kernel(const float* __restrict__ logits, const float* __restrict__ delta, float* __restrict__ rows,
-                            int64_t first, int64_t count, int64_t perturbations, int64_t samples, int64_t classes) {
+__global__ void rows_kernel(const float* __restrict__ logits, const double* weight, Changes<float> changes,
+                            float* __restrict__ rows, int64_t first, int64_t count) {
+  const int64_t classes = changes.classes;
   __shared__ __align__(16) float kept[kKept];
   __shared__ __align__(16) float roots[kKept];
   const int64_t sample = blockIdx.x % count, n = first + sample, begin = blockIdx.x / count * kRowsPerBlock;
+  if (weight && weight[n] == 0.0) return;
   const float* z = logits + n * classes;
   CleanRow clean;
   clean.read(z, classes, kept);
@@ -69,9 +96,9 @@ __global__ void rows_kernel(const float* __restrict__ logits, const float* __res
   const auto root_of = [&](float logit) { return scale * expf(0.5f * (logit - clean.top)); };
   for (int64_t c = threadIdx.y * 32 + threadIdx.x; c < classes && c < kKept; c += 32 * kRowWarps) roots[c] = root_of(z[c]);
   __syncthreads();
-  for (int64_t v = begin + threadIdx.y; v < begin + kRowsPerBlock && v < perturbations; v += kRowWarps) {
-    const float* d = delta + (v * samples + n) * classes;
-    float* row = rows + (sample * perturbations + v) * classes;
+  for (int64_t v = begin + threadIdx.y; v < begin + kRowsPerBlock && v < changes.all; v += kRowWarps) {
+    const float* d = changes.row(v, n);
+    float* row = rows + (sample * changes.all + v) * classes;
     const WarpMoments m = clean.sound() ? warp_moments<N, Kept>(clean, d) : WarpMoments{};
     const double shift = m.log_mean_exp();
     if (!clean.sound() || !isfinite(shift) || m.far) {
@@ -101,132 +128,68 @@ __global__ void rows_kernel(const float* __restrict__ logits, const float* __res
   }
 }
 
-// ---- tiles of the symmetric product ----
+// ---- tiles of the product ----
 
-__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ inline double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-__device__ inline float log1p_of(float x) { return log1pf(x); }
-__device__ inline double log1p_of(double x) { return log1p(x); }
-
-// kDepth classes of 64 rows, class by class. Row v of class c lies at v ^ (c / 4 * 8): the four lanes that bring classes 0, 4, 8, 12
-// of a row and the eight rows of a warp then write to different banks.
-template <class T>
-struct Slab {
-  T at[kDepth][kTile];
-  __device__ static int place(int c, int v) { return v ^ (c / 4 * 8); }
-};
-
-// What a thread brings from memory for the next slab: four classes of every kThreads / 4-th row.
-template <class T, int Threads, int N>
-struct Part {
-  static constexpr int kRows = kTile / (Threads / 4);
-  T at[kRows][4];
-
-  __device__ void load(const T* sample, int64_t row, int64_t start, int64_t perturbations, int64_t classes) {
-    const int64_t c = start + threadIdx.x % 4 * 4;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t v = row + threadIdx.x / 4 + i * (Threads / 4);
-      const T* from = sample + v * classes + c;
-#pragma unroll
-      for (int k = 0; k < 4; k += N) {
-        Pack<T, N> x{};
-        if (v < perturbations && c + k < classes) x = load_pack<T, N>(from + k);
-#pragma unroll
-        for (int j = 0; j < N; ++j) at[i][k + j] = x.at[j];
-      }
-    }
-  }
-  __device__ void store(Slab<T>& slab) const {
-    const int c = threadIdx.x % 4 * 4;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) slab.at[c + k][Slab<T>::place(c, threadIdx.x / 4 + i * (Threads / 4))] = at[i][k];
-  }
-};
-
-// One thread block per tile of the upper triangle and slice of the samples, which it takes in order. A warp owns 4 * Rows x 32
-// entries, a thread Rows x 4 of them; the next slab is on its way while one is multiplied.
-template <class T, int Rows, int N>
+// One thread block per tile and part of a span of rows, which it takes in order; the next slab is on its way while one is
+// multiplied. `Whole`: every row is a sample, whose square is added too.
+template <class T, int Rows, int N, bool Whole>
 __global__ void __launch_bounds__(4096 / (4 * Rows))
-    tiles_kernel(const T* rows, double* partial, int64_t count, int64_t perturbations, int64_t classes, int64_t slices) {
-  constexpr int kThreads = kTile * kTile / (4 * Rows);
+    tiles_kernel(const T* rows, const double* weight, double* partial, Sides sides, int64_t classes, int64_t count, int64_t span,
+                 int64_t parts) {
+  constexpr int kThreads = Entries<Rows>::kThreads;
   __shared__ Slab<T> left[2], right[2];
-  const int64_t side = (perturbations + kTile - 1) / kTile;
-  int64_t row = 0, rest = blockIdx.x;
-  while (rest >= side - row) rest -= side - row++;
-  const int64_t top = row * kTile, start_column = (row + rest) * kTile;
-  const int64_t begin = count * blockIdx.y / slices, end = count * (blockIdx.y + 1) / slices;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int y = warp / 2 * (4 * Rows) + lane / 8 * 4, x = warp % 2 * 32 + lane % 8 * 4;  // rows y + 16 i + (0..3)
-  // Nothing to do below the diagonal and beyond the last perturbation.
-  const int64_t first_row = top + warp / 2 * (4 * Rows), first_column = start_column + warp % 2 * 32;
-  const bool busy = first_row <= first_column + 31 && first_row < perturbations && first_column < perturbations;
-  const T floor = static_cast<T>(5.9604645e-8f - 1.0f);
+  const Entries<Rows> own(sides, blockIdx.x);
+  const int64_t start_row = blockIdx.y / parts * span, piece = blockIdx.y % parts, rest = count - start_row;
+  const int64_t size = rest < span ? rest : span, begin = start_row + size * piece / parts;
+  const int64_t end = start_row + size * (piece + 1) / parts, second = sides.symmetric ? 0 : sides.left;
   double total[Rows][4] = {}, squares[Rows][4] = {};
   Part<T, kThreads, N> a, b;
-  int now = 0;  // goes on from sample to sample: a slab is written again only when all have left it
+  int now = 0;  // goes on from row to row: a slab is written again only when all have left it
   for (int64_t n = begin; n < end; ++n) {
-    const T* sample = rows + n * perturbations * classes;
+    const double factor = weight ? weight[n] : 1.0;
+    if (factor == 0.0) continue;
+    const T *of_left = rows + n * (second + sides.right) * classes, *of_right = of_left + second * classes;
     T sum[Rows][4] = {};
-    a.load(sample, top, 0, perturbations, classes);
-    b.load(sample, start_column, 0, perturbations, classes);
+    a.load(of_left, classes, own.top, sides.left, 0, classes);
+    b.load(of_right, classes, own.start, sides.right, 0, classes);
     for (int64_t start = 0; start < classes; start += kDepth, now ^= 1) {
       a.store(left[now]);
       b.store(right[now]);
       __syncthreads();
       if (start + kDepth < classes) {
-        a.load(sample, top, start + kDepth, perturbations, classes);
-        b.load(sample, start_column, start + kDepth, perturbations, classes);
+        a.load(of_left, classes, own.top, sides.left, start + kDepth, classes);
+        b.load(of_right, classes, own.start, sides.right, start + kDepth, classes);
       }
-      if (!busy) continue;
+      if (!own.busy) continue;
       T part[Rows][4] = {};  // one chain over thousands of classes would lose a digit
-#pragma unroll
-      for (int c = 0; c < kDepth; ++c) {
-        Pack<T, 4> p[Rows / 4], q = load_pack<T, 4>(&right[now].at[c][Slab<T>::place(c, x)]);
-#pragma unroll
-        for (int i = 0; i < Rows / 4; ++i) p[i] = load_pack<T, 4>(&left[now].at[c][Slab<T>::place(c, y + 16 * i)]);
-#pragma unroll
-        for (int i = 0; i < Rows; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) part[i][j] = multiply_add(p[i / 4].at[i % 4], q.at[j], part[i][j]);
-      }
+      add_product(left[now], right[now], own, part);
 #pragma unroll
       for (int i = 0; i < Rows; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[i][j] += part[i][j];
     }
-    if (!busy) continue;
+    if (!own.busy) continue;
 #pragma unroll
     for (int i = 0; i < Rows; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const double entry = static_cast<double>(log1p_of(sum[i][j] < floor ? floor : sum[i][j]));
+        const double entry = factor * static_cast<double>(log1p_floored(sum[i][j]));
         total[i][j] += entry;
-        squares[i][j] = __fma_rn(entry, entry, squares[i][j]);
+        if constexpr (Whole) squares[i][j] = __fma_rn(entry, entry, squares[i][j]);
       }
   }
-  double* out = partial + static_cast<int64_t>(blockIdx.y) * 2 * perturbations * perturbations;
-#pragma unroll
-  for (int i = 0; i < Rows; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t v = top + y + i / 4 * 16 + i % 4, w = start_column + x + j;
-      if (v > w || w >= perturbations) continue;
-      out[v * perturbations + w] = total[i][j];
-      out[(perturbations + v) * perturbations + w] = squares[i][j];
-    }
+  double* out = partial + static_cast<int64_t>(blockIdx.y) * (Whole ? 2 : 1) * sides.left * sides.right;
+  own.store(sides, total, out);
+  if constexpr (Whole) own.store(sides, squares, out + sides.left * sides.right);
 }
 
-// Adds the slices in order to both triangles.
-__global__ void add_slices_kernel(const double* partial, double* total, double* squares, int64_t perturbations, int64_t slices,
-                                  bool first) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, size = perturbations * perturbations;
+// Adds the parts of samples of one row in order to both triangles.
+__global__ void add_parts_kernel(const double* partial, double* total, double* squares, Sides sides, int64_t parts, bool first) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, size = sides.left * sides.right;
   if (index >= size) return;
-  const int64_t v = index / perturbations, w = index % perturbations, upper = v <= w ? index : w * perturbations + v;
+  const int64_t v = index / sides.right, w = index % sides.right, upper = sides.symmetric && v > w ? w * sides.right + v : index;
   double a = first ? 0.0 : total[index], b = first ? 0.0 : squares[index];
-  for (int64_t s = 0; s < slices; ++s) {
+  for (int64_t s = 0; s < parts; ++s) {
     a += partial[2 * s * size + upper];
     b += partial[(2 * s + 1) * size + upper];
   }
@@ -236,52 +199,66 @@ __global__ void add_slices_kernel(const double* partial, double* total, double* 
 
 // `N` classes are read at a time, `Kept` as for CleanRow.
 template <int N, bool Kept, class T>
-void launch(const LogitChanges& changes, double* total, double* squares, void* workspace, cudaStream_t queue) {
-  const auto *logits = static_cast<const T*>(changes.logits), *delta = static_cast<const T*>(changes.delta);
-  const int64_t perturbations = changes.perturbations, samples = changes.samples, classes = changes.classes;
+void launch(const Pairs& pairs, const LogitRows& given, double* total, double* squares, void* workspace, cudaStream_t queue) {
+  const auto* logits = static_cast<const T*>(given.logits);
+  const Changes<T> changes(pairs);
+  const Sides sides(pairs);
   constexpr bool kFloat = sizeof(T) == sizeof(float);
-  constexpr int kRows = kFloat ? 8 : 4, kThreads = kTile * kTile / (4 * kRows);
-  const Cut cut(perturbations, samples, classes, sizeof(T));
+  constexpr int kRows = kFloat ? 8 : 4;
+  const Cut cut(pairs, given.per_sample);
   auto* rows = static_cast<T*>(workspace);
-  auto* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + row_bytes(cut, perturbations, classes, sizeof(T)));
-  for (int64_t first = 0; first < samples; first += cut.together) {
-    const int64_t count = std::min(cut.together, samples - first);
-    const int64_t blocks = kFloat ? count * ceil_div(perturbations, kRowsPerBlock) : ceil_div(count * perturbations, kRowWarps);
-    rows_kernel<N, Kept><<<static_cast<unsigned>(blocks), dim3(32, kRowWarps), 0, queue>>>(logits, delta, rows, first, count,
-                                                                                         perturbations, samples, classes);
+  auto* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + row_bytes(cut, pairs));
+  auto* running = partial + cut.sums() * sides.entries();
+  const auto entries = static_cast<unsigned>(ceil_div(sides.entries(), 256));
+  for (int64_t first = 0; first < pairs.rows;) {
+    // Some rows of one sample end with it at the latest.
+    const int64_t left_of_sample = given.per_sample - first % given.per_sample;
+    const int64_t count = std::min({cut.together, pairs.rows - first, cut.span < given.per_sample ? left_of_sample : pairs.rows});
+    const int64_t blocks = kFloat ? count * ceil_div(changes.all, kRowsPerBlock) : ceil_div(count * changes.all, kRowWarps);
+    rows_kernel<N, Kept><<<static_cast<unsigned>(blocks), dim3(32, kRowWarps), 0, queue>>>(logits, given.weight, changes, rows, first,
+                                                                                         count);
     check_launch("pairwise_ce");
-    const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.slices));
-    tiles_kernel<T, kRows, N><<<grid, kThreads, 0, queue>>>(rows, partial, count, perturbations, classes, cut.slices);
+    const double* weight = given.weight ? given.weight + first : nullptr;
+    const int64_t samples = ceil_div(count, cut.span);
+    const dim3 grid(static_cast<unsigned>(sides.tiles()), static_cast<unsigned>(samples * cut.parts));
+    if (given.per_sample == 1) {
+      tiles_kernel<T, kRows, N, true><<<grid, Entries<kRows>::kThreads, 0, queue>>>(rows, weight, partial, sides, pairs.width, count,
+                                                                                    cut.span, cut.parts);
+      check_launch("pairwise_ce");
+      add_parts_kernel<<<entries, 256, 0, queue>>>(partial, total, squares, sides, cut.parts, first == 0);
+    } else {
+      tiles_kernel<T, kRows, N, false><<<grid, Entries<kRows>::kThreads, 0, queue>>>(rows, weight, partial, sides, pairs.width,
+                                                                                     count, cut.span, cut.parts);
+      check_launch("pairwise_ce");
+      const SampleSums sums{total, squares, running, 1.0};
+      add_samples_kernel<<<entries, 256, 0, queue>>>(partial, sums, sides, samples, cut.parts, first == 0,
+                                                     first % given.per_sample != 0, (first + count) % given.per_sample != 0);
+    }
     check_launch("pairwise_ce");
-    const auto entries = static_cast<unsigned>(ceil_div(perturbations * perturbations, 256));
-    add_slices_kernel<<<entries, 256, 0, queue>>>(partial, total, squares, perturbations, cut.slices, first == 0);
-    check_launch("pairwise_ce");
+    first += count;
   }
 }
 
 }  // namespace
 
-int64_t pairwise_ce_workspace(int64_t perturbations, int64_t samples, int64_t classes, bool is_double) {
-  const int64_t element = is_double ? 8 : 4;
-  const Cut cut(perturbations, samples, classes, element);
-  return row_bytes(cut, perturbations, classes, element) + 16 * cut.slices * perturbations * perturbations;
+int64_t pairwise_ce_workspace(const Pairs& pairs, int64_t per_sample) {
+  const Cut cut(pairs, per_sample);
+  const int64_t sums = cut.sums() * (per_sample == 1 ? 2 : 1) + (cut.span < per_sample ? 1 : 0);
+  return row_bytes(cut, pairs) + 8 * sums * Sides(pairs).entries();
 }
 
-void pairwise_ce_cuda(const LogitChanges& changes, double* total, double* squares, void* workspace, int device, void* stream) {
+void pairwise_ce_cuda(const Pairs& pairs, const LogitRows& rows, double* total, double* squares, void* workspace, int device,
+                      void* stream) {
   const DeviceGuard guard(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const auto bytes = static_cast<size_t>(changes.perturbations * changes.perturbations) * sizeof(double);
-  if (changes.samples == 0) {
-    cuda_check(cudaMemsetAsync(total, 0, bytes, queue), "pairwise_ce");
-    cuda_check(cudaMemsetAsync(squares, 0, bytes, queue), "pairwise_ce");
-  } else if (changes.perturbations > 0 && changes.is_double) {
-    launch<1, false, double>(changes, total, squares, workspace, queue);
-  } else if (changes.perturbations > 0) {
-    const auto *z = static_cast<const float*>(changes.logits), *d = static_cast<const float*>(changes.delta);
-    with_packs(z, d, changes.classes, [&](auto n, auto kept) {
-      launch<decltype(n)::value, decltype(kept)::value, float>(changes, total, squares, workspace, queue);
-    });
-  }
+  if (pairs.perturbations == 0 || pairs.others == 0) return;
+  if (pairs.rows == 0) return clear_sums("pairwise_ce", pairs, total, squares, queue);
+  if (pairs.is_double) return launch<1, false, double>(pairs, rows, total, squares, workspace, queue);
+  const auto *z = static_cast<const float*>(rows.logits), *d = static_cast<const float*>(pairs.delta);
+  const auto* other = static_cast<const float*>(pairs.other);
+  with_packs(z, is_aligned(other, 16) ? d : other, pairs.width, [&](auto n, auto kept) {
+    launch<decltype(n)::value, decltype(kept)::value, float>(pairs, rows, total, squares, workspace, queue);
+  });
 }
 
 }  // namespace clado

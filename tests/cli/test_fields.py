@@ -56,8 +56,9 @@ def test_defaults_are_those_of_the_functions() -> None:
 
 def test_what_profile_is_told() -> None:
     assert read("profile", Options, *BASE) == {
-        "estimator": "logit",
+        "estimator": "additive",
         "loss": "kl",
+        "ignore_index": -100,
         "precision": "float32",
         "num_samples": 512,
         "group_size": -1,

@@ -162,8 +162,10 @@ class AsNative:
 
     def _workspaces(self, stem: str, args: tuple[Any, ...]) -> list[int]:
         """Bytes of each, as the torch op asks for them."""
-        if stem == "pairwise_ce":
-            return [int(self.module.pairwise_ce_workspace(*args[0][2:]))]
+        if stem in ("pairwise_bce", "pairwise_ce"):
+            return [int(getattr(self.module, f"{stem}_workspace")(args[0], args[1][2]))]
+        if stem == "pairwise_mse":
+            return [int(self.module.pairwise_mse_workspace(args[0]))]
         if stem == "compensate":
             return [int(self.module.compensate_workspace(*args[0][2:4], len(args[1])))]
         if stem == "scale_search":

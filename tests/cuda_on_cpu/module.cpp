@@ -7,7 +7,9 @@
 #include "carried.cpp"
 #include "compensate.cpp"
 #include "fake_quant.cpp"
+#include "pairwise_bce.cpp"
 #include "pairwise_ce.cpp"
+#include "pairwise_mse.cpp"
 #include "scale_search.cpp"
 
 PYBIND11_MODULE(cuda_on_cpu, m) {
@@ -17,6 +19,8 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   bind_carried(m);
   bind_compensate(m);
   bind_fake_quant(m);
+  bind_pairwise_bce(m);
   bind_pairwise_ce(m);
+  bind_pairwise_mse(m);
   bind_scale_search(m);
 }

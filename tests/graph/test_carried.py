@@ -18,7 +18,7 @@ from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.estimators.base import singles
-from clado.profiling.losses import LogitLoss
+from clado.profiling.losses import Categorical
 from clado.profiling.probe import auto_precision
 from clado.quant import Candidates, Quantizer
 from clado.quant import variants as variants_of
@@ -60,7 +60,7 @@ def net(name: str) -> tuple[nn.Module, Shape]:
 
 
 def deltas(executor: Runner, variants: Any, x: Tensor) -> Tensor:
-    return singles(executor, variants, x, LogitLoss(None), lambda: None)[2]
+    return singles(executor, variants, x, Categorical(), lambda: None).delta
 
 
 def setting(name: str) -> tuple[Captured, list[list[Tensor]], Tensor, Tensor]:
@@ -142,9 +142,9 @@ def test_a_residual_sum_with_its_norm_gives_the_bits_of_both_apart(monkeypatch: 
 @torch.no_grad()
 def test_pairs_and_tied_weights_carry_too(name: str) -> None:
     captured, variants, x, _ = setting(name)
-    wanted = ESTIMATORS["exact"].run(Executor(captured), variants, x, LogitLoss(None), lambda: None)
+    wanted = ESTIMATORS["exact"].run(Executor(captured), variants, x, Categorical(), lambda: None)
     for precision, limit in (("float32", 1e-3), ("tf32", 3e-2)):
-        got = ESTIMATORS["exact"].run(CarriedExecutor(captured, precision), variants, x, LogitLoss(None), lambda: None)
+        got = ESTIMATORS["exact"].run(CarriedExecutor(captured, precision), variants, x, Categorical(), lambda: None)
         assert relative(got.pair.numpy(), wanted.pair.numpy()) < limit
 
 
@@ -206,7 +206,7 @@ def test_auto_is_bfloat16_where_units_and_estimator_bear_it() -> None:
     assert auto_precision(cpu, "gradient") == auto_precision(cpu, "exact") == "float32"
     chosen, auto = (
         profile(model, [x], BITS, precision=name, num_samples=24, verbose=False)
-        for name in (auto_precision(cpu, "logit"), "auto")
+        for name in (auto_precision(cpu, "additive"), "auto")
     )
     assert np.array_equal(chosen.interaction, auto.interaction)
 

@@ -133,7 +133,7 @@ def test_bad_arguments() -> None:
     model, x, logit, exact = made(tiny_vit)
     other, _ = small_cnn()
     for arguments, message in (
-        ((model, [x], exact), "sens must be measured by the logit estimator, got exact"),
+        ((model, [x], exact), "sens must be measured by the additive estimator, got exact"),
         ((model, [x + 1], logit), "data_loader must yield 3 samples of sens, got 3 samples, 3 of them others"),
         ((model, [x[:2]], logit), "data_loader must yield 3 samples of sens, got 2 samples, 0 of them others"),
         ((other, [x], logit), "correct: model must have a weight"),

@@ -87,7 +87,7 @@ def test_cross_entropy() -> None:
 def test_bad_arguments() -> None:
     model, x, sens = made(tiny_vit)
     plan = clado.solve(sens, avg_bits=3.0, solver="heuristic")
-    for wrong in ({"rounds": 0}, {"loss": "mse"}, {"objective": "clipped"}, {"loss": "cross_entropy"}):
+    for wrong in ({"rounds": 0}, {"loss": "mae"}, {"objective": "clipped"}, {"loss": "cross_entropy"}):
         with pytest.raises(clado.CladoError, match="refine: "):
             clado.refine(model, [x], sens, plan, avg_bits=3.0, verbose=False, **wrong)
     with pytest.raises(clado.CladoError, match="budget must be given"):

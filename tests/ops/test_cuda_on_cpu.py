@@ -21,8 +21,17 @@ from torch import Tensor
 import clado_ext
 from clado_ext import _registry
 from tests.cuda_on_cpu.build import AsNative, build, build_broken, load, translate
-from tests.ops import test_batched_ce, test_carried, test_compensate, test_pairwise_ce, test_scale_search
+from tests.ops import (
+    test_batched_ce,
+    test_carried,
+    test_compensate,
+    test_pairwise_bce,
+    test_pairwise_ce,
+    test_pairwise_mse,
+    test_scale_search,
+)
 from tests.ops.devices import same_bits
+from tests.ops.pairs import DENSE, check_blocks, check_order, check_spoiled, drawn_weight
 
 FORWARD, BACKWARD, SHUFFLED = ORDERS = range(3)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -348,6 +357,73 @@ def test_interactions_at_their_edges(kernels: AsNative) -> None:
     with on_cuda(kernels):
         test_pairwise_ce.test_nan_stays_in_its_rows_and_masked_classes_do_not_count("cpu")
         test_pairwise_ce.test_large_changes_stay_finite_and_right()
+
+
+@pytest.mark.parametrize("shape", DENSE)
+def test_pairs_by_their_own_tests(shape: tuple[int, int | None, int, int], kernels: AsNative) -> None:
+    with on_cuda(kernels):
+        test_pairwise_ce.test_rows_weights_and_blocks_match_the_definition(shape, "cpu")
+        for size in (1e-3, 3.0):
+            test_pairwise_bce.test_matches_the_definition(shape, size, "cpu")
+        test_pairwise_mse.test_matches_the_definition(shape, "cpu")
+
+
+def as_elements(z: Tensor, d: Tensor, w: Tensor, o: Tensor | None) -> tuple[Tensor, Tensor]:
+    classes = z.shape[1]
+    other = None if o is None else o.flatten(1)
+    return clado_ext.pairwise_bce(z.flatten(), d.flatten(1), w.repeat_interleave(classes), 2 * classes, other)
+
+
+PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
+    "ce": lambda z, d, w, o: clado_ext.pairwise_ce(z, d, w, 2, o),
+    "bce": as_elements,
+    "mse": lambda z, d, w, o: clado_ext.pairwise_mse(d, w[:, None] * z.square(), o),
+}
+
+
+@pytest.mark.parametrize("op", list(PAIRS))
+def test_pairs_in_every_order_blocks_and_what_is_not_finite(op: str, kernels: AsNative) -> None:
+    run = PAIRS[op]
+    for classes, dtype in ((5, torch.float32), (8, torch.float32), (4, torch.float64)):
+        logits, delta = test_pairwise_ce.case((67, 4, classes), 0.3, dtype)
+        weight = drawn_weight((4,)).to(dtype) + 0.5
+        in_every_order(kernels, lambda z=logits, d=delta, w=weight: run(z, d[:3], w, d[2:]))
+        with on_cuda(kernels):
+            for check in (check_blocks, check_order, check_spoiled):
+                check(lambda d, o, z=logits, w=weight: run(z, d, w, o), delta)
+
+
+@pytest.mark.parametrize("op", list(PAIRS))
+def test_pairs_of_more_samples_than_come_together(op: str, kernels: AsNative) -> None:
+    logits, delta = test_pairwise_ce.case((2, 2 * 2100, 2), 0.3, torch.float32)
+    weight = torch.zeros(2 * 2100)
+    weight[::501] = weight[-1] = 0.5
+    with on_cuda(kernels):
+        got = PAIRS[op](logits, delta, weight, None)
+    torch.testing.assert_close(got, PAIRS[op](logits, delta, weight, None), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_of_more_rows_than_fit(kernels: AsNative) -> None:
+    """Of 1,100 rows 1,024 are in memory together: a sample's sum goes on from group to group."""
+    logits, delta, weight = torch.zeros(1100, 2**16), torch.zeros(1, 1100, 2**16), torch.zeros(1100)
+    kept = [3, 1050, 1099]
+    weight[kept] = torch.tensor([0.5, 1.0, 2.0])
+    logits[kept], delta[:, kept] = test_pairwise_ce.case((1, 3, 2**16), 0.3, torch.float32)
+    with on_cuda(kernels):
+        total, squares = clado_ext.pairwise_ce(logits, delta, weight, 1100)
+    wanted = (test_pairwise_ce.oracle.interactions(logits[kept], delta[:, kept]) * weight[kept].double()).sum(-1)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=0)
+    assert torch.equal(squares, total.square())
+
+
+def test_binary_cross_entropy_at_its_edges(kernels: AsNative) -> None:
+    with on_cuda(kernels):
+        test_pairwise_bce.test_edges()
+        test_pairwise_bce.test_rows_of_weight_zero_count_nothing_whatever_they_hold()
+        test_pairwise_ce.test_rows_of_weight_zero_count_nothing_whatever_they_hold()
+        test_pairwise_mse.test_elements_of_weight_zero_count_nothing_whatever_they_hold()
+        for dtype in (torch.float32, torch.float64):
+            test_pairwise_bce.test_relatively_accurate_for_tiny_changes_saturated_logits_and_large_changes(dtype)
 
 
 @pytest.mark.parametrize("op", test_carried.OPS)

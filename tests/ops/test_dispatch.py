@@ -34,7 +34,12 @@ WORKS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     ),
     "bitpack": lambda x: clado_ext.unpack(clado_ext.pack(x["codes"], 4, 0), 4, 3, 0),
     "batched_ce": lambda x: clado_ext.batched_ce(x["logits"], x["delta"]),
+    "pairwise_bce": lambda x: clado_ext.pairwise_bce(x["logits"].view(-1), x["delta"].view(2, -1), None, 10),
     "pairwise_ce": lambda x: clado_ext.pairwise_ce(x["logits"], x["delta"]),
+    "pairwise_ce_blocks": lambda x: clado_ext.pairwise_ce(
+        x["logits"], x["delta"], x["logits"][:, 0].abs(), 3, x["delta"][:1]
+    ),
+    "pairwise_mse": lambda x: clado_ext.pairwise_mse(x["delta"], x["logits"].abs(), x["delta"][:1]),
 }
 
 

@@ -50,6 +50,17 @@ def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
         "pack_dim_0": (lambda: clado_ext.pack(codes, 3, 0), True),
         "batched_ce": (lambda: clado_ext.batched_ce(logits, delta, target), False),
         "pairwise_ce": (lambda: clado_ext.pairwise_ce(logits, delta), False),
+        "pairwise_ce_rows": (
+            lambda: clado_ext.pairwise_ce(even_logits, even_delta, importance[0, :3], 3, even_delta[:9].contiguous()),
+            False,
+        ),
+        "pairwise_bce": (lambda: clado_ext.pairwise_bce(logits.view(-1), delta.view(67, -1), None, 70), False),
+        "pairwise_bce_even": (
+            lambda: clado_ext.pairwise_bce(even_logits.view(-1), even_delta.view(67, -1), None, 72),
+            False,
+        ),
+        "pairwise_mse": (lambda: clado_ext.pairwise_mse(delta, logits.abs()), False),
+        "pairwise_mse_even": (lambda: clado_ext.pairwise_mse(even_delta, None, even_delta[:9].contiguous()), False),
     }
 
 

@@ -107,6 +107,10 @@ def test_losses(logits: torch.Tensor, delta: torch.Tensor, fit: bool) -> None:
     increase = outcome(lambda: clado_ext.batched_ce(logits, delta))
     pairs = outcome(lambda: clado_ext.pairwise_ce(logits, delta))
     assert (increase is None) == (pairs is None)
+    if logits.dim() == 2 and pairs is not None:
+        rows, flat, changes = logits.shape[1], logits.reshape(-1), delta.reshape(len(delta), -1)
+        assert outcome(lambda: clado_ext.pairwise_bce(flat, changes, None, rows)) is not None
+        assert outcome(lambda: clado_ext.pairwise_mse(delta, logits.abs(), delta)) is not None
     if increase is not None:
         assert increase.shape == delta.shape[:2]
         assert (increase.isnan() | (increase >= -1e-5)).all()
@@ -159,6 +163,24 @@ def test_bindings_refuse_numbers_that_make_no_sense(
             getattr(_native, name)(*arguments)
 
 
+def test_bindings_of_pairs_refuse_numbers_that_make_no_sense() -> None:
+    space = np.zeros(4096)
+    a = space.ctypes.data
+    for sides, rows, text in (
+        ((a, 0, -1, -1, 4, 3), (a, 0, 1), "sizes must not be negative"),
+        ((a, 0, 2, 3, 4, 3), (a, 0, 1), "others must be as many as the perturbations"),
+        ((a, 0, 2, 2, 4, 0), (a, 0, 1), "the width must be positive"),
+        ((0, 0, 2, 2, 4, 3), (a, 0, 1), "addresses must not be null"),
+        ((a, 0, 2, 2, 4, 3), (0, 0, 1), "addresses must not be null"),
+        ((a, 0, 2, 2, 4, 3), (a, 0, 3), "rows per sample must divide the rows"),
+        ((a, 0, 2, 2, 4, 3), (a, 0, 0), "rows per sample must divide the rows"),
+    ):
+        with pytest.raises(ValueError, match=f"^pairwise_ce_cpu: {text}"):
+            _native.pairwise_ce_cpu((*sides, False), rows, a, a, 1)
+    with pytest.raises(ValueError, match=r"^pairwise_bce_cpu: the width must be 1"):
+        _native.pairwise_bce_cpu((a, 0, 2, 2, 4, 3, False), (a, 0, 1), a, a, 1)
+
+
 def test_bindings_refuse_what_is_no_number() -> None:
     for arguments in ((), ("x",) * 6, (0, 0, 1, 1, 4), (0, 0, 2**70, 1, 4, 1), (None,) * 6):
         with pytest.raises(TypeError, match="pack_cpu"):
@@ -205,6 +227,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "unpack": {"packed": WORDS, "bits": 4, "columns": 4},
     "unpack_into": {"packed": WORDS, "bits": 4, "codes": CODES.clone()},
     "batched_ce": {"logits": WEIGHT, "delta": VALUES},
+    "pairwise_bce": {"logits": WEIGHT[0], "delta": WEIGHT, "weight": WEIGHT[0], "rows_per_sample": 2, "other": WEIGHT},
+    "pairwise_ce": {"logits": WEIGHT, "delta": VALUES, "rows_per_sample": 2, "other": VALUES},
+    "pairwise_mse": {"delta": VALUES, "weight": WEIGHT, "other": VALUES},
     "carried_gelu": {"clean": WEIGHT, "delta": WEIGHT},
 }
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -220,6 +245,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "target": ([0, 1],),
     "importance": ([1.0] * 4, np.ones(4, np.float32), WEIGHT.to_sparse()),
     "bfloat16": ("yes",),
+    "rows_per_sample": (0, 3, 1.5, None),
+    "other": (np.ones((2, 2, 4), np.float32), torch.ones(2, 2, 4, dtype=torch.float64), [1.0], WEIGHT.to_sparse()),
 }
 
 
@@ -227,8 +254,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
 def test_arguments_of_a_wrong_type_are_refused_in_one_line(op: str) -> None:
     call = getattr(clado_ext, op)
     call(**GOOD[op])
-    for name in inspect.signature(call).parameters:
-        for value in WRONG.get(name, ()):
+    for name, parameter in inspect.signature(call).parameters.items():
+        optional = parameter.annotation.endswith(" | None")
+        for value in (x for x in WRONG.get(name, ()) if x is not None or not optional):
             assert outcome(lambda name=name, value=value: call(**GOOD[op] | {name: value})) is None, (name, value)
 
 

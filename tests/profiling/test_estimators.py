@@ -21,7 +21,7 @@ from clado.graph.capture import capture
 from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
-from clado.profiling.losses import LogitLoss, UserLoss
+from clado.profiling.losses import Categorical, UserLoss
 from clado.quant import Candidates, Quantizer
 from clado.quant import variants as variants_of
 from tests.models import lively, tiny_vit
@@ -151,7 +151,7 @@ def test_corrected_is_the_closed_form_plus_the_residual_of_some_samples(loss: st
                 executor,
                 variants,
                 x[k : k + 1].double(),
-                LogitLoss(None if loss == "kl" else y[k : k + 1]),
+                Categorical(target=None if loss == "kl" else y[k : k + 1, None]),
                 lambda: None,
             )
             for k in range(20)
@@ -301,10 +301,13 @@ def test_exact_in_float32_loses_nothing_to_second_differences() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "logit"}, "estimator must be one of diagonal, gradient, exact with loss_func, got logit"),
+        (
+            {"estimator": "logits"},
+            "estimator must be one of diagonal, additive, gradient, corrected, exact, got 'logits'",
+        ),
         (
             {"loss_func": lambda output, batch: output},
-            r"loss_func must return a loss per sample \[4\] or their mean, got",
+            r"loss_func must return a loss per sample \[2\] or their mean, got",
         ),
         (
             {"data_loader": [{"x": torch.zeros(2, 1, 8, 8), "y": torch.zeros(3)}]},
@@ -346,7 +349,7 @@ class HostCopies(TorchDispatchMode):
 # which tells them apart where differences of weights are kept; torch warns of it.
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("estimator", ["diagonal", "logit", "corrected", "exact", "user loss"])
+@pytest.mark.parametrize("estimator", ["diagonal", "additive", "corrected", "exact", "user loss"])
 def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precision: str) -> None:
     """On tensors without data, which need no GPU; reading a value of one of them raises."""
     model, shape = tiny_vit()
@@ -363,7 +366,7 @@ def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precisio
         executor = CarriedExecutor(moved, precision) if carried else Executor(moved)
         executor._flops, executor._forward_flops = [1.0] * len(executor._flops), 1.0
         weights, batch = pytree.tree_map(on_gpu, (variants, x))
-        loss: Any = LogitLoss(None)
+        loss: Any = Categorical()
         if estimator == "user loss":
             estimator, loss = "exact", UserLoss(lambda output, batch: output.square().sum(-1), batch, 2)
         copies.found.clear()

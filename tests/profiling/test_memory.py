@@ -18,7 +18,7 @@ from clado.graph.capture import Captured, capture
 from clado.graph.rehearsal import LiveBytes
 from clado.profiling import ESTIMATORS, Options, Run, open_run, plan_run, profile
 from clado.profiling.heap import heap
-from clado.profiling.losses import LogitLoss
+from clado.profiling.losses import Categorical
 from tests.models import tiny_vit
 
 SAMPLES = 12
@@ -42,12 +42,12 @@ def run(net: Any, **arguments: Any) -> Run:
     return open_run(net[0], [net[1]], Options(**{"scale_steps": 1, **arguments}))
 
 
-@pytest.mark.parametrize("estimator", ["diagonal", "logit", "gradient", "corrected", "exact"])
+@pytest.mark.parametrize("estimator", ["diagonal", "additive", "gradient", "corrected", "exact"])
 def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> None:
     ready = run(net, estimator=estimator, batch_size=SAMPLES)
     planned = ready.pieces.chunk_bytes()
     with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
-        ESTIMATORS[estimator].run(ready.runner, ready.variants, net[1], LogitLoss(None), lambda: None)
+        ESTIMATORS[estimator].run(ready.runner, ready.variants, net[1], Categorical(), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
 
 
@@ -119,7 +119,7 @@ def test_a_cap_lets_fewer_samples_and_then_fewer_perturbations_advance_together(
 
 def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = run(net, batch_size=SAMPLES)
-    measure, calls = ESTIMATORS["logit"].run, []
+    measure, calls = ESTIMATORS["additive"].run, []
 
     def limited(executor: Any, variants: Any, batch: Any, *rest: Any) -> Any:
         calls.append(len(batch))
@@ -127,7 +127,7 @@ def test_a_chunk_that_runs_out_of_memory_is_measured_in_halves(net: Any, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return measure(executor, variants, batch, *rest)
 
-    monkeypatch.setitem(ESTIMATORS, "logit", replace(ESTIMATORS["logit"], run=limited))
+    monkeypatch.setitem(ESTIMATORS, "additive", replace(ESTIMATORS["additive"], run=limited))
     ready.pieces.together = 5
     found = ready.measure(False)
     assert calls == [5, 5, 3, 3, 1]  # the first five are not measured again
@@ -139,7 +139,7 @@ def test_an_estimator_that_never_fits_is_one_line(net: Any, monkeypatch: pytest.
     def never(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.\nframes")
 
-    monkeypatch.setitem(ESTIMATORS, "logit", replace(ESTIMATORS["logit"], run=never))
+    monkeypatch.setitem(ESTIMATORS, "additive", replace(ESTIMATORS["additive"], run=never))
     with pytest.raises(clado.CladoError, match="must have memory for one sample") as caught:
         run(net).measure(False)
     assert "\n" not in str(caught.value)

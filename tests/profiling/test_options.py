@@ -220,11 +220,20 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
         ({"ignore": "head"}, "profile: ignore must be a sequence of patterns, got 'head'"),
         ({"act_bits": 1}, "profile: act_bits must be None or lie in 2..8, got 1"),
         ({"precision": "int8"}, "profile: precision must be one of float32, float64, tf32, bfloat16, auto, got 'int8'"),
-        ({"loss": "mse"}, "profile: loss must be one of kl, cross_entropy, got 'mse'"),
         (
-            {"loss_func": own_loss},
-            "profile: estimator must be one of diagonal, gradient, exact with loss_func, got logit",
+            {"loss": "mae"},
+            "profile: loss must be one of kl, cross_entropy, bce, mse, smooth_l1, cosine, got 'mae'",
         ),
+        (
+            {"loss": {"a": "mae"}},
+            "profile: loss must be one of kl, cross_entropy, bce, mse, smooth_l1, cosine, got 'mae'",
+        ),
+        ({"loss": {}}, "profile: loss must name an output at least, got none"),
+        ({"loss": {"a": ("mse", 0)}}, "profile: loss must have positive weights, as in {'key': ('mse', 0.5)}, got 0"),
+        ({"loss": "kl", "loss_against": "targets"}, "profile: loss_against must be outputs for kl, got 'targets'"),
+        ({"loss": "mse", "loss_against": "teacher"}, "profile: loss_against must be outputs or targets, got 'teacher'"),
+        ({"loss_func": own_loss, "loss_dim": 1}, "profile: loss must be a named one with loss_dim, got user"),
+        ({"positions": 0}, "profile: positions must be a whole number from 1 up, got 0"),
         (
             {"estimator": "gradient", "precision": "tf32"},
             "profile: precision must be float32 or float64 for the gradient",

@@ -394,7 +394,7 @@ def test_merged_matrices_do_not_claim_it() -> None:
         ({"avg_bits": (3, 1.5)}, "profile: avg_bits must be at least 2, which the layers take, got 1.5"),
         (
             {"estimator": "corrected"},
-            "profile: estimator must be one of diagonal, logit, gradient, exact with until_stable",
+            "profile: estimator must be one of diagonal, additive, gradient, exact with until_stable",
         ),
         (
             {"num_samples": 90},

@@ -15,7 +15,9 @@ class Provenance:
 
     Attributes:
         estimator: its name; None for scores from elsewhere.
-        loss: "kl", "cross_entropy", or "user" for a function of the user's.
+        loss: name of the loss, {key: name} written as "key=name,key=0.5*name", or "user" for a function or object of the user's.
+        loss_options: {"loss_dim", "loss_against", "ignore_index", "positions": as they were given}, those that were.
+        loss_words: what the loss was, in a line.
         precision: of the matrix products.
         float_layers: {layer, module or parameter of two or more dimensions that was kept in float: why}.
         float_weights: how many weights each of them has.
@@ -34,6 +36,8 @@ class Provenance:
     corrected_pairs: tuple[tuple[int, int], ...] = ()
     rounding: RoundedBy | None = None
     stability: Stability | None = None
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    loss_words: str = ""
 
     @property
     def known(self) -> bool:
@@ -57,5 +61,13 @@ class Provenance:
         dropped = tuple((str(layer), str(label)) for layer, label in data["dropped"])
         rounding = RoundedBy.from_json(data.get("rounding"))
         stability = Stability.from_json(data.get("stability"))
-        parsed = {"dropped": dropped, "corrected_pairs": pairs, "rounding": rounding, "stability": stability}
+        old = {"logit": "additive"}
+        estimator = old.get(data.get("estimator", ""), data.get("estimator"))
+        parsed = {
+            "estimator": estimator,
+            "dropped": dropped,
+            "corrected_pairs": pairs,
+            "rounding": rounding,
+            "stability": stability,
+        }
         return Provenance(**{**data, **parsed})

@@ -98,9 +98,8 @@ def solve(
     sens, wishes = Sensitivity.load(run), fields.values(SolveOptions, options)
     ways = {"max-drop": max_drop, "rerank": rerank, "refine": refine, "correct": correct}
     asked = [f"--{name}" for name, value in ways.items() if value]
-    own = sens.provenance.loss != "user" or not (max_drop or correct)
-    must = "be one of clado's own for --max-drop and --correct"
-    require(own, "solve", "loss of the run", must, "that of --loss-func")
+    own = sens.provenance.loss in ("kl", "cross_entropy", None) or not max_drop
+    require(own, "solve", "loss of the run", "be kl or cross_entropy for --max-drop", sens.provenance.loss)
     inverse = ["--max-loss-increase"] if "max_loss_increase" in wishes else []
     alone = len(inverse + asked) <= 1 or not (inverse or max_drop)
     must = "come without the other, --rerank, --refine and --correct"
@@ -278,7 +277,7 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
     from ..artifacts import ChosenOn
     from ..common import sample_count
     from ..improve import finish
-    from ..runs import functions, heldout, heldout_data, that_chose
+    from ..runs import heldout, heldout_data, measured_by, that_chose
 
     model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
@@ -290,7 +289,7 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
         click.echo(f"no images beside those that were profiled judge ({error}): one in five of these does", err=True)
         judges = []
     options = {"num_samples": min(count, sens.num_samples), "device": device, "seed": known["seed"], "output_dir": run}
-    found = finish(model, plan, images, method, heldout=judges or None, **functions(known), **options)
+    found = finish(model, plan, images, method, heldout=judges or None, **measured_by(known), **options)
     if judges:
         taken = seen + sum(map(sample_count, judges))
         found = replace(found, chosen_on=ChosenOn(heldout_data(known, data), taken))
@@ -373,10 +372,10 @@ class _Heldout:
         """The plan of least true loss, and a table of all."""
         from ..artifacts import ChosenOn
         from ..improve import rerank
-        from ..runs import functions, heldout_data
+        from ..runs import heldout_data, measured_by
         from .tables import show_measured
 
-        best = rerank(self.model, self.images, plans, device=device, **functions(self.note))
+        best = rerank(self.model, self.images, plans, device=device, **measured_by(self.note))
         show_measured(best)
         chosen_on = ChosenOn(heldout_data(self.note, self.data), best.info["rerank_samples"])
         return replace(best, chosen_on=chosen_on)

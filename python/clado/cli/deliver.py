@@ -95,7 +95,7 @@ def recipe(run: str, tool: str, out: str | None) -> None:
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--device", help="cpu or cuda.")
 def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, device: str | None) -> None:
-    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors; the run's --loss-func alone.
+    """Loss, top-1 and top-5 of the plan in RUN beside the float model, with standard errors; the run's own loss alone.
 
     The last row is the plan less the float model on the same images: its errors are those of paired differences.
 
@@ -104,7 +104,7 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     """
     from ..deploy import apply
     from ..improve import evaluate as score
-    from ..runs import functions, heldout, load_run, that_chose
+    from ..runs import heldout, load_run, measured_by, that_chose
     from .tables import show_scores
 
     model, spec, note = load_run(run)
@@ -112,7 +112,8 @@ def evaluate(run: str, data: str | None, nsamples: int | None, batch_size: int, 
     kept = heldout(model, spec, note, data, nsamples, batch_size, that_chose(note, plan, data))
     if device is not None:
         model = model.to(device)
-    own = functions(note)
+    own = measured_by(note)
+    own |= {"reference": model} if "loss" in own else {}
     rows = [
         ("float", score(model, kept, device, **own)),
         (f"plan ({plan.avg_bits:.2f} bits)", score(apply(model, plan), kept, device, **own)),

@@ -69,6 +69,8 @@ KINDS = {
     "number": Kind({"type": float}),
     "positive": Kind({"type": float, "callback": positive}),
     "count": Kind({"type": COUNT}),
+    "whole": Kind({"type": int}),
+    "loss": Kind({}),
     "seed": Kind({"type": SEED}),
     "group": Kind({"type": click.IntRange(min=-1)}),
     "switch": Kind({"is_flag": True}),

@@ -107,6 +107,7 @@ def _profile(options: dict[str, Any]) -> None:
         return
     seen = skip + sens.num_samples
     own = {name: options[name] for name in ("forward_step", "loss_func")}
+    own["loss"] = _noted_loss(sens)
     write_note(folder, spec, options["data"], seen, options["seed"], command_line(), **own)
     for warning in sens.notes["warnings"]:
         click.echo(f"warning: {warning}", err=True)
@@ -120,6 +121,15 @@ def _profile(options: dict[str, Any]) -> None:
     if sens.provenance.float_layers:
         click.echo(f"left in float: {sens.in_float}")
     click.echo(f"next: clado solve {folder} --avg-bits 3")
+
+
+def _noted_loss(sens: Any) -> dict[str, Any] | None:
+    """How later stages are asked for the run's loss; None where they know it: by functions, or for plain logits."""
+    from ..profiling import loss_arguments
+
+    known = {name: value for name, value in loss_arguments(sens).items() if name != "loss_func"}
+    plain = known.get("loss", "kl") in ("kl", "cross_entropy") and len(known) <= 1
+    return None if plain else known
 
 
 @main.command()

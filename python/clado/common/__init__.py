@@ -9,7 +9,7 @@ from .doors import door
 
 if TYPE_CHECKING:
     from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
-    from .batches import check_targets, moved_to, sample_count, shown_shapes, split_batch, two_samples
+    from .batches import moved_to, sample_count, shown_shapes, split_batch, two_samples
     from .devices import USABLE, usable
     from .errors import CladoError, FileError, here, is_out_of_memory, require, said, users_code
     from .files import atomic_file, atomic_folder, read_safetensors, refused, write_json
@@ -31,7 +31,6 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_known",
-    "check_targets",
     "code_digest",
     "data_digest",
     "digest",

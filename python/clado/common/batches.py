@@ -8,27 +8,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import CladoError, require
+from .errors import CladoError
 
 
-def split_batch(item: Any, op: str = "profile") -> tuple[Tensor, Tensor | None]:
-    """(inputs, targets or None) of one batch of a data loader."""
+def split_batch(item: Any, op: str = "profile") -> tuple[Tensor, Any]:
+    """(inputs, targets or None) of one batch of a data loader; targets may be a nest of tensors."""
     if isinstance(item, Tensor) and item.dim() >= 1:
         return item, None
-    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(isinstance(part, Tensor) for part in item):
+    pair = isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and isinstance(item[0], Tensor)
+    if pair and all(_tensors(part) for part in item[1:]):
         return item[0], item[1] if len(item) == 2 else None
     raise CladoError(f"{op}: data_loader must yield tensors or (inputs, targets), got {type(item).__name__}")
 
 
-def check_targets(targets: Tensor | None, classes: int) -> None:
-    """Raise when a label is not a class of the model."""
-    if targets is None or len(targets) == 0:
-        return
-    kind = f"{targets.dtype} {tuple(targets.shape)}"
-    whole = targets.dim() == 1 and not targets.is_floating_point()
-    require(whole, "profile", "targets", "be integers, one per sample", kind)
-    low, high = int(targets.min()), int(targets.max())
-    require(low >= 0 and high < classes, "profile", "targets", f"lie in 0..{classes - 1}", f"{low}..{high}")
+def _tensors(nest: Any) -> bool:
+    leaves = tree_leaves(nest)
+    return len(leaves) > 0 and all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def sample_count(batch: Any) -> int:

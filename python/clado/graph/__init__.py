@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .open import in_precision, open_runner
     from .precision import LOW_PRECISIONS, PRECISIONS, common_dtype, converted, full_precision
     from .runner import Objective, Runner, Variants
+    from .streams import first_stream
 else:
     __getattr__, __dir__ = door(__name__)
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_model",
     "common_dtype",
     "converted",
+    "first_stream",
     "full_precision",
     "in_precision",
     "open_runner",

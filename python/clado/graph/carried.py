@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -20,7 +21,7 @@ from .cuts import Cuts
 from .differences import Clean, Differences, Unsplit, repeated
 from .executor import Executor, Overrides, State
 from .precision import Precision
-from .streams import stacked
+from .streams import stacked, stream_major
 
 
 class CarriedExecutor(Executor):
@@ -63,16 +64,18 @@ class CarriedExecutor(Executor):
         overrides = tuple({**old, **weights} for weights in changed for old in state.overrides)
         return State(2 * layer + 1, values, state.samples, overrides)
 
-    def finish(self, state: State) -> Tensor:
-        end = self.advance(state, self.num_layers)
-        output = self.captured.outputs[0]
-        clean = self._clean.values[output]
-        found = end.values.get(output)
+    def _finished(self, node: Any, end: State) -> Any:
+        """The change of a floating-point output under every stream; others as they are."""
+        at = self._differences(end)
+        if not (isinstance(node, Node) and at.varies(node)):
+            found = super()._finished(node, end)
+            return torch.zeros_like(found) if isinstance(found, Tensor) and found.is_floating_point() else found
+        clean, found = self._clean.values[node], end.values.get(node)
+        if isinstance(found, Unsplit) or not clean.is_floating_point():
+            return stream_major(at.total(node), node.meta["val"], end.streams)
         if found is None:
-            nothing: Tensor = clean.new_zeros(end.streams, *clean.shape)
-            return nothing
-        value: Tensor = found.float().view(end.streams, end.samples, *clean.shape[1:])
-        return value
+            return clean.new_zeros(end.streams, *clean.shape)
+        return stream_major(found.float(), node.meta["val"], end.streams)
 
     def outputs(self, state: State) -> list[Any]:
         end = self.advance(state, self.num_layers)
@@ -80,11 +83,11 @@ class CarriedExecutor(Executor):
         values = {n: at.total(n) for n in self.captured.outputs if at.varies(n)}
         return super().outputs(State(end.position, values, end.samples, end.overrides))
 
-    def clean(self, state: State) -> Tensor:
-        found: Tensor = self._clean.values[self.captured.outputs[0]]
-        return found
+    def clean(self, state: State) -> Any:
+        known = {**self.captured.constants, **self._clean.values}
+        return self.captured.unflatten([known[n] if isinstance(n, Node) else n for n in self.captured.outputs])
 
-    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
+    def changes(self, finished: Any, clean: Any) -> Any:
         return finished
 
     def rebase(self, weights: Mapping[int, Tensor]) -> None:
@@ -93,7 +96,7 @@ class CarriedExecutor(Executor):
 
     def _like(self, captured: Captured, cuts: Cuts | None) -> CarriedExecutor:
         made = CarriedExecutor(captured, self.precision.name, cuts)
-        made.stack = self.stack
+        made.stack, made.held = self.stack, self.held
         return made
 
     def _differences(self, state: State) -> Differences:

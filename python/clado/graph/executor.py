@@ -31,7 +31,7 @@ from .moments import Use
 from .rehearsal import LiveBytes
 from .runner import Objective, Runner, Variants
 from .slopes import Tap, outer_pays, slopes
-from .streams import close, of_stream, stacked, tensors
+from .streams import changes, close, first_stream, of_stream, stacked, stream_major, tensors
 
 Overrides = dict[Node, Tensor]
 
@@ -63,10 +63,11 @@ class Executor:
 
     Attributes:
         work: multiply-add work done so far in forward-equivalents times samples, counted over the nodes that really ran.
-        stack: how many variants of a layer callers fork into at once; None: all.
+        stack: how many variants of a layer callers fork into at once; None: all. ``held``: how many variants' outputs they keep.
     """
 
     stack: int | None = None
+    held: int | None = None
     stacks = True
     note: str | None = None
 
@@ -109,6 +110,11 @@ class Executor:
         """Where the weights lie."""
         found: torch.device = self.captured.constants[self.captured.sources[0][0]].device
         return found
+
+    @property
+    def forward_flops(self) -> float:
+        """Of the model's own forward, per sample; needs :meth:`self_test`."""
+        return self._forward_flops
 
     @property
     def forward_share(self) -> float:
@@ -170,20 +176,27 @@ class Executor:
         unflatten = self.captured.unflatten
         return [unflatten([leaf(n, s) for n in self.captured.outputs]) for s in range(end.streams)]
 
-    def finish(self, state: State) -> Tensor:
-        """Outputs ``[S, N, …]`` of every stream, of a model that returns one tensor."""
+    def finish(self, state: State) -> Any:
+        """The model's nest of outputs with the streams in front, ``[S, N, …]``."""
         end = self.advance(state, self.num_layers)
-        output = end.values[self.captured.outputs[0]]
-        found: Tensor = output.reshape(end.streams, end.samples, *output.shape[1:])
-        return found
+        return self.captured.unflatten([self._finished(node, end) for node in self.captured.outputs])
 
-    def clean(self, state: State) -> Tensor:
-        """Clean outputs ``[N, …]`` from a state without perturbations."""
-        return self.finish(state)[0]
+    def _finished(self, node: Any, end: State) -> Any:
+        """An output under every stream; what is no tensor as it is."""
+        if not isinstance(node, Node):
+            return node
+        if node in end.values:
+            return stream_major(end.values[node], node.meta["val"], end.streams)
+        constant = self.captured.constants[node]
+        return torch.stack([constant] * end.streams) if isinstance(constant, Tensor) else constant
 
-    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
-        """Logit changes δ ``[S, N, C]`` from what :meth:`finish` gave; it is overwritten."""
-        return finished.sub_(logits)
+    def clean(self, state: State) -> Any:
+        """The clean output from a state without perturbations."""
+        return first_stream(self.finish(state))
+
+    def changes(self, finished: Any, clean: Any) -> Any:
+        """Changes δ ``[S, N, …]`` from what :meth:`finish` gave; a single tensor is overwritten."""
+        return changes(finished, clean)
 
     def products(self, state: State, variants: Variants, objective: Objective) -> Tensor:
         """As :meth:`Runner.products`: one forward to the end, one backward down to the output of the next layer.
@@ -308,7 +321,7 @@ class Executor:
     def _like(self, captured: Captured, cuts: Cuts | None) -> Executor:
         """A runner of this kind with other constants or other layers."""
         made = Executor(captured, cuts)
-        made.stack = self.stack
+        made.stack, made.held = self.stack, self.held
         return made
 
     def self_test(self, batch: Any, whole: Callable[[Any], Any] | None = None, rtol: float = 1e-3) -> Any:

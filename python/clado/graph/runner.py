@@ -23,16 +23,19 @@ class Runner(Protocol):
     Attributes:
         work: done so far, in forwards of the model times samples.
         stack: how many variants of a layer callers fork into at once; None: all. :attr:`stacks`: whether fewer take less memory.
+        held: how many variants' outputs callers keep at once; None: all.
         layers: quantizable layers in execution order; ``skipped``: others, with the reason.
         note: why it runs as it does, for whoever is told; None where there is nothing to tell.
         kept: tensors that it keeps beside the model's own.
         sample_bytes: of the largest activation of a sample; None where nobody knows.
+        forward_flops: of the model's own forward, per sample.
         forward_share: what a clean pass takes of the model's own forward.
         suffix_share: for each layer, the share of a forward's multiply-adds from its node to the end.
     """
 
     work: float
     stack: int | None
+    held: int | None
     note: str | None
 
     @property
@@ -47,6 +50,8 @@ class Runner(Protocol):
     def kept(self) -> Sequence[Tensor]: ...
     @property
     def sample_bytes(self) -> int | None: ...
+    @property
+    def forward_flops(self) -> float: ...
     @property
     def forward_share(self) -> float: ...
     @property
@@ -75,16 +80,23 @@ class Runner(Protocol):
         """The model's output under every stream."""
         ...
 
-    def finish(self, state: Any) -> Tensor:
-        """Outputs ``[S, N, …]`` of every stream, of a model that returns one tensor, in the form that :meth:`changes` takes."""
+    def finish(self, state: Any) -> Any:
+        """Outputs of every stream in the form that :meth:`changes` takes: the model's nest of tensors, each ``[S, N, …]``.
+
+        Raises:
+            CladoError: outputs whose shapes differ from stream to stream.
+        """
         ...
 
-    def clean(self, state: Any) -> Tensor:
-        """Clean outputs ``[N, …]`` from a state without perturbations."""
+    def clean(self, state: Any) -> Any:
+        """The clean output, each tensor ``[N, …]``, from a state without perturbations."""
         ...
 
-    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
-        """Logit changes δ ``[S, N, C]`` from what :meth:`finish` gave; it is overwritten."""
+    def changes(self, finished: Any, clean: Any) -> Any:
+        """Changes δ ``[S, N, …]`` of floating-point outputs from what :meth:`finish` gave, which is overwritten.
+
+        Outputs that are whole numbers have no changes: what the streams made of them stands in their place.
+        """
         ...
 
     def products(self, state: Any, variants: Variants, objective: Objective) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..common import require
+
 
 def batch_dim(meta: Tensor) -> int | None:
     """The dimension that counts samples, from the symbolic shape."""
@@ -44,6 +46,44 @@ def rows(tensor: Tensor, meta: Tensor, count: int) -> Tensor:
     dim = batch_dim(meta)
     assert dim is not None
     return tensor.movedim(dim, 0).reshape(count, -1, tensor.shape[-1] if dim != tensor.dim() - 1 else 1)
+
+
+def stream_major(value: Tensor, meta: Tensor, streams: int) -> Tensor:
+    """``[S, …]`` of a stacked value, every stream's part as the model returns it."""
+    dim = batch_dim(meta)
+    if dim is None:
+        return torch.stack([value] * streams)
+    if dim == 0:
+        return value.reshape(streams, value.shape[0] // streams, *value.shape[1:])
+    return torch.stack([of_stream(value, meta, s, streams) for s in range(streams)])
+
+
+def changes(finished: Any, clean: Any) -> Any:
+    """δ of what streams gave, ``[S, …]`` for every floating-point tensor ``[…]`` of a nest; a single tensor is overwritten."""
+    if isinstance(finished, Tensor):
+        return finished.sub_(clean) if finished.is_floating_point() else finished
+
+    def change(mine: Any, known: Any) -> Any:
+        return mine - known if isinstance(mine, Tensor) and mine.is_floating_point() else mine
+
+    return pytree.tree_map(change, finished, clean)
+
+
+def stacked_outputs(outputs: Sequence[Any], op: str) -> Any:
+    """The nest that streams gave, its tensors with the streams in front; what is no tensor as the first stream has it."""
+    nests = [pytree.tree_flatten(output) for output in outputs]
+    columns = list(zip(*(leaves for leaves, _ in nests), strict=False))
+    shapes = [[tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves] for leaves, _ in nests]
+    other = next((own for own in shapes if own != shapes[0]), None)
+    must = "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
+    require(other is None, op, "model", must, f"{other} after {shapes[0]}")
+    leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(leaves, nests[0][1])
+
+
+def first_stream(finished: Any) -> Any:
+    """A nest ``[…]`` of one ``[S, …]``."""
+    return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, finished)
 
 
 def tensors(nest: Any) -> list[Tensor]:

@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from ..common import require, sample_count
 from ..quant import Call, Calls, Layer, Readers, has_rows, ignored, storage
 from .executor import gradients
+from .flops import FlopCounter
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
 from .moments import Use
 from .runner import Objective, Runner, Variants
-from .streams import close, tensors
+from .streams import changes, close, stacked_outputs, tensors
 from .weights import layer_of, unsearched
 
 
@@ -52,9 +53,11 @@ class WholeForwards:
     """
 
     stack: int | None = None
+    held: int | None = None
     stacks = False
     kept: tuple[Tensor, ...] = ()
     sample_bytes = None
+    forward_flops = 0.0  # counted by the self-test
     forward_share = 1.0
 
     def __init__(
@@ -111,14 +114,14 @@ class WholeForwards:
         assert results is not None
         return list(results)
 
-    def finish(self, state: WholeState) -> Tensor:
-        return torch.stack(self.outputs(state))
+    def finish(self, state: WholeState) -> Any:
+        return stacked_outputs(self.outputs(state), "profile")
 
-    def clean(self, state: WholeState) -> Tensor:
-        return self.finish(state)[0]
+    def clean(self, state: WholeState) -> Any:
+        return self.outputs(state)[0]
 
-    def changes(self, finished: Tensor, logits: Tensor) -> Tensor:
-        return finished.sub_(logits)
+    def changes(self, finished: Any, clean: Any) -> Any:
+        return changes(finished, clean)
 
     def products(self, state: WholeState, variants: Variants, objective: Objective) -> Tensor:
         """As :meth:`Runner.products`; what each layer's change does to its output is computed per variant."""
@@ -193,8 +196,16 @@ class WholeForwards:
         Raises:
             CladoError: a sample whose output depends on the others, or on chance.
         """
-        whole, again = (self._forward(batch, {}, 0) for _ in range(2))
+        with FlopCounter() as counter:
+            whole = self._forward(batch, {}, 0)
+        self.forward_flops = counter.get_total_flops() / sample_count(batch)
+        again = self._forward(batch, {}, 0)
         alone = self._forward(pytree.tree_map(lambda leaf: leaf[:1], batch), {}, 0)
+        first, other = ([tuple(t.shape[1:]) for t in tensors(output)] for output in (whole, alone))
+        must = (
+            "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
+        )
+        require(first == other, "capture", "model", must, f"{other} after {first}")
         same = all(
             close(a, b, rtol) and (a.dim() == 0 or close(a[:1], c, rtol))
             for a, b, c in zip(*map(tensors, (whole, again, alone)), strict=True)

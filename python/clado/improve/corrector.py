@@ -26,6 +26,7 @@ from ..graph import ForwardStep, full_precision
 from ..profiling import (
     NEAREST,
     Later,
+    LossFunc,
     Options,
     PairTask,
     Ranks,
@@ -35,6 +36,7 @@ from ..profiling import (
     alone,
     corrected_entries,
     is_writer,
+    loss_arguments,
     open_run,
     recorded,
     sample_digests,
@@ -54,6 +56,7 @@ def correct(
     num_samples: int | None = None,
     rounds: int = 10,
     forward_step: ForwardStep | None = None,
+    loss_func: LossFunc | None = None,
     batch_size: int | None = None,
     max_memory: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -70,10 +73,11 @@ def correct(
     Args:
         model: the float model that was profiled.
         data_loader: its sensitivity set, in the order it was profiled in.
-        sens: its matrix by the ``logit`` estimator, or what this function made of it.
+        sens: its matrix by the ``additive`` estimator, or what this function made of it.
         num_samples: how many of the samples the pairs are measured on; None: an eighth of them.
         rounds: at most so many.
-        forward_step: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
+        forward_step, loss_func: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
+            The loss is that of ``sens``.
         batch_size, max_memory, device, seed: as for :func:`clado.profile`.
         output_dir: run directory; the matrix is saved there after every round, and the running sums of a round chunk by
             chunk: after an interruption, the same call with the matrix that lies there goes on.
@@ -92,7 +96,11 @@ def correct(
     least_loss_only("correct", arguments)
     require(rounds >= 1, "correct", "rounds", "be at least 1", rounds)
     made = sens.provenance.estimator
-    require(made == "logit", "correct", "sens", "be measured by the logit estimator", made)
+    require(made == "additive", "correct", "sens", "be measured by the additive estimator", made)
+    loss = {**loss_arguments(sens), **({} if loss_func is None else {"loss_func": loss_func})}
+    own = sens.provenance.loss != "user" or "loss" in loss or "loss_func" in loss
+    require(own, "correct", "loss_func", "be given for a matrix that was measured under one", "none")
+    positions = sens.provenance.loss_options.get("positions")
     count = max(2, sens.num_samples // 8) if num_samples is None else num_samples
     require(2 <= count <= sens.num_samples, "correct", "num_samples", f"lie in 2..{sens.num_samples}", count)
     held = SampleStream(data_loader, count, seed).peek(count)
@@ -105,7 +113,8 @@ def correct(
         bits=sens.bits,
         estimator="corrected",
         rounding=NEAREST if by is None else by.rounding,
-        loss=sens.provenance.loss,
+        **loss,
+        positions=positions,
         precision=sens.provenance.precision,
         num_samples=count,
         exact_samples=count,

@@ -26,7 +26,7 @@ from ..common import (
 )
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import LossFunc, Reader, SampleStream, all_finite, alone, sample_digests
+from ..profiling import IGNORED, LossChoice, LossFunc, Reader, SampleStream, all_finite, alone, sample_digests
 from ..quant import Rounded, codes, folded, quantize_activations
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
@@ -51,6 +51,10 @@ def finish(
     heldout: Iterable[Any] | None = None,
     num_samples: int = 640,
     batch_size: int = 16,
+    loss: Any = None,
+    loss_dim: int | None = None,
+    loss_against: str | None = None,
+    ignore_index: int = IGNORED,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
     device: str | torch.device | None = None,
@@ -75,7 +79,9 @@ def finish(
         heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
-        forward_step, loss_func: as for :func:`clado.profile`; the loss judges, and is not what weights are learned by.
+        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; the loss judges, and is not what weights are
+            learned by. None: the KL divergence of logits ``[N, C]``, of others the squared error relative to their squares.
+        forward_step, loss_func: as for :func:`clado.profile`.
         device: where to run; None: where the model is.
         seed: of the order of samples.
         output_dir: folder that keeps block after block what is done: the same call goes on after an interruption.
@@ -110,11 +116,13 @@ def finish(
     judges = _judges(held, len(digests), heldout, seed)
     if heldout is None:
         held = pytree.tree_map(lambda t: t[: -sample_count(judges)], held)
-    reader = Reader(place, common_dtype(model), forward_step=forward_step, loss_func=loss_func, op="finish")
-    learn, judge = (reader.parts(batch)[0] for batch in (held, judges))
+    named = any(given is not None for given in (loss, loss_func, loss_dim, loss_against))
+    chosen = LossChoice("kl" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, op="finish")
+    reader = Reader(place, common_dtype(model), chosen, forward_step, "finish")
+    (learn, _), (judge, targets) = (reader.parts(batch) for batch in (held, judges))
     weights = weights_digest(model)
     with alone(folder, "finish"), torch.no_grad(), full_precision():
-        ground = _Ground(model, plan, (learn, judge), reader, batch_size)
+        ground = _Ground(model, plan, (learn, judge), targets, reader, batch_size, named)
         settings = digest(
             {
                 "model": weights,
@@ -127,6 +135,7 @@ def finish(
                     place.type,
                     asdict(BLOCK),
                     *(code_digest(own) for own in (forward_step, loss_func) if own is not None),
+                    *([chosen.name, chosen.settings()] if named and loss_func is None else []),
                 ],
             }
         )
@@ -174,8 +183,10 @@ class _Ground:
         model: nn.Module,
         plan: Plan,
         samples: tuple[Any, Any],
+        targets: Any,
         reader: Reader,
         batch_size: int,
+        named: bool,
     ) -> None:
         self.plan, self.reader = plan, reader
         self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}  # before they are made one
@@ -192,8 +203,10 @@ class _Ground:
         self.judges = sample_count(judge)
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
         self.judged = _cut(judge, batch_size)
+        self.targets = [None] * len(self.judged) if targets is None else _cut(targets, batch_size)
         with torch.no_grad():
             self.clean = [self._outputs(live, {}) for live in self.apart]
+        self.judging = reader.fitted(self.clean[0], self.judged[0], self.targets[0]) if named else None
 
     def _blocks(self, runner: Runner) -> Blocks:
         found = Blocks.of(runner)
@@ -213,16 +226,16 @@ class _Ground:
         """Mean loss increase over the float net on the samples that judge."""
         given = finished.tensors(self.plan, dtype_of(self.plan, self.state))
         total = sum(
-            self._gap(self._outputs(live, given), wanted, batch) * live.samples
-            for live, wanted, batch in zip(self.apart, self.clean, self.judged, strict=True)
+            self._gap(self._outputs(live, given), wanted, batch, targets) * live.samples
+            for live, wanted, batch, targets in zip(self.apart, self.clean, self.judged, self.targets, strict=True)
         )
         return total / self.judges
 
-    def _gap(self, found: Any, wanted: Any, batch: Any) -> float:
+    def _gap(self, found: Any, wanted: Any, batch: Any, targets: Any) -> float:
         """Mean loss increase of outputs over the float net's, on a batch."""
-        if self.reader.loss_func is None:
+        if self.judging is None:
             return gap(found, wanted).item()
-        loss = self.reader.loss(batch, None, sample_count(batch))
+        loss = self.judging.of_batch(batch, targets, sample_count(batch))
         return loss.increase_over(loss.reference(wanted), found).mean().item()
 
     def finished(

@@ -8,22 +8,20 @@ one-hot choices (Nocedal and Wright 2006, ch. 18) whose steps the measured loss 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
-
-import clado_ext
 
 from ..artifacts import Plan, Sensitivity
 from ..common import progress_bar, require, sample_count
 from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
-from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries
+from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader, SampleStream, Sums, entries, joined, loss_arguments
 from ..quant import Scheme, folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
@@ -37,7 +35,10 @@ def refine(
     plans: Plan | Sequence[Plan],
     *,
     rounds: int = 4,
-    loss: str = "kl",
+    loss: Any = None,
+    loss_dim: int | None = None,
+    loss_against: str | None = None,
+    ignore_index: int = IGNORED,
     num_samples: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -50,9 +51,8 @@ def refine(
 ) -> Plan:
     """A plan whose measured loss increase is at most that of ``plans``, within the same budgets.
 
-    Each round measures the matrix around the present plan (as many forwards as the ``logit`` estimator), solves for a few
-    plans near and far, and keeps the one of least measured loss. It ends when none is better. Under ``loss_func`` a round
-    measures what each layer's moves cost; the interactions are those of ``sens``, moved to the plan as its own model has them.
+    Each round measures the matrix around the present plan (as many forwards as the ``additive`` estimator), solves for a few
+    plans near and far, and keeps the one of least measured loss. It ends when none is better.
 
     Args:
         model: the float model, in eval mode; it is not changed.
@@ -60,7 +60,8 @@ def refine(
         sens: the matrix the plans were solved from: its widths and its quantizer.
         plans: where to begin: one plan, or several (see :func:`clado.shortlist`) of which the best measured one is taken.
         rounds: how many matrices to measure at most.
-        loss: "kl" to the float model's outputs or "cross_entropy".
+        loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``; None: the KL divergence to
+            the float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
         num_samples: how many samples of the loader to use; None: as many as ``sens``.
         batch_size: samples that advance together.
         device: where to run; None: where the model is.
@@ -90,13 +91,12 @@ def refine(
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
     forward_step = forward_step or sens.functions.get("forward_step")
-    loss_func = loss_func or sens.functions.get("loss_func")
-    own = loss_func is not None or sens.provenance.loss != "user"
-    require(own, "refine", "loss_func", "be given for a matrix that was measured under one", "none")
+    given = {"loss_dim": loss_dim, "loss_against": loss_against, "ignore_index": ignore_index, "loss_func": loss_func}
+    chosen = _loss(sens, loss, **given)
     count = num_samples or sens.num_samples
     first = next(model.parameters())
     place = torch.device(device) if device is not None else first.device
-    reader = Reader(place, common_dtype(model), loss, forward_step=forward_step, loss_func=loss_func, op="refine")
+    reader = Reader(place, common_dtype(model), chosen, forward_step, "refine")
     held = SampleStream(data_loader, count, seed).peek(count)
     with torch.no_grad(), full_precision():
         ground = _Ground(model, sens, held, reader, batch_size)
@@ -127,6 +127,20 @@ def refine(
     return replace(result, info=note)
 
 
+def _loss(sens: Sensitivity, loss: Any, **given: Any) -> LossChoice:
+    """What is asked for; where that is nothing, the loss of the matrix unless that is one of plain logits."""
+    given = {name: value for name, value in given.items() if value not in (None, IGNORED)}
+    if loss is None and "loss_func" not in given:
+        known = loss_arguments(sens)
+        plain = known.get("loss", "kl") in ("kl", "cross_entropy") and len(known) <= 1
+        given = {"loss": "kl"} | ({} if plain and "loss_func" not in known else known) | given
+        mine = sens.provenance.loss != "user" or "loss_func" in given or "loss" in known
+        require(mine, "refine", "loss_func", "be given for a matrix that was measured under one", "none")
+    elif loss is not None:
+        given["loss"] = loss
+    return LossChoice.of("refine", **given)
+
+
 def _proposals(
     around: Sensitivity, best: dict[str, str], seconds: float, arguments: dict[str, Any]
 ) -> list[dict[str, str]]:
@@ -148,12 +162,28 @@ def _proposals(
     return list({tuple(schemes.values()): schemes for schemes in found if schemes and schemes != best}.values())
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Samples that run together.
+
+    Attributes:
+        inputs: on the device.
+        choice: the loss as it was asked for.
+        loss: of these samples, the float model's outputs fixed where it compares with them.
+        clean: what the loss keeps of the float model's outputs.
+    """
+
+    inputs: Any
+    choice: LossChoice
+    loss: Loss
+    clean: Any
+
+
 class _Ground:
     """The model under any schemes: its loss, and the matrix around it.
 
     Attributes:
-        parts: (inputs on the device, the loss of their outputs, what it keeps of the float model's) of the samples that run
-            together.
+        parts: of the samples.
     """
 
     def __init__(self, model: nn.Module, sens: Sensitivity, held: Any, reader: Reader, together: int) -> None:
@@ -174,89 +204,58 @@ class _Ground:
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
         self.variants = variants(model, sens.candidates, sens.quantizer, reader.device, reader.dtype, sens.rounded)
-        self.parts = [self._part(held, a, a + together, reader) for a in range(0, self.samples, together)]
+        self.parts: list[_Part] = []
+        for a in range(0, self.samples, together):
+            self.parts.append(self._part(held, a, a + together, reader))
 
-    def _part(self, held: Any, first: int, last: int, reader: Reader) -> tuple[Any, Loss, Tensor]:
+    def _part(self, held: Any, first: int, last: int, reader: Reader) -> _Part:
         inputs, targets = reader.parts(pytree.tree_map(lambda t: t[first:last], held))
         moved = reader.moved(inputs)
         output = self.runner.outputs(self.runner.start(moved))[0]
-        known = replace(reader, classes=reader.classes_of(output))
-        loss = known.loss(moved, targets, sample_count(moved))
-        return moved, loss, loss.reference(output)
+        known = reader.fitted(output, moved, targets)
+        if len(self.parts) == 0:
+            count = self.sens.num_candidates
+            known = replace(known, loss=known.loss.priced(output, moved, count, count * self.runner.forward_flops))
+        else:
+            known = replace(known, loss=replace(known.loss, hessian=self.parts[0].choice.hessian))
+        loss = known.of_batch(moved, targets, sample_count(moved))
+        return _Part(moved, known.loss, loss.anchored(output), loss.reference(output))
 
     def loss(self, schemes: dict[str, str]) -> float:
         """Mean loss increase over the float model."""
         self._stand_on(schemes)
-        ran = ((loss, clean, self.runner.outputs(self.runner.start(part))[0]) for part, loss, clean in self.parts)
-        return torch.cat([loss.increase_over(clean, output) for loss, clean, output in ran]).mean().item()
+        ran = ((part, self.runner.outputs(self.runner.start(part.inputs))[0]) for part in self.parts)
+        return torch.cat([part.loss.increase_over(part.clean, output) for part, output in ran]).mean().item()
 
     def matrix(self, schemes: dict[str, str]) -> tuple[Sensitivity, float]:
         """The matrix around ``schemes``, and the loss there."""
         self._stand_on(schemes)
         sums, total = Sums.zeros(self.sens.num_candidates), 0.0
-        for part, loss, clean in self.parts:
-            if isinstance(loss, UserLoss):
-                total += self._add_losses(sums, part, loss, clean)
-            else:
-                total += self._add_logits(sums, part, loss, clean)
-            sums.samples += len(clean)
+        for part in self.parts:
+            total += self._add(sums, part)
+            sums.samples += sample_count(part.inputs)
         delta_loss, interaction, stderr = entries(sums, self.sens.candidates)
-        if isinstance(self.parts[0][1], UserLoss):
-            interaction, stderr = self._moved_interactions(schemes, stderr)
         around = replace(self.sens, delta_loss=delta_loss, interaction=interaction, stderr=stderr)
         return around, total / sums.samples
 
-    def _add_logits(self, sums: Sums, part: Any, loss: LogitLoss, clean: Tensor) -> float:
-        """Add what samples give in closed form (docs/numerics.md) about the plan's own logits; their loss there, summed."""
-        finished, state = self._moves(part, self.runner.finish)
-        logits = self.runner.clean(state)
-        delta = torch.cat(finished).sub_(logits)
-        total, squares = clado_ext.pairwise_ce(logits, delta)
-        now, change = logits.double().log_softmax(1), delta.double()
-        increase = torch.logsumexp(now + change, -1) - (loss.probabilities(clean).to(now.device) * change).sum(-1)
-        _add(sums, increase)
-        sums.pair += total.cpu()
-        sums.pair_squared += squares.cpu()
-        return loss.increase_over(clean, logits).sum().item()
-
-    def _add_losses(self, sums: Sums, part: Any, loss: UserLoss, clean: Tensor) -> float:
-        """Add what samples lose by a move from the plan; their loss there, summed."""
-        moved, state = self._moves(part, lambda branch: loss.values(self.runner.outputs(branch)))
-        here = loss.losses(self.runner.outputs(state)[0]).double()
-        _add(sums, torch.cat(moved) - here)
-        return (here.cpu() - clean).sum().item()
-
-    def _moves(self, part: Any, measured: Callable[[Any], Tensor]) -> tuple[list[Tensor], Any]:
-        """What every layer's candidates give, the others as they are; and the state at the end where nothing moved."""
-        state, found = self.runner.start(part), []
+    def _add(self, sums: Sums, part: _Part) -> float:
+        """Add what moves from the plan cost, changes of the plan's own outputs taken to add; the loss there, summed."""
+        state, found, loss = self.runner.start(part.inputs), [], part.loss
         for k, own in zip(self.position, self.variants, strict=True):
             state = self.runner.advance(state, k)
-            found.append(measured(self.runner.fork(state, k, own)))
-        return found, state
-
-    def _moved_interactions(self, schemes: dict[str, str], own: Any) -> tuple[Any, Any]:
-        """Of the model that ``sens`` is of the loss, the interactions of moves from these schemes, with standard errors.
-
-        With the loss Σ ΔL_v + Σ Ω_vw, two moves from a to v and from b to w together cost Ω_vw - Ω_vb - Ω_aw + Ω_ab more than
-        apart. ``own``: standard errors of moves alone.
-        """
-        candidates, omega = self.sens.candidates, self.sens.interaction
-        base = candidates.indices(schemes)[candidates.layer_of]
-        interaction = omega - omega[:, base] - omega[base] + omega[np.ix_(base, base)]
-        variance = self.sens.stderr**2
-        stderr = np.sqrt(variance + variance[:, base] + variance[base] + variance[np.ix_(base, base)])
-        interaction[candidates.same_layer] = stderr[candidates.same_layer] = 0.0
-        np.fill_diagonal(stderr, np.diag(own))
-        return interaction, stderr
+            found.append(loss.taken(self.runner.finish(self.runner.fork(state, k, own)), 1))
+        clean = self.runner.clean(state)
+        z = loss.taken(clean)
+        delta = self.runner.changes(joined(found), z)
+        increase, pairs = loss.increase(z, delta), loss.pairs(z, delta)
+        sums.loss += increase.sum(1).cpu()
+        sums.loss_squared += increase.square().sum(1).cpu()
+        sums.pair += pairs[0].cpu()
+        sums.pair_squared += pairs[1].cpu()
+        return loss.increase_over(part.clean, clean).sum().item()
 
     def _stand_on(self, schemes: dict[str, str]) -> None:
         candidates = self.sens.candidates
         places = candidates.indices(schemes) - candidates.starts[:-1]
         chosen = zip(self.position, self.variants, places, strict=True)
         self.runner.rebase({k: own[place] for k, own, place in chosen})
-
-
-def _add(sums: Sums, increase: Tensor) -> None:
-    """Losses ``[V, N]`` of single moves."""
-    sums.loss += increase.sum(1).cpu()
-    sums.loss_squared += increase.square().sum(1).cpu()

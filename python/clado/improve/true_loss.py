@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..artifacts import Plan
 from ..common import CladoError, progress_bar, require, sample_count
 from ..deploy import adapted, apply, check_fit
 from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision, open_runner
-from ..profiling import Loss, LossFunc, Reader
+from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader
 from ..quant import Candidates, folded, variants
 
 
@@ -22,8 +23,8 @@ class Score:
     """Loss and accuracy on labelled samples.
 
     Attributes:
-        losses: float64 ``[N]`` per sample: the cross-entropy in nats, or a user's loss.
-        correct: bool ``[N]``, None under a user's loss; correct5: bool ``[N]``, the label among the five best, None with fewer
+        losses: float64 ``[N]`` per sample: the cross-entropy in nats, or the loss that was asked for.
+        correct: bool ``[N]``, None under another loss; correct5: bool ``[N]``, the label among the five best, None with fewer
             than six classes.
     """
 
@@ -83,27 +84,43 @@ def evaluate(
     data_loader: Iterable[Any],
     device: str | torch.device | None = None,
     *,
+    loss: Any = None,
+    loss_dim: int | None = None,
+    loss_against: str | None = None,
+    ignore_index: int = IGNORED,
+    reference: nn.Module | None = None,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
 ) -> Score:
-    """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets), or a loss of the user's.
+    """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets), or another loss.
 
     Args:
+        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; None: the cross-entropy, with accuracies.
+            Under any other the score has losses alone.
+        reference: the float model, for losses that compare with its outputs: those over its own.
         forward_step, loss_func: as for :func:`clado.profile`. Under ``loss_func`` the score has losses alone.
 
     Raises:
         CladoError: no data, no targets, labels that are no classes, or outputs that do not suit the loss.
     """
-    reader = reader_of(model, "cross_entropy", device, forward_step, loss_func, "evaluate")
+    chosen = LossChoice(
+        "cross_entropy" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, op="evaluate"
+    )
+    reader = reader_of(model, chosen, device, forward_step, "evaluate")
     losses, hits, hits5 = [], [], []
-    for batch in ran(model, data_loader, reader):
-        if batch.targets is None or loss_func is not None:
-            losses.append(batch.loss.reference(batch.output))
+    batches = list(data_loader) if reference is not None else data_loader
+    beside = repeat(None) if reference is None else ran(reference, batches, reader)
+    for batch, clean in zip(ran(model, batches, reader), beside, strict=reference is not None):
+        if clean is not None and (batch.choice.compares_outputs or not batch.choice.has_values):
+            losses.append(batch.loss.increase_over(clean.loss.reference(clean.output), batch.output))
             continue
-        logits, labels = batch.output.double().cpu(), batch.targets.cpu().long()
-        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-        hits.append(logits.argmax(1) == labels)
-        hits5 += [(logits.topk(5).indices == labels[:, None]).any(1)] if logits.shape[1] > 5 else []
+        must = "be given for a loss that compares with the float model's outputs"
+        require(not batch.choice.compares_outputs, "evaluate", "reference", must, "none")
+        losses.append(batch.loss.value(batch.output).cpu())
+        if loss is None and loss_func is None:
+            logits, labels = batch.output.double().cpu(), batch.targets.cpu().long()
+            hits.append(logits.argmax(1) == labels)
+            hits5 += [(logits.topk(5).indices == labels[:, None]).any(1)] if logits.shape[1] > 5 else []
     return Score(torch.cat(losses), torch.cat(hits) if hits else None, torch.cat(hits5) if hits5 else None)
 
 
@@ -111,9 +128,12 @@ def rerank(
     model: nn.Module,
     heldout: Iterable[Any],
     plans: Sequence[Plan],
-    loss: str = "kl",
+    loss: Any = "kl",
     device: str | torch.device | None = None,
     *,
+    loss_dim: int | None = None,
+    loss_against: str | None = None,
+    ignore_index: int = IGNORED,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
 ) -> Plan:
@@ -123,7 +143,8 @@ def rerank(
         model: the float model.
         heldout: batches of inputs or (inputs, targets) that did not enter the matrix; read once.
         plans: at least one plan with bits; equal ones are evaluated once.
-        loss: "kl" to the float model's outputs (no labels, and far less noise between plans) or "cross_entropy".
+        loss: "kl" to the float model's outputs (no labels, and far less noise between plans), or another one as for
+            :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``.
         device: where to run; None: where the model is.
         forward_step, loss_func: as for :func:`clado.profile`.
 
@@ -137,7 +158,8 @@ def rerank(
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
-    increases = loss_increases(model, heldout, distinct, loss, device, forward_step=forward_step, loss_func=loss_func)
+    chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, op="rerank")
+    increases = loss_increases(model, heldout, distinct, chosen, device, forward_step=forward_step)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]
     compared = [
@@ -154,7 +176,7 @@ def rerank(
     decided = all(lead.mean().item() > 1.96 * standard_error(lead) for lead in leads)
     record = {
         "rerank": compared,
-        "rerank_loss": loss if loss_func is None else "user",
+        "rerank_loss": chosen.name,
         "rerank_samples": increases.shape[1],
         "rerank_decided": decided,
     }
@@ -165,27 +187,30 @@ def loss_increases(
     model: nn.Module,
     heldout: Iterable[Any],
     plans: Sequence[Plan],
-    loss: str = "kl",
+    loss: LossChoice | None = None,
     device: str | torch.device | None = None,
     verbose: bool = False,
     *,
     forward_step: ForwardStep | None = None,
-    loss_func: LossFunc | None = None,
 ) -> Tensor:
     """True loss increase of every plan on every sample: float64 ``[plans, N]``; arguments as :func:`rerank`.
 
     Args:
+        loss: which; None: the KL divergence to the float model's outputs.
         verbose: show a progress bar.
 
     Raises:
         CladoError: as :func:`rerank`.
     """
-    reader = reader_of(model, loss, device, forward_step, loss_func, "rerank")
+    reader = reader_of(model, loss or LossChoice(op="rerank"), device, forward_step, "rerank")
     batches, model = list(heldout), folded(model)
     for plan in plans:
         check_fit(model, plan, "rerank")
     with torch.inference_mode(), full_precision():
-        clean = [batch.loss.reference(batch.output) for batch in ran(model, batches, reader)]
+        clean = []
+        for batch in ran(model, batches, reader):
+            clean.append(batch.loss.reference(batch.output))
+            fitted = replace(reader, loss=batch.choice)
         parts: list[list[Tensor]] = [[] for _ in plans]
         runner = _runner(model, batches[0], plans, reader)
         if runner is None:
@@ -198,7 +223,7 @@ def loss_increases(
             for k, (item, known) in enumerate(zip(batches, clean, strict=True)):
                 inputs, targets = reader.parts(item)
                 moved = reader.moved(inputs)
-                measured = reader.loss(moved, targets, sample_count(moved))
+                measured = fitted.of_batch(moved, targets, sample_count(moved))
                 for plan_number, output in under.outputs(moved):
                     parts[plan_number].append(measured.increase_over(known, output))
                 show(k + 1)
@@ -206,25 +231,21 @@ def loss_increases(
 
 
 def reader_of(
-    model: nn.Module,
-    loss: str,
-    device: str | torch.device | None,
-    forward_step: ForwardStep | None,
-    loss_func: LossFunc | None,
-    op: str,
+    model: nn.Module, loss: LossChoice, device: str | torch.device | None, forward_step: ForwardStep | None, op: str
 ) -> Reader:
     require(not model.training, op, "model", "be in eval mode (model.eval())", "train mode")
     first = next(model.parameters())
     place = torch.device(device) if device is not None else first.device
-    return Reader(place, common_dtype(model), loss, forward_step=forward_step, loss_func=loss_func, op=op)
+    return Reader(place, common_dtype(model), loss, forward_step, op)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model made of one of the loader's batches, and the loss of that."""
+    """What a model made of one of the loader's batches, and the loss of that, as a run has it and as this batch does."""
 
     output: Any
-    targets: Tensor | None
+    targets: Any
+    choice: LossChoice
     loss: Loss
 
 
@@ -236,9 +257,9 @@ def ran(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> Iterato
         moved = reader.moved(inputs)
         with torch.inference_mode(), full_precision():
             output = reader.outputs(model, moved)
-        known = replace(reader, classes=reader.classes_of(output))
+        known = reader.fitted(output, moved, targets)
         samples += sample_count(moved)
-        yield Batch(output, targets, known.loss(moved, targets, sample_count(moved)))
+        yield Batch(output, targets, known.loss, known.of_batch(moved, targets, sample_count(moved)))
     require(samples > 0, reader.op, "data_loader", "yield at least one sample", "none")
 
 

@@ -14,6 +14,7 @@ from ..artifacts import Plan, Sensitivity
 from ..common import check_known, progress_bar, require
 from ..deploy import apply
 from ..graph import ForwardStep
+from ..profiling import LossChoice
 from ..solver import AXES, SIZE, SolveOptions, Solver, least_loss_only
 from .true_loss import Batch, ran, reader_of, standard_error
 
@@ -144,8 +145,8 @@ def _drops(
     device: str | torch.device | None,
 ) -> Callable[[Plan], Tensor]:
     """What gives the drop of every sample, float64 ``[N]``, under a plan."""
-    loss = "cross_entropy" if metric == "cross_entropy" else "kl"
-    reader = reader_of(model, loss, device, forward_step, None, "smallest_within")
+    loss = LossChoice("cross_entropy" if metric == "cross_entropy" else "kl", op="smallest_within")
+    reader = reader_of(model, loss, device, forward_step, "smallest_within")
     clean = list(ran(model, batches, reader))
     must = f"yield (inputs, targets) for {metric} (images: in one subfolder per class)"
     labelled = all(batch.targets is not None for batch in clean)

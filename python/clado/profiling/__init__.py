@@ -10,10 +10,10 @@ from ..common import door
 if TYPE_CHECKING:
     from .checkpoint import PROGRESS_FILE, Checkpoint, alone, read_progress, recorded, writing
     from .distributed import Ranks, is_writer, torchrun_group
-    from .estimators import ESTIMATORS, Later
-    from .losses import LogitLoss, Loss, LossFunc, UserLoss
+    from .estimators import ESTIMATORS, Later, joined
+    from .losses import IGNORED, LOSSES, Loss, LossChoice, LossFunc, loss_arguments
     from .open import open_run
-    from .options import LOSSES, NEAREST, Options
+    from .options import NEAREST, Options
     from .profiler import plan_run, profile
     from .reader import Reader, all_finite
     from .run import PairTask, Run
@@ -25,13 +25,14 @@ else:
 
 __all__ = [
     "ESTIMATORS",
+    "IGNORED",
     "LOSSES",
     "NEAREST",
     "PROGRESS_FILE",
     "Checkpoint",
     "Later",
-    "LogitLoss",
     "Loss",
+    "LossChoice",
     "LossFunc",
     "Options",
     "PairTask",
@@ -41,12 +42,13 @@ __all__ = [
     "RunPlan",
     "SampleStream",
     "Sums",
-    "UserLoss",
     "all_finite",
     "alone",
     "corrected_entries",
     "entries",
     "is_writer",
+    "joined",
+    "loss_arguments",
     "open_run",
     "plan_run",
     "profile",

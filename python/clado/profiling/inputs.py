@@ -65,7 +65,7 @@ def input_loss(plain: Runner, rounded: Runner, stream: SampleStream, reader: Rea
 def _increases(plain: Runner, rounded: Runner, part: Any, reader: Reader) -> Tensor:
     inputs, targets = reader.parts(part)
     moved = reader.moved(inputs)
-    loss = reader.loss(moved, targets, sample_count(moved))
+    loss = reader.of_batch(moved, targets, sample_count(moved))
     clean, changed = (runner.outputs(runner.start(moved))[0] for runner in (plain, rounded))
     return loss.increase_over(loss.reference(clean), changed)
 

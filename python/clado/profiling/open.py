@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..common import digest, require, sample_count, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
 from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
 from .checkpoint import recorded, refuse_other_run
+from .distributed import is_writer
 from .estimators import ESTIMATORS
 from .groups import group_bytes
 from .inputs import ACT_SAMPLES, calibrated, input_loss
 from .options import NEAREST, Options
 from .pieces import Pieces, default_batch
+from .positions import position_noise
 from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader
 from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
@@ -59,14 +61,8 @@ def open_run(
     device = options.device or next(model.parameters()).device
     if options.precision == "auto":
         options = replace(options, precision=auto_precision(device, options.estimator))
-    reader = Reader(
-        device,
-        PRECISIONS[options.precision],
-        options.loss,
-        forward_step=options.forward_step,
-        loss_func=options.loss_func,
-    )
-    inputs = reader.parts(first)[0]
+    reader = Reader(device, PRECISIONS[options.precision], options.loss_choice, options.forward_step)
+    inputs, targets = reader.parts(first)
 
     act_samples = options.act_samples or known.get("act_samples") or min(ACT_SAMPLES, stream.expected)
     only = None if task is None else [layer.name for layer in task.candidates.layers]
@@ -78,8 +74,15 @@ def open_run(
         model = quantize_activations(model, ranges, plain.layers)
         plain = _opened(model, inputs, reader, options, only)
     example = two_samples(reader.moved(inputs))
-    reader = replace(reader, classes=check_output(_output(plain, example), reader))
+    output = _output(plain, example)
+    reader = reader.fitted(output, example, None if targets is None else two_samples(targets))
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
+    if ESTIMATORS[options.estimator].closed:
+        forwards = sum(n * share for n, share in zip(candidates.counts, plain.suffix_share, strict=True))
+        priced = reader.loss.priced(output, example, len(candidates), forwards * plain.forward_flops)
+        reader = replace(reader, loss=priced)
+    if verbose and not dry and is_writer():
+        print(f"loss: {reader.loss.words()}", file=sys.stderr)
     looked_at = () if options.until_stable is None else budgets(options.avg_bits, candidates)
     rounded, moments = None if task is None else task.rounded, None
     if task is None and needs_moments(options.rounding):
@@ -101,12 +104,20 @@ def open_run(
         lost = input_loss(whole, plain, stream, reader, act_samples)
         notes.append(lost.words(options.act_bits))
         probed["activation_loss"] = asdict(lost)
+    if options.positions is not None and not dry and task is None:
+        notes.append(_said_of_positions(plain, every(), reader, first, stream.expected))
     if options.precision in LOW_PRECISIONS:
         runner, probed = _lowered(plain, every, first, reader, options, stream.expected, known.get("products"), notes)
     kept_plain = options.precision in LOW_PRECISIONS and runner is plain
     products = "float32" if kept_plain else options.precision
     widest = max(candidates.counts) if task is None else 1
-    size = options.batch_size or known.get("batch_size") or default_batch(runner, widest, options.estimator, device)
+    size = (
+        options.batch_size
+        or known.get("batch_size")
+        or default_batch(
+            runner, widest, options.estimator, device, len(candidates) * reader.loss.elements * reader.dtype.itemsize
+        )
+    )
     chosen = options.batch_size is None and "batch_size" not in known
     if options.until_stable is not None and chosen:
         size = min(size, max(1, stream.expected // CHUNKS))
@@ -119,8 +130,8 @@ def open_run(
         widest,
         [*model.parameters(), *model.buffers()],
         example,
-        reader.unlabelled_loss,
-        reader.classes,
+        reader.blank,
+        reader.loss.elements,
         size,
         0 if options.until_stable is None else group_bytes(len(candidates)),
     )
@@ -129,6 +140,7 @@ def open_run(
         size = pieces.together
     settings = {
         "products": products,
+        **({"interactions": "Gauss-Newton"} if reader.loss.hessian else {}),
         **_of_model(model, plain, ranges),
         **options.settings(
             exact_samples=exact_samples,
@@ -222,12 +234,18 @@ def _output(runner: Runner, example: Any) -> Any:
     return output
 
 
-def check_output(output: Any, reader: Reader) -> int:
-    """Raise when the model's output does not suit the loss, or holds NaN or infinity; the number of classes, 0 where unknown."""
-    classes = reader.classes_of(output)
-    if reader.loss_func is None:
-        require(bool(torch.isfinite(output).all()), "profile", "model", "return finite logits", "NaN or infinity")
-    return classes
+def _said_of_positions(runner: Runner, variants: Variants, reader: Reader, first: Any, num_samples: int) -> str:
+    """What looking at some positions alone adds to the noise, measured on the first samples."""
+    inputs, targets = reader.parts(first)
+    moved, count = reader.moved(inputs), sample_count(inputs)
+    losses = [replace(reader, loss=replace(reader.loss, positions=p)) for p in (None, reader.loss.positions)]
+    every, some = (known.of_batch(moved, targets, count, range(count)) for known in losses)
+    noise = position_noise(runner, variants, moved, every, some)
+    runner.work = 0.0
+    return (
+        f"{reader.loss.positions:,} positions of every sample leave its loss increase right to {noise:.1%} (root mean square, "
+        f"{count} samples), and the mean over {num_samples:,} to {noise / num_samples**0.5:.2%}; standard errors count it"
+    )
 
 
 def _lowered(
@@ -253,7 +271,8 @@ def _lowered(
     inputs, targets = reader.parts(first)
 
     def loss(batch: Any) -> Any:
-        return reader.loss(batch, targets, sample_count(batch))
+        count = sample_count(batch)
+        return reader.of_batch(batch, targets, count, range(count))
 
     given: Variants = variants()
     found = probe(runner, given, reader.moved(inputs), loss, options.estimator, precision, num_samples)

@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 
     from ..graph import ForwardStep
     from ..quant import Candidates, Layer, Quantizer, Scheme
-    from .losses import LossFunc
+    from .losses import LossChoice, LossFunc
 
-LOSSES = ("kl", "cross_entropy")
 WIDTHS = (2, 4, 8)  # where neither bits nor schemes are given
 NEAREST, ROUNDING = "nearest", "compensated"  # what runs have that name none, and what is taken where none is asked for
+
+
+OLD_NAMES = {"logit": "additive"}  # of estimators, as runs and scripts may still have them
 
 
 def _estimators() -> tuple[str, ...]:
     from .estimators import ESTIMATORS
 
     return tuple(ESTIMATORS)
+
+
+def _estimator(name: Any) -> Any:
+    return OLD_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def _roundings() -> tuple[str, ...]:
@@ -121,30 +127,67 @@ class Options(Arguments):
         setting="schemes",
     )
     estimator: str = argument(
-        "logit",
-        '"logit" (all interactions from single perturbations, closed form), "exact" (every pair by a forward: the paper), '
-        '"diagonal" (no interactions), "gradient" (the upstream layer perturbed, the downstream one linearised: one backward '
-        'per candidate), "corrected" (the closed form on all samples, and the exact residual on ``exact_samples`` of them).',
-        Line("--estimator", "text", "logit, gradient, corrected, exact, diagonal."),
-        check=one_of(_estimators),
+        "additive",
+        '"additive" (all interactions from single perturbations, as if changes of the output added: in closed form under the '
+        'named losses; its old name "logit" is the same), "exact" (every pair by a forward: the paper), "diagonal" '
+        '(no interactions), "gradient" (the upstream layer perturbed, the downstream one linearised: one backward per '
+        'candidate), "corrected" (additive on all samples, and the exact residual on ``exact_samples`` of them).',
+        Line("--estimator", "text", "additive (or logit), gradient, corrected, exact, diagonal."),
+        check=Check(lambda name: _estimator(name) in _estimators(), lambda: f"be one of {', '.join(_estimators())}"),
+        kept=_estimator,
         setting="estimator",
     )
-    loss: str = argument(  # checked beside loss_func, in whose presence it is "user"
+    loss: Any = argument(  # checked beside loss_func, in whose presence it is "user"
         "kl",
-        '"kl" to the clean logits (needs no targets) or "cross_entropy" (the paper).',
-        Line("--loss", "text", "kl or cross_entropy."),
+        '"kl" to the float model\'s outputs (needs no targets), "cross_entropy" (the paper), "bce" (logits of yes and no), '
+        '"mse", "smooth_l1" (½ e² of errors up to 1, |e| − ½ beyond) or "cosine"; {key: name} or {key: (name, weight)} '
+        "for several outputs, found by key, name or place; or an object with ``increase(z, delta)``, ``[S, N]`` of changes "
+        "``[S, N, …]``, and ``pairs(z, delta)``, the sums over samples of interactions and of their squares, ``[S, S]`` each (or "
+        "a function of the batch that gives such an object). A sample's loss is its mean over positions or values. Outputs "
+        "other than ``[N, C]`` need one that is named with them in mind.",
+        Line(
+            "--loss", "loss", "kl, cross_entropy, bce, mse, smooth_l1, cosine, or for several outputs a=kl,b=0.5*mse."
+        ),
+        takes="str | Mapping[str, Any] | Any",
         setting="loss",
+    )
+    loss_dim: int | None = argument(
+        None,
+        'dimension of the output that holds the classes ("kl", "cross_entropy") or a feature ("cosine"), counted with the '
+        "samples as dimension 0. None: 1 for ``[N, C]``, and where targets leave no choice.",
+        Line("--loss-dim", "whole", "Dimension of the output that holds the classes, 1 in [N, C, H, W]."),
+        check=Check(lambda value: _whole(value, -64, 64), "be a dimension", str),
+        kept=operator.index,
+    )
+    loss_against: str | None = argument(
+        None,
+        'what the loss compares with: "targets" of the batch, or "outputs" of the float model. None: targets where the batch has '
+        "some, except for the KL.",
+        Line("--loss-against", "text", "targets, or outputs of the float model; targets where there are some."),
+        check=Check(lambda value: value in ("outputs", "targets"), "be outputs or targets"),
+    )
+    ignore_index: int = argument(
+        -100,
+        "targets that count nothing, as of pixels that nobody labelled.",
+        Line("--ignore-index", "whole", "Targets that count nothing."),
+        check=Check(lambda value: _whole(value, -(2**63), 2**63 - 1), "be a whole number", str),
+        kept=operator.index,
+    )
+    positions: int | None = argument(
+        None,
+        "of a large output at most so many positions (values, where the loss takes each by itself) are looked at, others for "
+        "every sample, drawn by its content. Standard errors count what that adds to the noise.",
+        Line("--positions", "count", "Look at so many random positions of every image, where outputs are large."),
+        check=COUNT,
+        kept=operator.index,
     )
     loss_func: LossFunc | None = argument(
         None,
         "instead of ``loss``, ``loss_func(output, batch)``: a loss per sample ``[n]``, or the batch's mean (then called sample "
-        'by sample); for models of any output, under "exact", "gradient" and "diagonal". Differentiable in the output for '
-        '"gradient".',
-        Line(
-            "--loss-func",
-            "function",
-            "Instead of --loss: your function(output, batch), a loss per sample; for exact, gradient, diagonal.",
-        ),
+        "by sample); for models of any output. Additive interactions are those of the function on outputs that are added up, or "
+        "by Gauss–Newton where that would cost more than the forwards. Differentiable in the output for "
+        '"gradient", twice for Gauss–Newton.',
+        Line("--loss-func", "function", "Instead of --loss: your function(output, batch), a loss per sample."),
         setting="loss",
     )
     forward_step: ForwardStep | None = argument(
@@ -158,7 +201,7 @@ class Options(Arguments):
         '"float32" (TF32 off), "float64", or with the differences to the clean forward carried through the graph '
         '(docs/numerics.md) "tf32" or "bfloat16" matrix products. The latter are probed against float64 on a few layers and '
         'samples; the errors are in ``info["probe"]``, and where they exceed the sampling noise the run is float32, with a '
-        'warning. "auto" takes bfloat16 for "logit" and "diagonal" where the device has matrix units for it (measured: 1.9 '
+        'warning. "auto" takes bfloat16 for "additive" and "diagonal" where the device has matrix units for it (measured: 1.9 '
         "times float32 on a Xeon with AMX), else float32. Losses and sums are float64 always.",
         Line("--precision", "text", "float32, tf32, bfloat16, float64 or auto."),
         check=one_of(_precisions),
@@ -349,15 +392,17 @@ class Options(Arguments):
         )
 
     def _check_loss(self) -> None:
-        from .estimators import ESTIMATORS
+        if self.loss_func is not None:
+            object.__setattr__(self, "loss", "user")
+        _ = self.loss_choice
 
-        if self.loss_func is None:
-            require(self.loss in LOSSES, "profile", "loss", f"be one of {', '.join(LOSSES)}", repr(self.loss))
-            return
-        object.__setattr__(self, "loss", "user")
-        usable = [name for name, known in ESTIMATORS.items() if not known.needs_logits]
-        must = f"be one of {', '.join(usable)} with loss_func"
-        require(self.estimator in usable, "profile", "estimator", must, self.estimator)
+    @property
+    def loss_choice(self) -> LossChoice:
+        """Which loss."""
+        from .losses import LossChoice
+
+        names = {"dim": self.loss_dim, "against": self.loss_against, "ignore_index": self.ignore_index}
+        return LossChoice(self.loss, self.loss_func, positions=self.positions, op=self.op, **names)  # type: ignore[arg-type]
 
     def _check_precision(self) -> None:
         from ..graph import LOW_PRECISIONS
@@ -403,10 +448,25 @@ class Options(Arguments):
         return Quantizer(self.group_size, self.scale_steps, self.symmetric)
 
     @property
-    def functions(self) -> dict[str, Callable[..., Any]]:
-        """The user's own functions, by argument."""
-        both = {"forward_step": self.forward_step, "loss_func": self.loss_func}
-        return {name: function for name, function in both.items() if function is not None}
+    def functions(self) -> dict[str, Any]:
+        """The user's own functions, and an object that is the loss, by argument."""
+        own = {"forward_step": self.forward_step, "loss_func": self.loss_func}
+        if self.loss_func is None and not self.loss_choice.named:
+            own["loss"] = self.loss
+        return {name: function for name, function in own.items() if function is not None}
+
+    def _loss_setting(self) -> Any:
+        """The name of the loss, or a digest of the user's code."""
+        from ..common import code_digest, digest
+
+        if self.loss_func is not None:
+            return code_digest(self.loss_func)
+        choice = self.loss_choice
+        if choice.named:
+            return choice.name
+        kind = type(self.loss)
+        own = [code_digest(getattr(kind, name, None)) for name in ("increase", "pairs", "__call__")]
+        return code_digest(self.loss) if hasattr(self.loss, "__code__") else f"{kind.__qualname__} {digest(own)[:16]}"
 
     def candidates(self, layers: Sequence[Layer]) -> Candidates:
         """What is measured on these layers.
@@ -436,7 +496,8 @@ class Options(Arguments):
         from ..common import code_digest
 
         stated: dict[str, Any] = {
-            "loss": self.loss if self.loss_func is None else code_digest(self.loss_func),
+            "loss": self._loss_setting(),
+            "estimator": {new: old for old, new in OLD_NAMES.items()}.get(self.estimator, self.estimator),
             "forward_step": code_digest(self.forward_step),
             "quantizer": self.quantizer.to_json(),
             "device": None if self.device is None else self.device.type,
@@ -444,6 +505,7 @@ class Options(Arguments):
         }
         names = dict.fromkeys(about.setting for about in self.about().values() if about.setting)
         stated = {name: stated[name] if name in stated else getattr(self, name) for name in names} | found
+        stated |= self.loss_choice.settings()  # nothing where it is as it was before there was a choice
         if self.rounding != NEAREST:  # what no setting says is nearest, as it was before there was another
             stated["rounding"] = self.rounding or ROUNDING
         same = self._of_every_layer()

@@ -28,7 +28,7 @@ class Pieces:
         tensors: the model's own, on the device.
         example: two samples, on the device.
         make_loss: the loss of a batch of so many samples.
-        classes: of the model's output, 0 where unknown.
+        elements: values of a sample's output that the loss looks at.
         together: samples, to begin with.
         own_bytes: what the run keeps on the CPU beside its sums.
     """
@@ -42,12 +42,12 @@ class Pieces:
         tensors: Sequence[Tensor],
         example: Any,
         make_loss: Callable[[Any, int], Loss],
-        classes: int,
+        elements: int,
         together: int,
         own_bytes: int = 0,
     ) -> None:
         self.runner, self.estimator, self.variants, self.widest = runner, estimator, variants, widest
-        self.tensors, self.example, self.make_loss, self.classes = tensors, example, make_loss, classes
+        self.tensors, self.example, self.make_loss, self.elements = tensors, example, make_loss, elements
         self.together, self.own_bytes = together, own_bytes
 
     @property
@@ -55,12 +55,22 @@ class Pieces:
         return self.runner.stack or self.widest
 
     @property
-    def now(self) -> list[int]:
-        """[samples, perturbations] at a time."""
-        return [self.together, self.stack]
+    def count(self) -> int:
+        """Candidates."""
+        return sum(map(len, self.variants()))
 
-    def set(self, together: int, stack: int) -> None:
-        self.together, self.runner.stack = together, stack
+    @property
+    def held(self) -> int:
+        """Candidates whose outputs are there at once."""
+        return self.runner.held or self.count
+
+    @property
+    def now(self) -> list[int]:
+        """[samples, perturbations] at a time, and where not all candidates' outputs are there at once, of how many they are."""
+        return [self.together, self.stack, *([] if self.runner.held is None else [self.runner.held])]
+
+    def set(self, together: int, stack: int, held: int | None = None) -> None:
+        self.together, self.runner.stack, self.runner.held = together, stack, held or None
 
     def fit(self, max_memory: int | None, device: torch.device) -> None:
         """Let fewer samples, then fewer perturbations advance together until the memory suffices."""
@@ -76,19 +86,31 @@ class Pieces:
             need = self.chunk_bytes()
 
     def halve(self, samples: int) -> bool:
-        """Half of so many samples, or else half of the perturbations, at a time; False where neither can be less."""
+        """Half of so many samples, or else of the perturbations or of the outputs that are kept, whatever takes more memory, at a
+        time; False where none can be less."""
+        grouped, widest = ESTIMATORS[self.estimator].grouped, self.widest
+        stacks, keeps = self.runner.stacks and self.stack > 1, grouped and self.held > widest
         if samples > 1:
             self.together = -(-samples // 2)
-        elif self.runner.stacks and self.stack > 1:
+        elif keeps and (
+            not stacks or self.held * self.elements * self._itemsize > self.stack * (self.runner.sample_bytes or 0)
+        ):
+            self.runner.held = max(widest, -(-self.held // 2))
+        elif stacks:
             self.runner.stack = -(-self.stack // 2)
         else:
             return False
         return True
 
+    @property
+    def _itemsize(self) -> int:
+        return self.variants()[0][0].element_size()
+
     def go_on(self, before: Sequence[int]) -> str | None:
         """Take the pieces of a run's earlier calls, so that the bits stay, or smaller ones where memory is less; what to say."""
-        now = self.now
-        self.set(*map(min, before, now))
+        now, every = self.now, self.count
+        held = min(before[2] if len(before) > 2 else every, self.held)
+        self.set(min(before[0], now[0]), min(before[1], now[1]), held if held < every else None)
         if self.now == now:
             return None
         return (
@@ -121,22 +143,25 @@ class Pieces:
             return None
         inputs = sum(samples * t[:1].nbytes for t in pytree.tree_leaves(self.example))
         count, tried = sum(map(len, variants)), sum(len(variants[k]) for k in chosen)
-        logits = (count - tried) * samples * self.classes * 2 * variants[0][0].element_size()
-        found: int | None = peak + inputs + sums_bytes(count, name) - sums_bytes(tried, name) + logits
+        outputs = (count - tried) * samples * self.elements * 2 * variants[0][0].element_size()
+        found: int | None = peak + inputs + sums_bytes(count, name) - sums_bytes(tried, name) + outputs
         return found
 
 
-def default_batch(runner: Runner, widest: int, estimator: str, device: torch.device) -> int:
-    """Samples per chunk: as many as keep the largest stacked activation within the device's budget."""
+def default_batch(runner: Runner, widest: int, estimator: str, device: torch.device, output_bytes: int = 0) -> int:
+    """Samples per chunk: as many as keep the largest stacked activation within the device's budget, and all candidates' outputs
+    of them, ``output_bytes`` a sample, within ``_OUTPUT_BYTES``."""
+    most = max(1, _OUTPUT_BYTES // max(1, output_bytes))
     if runner.sample_bytes is None:
-        return 32
+        return min(32, most)
     streams = widest * widest if ESTIMATORS[estimator].pairs else widest
     budget = _STACK_BYTES.get(device.type, _STACK_BYTES["cuda"])
-    return int(min(256, max(1, budget // (streams * runner.sample_bytes))))
+    return int(min(256, most, max(1, budget // (streams * runner.sample_bytes))))
 
 
 # Bytes of the largest stacked activation: beyond it a CPU leaves its caches, a GPU gains nothing more.
 _STACK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+_OUTPUT_BYTES = 1 << 30
 
 
 def disk_bytes(candidates: int, samples: int, estimator: str) -> int:

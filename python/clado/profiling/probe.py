@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..common import moved_to
 from ..graph import PRECISIONS, Runner, Variants, in_precision
 from .estimators import ESTIMATORS
 from .estimators.base import blocks, singles
-from .losses import LogitLoss, Loss
+from .losses import Loss
 
 
 def auto_precision(device: torch.device, estimator: str) -> str:
@@ -61,7 +63,7 @@ def probe(
         mine = [[weight.to(dtype) for weight in variants[k]] for k in chosen]
         inputs = moved_to(batch, device, dtype)
         loss = make_loss(inputs)
-        delta = singles(twin, mine, inputs, loss, _nothing)[2] if isinstance(loss, LogitLoss) else None
+        delta = singles(twin, mine, inputs, loss, _nothing).delta
         runs.append((ESTIMATORS[name].run(twin, mine, inputs, loss, _nothing), delta))
     (low, low_delta), (high, high_delta) = runs
     result: dict[str, Any] = {"precision": precision, "layers": len(chosen), "samples": high.samples}
@@ -77,17 +79,21 @@ def probe(
         )
         result[f"{item}_error"] = ((got - wanted) * upper).norm().item() / norm
         result[f"{item}_noise"] = noise if high.samples > 1 else float("inf")
-    if low_delta is not None and high_delta is not None:
-        errors = (low_delta.double() - high_delta).flatten(1).norm(dim=1) / high_delta.flatten(1).norm(dim=1).clamp(
-            min=1e-300
-        )
-        own = [errors[block] for block in blocks([variants[k] for k in chosen])]
-        widest = max(map(len, own))
-        result["delta_error"] = [max(e[m].item() for e in own if len(e) > m) for m in range(widest)]
+    got, wanted = (_values(delta) for delta in (low_delta, high_delta))
+    errors = (got - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-300)
+    own = [errors[block] for block in blocks([variants[k] for k in chosen])]
+    widest = max(map(len, own))
+    result["delta_error"] = [max(e[m].item() for e in own if len(e) > m) for m in range(widest)]
     result["good"] = all(result[f"{item}_error"] <= result[f"{item}_noise"] for item in ("loss", "pair"))
     if result["loss_noise"] == float("inf"):  # a single sample says nothing about noise
         result["loss_noise"] = result["pair_noise"] = None
     return result
+
+
+def _values(delta: Any) -> Tensor:
+    """``[V, …]`` float64 of all changes."""
+    leaves = [leaf for leaf in pytree.tree_leaves(delta) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.double().flatten(1) for leaf in leaves], 1)
 
 
 def _nothing() -> None:

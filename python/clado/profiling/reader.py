@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..common import (
-    check_targets,
     moved_to,
     require,
+    sample_count,
     shown_shapes,
     split_batch,
     users_code,
 )
 from ..graph import ForwardStep
-from .losses import LogitLoss, Loss, LossFunc, UserLoss
-from .options import LOSSES
+from .losses import Loss, LossChoice
 
 
 @dataclass(frozen=True)
@@ -31,65 +29,46 @@ class Reader:
 
     Attributes:
         device, dtype: of what the model is run on.
-        loss_name: "kl" or "cross_entropy"; anything beside ``loss_func``.
+        loss: which loss; :meth:`fitted` to an output before one of a batch is asked for.
         forward_step: ``forward_step(model, batch)`` runs the model; None: the model itself, on the inputs.
-        loss_func: ``loss_func(output, batch)``, see :class:`UserLoss`; None: ``loss``, of logits.
-        classes: of the model's output, 0 where unknown.
         op: what is said to need the batches.
     """
 
     device: torch.device
     dtype: torch.dtype
-    loss_name: str = "kl"
+    loss: LossChoice = field(default_factory=LossChoice)
     forward_step: ForwardStep | None = None
-    loss_func: LossFunc | None = None
-    classes: int = 0
     op: str = "profile"
-
-    def __post_init__(self) -> None:
-        known = self.loss_func is not None or self.loss_name in LOSSES
-        require(known, self.op, "loss", f"be one of {', '.join(LOSSES)}", repr(self.loss_name))
 
     @property
     def whole_batches(self) -> bool:
         """Whether the user's own functions get the loader's batches as they are."""
-        return self.loss_func is not None or self.forward_step is not None
+        return self.loss.sees_batch or self.forward_step is not None
 
     @property
     def step(self) -> ForwardStep | None:
         """What runs the model on its part of a batch; None: the model itself."""
         return first_of_batch if self.forward_step is None and self.whole_batches else self.forward_step
 
-    def parts(self, batch: Any) -> tuple[Any, Tensor | None]:
-        """(what the model is run on, labels or None) of one of the loader's batches."""
+    def parts(self, batch: Any) -> tuple[Any, Any]:
+        """(what the model is run on, targets or None) of one of the loader's batches."""
         inputs, targets = self._whole(batch) if self.whole_batches else split_batch(batch, self.op)
-        labelled = targets is not None or self.loss_name != "cross_entropy" or self.loss_func is not None
-        require(
-            labelled,
-            self.op,
-            "data_loader",
-            "yield (inputs, targets) for cross_entropy (images: in one subfolder per class)",
-            "inputs alone",
-        )
+        must = f"yield (inputs, targets) for {self.loss.name} (images: in one subfolder per class)"
+        require(targets is not None or not self.loss.needs_targets, self.op, "data_loader", must, "inputs alone")
         return inputs, targets
 
-    def _whole(self, batch: Any) -> tuple[Any, Tensor | None]:
+    def _whole(self, batch: Any) -> tuple[Any, Any]:
         plain = self.forward_step is not None or isinstance(batch, (Tensor, tuple, list))
         must = "be given for batches that are neither inputs nor (inputs, …)"
         require(plain, self.op, "forward_step", must, type(batch).__name__)
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        labels = batch[1] if pair and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
-        return batch, None if labels is None or labels.is_floating_point() else labels
+        return batch, batch[1] if pair else None
 
     def checked(self, batch: Any) -> Any:
-        """What the model is run on of a batch that is read before the run; raises where labels are no classes."""
+        """What the model is run on of a batch that is read before the run; raises where its targets do not suit the loss."""
         inputs, targets = self.parts(batch)
-        self._check(targets)
+        self.loss.on(inputs, targets, sample_count(batch), torch.device("cpu"))
         return inputs
-
-    def _check(self, targets: Tensor | None) -> None:
-        if self.loss_func is None and self.classes:
-            check_targets(targets, self.classes)
 
     def moved(self, inputs: Any) -> Any:
         return moved_to(inputs, self.device, self.dtype)
@@ -103,28 +82,17 @@ class Reader:
         with users_code(f"{self.op}: model must take inputs {shown_shapes(inputs)}"):
             return model(inputs) if self.step is None else self.step(model, inputs)
 
-    def classes_of(self, output: Any) -> int:
-        """The number of classes of the model's output, 0 where unknown; raises where it does not suit the loss."""
-        if self.loss_func is not None:
-            return 0
-        fits = isinstance(output, Tensor) and output.dim() == 2
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        got += f" of {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-        must = "return logits [N, C] (others need forward_step to take them, or loss_func)"
-        require(fits, self.op, "model", must, got)
-        return int(output.shape[1])
+    def fitted(self, output: Any, inputs: Any, targets: Any) -> Reader:
+        """The same with a loss that knows the model's output; raises where one does not suit the other."""
+        return replace(self, loss=self.loss.fitted(output, inputs, targets, sample_count(inputs)))
 
-    def loss(self, inputs: Any, targets: Tensor | None, samples: int) -> Loss:
-        if self.loss_func is not None:
-            return UserLoss(self.loss_func, inputs, samples, self.op)
-        self._check(targets)
-        labels = targets if self.loss_name == "cross_entropy" else None
-        return LogitLoss(None if labels is None else labels.to(self.device, torch.int64))
+    def of_batch(self, inputs: Any, targets: Any, samples: int, seeds: Any = None) -> Loss:
+        """The loss of inputs that were moved; ``seeds`` as for :meth:`LossChoice.on`."""
+        return self.loss.on(inputs, targets, samples, self.device, seeds)
 
-    def unlabelled_loss(self, inputs: Any, samples: int) -> Loss:
-        """The loss where labels only have a shape."""
-        wanted = self.loss_name == "cross_entropy"
-        return self.loss(inputs, torch.zeros(samples, dtype=torch.int64) if wanted else None, samples)
+    def blank(self, inputs: Any, samples: int) -> Loss:
+        """The loss where targets only have a shape."""
+        return self.loss.blank(inputs, samples, self.device)
 
 
 def all_finite(batch: Any) -> bool:

@@ -181,6 +181,8 @@ class Run:
             chunk_bytes=pieces.chunk_bytes(),
             moment_bytes=moments.nbytes,
             group_bytes=groups,
+            held=pieces.runner.held,
+            loss=self.reader.loss.words(),
             disk_bytes=disk_bytes(count_v, count, options.estimator) + 2 * groups + weights,
             notes=(*self.notes, shared) if shared else tuple(self.notes),
         )
@@ -262,11 +264,11 @@ class Run:
         ranks.check_same({**self.settings, "until_stable": None if rule is None else [rule.tolerance, *rule.avg_bits]})
         done, expected, work = checkpoint.total.samples, self.stream.expected, self.work
         self._go_on(checkpoint.pieces)
-        wanted = [done, end, work.members(ranks.world, expected, done), *self.pieces.now]
-        done, end, members, *pieces = ranks.agree(wanted)
+        mine = [*self.pieces.now, 0][:3]  # 0: all candidates' outputs are kept
+        done, end, members, *pieces = ranks.agree([done, end, work.members(ranks.world, expected, done), *mine])
         ranks.join(members)
         if members == 1:  # who share a chunk take it in the same pieces, others in their own where memory is less
-            pieces = [min(own, first) for own, first in zip(self.pieces.now, pieces, strict=True)]
+            pieces = [min(own or first, first or own) for own, first in zip(mine, pieces, strict=True)]
         self.pieces.set(*pieces)
         seen, settled = 0, 0.0
         total = work.total(expected)
@@ -320,7 +322,8 @@ class Run:
             before = self.runner.work
             try:
                 moved = self.reader.moved(inputs)
-                loss = self.reader.loss(moved, targets, count)
+                seeds = chunk.digests[done : done + together].tolist()
+                loss = self.reader.of_batch(moved, targets, count, seeds)
                 parts.append(self._sums(name, moved, loss, tick, share).cpu().added(share))
                 work = torch.tensor(self.runner.work - before, dtype=torch.float64)
                 self.runner.work = before + share.added(work).item()
@@ -344,7 +347,7 @@ class Run:
         """(argument, what it must do) that is at fault where no candidate's loss is finite."""
         if not all_finite(batch):
             return "data_loader", "yield finite numbers"
-        if self.options.loss_func is None:
+        if self.reader.loss.named:
             return "model", "return finite outputs"
         return "loss_func", "return finite losses"
 
@@ -362,8 +365,9 @@ class Run:
             ) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        together, stack = self.pieces.now
-        self.notes.append(f"out of memory: went on with {together} samples, {stack} perturbations at a time")
+        together, stack, *held = self.pieces.now
+        some = f", {held[0]} candidates' outputs kept" if held else ""
+        self.notes.append(f"out of memory: went on with {together} samples, {stack} perturbations at a time{some}")
 
     def _result(self, checkpoint: Checkpoint, ranks: Ranks, stability: Stability | None) -> Sensitivity:
         options, sums = self.options, checkpoint.total
@@ -375,18 +379,20 @@ class Run:
         rounding = None if self.rounded is None else self.rounded.by
         provenance = Provenance(
             options.estimator,
-            options.loss,
+            self.reader.loss.name,
             self.settings["products"],
             self.runner.skipped,
             self.float_weights,
             rounding=rounding,
             stability=stability,
+            loss_options=self.reader.loss.settings(),
+            loss_words=self.reader.loss.words(),
         )
         result = assemble(sums, self.candidates, options.quantizer, provenance, fingerprint, checkpoint.digests)
         if sums.samples < options.num_samples and not (stability is not None and stability.reached):
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
         if len(checkpoint.pieces) > 1:
-            shown = ", then ".join(f"{together} and {stack}" for together, stack in checkpoint.pieces)
+            shown = ", then ".join(" and ".join(map(str, pieces)) for pieces in checkpoint.pieces)
             self.notes.append(
                 f"memory changed: samples and perturbations at a time were {shown}; last digits depend on it"
             )

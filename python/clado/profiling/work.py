@@ -68,7 +68,8 @@ class Work:
         """Per sample, of the rank that has most to do where so many share them."""
         runner = self.runner
         shares = runner.forward_share, runner.suffix_share
-        passes = Passes(*shares, self.counts, members, self.later, lambda: runner.slope_share(self.counts))
+        slopes = lambda: runner.slope_share(self.counts)  # noqa: E731
+        passes = Passes(*shares, self.counts, members, self.later, slopes, runner.held)
         return ESTIMATORS[estimator].work(passes)
 
 
@@ -87,6 +88,8 @@ class RunPlan:
         moment_bytes: of the second moments that decide the rounding, before the run; 0 where it needs none.
         group_bytes: of the sums over groups of chunks that ``until_stable`` needs, in memory and on disk; 0 without it.
         disk_bytes: of the run directory.
+        held: candidates whose outputs are there at once; None: all.
+        loss: the loss, in words.
     """
 
     estimator: str
@@ -106,6 +109,8 @@ class RunPlan:
     disk_bytes: int
     moment_bytes: int = 0
     group_bytes: int = 0
+    held: int | None = None
+    loss: str = ""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -114,6 +119,7 @@ class RunPlan:
         lines = (
             ("layers", f"{self.layers} at {', '.join(map(str, self.bits))} bits, {self.candidates} candidates"),
             ("samples", f"{self.samples:,}" + (f", {self.finished:,} of them finished" if self.finished else "")),
+            *([("loss", self.loss)] if self.loss else []),
             ("evaluations", f"{self.evaluations:,} per sample ({self.estimator})"),
             (
                 "forwards",
@@ -121,6 +127,7 @@ class RunPlan:
             ),
             ("time", f"about {timedelta(seconds=round(self.seconds))}" if self.seconds >= 1 else "about a second"),
             ("at a time", f"{self.together} samples, {self.stack} perturbations; chunks of {self.batch_size} samples"),
+            *([("outputs", f"{self.held:,} candidates' at a time, later ones run again")] if self.held else []),
             ("memory", f"{_size(self.fixed_bytes)} weights and variants, {live} live values{total}"),
             *([("moments", f"{_size(self.moment_bytes)} before the run")] if self.moment_bytes else []),
             *([("groups", f"{_size(self.group_bytes)} of memory and on disk")] if self.group_bytes else []),

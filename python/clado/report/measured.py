@@ -16,7 +16,7 @@ from ..artifacts import Plan, Sensitivity
 from ..common import CladoError, atomic_file, require
 from ..graph import ForwardStep
 from ..improve import loss_increases, standard_error
-from ..profiling import LossFunc
+from ..profiling import LossChoice, LossFunc, loss_arguments
 from ..quant import Scheme, scheme_names
 
 MEASURED_FILE = "measured.json"
@@ -82,13 +82,11 @@ def measure(
         CladoError: as :func:`clado.rerank`.
     """
     forward_step = forward_step or sens.functions.get("forward_step")
-    loss_func = loss_func or sens.functions.get("loss_func")
-    own = loss_func is not None or sens.provenance.loss != "user"
+    known = {**loss_arguments(sens), **({} if loss_func is None else {"loss_func": loss_func})}
+    own = sens.provenance.loss != "user" or "loss" in known or "loss_func" in known
     require(own, "report", "loss_func", "be given for a matrix that was measured under one", "none")
-    how = sens.provenance.loss or "kl"
-    increases = loss_increases(
-        model, heldout, plans, how, device, verbose, forward_step=forward_step, loss_func=loss_func
-    )
+    chosen = LossChoice.of("report", **known)
+    increases = loss_increases(model, heldout, plans, chosen, device, verbose, forward_step=forward_step)
     return [
         {
             "schemes": list(plan.schemes.values()),

@@ -235,6 +235,12 @@ def commands(contents: Contents) -> list[str]:
     return [*(command for command in known if command), f"clado report {contents.folder}"]
 
 
+def _plain(sens: Sensitivity) -> str:
+    """The name of a loss of plain logits; empty where more is to be said."""
+    known = sens.provenance
+    return "" if known.loss_options or known.loss is None else known.loss
+
+
 def settings(sens: Sensitivity) -> dict[str, str]:
     """How the matrix was measured."""
     known, notes, group = sens.provenance, sens.notes, sens.quantizer.group_size
@@ -242,7 +248,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
     out = {
         "estimator": known.estimator or "from elsewhere",
         "exact pairs": f"{len(known.corrected_pairs):,}" if known.corrected_pairs else "",
-        "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(known.loss or "", ""),
+        "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(_plain(sens), known.loss_words),
         "precision": known.precision or "",
         "rounding": "to the nearest code" if known.rounding is None else str(known.rounding),
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",

@@ -52,12 +52,14 @@ def write_note(
     heldout: str | None = None,
     forward_step: str | None = None,
     loss_func: str | None = None,
+    loss: dict[str, Any] | None = None,
 ) -> None:
     """Note how the model was built, what was measured on which data, by which command and with which versions.
 
     Args:
         heldout: data that later stages take where none is named; None: what ``data`` has left.
         forward_step, loss_func: the user's functions as they were named; None: the model itself, one of clado's losses.
+        loss: how stages are asked for that loss; None: as they do without being told.
     """
     note = {
         "spec": spec.to_json(),
@@ -67,7 +69,7 @@ def write_note(
         "command": command,
         "versions": versions(),
     }
-    more = {"heldout": heldout, "forward_step": forward_step, "loss_func": loss_func}
+    more = {"heldout": heldout, "forward_step": forward_step, "loss_func": loss_func, "loss": loss}
     write_json(folder / RUN_FILE, {**note, **{name: value for name, value in more.items() if value is not None}})
 
 
@@ -90,6 +92,11 @@ def functions(note: dict[str, Any]) -> dict[str, Any]:
         CladoError: one that cannot be imported from here.
     """
     return {name: named("run", name, note[name]) for name in FUNCTIONS if name in note}
+
+
+def measured_by(note: dict[str, Any]) -> dict[str, Any]:
+    """The functions of a run, and how a stage is asked for its loss, where it notes one."""
+    return {**functions(note), **note.get("loss", {})}
 
 
 def example(model: Any, spec: Any, note: dict[str, Any], count: int) -> Any:

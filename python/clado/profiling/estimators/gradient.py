@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ...graph import Runner, Variants
-from ..losses import LogitLoss, Loss, UserLoss
+from ...graph import Runner, Variants, first_stream
+from ..losses import Loss
 from ..share import Share
 from ..sums import Sums
 from .base import ALONE, Estimator, Later, Passes, Tick, blocks, single_sums
@@ -31,22 +32,22 @@ def gradient(
     reached: dict[str, Any] = {}
 
     def objective(end: Any) -> Tensor:
-        if isinstance(loss, UserLoss):
-            losses = [loss.losses(output) for output in runner.outputs(end)]
-            reached["losses"] = torch.stack([value.detach().double() for value in losses])
-            return torch.stack(losses).sum()
-        outputs = runner.finish(end)
+        outputs = loss.taken(runner.finish(end), 1)
         with torch.no_grad():
-            delta = outputs - reached.setdefault("logits", outputs.detach()[0])
-            reached["losses"] = loss.increase(reached["logits"], delta)
-            slope = loss.gradient(reached["logits"], delta)
-        return (outputs * slope).sum()
+            still = pytree.tree_map(detached, outputs)
+            z = reached.setdefault("z", first_stream(still))
+            delta = pytree.tree_map(difference, still, z)
+            reached["losses"] = loss.increase(z, delta)
+            slope = loss.gradient(z, delta)
+        pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(slope), strict=True)
+        terms = [(a * b).sum() for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+        return torch.stack(terms).sum()
 
     samples = state.samples
     slope: Tensor | None = None
-    if isinstance(loss, LogitLoss) and loss.target is None:  # the KL divergence to the clean logits has no slope there
-        reached["logits"] = runner.clean(runner.start(batch))
-        base = reached["logits"].new_zeros(1, samples)
+    if loss.rests:
+        reached["z"] = loss.taken(runner.clean(runner.start(batch)))
+        base = torch.zeros(1, samples, dtype=torch.float64, device=variants[0][0].device)
     else:
         slope = runner.products(state, variants, objective)
         base = reached["losses"]
@@ -70,6 +71,15 @@ def gradient(
         tick()
     sums += single_sums(increase)  # of this share's layers; zero for the others
     return sums
+
+
+def detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def difference(now: Any, clean: Any) -> Any:
+    """Of a leaf under all streams; whole numbers stay as they are."""
+    return now - clean if isinstance(now, Tensor) and now.is_floating_point() else now
 
 
 def gradient_work(suffix: Sequence[float], slopes: Sequence[float], counts: Sequence[int]) -> list[float]:

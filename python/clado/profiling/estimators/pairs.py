@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-
-import clado_ext
+from torch.utils import _pytree as pytree
 
 from ...graph import Runner, Variants
-from ..losses import Loss, UserLoss
+from ..losses import Loss
 from ..share import Share
 from ..sums import Sums
-from .base import ALONE, Estimator, Later, Passes, Tick, blocks, single_sums, singles, stacks, work_of_singles
+from .base import (
+    ALONE,
+    Estimator,
+    Later,
+    Passes,
+    Singles,
+    Tick,
+    blocks,
+    joined,
+    rows_of,
+    single_sums,
+    singles,
+    stacks,
+    work_of_singles,
+)
 
 
 def exact(
@@ -27,9 +40,9 @@ def exact(
     later: Later | None = None,
 ) -> Sums:
     """Every pair by its own forward from the layer where it departs from a single perturbation (the paper's definition)."""
-    increase, logits, delta = singles(runner, variants, batch, loss, tick, share)
-    sums = single_sums(increase, share)
-    for block, closed, residual in _pairs(runner, variants, batch, loss, increase, logits, delta, tick, share, later):
+    alone = singles(runner, variants, batch, loss, tick, share)
+    sums = single_sums(alone.increase, share)
+    for block, closed, residual in _pairs(runner, variants, batch, loss, alone, tick, share, later):
         omega = closed + residual
         sums.pair[block] = omega.sum(-1)
         sums.pair_squared[block] = omega.square().sum(-1)
@@ -49,14 +62,14 @@ def corrected(
 
     ``later``: for every layer the layers behind it that it is paired with; None: all of them.
     """
-    increase, logits, delta = singles(runner, variants, batch, loss, tick, share)
-    sums = single_sums(increase, share)
+    alone = singles(runner, variants, batch, loss, tick, share)
+    sums = single_sums(alone.increase, share)
     if share.leads:
-        sums.pair, sums.pair_squared = clado_ext.pairwise_ce(logits, delta)
+        sums.pair, sums.pair_squared = loss.pairs(alone.z, alone.delta)
         sums.residual_samples += sums.samples
     sums.residual, sums.residual_squared, sums.residual_pair = sums.pair.new_zeros(3, *sums.pair.shape)
     sums.residual_closed = sums.pair.clone()
-    for block, closed, residual in _pairs(runner, variants, batch, loss, increase, logits, delta, tick, share, later):
+    for block, closed, residual in _pairs(runner, variants, batch, loss, alone, tick, share, later):
         sums.residual[block] = residual.sum(-1)
         sums.residual_squared[block] = residual.square().sum(-1)
         sums.residual_pair[block] = (residual * closed).sum(-1)
@@ -68,22 +81,17 @@ def _pairs(
     variants: Variants,
     batch: Any,
     loss: Loss,
-    increase: Tensor,
-    logits: Tensor,
-    delta: Tensor,
+    alone: Singles,
     tick: Tick,
     share: Share,
     later: Later | None = None,
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
     """(block of the matrix, closed form, residual ``[bits of i, bits of j, N]``) of this share's pairs of layers i < j."""
     places = blocks(variants)
-    base = loss.values(runner.outputs(runner.start(batch))) if isinstance(loss, UserLoss) else torch.empty(0)
 
-    def measured(both: Any) -> Tensor:
-        """What both perturbations change: losses ``[S, N]`` or logits ``[S, N, C]``."""
-        if isinstance(loss, UserLoss):
-            return loss.values(runner.outputs(both)) - base
-        return runner.changes(runner.finish(both), logits)
+    def measured(both: Any) -> Any:
+        """What both perturbations change, streams in front."""
+        return runner.changes(loss.taken(runner.finish(both), 1), alone.z)
 
     state = runner.start(batch)
     behind = every_pair(runner.num_layers) if later is None else later
@@ -97,15 +105,17 @@ def _pairs(
         for j in behind[i]:
             branch = runner.advance(branch, j)
             other = places[j]
-            joint = torch.cat([measured(runner.fork(branch, j, part)) for part in stacks(runner, variants[j])])
-            joint = joint.view(counts[j], counts[i], *joint.shape[1:]).transpose(0, 1)  # streams: bits of j outermost
-            if isinstance(loss, UserLoss):
-                closed = joint - increase[own, None] - increase[other]
-                residual = torch.zeros_like(closed)
-            else:
-                closed, residual = loss.pair(logits, delta[own], delta[other], joint)
+            joint = joined([measured(runner.fork(branch, j, part)) for part in stacks(runner, variants[j])])
+            joint = pytree.tree_map(partial(by_layers, counts[j], counts[i]), joint)
+            first, second = (pytree.tree_map(partial(rows_of, rows), alone.delta) for rows in (own, other))
+            closed, residual = loss.pair(alone.z, first, second, joint)
             yield (own, other), closed, residual
             tick()
+
+
+def by_layers(later: int, earlier: int, leaf: Any) -> Any:
+    """Streams ``[later, earlier]``, the later layer's candidates outermost, the other way round."""
+    return leaf.reshape(later, earlier, *leaf.shape[1:]).transpose(0, 1) if isinstance(leaf, Tensor) else leaf
 
 
 def every_pair(layers: int) -> Later:
@@ -130,5 +140,5 @@ def work_of_pairs(passes: Passes) -> float:
 
 EXACT = Estimator(exact, work_of_pairs, pairs=True)
 CORRECTED = Estimator(
-    corrected, work_of_pairs, pairs=True, needs_logits=True, residual=True, otherwise="logit", probed_by="exact"
+    corrected, work_of_pairs, pairs=True, closed=True, residual=True, otherwise="additive", probed_by="exact"
 )
