@@ -117,7 +117,7 @@ def correct(
     )
     first = sens.candidates.choice(sens.candidates.starts[:-1])
     model = folded(model)
-    alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
+    alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations_of(first))
     check_fit(model, alike, "correct")
     folder = None if output_dir is None else Path(output_dir)
     with alone(folder if is_writer() else None, "correct"), full_precision(), torch.no_grad():

@@ -159,7 +159,8 @@ class _Ground:
     def __init__(self, model: nn.Module, sens: Sensitivity, held: Any, reader: Reader, together: int) -> None:
         self.sens, self.samples = sens, sample_count(held)
         inputs = reader.parts(held)[0]
-        used = quantize_activations(model, sens.activations, sens.layers) if sens.activations else model
+        base = sens.activations is not None and sens.activations.base
+        used = quantize_activations(model, sens.activations, sens.layers) if base and sens.activations else model
         self.runner = open_runner(
             converted(used, reader.device, reader.dtype),
             inputs,
@@ -173,7 +174,8 @@ class _Ground:
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        self.variants = variants(model, sens.candidates, sens.quantizer, reader.device, reader.dtype, sens.rounded)
+        how = sens.quantizer, reader.device, reader.dtype, sens.rounded, sens.activations
+        self.variants = variants(model, sens.candidates, *how)
         self.parts = [self._part(held, a, a + together, reader) for a in range(0, self.samples, together)]
 
     def _part(self, held: Any, first: int, last: int, reader: Reader) -> tuple[Any, Loss, Tensor]:

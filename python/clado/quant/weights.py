@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..common import require, tensor_digest, weights_digest
+from .activations import ActivationRanges, input_rounding
 from .candidates import Candidates, Scheme
 from .factors import Factors, factored
+from .inputs import Variant
 from .layers import Layer
 from .numbers import Number, Quantized, Scales, all_nearest, all_scales
 from .quantizer import Quantizer
@@ -52,8 +54,10 @@ def variants(
     device: torch.device,
     dtype: torch.dtype,
     rounded: Rounded | None = None,
-) -> list[list[Tensor]]:
-    """For every layer its weight, output channels first, under each of its candidates: quantized in its own dtype, converted.
+    activations: ActivationRanges | None = None,
+) -> list[list[Variant]]:
+    """For every layer its weight, output channels first, under each of its candidates: quantized in its own dtype, converted; and
+    how its input is rounded.
 
     Args:
         model: holds the weights; not changed.
@@ -61,15 +65,21 @@ def variants(
         quantizer: settings of the quantization.
         device, dtype: of the result.
         rounded: the weights as :func:`round_weights` made them; None: nearest rounding.
+        activations: ranges of the inputs; those of a base that rounds its inputs already round no more.
 
     Raises:
-        CladoError: a width without a format, or rounded weights that lack a candidate.
+        CladoError: a width without a format, rounded weights that lack a candidate, or a range that is needed and not there.
     """
+    found = []
     weights = _Weight.of(model, candidates.layers, quantizer, rounded)
-    return [
-        [value.to(device, dtype) for value in weight.values([scheme.number for scheme in schemes])]
-        for weight, schemes in zip(weights, candidates.schemes, strict=True)
-    ]
+    for layer, weight, schemes in zip(candidates.layers, weights, candidates.schemes, strict=True):
+        numbers = list(dict.fromkeys(scheme.number for scheme in schemes))
+        values = {
+            number.name: value.to(device, dtype) for number, value in zip(numbers, weight.values(numbers), strict=True)
+        }
+        rounds = [input_rounding(layer, scheme, activations) for scheme in schemes]
+        found.append([Variant(values[own.weight], how) for own, how in zip(schemes, rounds, strict=True)])
+    return found
 
 
 def codes(model: nn.Module, plan: Choice) -> dict[str, Quantized]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...artifacts import Plan
 from ...common import CladoError, digest, require, tensor_digest
-from ...quant import Layer, Quantized, quantize_activations
+from ...quant import Layer, Quantized, with_rounded_inputs
 from ..applied import dequantized
 from ..nn import replace_layers
 from . import base
@@ -79,7 +79,7 @@ def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
             state[name].copy_(value)
     if packed:
         replace_layers(loaded, plan, held)
-    return quantize_activations(loaded, plan.activations, plan.layers) if plan.activations else loaded
+    return with_rounded_inputs(loaded, plan.layers, plan.chosen, plan.activations)
 
 
 def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...graph import Runner, Variants
+from ...quant import Variant
 from ..losses import Loss, UserLoss
 from ..share import Share, longest
 from ..sums import Sums
@@ -124,7 +125,7 @@ def singles(
     return loss.increase(logits, delta), logits, delta
 
 
-def stacks(runner: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+def stacks(runner: Runner, variants: Sequence[Variant]) -> Iterator[Sequence[Variant]]:
     """As many variants of a layer at a time as the runner may stack."""
     size = runner.stack or len(variants)
     return (variants[k : k + size] for k in range(0, len(variants), size))
