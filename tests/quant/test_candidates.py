@@ -73,7 +73,9 @@ def test_a_format_that_is_no_integer_keeps_its_name(monkeypatch: pytest.MonkeyPa
 def test_rounded_inputs_need_their_ranges() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     layer = Layer("0", "linear", (4, 6), 24, ("0.weight",))
-    with pytest.raises(CladoError, match="apply: plan must hold ranges of the inputs that its schemes round, got none for W4A8 of 0"):
+    with pytest.raises(
+        CladoError, match="apply: plan must hold ranges of the inputs that its schemes round, got none for W4A8 of 0"
+    ):
         clado.apply(model, clado.Plan((layer,), {"0": "W4A8"}, "given"))
 
 

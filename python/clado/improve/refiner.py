@@ -24,7 +24,7 @@ from ..common import progress_bar, require, sample_count
 from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
 from ..profiling import LogitLoss, Loss, LossFunc, Reader, SampleStream, Sums, UserLoss, entries
-from ..quant import Scheme, folded, quantize_activations, variants
+from ..quant import folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
@@ -134,8 +134,10 @@ def _proposals(
     solver = Solver(around)
     start = given_plan(around, best)
     own = SolveOptions(constraints=arguments.get("constraints", ())).constraints  # a file's, too
-    taken = {name: Scheme.of(scheme).bits for name, scheme in best.items()}
-    moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in taken.items()}
+    moves: dict[str, dict[int | str, float]] = {
+        layer.name: {scheme.label: 1 for scheme in own if scheme.label != best[layer.name]}
+        for layer, own in zip(around.layers, around.candidates.schemes, strict=True)
+    }
     asked = [("original", None), ("shrunk", None), *(("original", radius) for radius in RADII)]
     found = []
     for objective, radius in asked:

@@ -73,10 +73,9 @@ def variants(
     found = []
     weights = _Weight.of(model, candidates.layers, quantizer, rounded)
     for layer, weight, schemes in zip(candidates.layers, weights, candidates.schemes, strict=True):
-        numbers = list(dict.fromkeys(scheme.number for scheme in schemes))
-        values = {
-            number.name: value.to(device, dtype) for number, value in zip(numbers, weight.values(numbers), strict=True)
-        }
+        numbers = {scheme.weight: scheme.number for scheme in schemes}
+        made = zip(numbers, weight.values(list(numbers.values())), strict=True)
+        values = {name: value.to(device, dtype) for name, value in made}
         rounds = [input_rounding(layer, scheme, activations) for scheme in schemes]
         found.append([Variant(values[own.weight], how) for own, how in zip(schemes, rounds, strict=True)])
     return found
