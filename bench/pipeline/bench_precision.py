@@ -31,8 +31,7 @@ from clado.graph.executor import Executor
 from clado.profiling.estimators.base import singles
 from clado.profiling.heap import heap
 from clado.profiling.losses import LogitLoss
-from clado.quant import Candidates, Quantizer
-from clado.quant import Variant
+from clado.quant import Candidates, Quantizer, Variant
 from clado.quant import variants as variants_of
 
 BITS = (2, 4, 8)

@@ -40,7 +40,12 @@ def number_of(row: Mapping[int | str, float], scheme: Scheme) -> float | None:
 
 def _key(text: str) -> int | str:
     """Bits, or a scheme's label."""
-    return int(text) if text.strip().isdigit() else Scheme.of(text.strip()).label
+    if text.strip().isdigit():
+        return int(text)
+    try:
+        return Scheme.of(text.strip()).label
+    except CladoError as error:
+        raise ValueError(error) from None
 
 
 def read_latency(path: str | os.PathLike[str]) -> dict[str, dict[int | str, float]]:
