@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.artifacts import Sensitivity
+from clado.cli import fields
 from clado.quant import ActivationRanges, Scheme
 from tests.models import lively
 from tests.record.nets import Unexportable
@@ -401,3 +402,48 @@ def test_an_input_that_cannot_be_intercepted_is_named() -> None:
     assert [layer.name for layer in found.layers] == ["first", "inner", "last"]
     with pytest.raises(clado.CladoError, match="schemes must round inputs of layers that run, got none of inner"):
         clado.profile(model, [x], schemes=("W4A8",), estimator="diagonal", **{**HOW, "num_samples": 4})
+
+
+def test_exact_pairs_of_a_plan_hold_inputs(net: nn.Module, x: Tensor, exact: Sensitivity) -> None:
+    sens = clado.profile(net, [x], schemes=SCHEMES, estimator="logit", precision="float64", **HOW)
+    limit = limits(sens)["bitops"]
+    better, plan = clado.correct(net, [x], sens, num_samples=6, bitops=limit, verbose=False)
+    assert plan.info["stands"]
+    rows = exact.candidates.indices(plan.schemes)
+    assert near(better.interaction[np.ix_(rows, rows)], exact.interaction[np.ix_(rows, rows)]) < 1e-6
+
+
+def test_less_memory_gives_the_same_matrix(net: nn.Module, x: Tensor) -> None:
+    """Perturbations of a stack have roundings of their own, in whatever pieces they advance."""
+    how = {**HOW, "schemes": ("W4A8", "W4A16"), "estimator": "logit", "precision": "float64", "batch_size": 6}
+    plain = clado.profile(net, [x], **how)
+    plan = clado.plan_run(net, [x], **how)
+    assert plan.chunk_bytes is not None
+    assert "5 under W4A8, W4A16, 10 candidates" in str(plan)
+    small = clado.profile(net, [x], max_memory=plan.fixed_bytes + plan.chunk_bytes // 4, **how)
+    assert near(small.interaction, plain.interaction) < 1e-6
+
+
+def test_what_the_command_line_reads() -> None:
+    def read(*given: str) -> Any:
+        return fields.KINDS["schemes"].value("profile", "schemes", given)
+
+    assert read() is None
+    assert read("W4A16,FP8") == {"*": ("W4A16", "FP8")}
+    assert list(read("*.attn.*=W8A8", "*=W4A8,W8A8")) == ["*.attn.*", "*"]
+    with pytest.raises(clado.CladoError, match="profile: schemes must give a pattern once, got '\\*'"):
+        read("W4A16", "W8A8")
+
+
+def test_exports_say_what_becomes_of_inputs(net: nn.Module, exact: Sensitivity, tmp_path: Path) -> None:
+    plan = clado.given_plan(exact, dict.fromkeys(NAMES, "W4A8"))
+    written = clado.export(net, plan, tmp_path / "ct", format="compressed-tensors")
+    assert written.notes == ("inputs stay float, those of left, right, twice and 1 more too, which the plan rounds",)
+    other = clado.given_plan(exact, dict.fromkeys(NAMES, "W8A8_DYNAMIC"))
+    with pytest.raises(clado.CladoError, match="must round inputs to 8 bits with one range per tensor"):
+        clado.export(net, other, tmp_path / "onnx", format="onnx", example=torch.zeros(2, 2, 4, 4))
+    assert not (tmp_path / "onnx").exists()
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(9))
+    for one in (plan, other):
+        clado.export(net, one, tmp_path / "own")
+        assert torch.equal(clado.load(tmp_path / "own", net)(x), clado.apply(net, one)(x))

@@ -135,5 +135,6 @@ def values(kind: type[Arguments], given: Mapping[str, Any]) -> dict[str, Any]:
     for name, about in kind.about().items():
         line = about.line
         if not isinstance(line, str) and given.get(name) is not None:
-            found[name] = KINDS[line.kind].value(kind.op, line.flag.removeprefix("--"), given[name])
+            value = KINDS[line.kind].value(kind.op, line.flag.removeprefix("--"), given[name])
+            found |= {} if value is None else {name: value}
     return found

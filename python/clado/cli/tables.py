@@ -161,7 +161,8 @@ def plan_table(sens: Sensitivity, plan: Plan) -> Table:
         alone = loss_alone(sens, layer.name, scheme) if layer in sens.layers else ""
         bars = (f"{names[scheme]} {bar(scheme.bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
         rows.append((layer.name, f"{layer.numel:,}", *bars, alone))
-    return layer_table(("layer", "weights", "bits", "bytes", "", "ΔL alone"), rows, left=("bits", ""))
+    head = "bits" if all_plain(schemes.values()) else "scheme"
+    return layer_table(("layer", "weights", head, "bytes", "", "ΔL alone"), rows, left=(head, ""))
 
 
 def loss_table(sens: Sensitivity) -> Table:

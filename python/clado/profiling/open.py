@@ -73,7 +73,7 @@ def open_run(
     plain, ranges = _opened(model, inputs, reader, options, only), None if task is None else task.ranges
     whole = plain
     candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
-    if options.act_bits is not None or options.rounds_inputs:
+    if task is None and (options.act_bits is not None or options.rounds_inputs):
         ranges = calibrated(model, candidates, stream, reader, options.act_bits, act_samples, verbose)
     if ranges is not None and ranges.base:
         model = quantize_activations(model, ranges, plain.layers)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
-from ..quant import ActivationRanges, Candidates, Rounded, Variant
+from ..quant import ActivationRanges, Candidates, Rounded, Variant, all_plain, scheme_names
 from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
@@ -182,7 +182,13 @@ class Run:
             group_bytes=groups,
             disk_bytes=disk_bytes(count_v, count, options.estimator) + 2 * groups + weights,
             notes=(*self.notes, shared) if shared else tuple(self.notes),
+            schemes=self._schemes_in_words,
         )
+
+    @property
+    def _schemes_in_words(self) -> str:
+        names = ", ".join(scheme_names(self.candidates.flat).values())
+        return f"at {names} bits" if all_plain(self.candidates.flat) else f"under {names}"
 
     @property
     def _keeps_weights(self) -> bool:

@@ -65,6 +65,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
+    base.check_integers(request.plan, "onnx")
     ir = _import_ir()
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
