@@ -416,11 +416,12 @@ def test_exact_pairs_of_a_plan_hold_inputs(net: nn.Module, x: Tensor, exact: Sen
 def test_less_memory_gives_the_same_matrix(net: nn.Module, x: Tensor) -> None:
     """Perturbations of a stack have roundings of their own, in whatever pieces they advance."""
     how = {**HOW, "schemes": ("W4A8", "W4A16"), "estimator": "logit", "precision": "float64", "batch_size": 6}
+    how["ignore"] = ("left", "right", "conv")
     plain = clado.profile(net, [x], **how)
     plan = clado.plan_run(net, [x], **how)
     assert plan.chunk_bytes is not None
-    assert "5 under W4A8, W4A16, 10 candidates" in str(plan)
-    small = clado.profile(net, [x], max_memory=plan.fixed_bytes + plan.chunk_bytes // 4, **how)
+    assert "2 under W4A8, W4A16, 4 candidates" in str(plan)
+    small = clado.profile(net, [x], max_memory=plan.fixed_bytes + plan.chunk_bytes // 2, **how)
     assert near(small.interaction, plain.interaction) < 1e-6
 
 
