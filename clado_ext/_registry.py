@@ -106,6 +106,14 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "be a sequence of integers",
         lambda x: isinstance(x, Sequence) and all(isinstance(y, Integral) for y in x),
     ),
+    "Sequence[str]": (
+        "be a sequence of names",
+        lambda x: isinstance(x, Sequence) and not isinstance(x, str) and all(isinstance(y, str) for y in x),
+    ),
+    "Sequence[FormatScale]": (
+        "be a sequence of FormatScale",
+        lambda x: isinstance(x, Sequence) and all(hasattr(y, "tensor_scale") for y in x),
+    ),
     "int": ("be an integer", lambda x: isinstance(x, Integral)),
     "float": ("be a number", lambda x: isinstance(x, Real)),
     "bool": ("be True or False", lambda x: isinstance(x, bool)),
