@@ -42,7 +42,7 @@ def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None])
     return op
 
 
-def call(name: str, device: torch.device, *args: float | Sequence[int]) -> Any:
+def call(name: str, device: torch.device, *args: float | Sequence[int] | Sequence[tuple[int, ...]]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device == _CPU or device.type == "cpu":  # the first test is a tenth of the second
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())

@@ -107,7 +107,14 @@ def number_formats(
                 raw = draw.standard_normal((rows, columns), np.float32)
                 weight = raw if dtype == 0 else raw.astype(np.float16)
                 importance = draw.random((1, columns), np.float32) if steps > 1 else None
-                wanted = [(4, columns, 0), (E4M3, columns, 0), (E5M2, 7, 0), (E4M3, 32, 1), (E2M1, 32, 1), (E2M1, 16, 2)]
+                wanted = [
+                    (4, columns, 0),
+                    (E4M3, columns, 0),
+                    (E5M2, 7, 0),
+                    (E4M3, 32, 1),
+                    (E2M1, 32, 1),
+                    (E2M1, 16, 2),
+                ]
 
                 def run(
                     threads: int,

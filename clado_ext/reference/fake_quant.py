@@ -71,7 +71,7 @@ def magnitudes(format: str) -> Tensor:
 
 
 def nearest_codes(x: Tensor, format: str) -> Tensor:
-    """Codes without a sign nearest to ``|x|``, int64: one more for every middle of two values that lies below; ties go to even."""
+    """Codes without a sign nearest to ``|x|``, int64: one for every middle of two values that lies below; ties go to even."""
     known = magnitudes(format).to(x.device)
     size, codes = x.double().abs(), torch.zeros_like(x, dtype=torch.int64)
     for code, middle in enumerate((known[1:] + known[:-1]) / 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from ..common import CladoError, require
 from .layers import Layer
-from .numbers import NUMBERS, Number, integer, stored_nbytes
+from .numbers import NUMBERS, Number, integer
 from .quantizer import Quantizer
+from .scaling import stored_nbytes
 
 _LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
 KEPT = 16  # bits of an input that is not rounded, in a scheme's label
@@ -113,6 +115,12 @@ class Candidates:
             ascending = len(schemes) > 0 and list(schemes) == sorted(set(schemes))
             must = "be distinct ones of ascending bits, at least one"
             require(ascending, "candidates", f"schemes of {name}", must, [s.label for s in schemes])
+        for layer, schemes in zip(self.layers, self.schemes, strict=True):
+            inputs = math.prod(layer.shape[1:])
+            for scheme in schemes:
+                must = f"have a number of inputs that blocks of {scheme.number.block} divide for {scheme.label}"
+                whole = scheme.number.block == 0 or inputs % scheme.number.block == 0
+                require(whole, "candidates", f"layer {layer.name}", must, inputs)
 
     @staticmethod
     def uniform(layers: Iterable[Layer], schemes: Iterable[Scheme | str | int]) -> Candidates:
