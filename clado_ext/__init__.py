@@ -2,6 +2,7 @@
 
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
+from ._formats import FormatScale
 from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
@@ -10,18 +11,23 @@ from .compensate import compensate
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
+    dequantize_formats,
     fake_quant,
+    fake_quant_formats,
+    fake_quant_formats_into,
     fake_quant_into,
     quantize,
+    quantize_formats,
     quantize_weight,
     straight_through,
 )
 from .iqp_prove import iqp_prove
 from .iqp_search import iqp_search
 from .pairwise_ce import pairwise_ce
-from .scale_search import range_search, scale_search
+from .scale_search import format_search, range_search, scale_search, tensor_scale
 
 __all__ = [
+    "FormatScale",
     "QuantizedWeight",
     "batched_ce",
     "carried_add_layer_norm",
@@ -30,8 +36,12 @@ __all__ = [
     "carried_softmax",
     "compensate",
     "dequantize",
+    "dequantize_formats",
     "fake_quant",
+    "fake_quant_formats",
+    "fake_quant_formats_into",
     "fake_quant_into",
+    "format_search",
     "has_cuda",
     "iqp_prove",
     "iqp_search",
@@ -40,12 +50,14 @@ __all__ = [
     "packed_columns",
     "pairwise_ce",
     "quantize",
+    "quantize_formats",
     "quantize_weight",
     "range_search",
     "scale_search",
     "set_simd",
     "simd_level",
     "straight_through",
+    "tensor_scale",
     "unpack",
     "unpack_into",
 ]

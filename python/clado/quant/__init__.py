@@ -33,10 +33,11 @@ if TYPE_CHECKING:
         storage,
     )
     from .learned import LearnedWeight
-    from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
+    from .numbers import NUMBERS, Number, Quantized
     from .quantizer import Quantizer
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
+    from .scaling import PACKED, SCALE, ZERO_POINT
     from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)

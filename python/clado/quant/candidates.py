@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from ..common import CladoError, require
 from .inputs import INPUTS, known_input
 from .layers import Layer
-from .numbers import NUMBERS, Number, integer, stored_nbytes
+from .numbers import NUMBERS, Number, integer
 from .quantizer import Quantizer
+from .scaling import stored_nbytes
 
 _INTEGER = re.compile(r"W([2-8])(A.*)")
 KEPT = 16  # bits of an input that is not rounded, in a scheme's label
@@ -175,6 +177,12 @@ class Candidates:
             ascending = len(schemes) > 0 and list(schemes) == sorted(set(schemes))
             must = "be distinct ones of ascending bits, at least one"
             require(ascending, "candidates", f"schemes of {name}", must, [s.label for s in schemes])
+        for layer, schemes in zip(self.layers, self.schemes, strict=True):
+            inputs = math.prod(layer.shape[1:])
+            for scheme in schemes:
+                must = f"have a number of inputs that blocks of {scheme.number.block} divide for {scheme.label}"
+                whole = scheme.number.block == 0 or inputs % scheme.number.block == 0
+                require(whole, "candidates", f"layer {layer.name}", must, inputs)
 
     @staticmethod
     def uniform(layers: Iterable[Layer], schemes: Iterable[Scheme | str | int]) -> Candidates:

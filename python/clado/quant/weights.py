@@ -22,10 +22,11 @@ from .candidates import Candidates, Scheme
 from .factors import Factors, factored
 from .inputs import Variant
 from .layers import Layer
-from .numbers import Number, Quantized, Scales, all_nearest, all_scales
+from .numbers import Number, Quantized, all_nearest, all_scales
 from .quantizer import Quantizer
 from .rounded import Rounded
 from .rounding import ROUNDINGS
+from .scaling import Scales
 
 Moments = Mapping[str, Tensor]  # {layer: [G, inputs, inputs]}
 _KEPT_BYTES = 256 << 20  # of scales: a thousand million weights in groups of 64 take as much at four widths
@@ -213,25 +214,16 @@ class _Kept:
             found = self._held.get(key)
             if found is not None:
                 self._held.move_to_end(key)
-        return None if found is None else _copied(found, device)
+        return None if found is None else found.to(device, copy=True)
 
     def put(self, key: Any, scales: Scales) -> None:
-        mine = _copied(scales, torch.device("cpu"))
+        mine = scales.to(torch.device("cpu"), copy=True)
         with self._lock:
             before = self._held.pop(key, None)
             self._held[key] = mine
-            self.nbytes += _nbytes(mine) - (0 if before is None else _nbytes(before))
+            self.nbytes += mine.nbytes - (0 if before is None else before.nbytes)
             while self.nbytes > self.limit:
-                self.nbytes -= _nbytes(self._held.popitem(last=False)[1])
-
-
-def _copied(scales: Scales, device: torch.device) -> Scales:
-    zero_point = None if scales.zero_point is None else scales.zero_point.to(device, copy=True)
-    return scales._replace(scale=scales.scale.to(device, copy=True), zero_point=zero_point)
-
-
-def _nbytes(scales: Scales) -> int:
-    return scales.scale.nbytes + (0 if scales.zero_point is None else scales.zero_point.nbytes)
+                self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
 
 _SCALES = _Kept(_KEPT_BYTES)
