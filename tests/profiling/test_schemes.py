@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Sensitivity
 from clado.cli import fields
-from clado.quant import ActivationRanges, Scheme
+from clado.quant import ActivationRanges, Calls, InputRounding, Scheme
 from tests.models import lively
 from tests.record.nets import Unexportable
 
@@ -448,3 +448,97 @@ def test_exports_say_what_becomes_of_inputs(net: nn.Module, exact: Sensitivity, 
     for one in (plan, other):
         clado.export(net, one, tmp_path / "own")
         assert torch.equal(clado.load(tmp_path / "own", net)(x), clado.apply(net, one)(x))
+
+
+FLOATS = ("W4A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8A16", "MXFP8", "MXFP4", "NVFP4", "NVFP4A16", "BF16")
+
+
+@pytest.fixture(scope="module")
+def floats() -> tuple[nn.Module, Tensor, Sensitivity]:
+    torch.manual_seed(5)
+    model = lively(
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32, bias=False), nn.GELU(), nn.Linear(32, 5))
+    ).eval()
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(6))
+    return model, x, clado.profile(model, [x], schemes=FLOATS, estimator="exact", precision="float64", **HOW)
+
+
+@torch.no_grad()
+def test_schemes_of_all_formats_are_those_of_the_definition(floats: tuple[nn.Module, Tensor, Sensitivity]) -> None:
+    """Weights as their formats make them, inputs by their own functions (tests/quant/test_inputs.py), one forward for each."""
+    model, x, sens = floats
+    clean = copy.deepcopy(model).double()(x.double()).log_softmax(-1)
+    assert [s.label for s in sens.candidates.schemes[0]] == sorted(FLOATS, key=Scheme.of)
+    for v, (layer, scheme) in enumerate(sens.candidates.pairs):
+        made = copy.deepcopy(model).double()
+        own = made.get_submodule(layer.name)
+        matrix = sens.quantizer.matrix(own.weight.float())
+        number = scheme.number
+        own.weight.copy_(number.nearest(matrix, number.scales(matrix, sens.quantizer)).view(own.weight.shape))
+        if scheme.input:
+            assert sens.activations is not None
+            rounds = InputRounding(scheme.input, sens.activations.of(layer.name, scheme.input), "linear")
+            own.register_forward_pre_hook(lambda _, args, rounds=rounds: rounds(args[0]))
+        out = made(x.double()).log_softmax(-1)
+        wanted = (clean.exp() * (clean - out)).sum(-1).mean().item()
+        assert sens.delta_loss[v] == pytest.approx(wanted, rel=1e-9), scheme.label
+    assert sens.activations is not None
+    assert set(sens.activations.formats) == {"int8", "fp8_e4m3", "nvfp4"}
+
+
+def test_plans_of_all_formats_from_budget_to_file(
+    floats: tuple[nn.Module, Tensor, Sensitivity], tmp_path: Path
+) -> None:
+    model, x, sens = floats
+    bytes_of = sens.candidates.stored_bytes(sens.quantizer)
+    middle = float(np.median(bytes_of.reshape(3, -1), axis=1).sum())
+    plan = clado.solve(sens, size_bytes=middle, pin={"2": "NVFP4"}, forbid={"0": ["BF16", "W8A8"]}, time_limit=10)
+    assert plan.status == "optimal"
+    assert plan.schemes["2"] == "NVFP4"
+    mixed = clado.given_plan(sens, {"0": "FP8_DYNAMIC", "2": "MXFP4", "4": "NVFP4"}, bitops=1)
+    macs = [layer.macs for layer in sens.layers]
+    assert mixed.usage["bitops"]["used"] == macs[0] * 64 + macs[1] * 16 + macs[2] * 16
+    assert mixed.avg_bits == pytest.approx((8 * 1024 + 4 * 1024 + 4 * 160) / 2208)
+    for one in (plan, mixed):
+        written = clado.export(model, one, tmp_path / "own")
+        assert written.quantized == one.size_bytes
+        applied = clado.apply(model, one)
+        assert torch.equal(clado.load(tmp_path / "own", model)(x), applied(x))
+        again = clado.Plan.load(one.save(tmp_path))
+        assert again.schemes == one.schemes
+        assert torch.equal(clado.apply(model, again)(x), applied(x))
+    kept = clado.given_plan(sens, dict.fromkeys(("0", "2", "4"), "BF16"))
+    assert torch.equal(clado.apply(model, kept)[2].weight, model[2].weight.bfloat16().float())
+    for format, words in (
+        ("compressed-tensors", "integer weights for compressed-tensors"),
+        ("onnx", "integer weights for onnx"),
+    ):
+        with pytest.raises(clado.CladoError, match=f"plan must be of {words}, got FP8_DYNAMIC of 0, MXFP4 of 2"):
+            clado.export(
+                model, mixed, tmp_path / "other", format=format, **({"example": x} if format == "onnx" else {})
+            )
+    with pytest.raises(clado.CladoError, match="recipe: plan must be of integer weights, got FP8_DYNAMIC of 0"):
+        clado.recipes.plain(mixed)
+
+
+def test_a_low_precision_is_probed_with_inputs(floats: tuple[nn.Module, Tensor, Sensitivity]) -> None:
+    model, x, exact = floats
+    sens = clado.profile(model, [x], schemes=FLOATS, estimator="logit", precision="tf32", **HOW)
+    probe = sens.info["probe"]
+    assert len(probe["delta_error"]) == len(FLOATS)
+    assert sens.info["precision"] == ("tf32" if probe["good"] else "float32")
+    assert near(sens.delta_loss, exact.delta_loss) < 2e-2
+
+
+def test_finished_plans_keep_their_inputs(net: nn.Module, x: Tensor, exact: Sensitivity) -> None:
+    plan = clado.given_plan(exact, dict.fromkeys(NAMES, "W4A8"))
+    made = clado.finish(net, plan, [x], method="compensated", verbose=False)
+    assert made.schemes == plan.schemes
+    assert made.activations == plan.activations
+    seen: list[Tensor] = []
+    applied = clado.apply(net, made)
+    with Calls({"left.weight": applied.left.weight}, lambda call: seen.append(call.x) or call.of(call.x)):  # type: ignore[func-returns-value]
+        applied(x)
+    low, high = made.activations.formats["int8"]["left"]
+    steps = seen[0] / ((high - low) / 255)
+    assert (steps - steps.round()).abs().max() < 1e-3

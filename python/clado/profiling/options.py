@@ -111,7 +111,7 @@ class Options(Arguments):
     _: KW_ONLY
     schemes: dict[str, tuple[str, ...]] | None = argument(
         None,
-        "instead of ``bits``: labels of schemes such as ``W4A16``, ``W8A8`` or ``FP8`` (docs/how-to.md lists them), or {pattern: "
+        "instead of ``bits``: labels such as ``W4A16``, ``W8A8`` or ``FP8`` (docs/howto/schemes.md has all), or {pattern: "
         "labels} for layers whose lists differ; the first fnmatch pattern that fits a layer's name counts, and every layer needs "
         "one. What a scheme makes of its layer's input is part of the candidate: the matrix holds the loss of rounding inputs, "
         "and its interactions.",

@@ -76,9 +76,10 @@ class Scheme:
         if found is not None and found[2] in _OF_SUFFIX:
             return Scheme(f"int{found[1]}", _OF_SUFFIX[found[2]])
         for name in NUMBERS:
-            if _integer(name) or not given.startswith(_stem(name)):
+            stem = next((s for s in (name.upper(), _stem(name)) if given.startswith(s)), None)
+            if _integer(name) or stem is None:
                 continue
-            rest = given.removeprefix(_stem(name))
+            rest = given.removeprefix(stem)
             if rest in _OF_SUFFIX:
                 return Scheme(name, _OF_SUFFIX[rest])
             if rest == "":
