@@ -430,7 +430,7 @@ def test_what_the_command_line_reads() -> None:
         return fields.KINDS["schemes"].value("profile", "schemes", given)
 
     assert read() is None
-    assert read("W4A16,FP8") == {"*": ("W4A16", "FP8")}
+    assert read("W4A16,FP8") == ("W4A16", "FP8")
     assert list(read("*.attn.*=W8A8", "*=W4A8,W8A8")) == ["*.attn.*", "*"]
     with pytest.raises(clado.CladoError, match="profile: schemes must give a pattern once, got '\\*'"):
         read("W4A16", "W8A8")

@@ -66,8 +66,8 @@ def test_a_format_that_is_no_integer_keeps_its_name(monkeypatch: pytest.MonkeyPa
     plan = clado.solve(sens, avg_bits=8, pin={"a": "FP8_TOY"})
     assert plan.schemes == {"a": "FP8_TOY"}
     assert clado.Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(CladoError, match=r"label must be one of W2A16 … W8A16 .*, FP8_TOY, got 'FP8'"):
-        Scheme.of("FP8")
+    with pytest.raises(CladoError, match=r"label must be one of W2A16 … W8A16 .*, FP8_TOY, got 'FP9'"):
+        Scheme.of("FP9")
 
 
 def test_rounded_inputs_need_their_ranges() -> None:

@@ -63,14 +63,14 @@ def _several_per_layer(op: str, name: str, given: tuple[str, ...]) -> dict[str, 
     return found
 
 
-def _schemes(op: str, name: str, given: tuple[str, ...]) -> dict[str, tuple[str, ...]] | None:
-    """{pattern: labels} of every ``PATTERN=W2A16,W4A8``, in order; labels alone are for whatever layer."""
+def _schemes(op: str, name: str, given: tuple[str, ...]) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
+    """Labels, or {pattern: labels} of every ``PATTERN=W2A16,W4A8``, in order; labels alone are for whatever layer."""
     found: dict[str, tuple[str, ...]] = {}
     for text in given:
         pattern, _, labels = text.rpartition("=")
         require((pattern or "*") not in found, op, name, "give a pattern once", repr(pattern or "*"))
         found[pattern or "*"] = tuple(labels.split(","))
-    return found or None
+    return found["*"] if list(found) == ["*"] else found or None
 
 
 PER_LAYER = {"multiple": True, "metavar": "LAYER=BITS"}
