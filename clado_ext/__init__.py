@@ -2,6 +2,7 @@
 
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
+from ._formats import FormatScale
 from ._native import has_cuda, set_simd, simd_level
 from ._native import version as __version__
 from .batched_ce import batched_ce
@@ -11,9 +12,13 @@ from .compensate import compensate
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
+    dequantize_formats,
     fake_quant,
+    fake_quant_formats,
+    fake_quant_formats_into,
     fake_quant_into,
     quantize,
+    quantize_formats,
     quantize_weight,
     straight_through,
 )
@@ -22,9 +27,10 @@ from .iqp_search import iqp_search
 from .pairwise_bce import pairwise_bce
 from .pairwise_ce import pairwise_ce
 from .pairwise_mse import pairwise_mse
-from .scale_search import range_search, scale_search
+from .scale_search import format_search, range_search, scale_search, tensor_scale
 
 __all__ = [
+    "FormatScale",
     "QuantizedWeight",
     "__version__",
     "batched_ce",
@@ -34,8 +40,12 @@ __all__ = [
     "carried_softmax",
     "compensate",
     "dequantize",
+    "dequantize_formats",
     "fake_quant",
+    "fake_quant_formats",
+    "fake_quant_formats_into",
     "fake_quant_into",
+    "format_search",
     "has_cuda",
     "iqp_prove",
     "iqp_search",
@@ -46,12 +56,14 @@ __all__ = [
     "pairwise_ce",
     "pairwise_mse",
     "quantize",
+    "quantize_formats",
     "quantize_weight",
     "range_search",
     "scale_search",
     "set_simd",
     "simd_level",
     "straight_through",
+    "tensor_scale",
     "unpack",
     "unpack_into",
 ]

@@ -12,9 +12,22 @@ FLOAT16: int
 BFLOAT16: int
 LEAST_BITS: int
 MOST_BITS: int
+# Codes of float elements, of where scales come from, and how many formats a call takes.
+E2M1: int
+E4M3: int
+E5M2: int
+ANY_SCALE: int
+POWER_OF_TWO: int
+E4M3_SCALE: int
+MOST_FORMATS: int
 
 # A weight in place: address, dtype, rows, columns, row stride, columns of a group.
 Weight: TypeAlias = tuple[int, int, int, int, int, int]
+# A format that a weight is quantized to: element, columns of a group, addresses of scales and zero points (or 0).
+Format: TypeAlias = tuple[int, int, int, int]
+# What scales are searched for: element, columns of a group, rule, address of the tensor's scale (or 0), of scales and of zero
+# points (or 0).
+Target: TypeAlias = tuple[int, int, int, int, int, int]
 # Upper factors of inverse moments: addresses of the factors and of the order of their columns (or 0), their number.
 Factors: TypeAlias = tuple[int, int, int, int, int, int]
 # What errors count: address (or 0), rows.
@@ -140,16 +153,7 @@ def compensate_cuda(
 ) -> None: ...
 
 # fake_quant
-def fake_quant_cpu(
-    weight: Weight,
-    bits: Sequence[int],
-    scales: int,
-    zeros: int,
-    values: int,
-    sqerr: int,
-    threads: int,
-    /,
-) -> None: ...
+def fake_quant_cpu(weight: Weight, formats: Sequence[Format], values: int, sqerr: int, threads: int, /) -> None: ...
 def quantize_weight_cpu(
     weight: Weight,
     bits: Sequence[int],
@@ -161,13 +165,11 @@ def quantize_weight_cpu(
     threads: int,
     /,
 ) -> None: ...
-def quantize_cpu(weight: Weight, bits: Sequence[int], scales: int, zeros: int, codes: int, threads: int, /) -> None: ...
-def fake_quant_workspace(rows: int, columns: int, num_bits: int, /) -> int: ...
+def quantize_cpu(weight: Weight, formats: Sequence[Format], codes: int, threads: int, /) -> None: ...
+def fake_quant_workspace(rows: int, columns: int, num_formats: int, /) -> int: ...
 def fake_quant_cuda(
     weight: Weight,
-    bits: Sequence[int],
-    scales: int,
-    zeros: int,
+    formats: Sequence[Format],
     values: int,
     sqerr: int,
     workspace: int,
@@ -189,38 +191,20 @@ def quantize_weight_cuda(
     stream: int,
     /,
 ) -> None: ...
-def quantize_cuda(
-    weight: Weight,
-    bits: Sequence[int],
-    scales: int,
-    zeros: int,
-    codes: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def quantize_cuda(weight: Weight, formats: Sequence[Format], codes: int, device: int, stream: int, /) -> None: ...
 
 # scale_search
 MOST_STEPS: int  # shrink factors
 
 def scale_search_cpu(
-    weight: Weight,
-    bits: Sequence[int],
-    steps: int,
-    importance: Importances,
-    scales: int,
-    zeros: int,
-    threads: int,
-    /,
+    weight: Weight, targets: Sequence[Target], steps: int, importance: Importances, threads: int, /
 ) -> bool: ...
-def scale_search_workspace(rows: int, columns: int, group_size: int, num_bits: int, steps: int, /) -> int: ...
+def scale_search_workspace(rows: int, columns: int, group_size: int, num_targets: int, steps: int, /) -> int: ...
 def scale_search_cuda(
     weight: Weight,
-    bits: Sequence[int],
+    targets: Sequence[Target],
     steps: int,
     importance: Importances,
-    scales: int,
-    zeros: int,
     workspace: int,
     device: int,
     stream: int,

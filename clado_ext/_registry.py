@@ -72,7 +72,7 @@ def _warn_slow() -> None:
     )
 
 
-def call(name: str, device: torch.device, *args: float | Sequence[int]) -> Any:
+def call(name: str, device: torch.device, *args: float | Sequence[int] | Sequence[tuple[int, ...]]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device == _CPU or device.type == "cpu":  # the first test is a tenth of the second
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())
@@ -135,6 +135,14 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Sequence[int]": (
         "be a sequence of integers",
         lambda x: isinstance(x, Sequence) and all(isinstance(y, Integral) for y in x),
+    ),
+    "Sequence[str]": (
+        "be a sequence of names",
+        lambda x: isinstance(x, Sequence) and not isinstance(x, str) and all(isinstance(y, str) for y in x),
+    ),
+    "Sequence[FormatScale]": (
+        "be a sequence of FormatScale",
+        lambda x: isinstance(x, Sequence) and all(hasattr(y, "tensor_scale") for y in x),
     ),
     "int": ("be an integer", lambda x: isinstance(x, Integral)),
     "float": ("be a number", lambda x: isinstance(x, Real)),

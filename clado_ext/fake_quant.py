@@ -1,4 +1,4 @@
-"""Quantize a weight at several bit-widths in one read: values with their squared error, or integer codes."""
+"""Quantize a weight in several formats in one read: values with their squared error, or codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._formats import FormatScale, check_formats, element_values, format_of, native_formats, native_widths
 from ._registry import call, check_output, checked, define, fill, require
-from ._weights import address, check_scales, check_steps, check_weight, given, matrix_shape
+from ._weights import check_scales, check_steps, check_weight, given, matrix_shape
 
 
 class QuantizedWeight(NamedTuple):
@@ -122,6 +123,84 @@ def dequantize(
 
 
 @checked
+def fake_quant_formats(weight: Tensor, scales: Sequence[FormatScale]) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quant` in any number formats, integers and floats mixed, each with scales and groups of its own.
+
+    The weight is read once. A float element becomes the value nearest to ``w / scale`` (ties to the even code, saturated: no
+    infinity or NaN is ever made of a finite weight), times ``scale``.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``.
+        scales: F formats with their scales, as :func:`clado_ext.format_search` gives them, in any order.
+
+    Returns:
+        values ``[F, N, …]`` in the weight's dtype; float64 ``[F, N]`` squared error of each row. NaN gives NaN.
+
+    Raises:
+        ValueError: wrong dtype or rank, an unknown format, more than 16, or a scale of another shape or device.
+    """
+    values, sqerr = _fake_quant_formats(weight, *_parts("fake_quant_formats", scales))
+    if values.requires_grad:
+        _stop_gradients("fake_quant_formats", values)
+    return values, sqerr
+
+
+@checked
+def fake_quant_formats_into(weight: Tensor, scales: Sequence[FormatScale], values: Tensor, sqerr: Tensor) -> None:
+    """:func:`fake_quant_formats` into outputs the caller owns: contiguous ``values`` and ``sqerr`` of the shapes given there.
+
+    Raises:
+        ValueError: as :func:`fake_quant_formats`, or outputs of another shape, dtype, device or layout.
+    """
+    parts = _parts("fake_quant_formats_into", scales)
+    check_formats("fake_quant_formats_into", weight, *parts)
+    check_output("fake_quant_formats_into", "values", values, weight, (len(scales), *weight.shape), weight.dtype)
+    check_output("fake_quant_formats_into", "sqerr", sqerr, weight, (len(scales), weight.shape[0]), torch.float64)
+    _launch_fake_quant_formats(weight, *parts, values, sqerr)
+
+
+@checked
+def quantize_formats(weight: Tensor, scales: Sequence[FormatScale]) -> Tensor:
+    """Codes in any number formats; arguments and errors as :func:`fake_quant_formats`.
+
+    Returns:
+        int8 ``[F, N, …]``: integers as :func:`quantize` has them; an fp8 element's bits, as ``.view(torch.float8_e4m3fn)`` reads
+        them; of fp4 (e2m1) the four bits, 0 to 15. NaN gives 0.
+    """
+    return _quantize_formats(weight, *_parts("quantize_formats", scales))
+
+
+@checked
+def dequantize_formats(codes: Tensor, scales: Sequence[FormatScale], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Element values times scales in float32, rounded to ``dtype``: bit for bit the values of :func:`fake_quant_formats`.
+
+    Args:
+        codes: int8 ``[F, N, …]`` of :func:`quantize_formats`.
+        scales: F formats with their scales.
+        dtype: of the result.
+
+    Returns:
+        ``[F, N, …]``.
+
+    Raises:
+        ValueError: codes that are not int8, or scales that do not fit them.
+    """
+    op = "dequantize_formats"
+    sound = codes.dtype == torch.int8 and codes.dim() >= 2 and len(codes) == len(scales)
+    require(sound, op, "codes", f"be int8 [{len(scales)}, N, …]", f"{codes.dtype} {tuple(codes.shape)}")
+    values = []
+    for own, to in zip(codes, scales, strict=True):
+        rows, columns, size, groups = matrix_shape(own, to.group_size)
+        got = tuple(to.scale.shape)
+        require(got == (rows, groups), op, "scale", f"have shape {(rows, groups)}", got)
+        steps = element_values(own.flatten(1) if own.dim() > 1 else own.unsqueeze(-1), format_of(op, to.format).element)
+        if to.zero_point is not None:
+            steps = steps - _spread(to.zero_point.float(), size, columns)
+        values.append((steps * _spread(to.scale.float(), size, columns)).to(dtype).view(own.shape))
+    return torch.stack(values)
+
+
+@checked
 def quantize_weight(
     weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = True
 ) -> QuantizedWeight:
@@ -223,15 +302,33 @@ def _launch_fake_quant(
     values: Tensor,
     sqerr: Tensor,
 ) -> None:
-    weight, numbers = given(weight, group_size)
-    scales, zeros = scale.contiguous(), _contiguous(zero_point)
-    addresses = (scales.data_ptr(), address(zeros), values.data_ptr(), sqerr.data_ptr())
+    formats, kept = native_widths(weight, scale, zero_point, bits, group_size)
+    _run_fake_quant(weight, formats, values, sqerr)
+    del kept
+
+
+def _launch_fake_quant_formats(
+    weight: Tensor,
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None],
+    elements: Sequence[int],
+    group_sizes: Sequence[int],
+    values: Tensor,
+    sqerr: Tensor,
+) -> None:
+    formats, kept = native_formats(weight, scales, zero_points, elements, group_sizes)
+    _run_fake_quant(weight, formats, values, sqerr)
+    del kept
+
+
+def _run_fake_quant(weight: Tensor, formats: list[_native.Format], values: Tensor, sqerr: Tensor) -> None:
+    weight, numbers = given(weight, -1)
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
         _, _, rows, columns, _, _ = numbers
-        workspace = weight.new_empty(_native.fake_quant_workspace(rows, columns, len(bits)), dtype=torch.uint8)
+        workspace = weight.new_empty(_native.fake_quant_workspace(rows, columns, len(formats)), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
-    call("fake_quant", weight.device, numbers, bits, *addresses, *extra)
+    call("fake_quant", weight.device, numbers, formats, values.data_ptr(), sqerr.data_ptr(), *extra)
 
 
 def _allocate_quantize_weight(
@@ -283,14 +380,57 @@ def _allocate_quantize(
 def _launch_quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int, codes: Tensor
 ) -> None:
-    weight, numbers = given(weight, group_size)
-    scales, zeros = scale.contiguous(), _contiguous(zero_point)
-    addresses = (scales.data_ptr(), address(zeros), codes.data_ptr())
-    call("quantize", weight.device, numbers, bits, *addresses)
+    formats, kept = native_widths(weight, scale, zero_point, bits, group_size)
+    weight, numbers = given(weight, -1)
+    call("quantize", weight.device, numbers, formats, codes.data_ptr())
+    del kept
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _allocate_fake_quant_formats(
+    weight: Tensor,
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None],
+    elements: Sequence[int],
+    group_sizes: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    check_formats("fake_quant_formats", weight, scales, zero_points, elements, group_sizes)
+    return (
+        weight.new_empty((len(scales), *weight.shape)),
+        weight.new_empty((len(scales), weight.shape[0]), dtype=torch.float64),
+    )
+
+
+def _allocate_quantize_formats(
+    weight: Tensor,
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None],
+    elements: Sequence[int],
+    group_sizes: Sequence[int],
+) -> Tensor:
+    check_formats("quantize_formats", weight, scales, zero_points, elements, group_sizes)
+    return weight.new_empty((len(scales), *weight.shape), dtype=torch.int8)
+
+
+def _launch_quantize_formats(
+    weight: Tensor,
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None],
+    elements: Sequence[int],
+    group_sizes: Sequence[int],
+    codes: Tensor,
+) -> None:
+    weight, numbers = given(weight, -1)
+    formats, kept = native_formats(weight, scales, zero_points, elements, group_sizes)
+    call("quantize", weight.device, numbers, formats, codes.data_ptr())
+    del kept
+
+
+Parts = tuple[list[Tensor], list[Tensor | None], list[int], list[int]]  # scales, zero points, elements, group sizes
+
+
+def _parts(op: str, scales: Sequence[FormatScale]) -> Parts:
+    elements = [format_of(op, to.format).element for to in scales]
+    return [to.scale for to in scales], [to.zero_point for to in scales], elements, [to.group_size for to in scales]
 
 
 _fake_quant = define(
@@ -302,6 +442,18 @@ _quantize = define(
     "quantize(Tensor weight, Tensor scale, Tensor? zero_point, int[] bits, int group_size) -> Tensor",
     _allocate_quantize,
     _launch_quantize,
+)
+_fake_quant_formats = define(
+    "fake_quant_formats(Tensor weight, Tensor[] scales, Tensor?[] zero_points, int[] elements, int[] group_sizes)"
+    " -> (Tensor, Tensor)",
+    _allocate_fake_quant_formats,
+    _launch_fake_quant_formats,
+)
+_quantize_formats = define(
+    "quantize_formats(Tensor weight, Tensor[] scales, Tensor?[] zero_points, int[] elements, int[] group_sizes)"
+    " -> Tensor",
+    _allocate_quantize_formats,
+    _launch_quantize_formats,
 )
 _quantize_weight = define(
     "quantize_weight(Tensor weight, int[] bits, int group_size, int steps, bool symmetric)"

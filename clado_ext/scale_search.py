@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._formats import (
+    E2M1_LARGEST,
+    E4M3_LARGEST,
+    FORMATS,
+    FormatScale,
+    check_count,
+    check_matrix,
+    format_of,
+)
 from ._registry import call, checked, define, refusal
 from ._weights import address, check_like, check_steps, check_weight, given, matrix_shape
+
+# So that no scale of nvfp4 is below the least normal float32: 2^-9 / 2^117 = 2^-126.
+_MOST_TENSOR_SCALE = 2.0**117
 
 
 @checked
@@ -64,6 +76,86 @@ def range_search(
     return _range_search(weight, bits, group_size, steps, importance)
 
 
+@checked
+def format_search(
+    weight: Tensor,
+    formats: Sequence[str],
+    group_size: int = -1,
+    steps: int = 95,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+) -> list[FormatScale]:
+    """Scales of a weight in any number formats, integers and floats mixed, from one read of it.
+
+    Integers are searched as :func:`scale_search` does, or as :func:`range_search` where ``symmetric`` is False. Floats are
+    symmetric and have groups of their own: ``fp8_e4m3`` and ``fp8_e5m2`` one scale per row, by the integers' grid below ``absmax
+    / largest``; ``mxfp8``, ``mxfp4`` (blocks of 32 columns) powers of two and ``nvfp4`` (blocks of 16) float8_e4m3 values over
+    the tensor's scale. One step gives the scale of the standards: OCP MX 1.0 for the mx formats, ``e4m3(absmax / 6 *
+    tensor_scale)`` for nvfp4. More steps try what a block can store from twice that scale down to the last step's share of it
+    and take the least squared error, the largest among equals.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``; for one scale per tensor pass ``reshape(1, -1)``.
+        formats: names of :class:`FormatScale`, distinct or not; F of them. A block that ends beyond the row is cut there.
+        group_size: of integers: -1 one scale per row, g > 0 one per g consecutive columns.
+        steps: shrink factors tried, 1 (absmax) to 99.
+        symmetric: whether integers have no zero point.
+        importance: as :func:`scale_search`.
+        tensor_scale: of nvfp4, float32 ``[1]``; None: :func:`tensor_scale` of this weight.
+
+    Returns:
+        F scales. Groups of zeros: 1, for nvfp4 the least that it stores; groups that hold NaN or infinity: NaN.
+
+    Raises:
+        ValueError: as :func:`scale_search`, or an unknown format.
+    """
+    known = [format_of("format_search", name) for name in formats]
+    if tensor_scale is None and any(own.rule == _native.E4M3_SCALE for own in known):
+        tensor_scale = _tensor_scale(weight)
+    scales, zeros = _format_search(weight, formats, group_size, steps, symmetric, importance, tensor_scale)
+    return [
+        FormatScale(
+            name,
+            scale,
+            _group_of(name, group_size),
+            None if symmetric or own.is_float else zero,
+            tensor_scale if own.rule == _native.E4M3_SCALE else None,
+        )
+        for name, own, scale, zero in zip(formats, known, scales, zeros, strict=True)
+    ]
+
+
+@checked
+def tensor_scale(weight: Tensor) -> Tensor:
+    """What the scales of nvfp4 blocks are divided by, so that the largest is a float8_e4m3: ``448 * 6 / max |w|``.
+
+    Args:
+        weight: float32, float16 or bfloat16.
+
+    Returns:
+        float32 ``[1]``, at most 2**117; 1 for a weight of zeros, NaN for one that is not finite.
+    """
+    check_matrix("tensor_scale", weight)
+    return _tensor_scale(weight)
+
+
+def _tensor_scale(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    if weight.numel() == 0:
+        return torch.ones(1, device=weight.device)
+    least, largest = torch.aminmax(weight)
+    absmax = torch.maximum(-least, largest).float().reshape(1)
+    found = (E4M3_LARGEST * E2M1_LARGEST / absmax).clamp(max=_MOST_TENSOR_SCALE)
+    found = torch.where(absmax == 0, 1.0, found)
+    return torch.where(absmax.isinf(), torch.nan, found)
+
+
+def _group_of(name: str, group_size: int) -> int:
+    own = FORMATS[name]
+    return own.block or (-1 if own.is_float else group_size)
+
+
 def _allocate(
     weight: Tensor,
     bits: Sequence[int],
@@ -74,7 +166,13 @@ def _allocate(
 ) -> Tensor:
     check_weight(op, weight, bits, group_size)
     check_steps(op, steps)
-    rows, columns, _, groups = matrix_shape(weight, group_size)
+    _check_importance(op, weight, importance)
+    rows, _, _, groups = matrix_shape(weight, group_size)
+    return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
+
+
+def _check_importance(op: str, weight: Tensor, importance: Tensor | None) -> None:
+    rows, columns, _, _ = matrix_shape(weight, -1)
     if importance is not None:
         count = importance.shape[0] if importance.dim() == 2 else 1
         if importance.dim() not in (1, 2) or count < 1 or rows % count:
@@ -82,7 +180,6 @@ def _allocate(
             raise refusal(op, "importance", must, tuple(importance.shape))
         shape = (count, columns) if importance.dim() == 2 else (columns,)
         check_like(op, "importance", importance, torch.float32, shape, weight)
-    return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
 
 
 def _allocate_range(
@@ -101,25 +198,80 @@ def _launch(
     scale: Tensor,
     zero_point: Tensor | None = None,
 ) -> None:
-    if not scale.numel():
+    rows, _, size, groups = matrix_shape(weight, group_size)
+    at, at_zero, apart = scale.data_ptr(), address(zero_point), rows * groups
+    targets = [
+        (b, size, _native.ANY_SCALE, 0, at + 4 * k * apart, at_zero and at_zero + k * apart) for k, b in enumerate(bits)
+    ]
+    _run("scale_search" if zero_point is None else "range_search", weight, targets, steps, importance)
+
+
+def _run(op: str, weight: Tensor, targets: list[_native.Target], steps: int, importance: Tensor | None) -> None:
+    if not weight.numel():
         return
-    weight, numbers = given(weight, group_size)
+    weight, numbers = given(weight, -1)
     taken = (0, 1)
     if importance is not None:
         importance = importance.contiguous()
         taken = (importance.data_ptr(), importance.shape[0] if importance.dim() == 2 else 1)
     extra: tuple[int, ...] = ()
     if weight.is_cuda:
-        _, _, rows, columns, _, size = numbers
-        bytes_needed = _native.scale_search_workspace(rows, columns, size, len(bits), steps)
-        workspace = weight.new_empty(bytes_needed, dtype=torch.uint8)
+        _, _, rows, columns, _, _ = numbers
+        needed = (_native.scale_search_workspace(rows, columns, t[1], len(targets), steps) for t in targets)
+        workspace = weight.new_empty(max(needed), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
-    addresses = (scale.data_ptr(), address(zero_point))
-    sound = call("scale_search", weight.device, numbers, bits, steps, taken, *addresses, *extra)
+    sound = call("scale_search", weight.device, numbers, targets, steps, taken, *extra)
     if sound is False and importance is not None:
-        op = "scale_search" if zero_point is None else "range_search"
         bad = importance[~((importance >= 0) & importance.isfinite())]
         raise refusal(op, "importance", "be finite and not negative", bad[0].item())
+
+
+def _allocate_formats(
+    weight: Tensor,
+    formats: Sequence[str],
+    group_size: int,
+    steps: int,
+    symmetric: bool,
+    importance: Tensor | None,
+    tensor_scale: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    op = "format_search"
+    check_matrix(op, weight)
+    check_count(op, len(formats))
+    check_steps(op, steps)
+    if group_size != -1 and group_size <= 0:
+        raise refusal(op, "group_size", "be -1 or positive", group_size)
+    _check_importance(op, weight, importance)
+    if tensor_scale is not None:
+        check_like(op, "tensor_scale", tensor_scale, torch.float32, (1,), weight)
+    scales, zeros = [], []
+    for name in formats:
+        own = format_of(op, name)
+        rows, _, _, groups = matrix_shape(weight, _group_of(name, group_size))
+        scales.append(weight.new_empty((rows, groups), dtype=torch.float32))
+        zeros.append(weight.new_empty(0 if symmetric or own.is_float else (rows, groups), dtype=torch.int8))
+    return scales, zeros
+
+
+def _launch_formats(
+    weight: Tensor,
+    formats: Sequence[str],
+    group_size: int,
+    steps: int,
+    symmetric: bool,
+    importance: Tensor | None,
+    tensor_scale: Tensor | None,
+    scales: list[Tensor],
+    zeros: list[Tensor],
+) -> None:
+    targets = []
+    for name, scale, zero in zip(formats, scales, zeros, strict=True):
+        own = FORMATS[name]
+        size = matrix_shape(weight, _group_of(name, group_size))[2]
+        below = address(tensor_scale) if own.rule == _native.E4M3_SCALE else 0
+        zero_address = 0 if symmetric or own.is_float else zero.data_ptr()
+        targets.append((own.element, size, own.rule, below, scale.data_ptr(), zero_address))
+    _run("format_search", weight, targets, steps, importance)
 
 
 _scale_search = define(
@@ -131,4 +283,10 @@ _range_search = define(
     "range_search(Tensor weight, int[] bits, int group_size, int steps, Tensor? importance) -> (Tensor, Tensor)",
     _allocate_range,
     _launch,
+)
+_format_search = define(
+    "format_search(Tensor weight, str[] formats, int group_size, int steps, bool symmetric, Tensor? importance,"
+    " Tensor? tensor_scale) -> (Tensor[], Tensor[])",
+    _allocate_formats,
+    _launch_formats,
 )

@@ -66,14 +66,15 @@ def quantization(
                         zero = np.zeros((3, rows, groups), np.int8) if ranged else None
                         values = np.zeros((3, rows, columns), weight.dtype)
                         error, codes = np.zeros((3, rows)), np.zeros((3, rows, columns), np.int8)
-                        given = ((at(weight), dtype, rows, columns, columns, group), BITS)
+                        taken = (at(weight), dtype, rows, columns, columns, group)
+                        given = (taken, BITS)
                         by_importance = np.ones_like(scale)
-                        assert native.scale_search_cpu(
-                            *given, STEPS, (at(importance), len(importance)), at(by_importance), at(zero), threads
-                        )
-                        assert native.scale_search_cpu(*given, STEPS, (0, 1), at(scale), at(zero), threads)
-                        native.fake_quant_cpu(*given, at(scale), at(zero), at(values), at(error), threads)
-                        native.quantize_cpu(*given, at(scale), at(zero), at(codes), threads)
+                        weighted = targets_of(by_importance, zero, group), STEPS, (at(importance), len(importance))
+                        assert native.scale_search_cpu(taken, *weighted, threads)
+                        assert native.scale_search_cpu(taken, targets_of(scale, zero, group), STEPS, (0, 1), threads)
+                        formats = [(bits, group, at(scale[k]), zero_at(zero, k)) for k, bits in enumerate(BITS)]
+                        native.fake_quant_cpu(taken, formats, at(values), at(error), threads)
+                        native.quantize_cpu(taken, formats, at(codes), threads)
                         outputs = [scale, values, error, *([] if zero is None else [zero])]
                         again = [np.empty_like(x) for x in outputs]
                         at_zero = at(again[3]) if ranged else 0
@@ -83,6 +84,61 @@ def quantization(
                         return [*outputs, codes, by_importance]
 
                     yield run
+
+
+def zero_at(zero: np.ndarray | None, k: int) -> int:
+    return 0 if zero is None else at(zero[k])
+
+
+def targets_of(scale: np.ndarray, zero: np.ndarray | None, group: int) -> list[tuple[int, ...]]:
+    return [(bits, group, 0, 0, at(scale[k]), zero_at(zero, k)) for k, bits in enumerate(BITS)]
+
+
+E2M1, E4M3, E5M2 = 16, 17, 18
+
+
+def number_formats(
+    native: ModuleType | AsNative, draw: np.random.Generator
+) -> Iterator[Callable[[int], list[np.ndarray]]]:
+    """Integers and floats of every rule in one list, blocks that end with the row and beyond it."""
+    for rows, columns in ((1, 1), (3, 31), (2, 64), (1, 1029), (0, 4), *(((2, LONG),) if ON_CPU else ())):
+        for dtype in (0, 1):
+            for steps in (1, STEPS):
+                raw = draw.standard_normal((rows, columns), np.float32)
+                weight = raw if dtype == 0 else raw.astype(np.float16)
+                importance = draw.random((1, columns), np.float32) if steps > 1 else None
+                wanted = [
+                    (4, columns, 0),
+                    (E4M3, columns, 0),
+                    (E5M2, 7, 0),
+                    (E4M3, 32, 1),
+                    (E2M1, 32, 1),
+                    (E2M1, 16, 2),
+                ]
+
+                def run(
+                    threads: int,
+                    weight: np.ndarray = weight,
+                    dtype: int = dtype,
+                    steps: int = steps,
+                    importance: np.ndarray | None = importance,
+                    wanted: list[tuple[int, int, int]] = wanted,
+                ) -> list[np.ndarray]:
+                    rows, columns = weight.shape
+                    scales = [np.ones((rows, -(-columns // group)), np.float32) for _, group, _ in wanted]
+                    below = np.full(1, 300.0, np.float32)
+                    targets, formats = [], []
+                    for (element, group, rule), scale in zip(wanted, scales, strict=True):
+                        targets.append((element, group, rule, at(below) if rule == 2 else 0, at(scale), 0))
+                        formats.append((element, group, at(scale), 0))
+                    values, codes = np.zeros((6, rows, columns), weight.dtype), np.zeros((6, rows, columns), np.int8)
+                    error, taken = np.zeros((6, rows)), (at(weight), dtype, rows, columns, columns, columns)
+                    assert native.scale_search_cpu(taken, targets, steps, (at(importance), 1), threads)
+                    native.fake_quant_cpu(taken, formats, at(values), at(error), threads)
+                    native.quantize_cpu(taken, formats, at(codes), threads)
+                    return [*scales, values, error, codes]
+
+                yield run
 
 
 def packing(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterator[Callable[[int], list[np.ndarray]]]:
@@ -298,7 +354,7 @@ def settings(path: Path) -> tuple[ModuleType | AsNative, list[Callable[[], None]
 def main() -> None:
     native, levels, threads = settings(Path(sys.argv[1]).resolve())
     draw, count = np.random.default_rng(0), 0
-    for family in (quantization, packing, losses, pairs, carried, compensation, programs):
+    for family in (quantization, number_formats, packing, losses, pairs, carried, compensation, programs):
         for run in family(native, draw):
             first = None
             for level in levels:

@@ -31,14 +31,14 @@ from clado.graph.executor import Executor
 from clado.profiling.estimators.base import singles
 from clado.profiling.heap import heap
 from clado.profiling.losses import Categorical
-from clado.quant import Candidates, Quantizer
+from clado.quant import Candidates, Quantizer, Variant
 from clado.quant import variants as variants_of
 
 BITS = (2, 4, 8)
 LIMITS = {"tf32": 3e-3, "bfloat16": 2e-2}
 
 
-def deltas(executor: Runner, variants: list[list[Tensor]], x: Tensor) -> Tensor:
+def deltas(executor: Runner, variants: list[list[Variant]], x: Tensor) -> Tensor:
     return singles(executor, variants, x, Categorical(), lambda: None).delta
 
 
@@ -57,7 +57,7 @@ def some(captured: Captured, count: int) -> Captured:
 class Timed:
     """Seconds per forward-equivalent and sample of the perturbed forwards alone."""
 
-    def __init__(self, executor: Executor, variants: list[list[Tensor]], x: Tensor) -> None:
+    def __init__(self, executor: Executor, variants: list[list[Variant]], x: Tensor) -> None:
         self.executor, self.variants, self.x = executor, variants, x
         self.seconds: list[float] = []
 
@@ -135,7 +135,7 @@ def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[st
     captured = some(every, options.layers)
     variants = variants_of(model, Candidates.uniform(captured.layers, BITS), Quantizer(-1, 95), x.device, torch.float32)
     double = Executor(some(capture(copy.deepcopy(model).double(), x[:2].double()), options.layers))
-    wanted = deltas(double, [[w.double() for w in v] for v in variants], x.double())
+    wanted = deltas(double, [[w.to(torch.float64) for w in v] for v in variants], x.double())
     plain = Executor(captured)
     found = {"float32, plain forward": errors(deltas(plain, variants, x), wanted)}
     for precision in ("float32", "tf32", "bfloat16"):

@@ -15,6 +15,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("BFLOAT16") = static_cast<int>(clado::DType::bfloat16);
   m.attr("LEAST_BITS") = clado::kLeastBits;
   m.attr("MOST_BITS") = clado::kMostBits;
+  m.attr("E2M1") = static_cast<int>(clado::kE2M1);
+  m.attr("E4M3") = static_cast<int>(clado::kE4M3);
+  m.attr("E5M2") = static_cast<int>(clado::kE5M2);
+  m.attr("MOST_FORMATS") = clado::kMostFormats;
   m.def("simd_level", [] { return static_cast<int>(clado::simd_level()); }, "SIMD level in use: 0 base, 1 AVX2, 2 AVX-512.");
   m.def("set_simd", [](int level) { return static_cast<int>(clado::set_simd(static_cast<clado::Simd>(level))); },
         py::arg("level"), "Lowers the SIMD level for this process; returns the level in use.");

@@ -1,9 +1,12 @@
 """Plain-torch twin of clado_ext.scale_search: every step of every group, errors in float64."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .fake_quant import magnitudes, nearest_codes
 
 
 def grid(group: Tensor, bits: int, steps: int, symmetric: bool = True) -> tuple[Tensor, int]:
@@ -62,3 +65,32 @@ def scale_search(
 ) -> Tensor:
     """float32 ``[B, N, groups]``; see :func:`clado_ext.scale_search`."""
     return range_search(weight, bits, group_size, steps, importance, symmetric=True)[0]
+
+
+def float_grid(group: Tensor, format: str, steps: int, tensor_scale: float = 1.0) -> Tensor:
+    """The scales tried for one group, not all zeros, in a float format, float32, falling."""
+    largest, absmax = magnitudes(format)[-1].item(), group.float().abs().max()
+    if format.startswith("fp8"):
+        factors = torch.tensor([100 - k for k in range(steps)], dtype=torch.float32) / 100
+        return torch.clamp(absmax / largest * factors, min=torch.finfo(torch.float32).tiny)
+    least = (101 - steps) / 100
+    if format.startswith("mx"):
+        own = min(max(math.frexp(absmax.item())[1] - math.frexp(largest)[1], -127), 127)
+        powers = [own] if steps == 1 else range(own + 1, own - 9, -1)
+        return torch.tensor([2.0**k for k in powers if -127 <= k <= 127 and (k >= own or 2.0 ** (k - own) >= least)])
+    stored = magnitudes("fp8_e4m3").float()
+    code = max(int(nearest_codes(absmax / largest * tensor_scale, "fp8_e4m3")), 1)
+    if steps == 1:
+        return stored[code : code + 1] / tensor_scale
+    last = max(int(nearest_codes(stored[code] * torch.tensor(least, dtype=torch.float32), "fp8_e4m3")), 1)
+    return stored[last : min(code + 8, 126) + 1].flip(0) / tensor_scale
+
+
+def float_errors(group: Tensor, format: str, tried: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Squared error of every scale, float64; weighted, unless nothing that could be wrong has weight."""
+    w, scales = group.double().unsqueeze(0), tried.double().unsqueeze(1)
+    values = magnitudes(format)[nearest_codes(w / scales, format)].copysign(w) * scales
+    squares = (values - w).square()
+    if importance is not None and importance[group != 0].any():
+        squares = squares * importance.double()
+    return squares.sum(1)

@@ -47,6 +47,28 @@ void with_type(DType dtype, Launch launch) {
 // NaN stays NaN, which fminf and fmaxf would drop.
 __device__ inline float clamp_code(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
+// |x| of a float element, saturated, and the float that rounds it: see common/elements.h. NaN stays NaN.
+struct Magnitude {
+  float a, step;
+  __device__ Magnitude(float x, int element) {
+    const float largest = largest_value(element), least = least_normal(element);
+    a = fabsf(x);
+    a = a > largest ? largest : a;
+    step = __uint_as_float((__float_as_uint(a < least ? least : a) & 0x7f800000u) + step_shift(element));
+  }
+};
+__device__ inline float round_element(float x, int element) {
+  const Magnitude m(x, element);
+  return __uint_as_float(__float_as_uint((m.a + m.step) - m.step) | (__float_as_uint(x) & 0x80000000u));
+}
+// As int8 holds it; x is not NaN.
+__device__ inline int8_t element_code(float x, int element) {
+  const Magnitude m(x, element);
+  const int field = static_cast<int>(__float_as_uint(m.step)), sum = static_cast<int>(__float_as_uint(m.a + m.step));
+  const int code = (((field >> 23) - least_step_field(element)) << mantissa_bits(element)) + (sum - field);
+  return static_cast<int8_t>(code + (__float_as_uint(x) >> 31 ? sign_code(element) : 0));
+}
+
 // Sum of the 32 lanes by halves, in lane 0.
 __device__ inline float sum_block_lanes(float lane) {
   for (int half = kBlockLanes / 2; half > 0; half /= 2) lane += __shfl_down_sync(0xffffffffu, lane, half);

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/elements.h"
+
 namespace clado {
 
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
@@ -40,11 +42,38 @@ constexpr int highest_code(int bits) { return (1 << (bits - 1)) - 1; }
 // Nearest integer, ties to even, for |v| < 2^22; never -0.
 constexpr float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
+// A weight is quantized to elements whose values are multiples of a scale for every group of columns.
+struct Format {
+  int element;           // bits of an integer, or a float element: common/elements.h
+  int64_t group_size;    // columns of a group, at least 1; the last group of a row may be shorter
+  const float* scales;   // [rows, groups]
+  const int8_t* zeros;   // [rows, groups] of an integer, or null for zeros
+
+  constexpr int64_t groups(int64_t columns) const { return (columns + group_size - 1) / group_size; }
+};
+// Formats by value, so that a launch needs no copy of them to the device.
+constexpr int kMostFormats = 16;
+struct FormatList {
+  Format at[kMostFormats] = {};
+  int count = 0;
+};
+
 // Bit-widths of integer codes, and a list of them by value, so that a launch needs no copy of it to the device.
 constexpr int kLeastBits = 2, kMostBits = 8, kMostWidths = kMostBits - kLeastBits + 1;
 struct BitList {
   int width[kMostWidths] = {};
   int count = 0;
 };
+
+// Widths whose scales, and zeros where they are not null, are [bits.count, rows, groups].
+inline FormatList formats_of(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros) {
+  FormatList list;
+  const int64_t apart = weight.rows * weight.groups();
+  for (; list.count < bits.count; ++list.count) {
+    const int64_t at = list.count * apart;
+    list.at[list.count] = {bits.width[list.count], weight.group_size, scales + at, zeros ? zeros + at : nullptr};
+  }
+  return list;
+}
 
 }  // namespace clado

@@ -160,6 +160,36 @@ CLADO_INLINE void store_pair(void* to, const F* v) {
   store_weights<D>(to, kLanes, v[1]);
 }
 
+// |x| of a float element E, saturated, and the float that rounds it: see common/elements.h. NaN stays NaN.
+template <int E, class F>
+struct Magnitude {
+  F a, step;
+  CLADO_INLINE explicit Magnitude(F x) {
+    a = abs(x);
+    a = select(a > largest_value(E), F(largest_value(E)), a);
+    const F normal = select(a < least_normal(E), F(least_normal(E)), a);
+    step = as<float>((as<uint32_t>(normal) & 0x7f800000u) + step_shift(E));
+  }
+  CLADO_INLINE F rounded() const { return (a + step) - step; }
+  // Of the code, without the sign.
+  CLADO_INLINE typename F::Int code() const {
+    const auto sum = as<int32_t>(a + step), field = as<int32_t>(step);
+    return (((field >> 23) - least_step_field(E)) << mantissa_bits(E)) + (sum - field);
+  }
+};
+template <int E, class F>
+CLADO_INLINE F round_element(F x) {
+  const auto sign = as<uint32_t>(x) & 0x80000000u;
+  return as<float>(as<uint32_t>(Magnitude<E, F>(x).rounded()) | sign);
+}
+// As int8 holds it; 0 for NaN.
+template <int E, class F>
+CLADO_INLINE typename F::Int element_code(F x) {
+  using Int = typename F::Int;
+  const Int sign = (as<int32_t>(x) >> 31) & sign_code(E);
+  return select(x == x, Magnitude<E, F>(x).code() + sign, Int{});
+}
+
 // The lanes of a block are two vectors: lane l of 32 is lane l % 16 of vector l / 16.
 template <class F>
 CLADO_INLINE float sum_block_lanes(F low, F high) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -12,7 +13,7 @@
 namespace clado {
 namespace {
 
-// One block of a row at one width.
+// One block of a row in one format.
 struct Block {
   const void* weight;   // first element of the block
   int64_t column;       // of that element
@@ -20,7 +21,7 @@ struct Block {
   int64_t group_size;
   const float* scales;  // of the row
   const int8_t* zeros;  // of the row, or null
-  int bits;
+  int bits;             // or a float element
 };
 
 // What follows needs more of a level than plain vectors give. Whether a lane of a or b has none of the bits of `mask`:
@@ -260,6 +261,102 @@ CLADO_INLINE void quantize_typed(const Block& block, int8_t* codes) {
   });
 }
 
+// ---- float elements ----
+
+// fn(element, weights, scales, elements) for every 32 elements of the block, fewer at its end, where zeros at scale 1 follow.
+template <class F, DType D, class Fn>
+CLADO_INLINE void for_each_scaled(const Block& block, Fn fn) {
+  // Groups of whole vectors, or one for all of the block, have one scale for sixteen lanes.
+  const int64_t first = block.column / block.group_size;
+  const bool alike = block.group_size % kLanes == 0 || first == (block.column + block.count - 1) / block.group_size;
+  int64_t group = first, stop = (first + 1) * block.group_size - block.column;  // where the group ends, in the block
+  F w[2], scale[2] = {block.scales[first], block.scales[first]};
+  for (int i = 0; i < block.count; i += kBlockLanes) {
+    const int count = std::min(kBlockLanes, block.count - i);
+    load_lanes<F, D>(block, i, count, w);
+    if (alike) {
+      for (int half = 0; half < 2; ++half) {
+        const int at = i + kLanes * half;
+        if (at >= stop && at < block.count) ++group, stop += block.group_size;
+        scale[half] = block.scales[group];
+      }
+    } else {
+      float lanes[kBlockLanes];
+      for (int l = 0; l < kBlockLanes; ++l) {
+        if (i + l >= stop && l < count) ++group, stop += block.group_size;
+        lanes[l] = l < count ? block.scales[group] : 1.0f;
+      }
+      for (int half = 0; half < 2; ++half) scale[half] = F::load(lanes + kLanes * half);
+    }
+    fn(i, w, scale, count);
+  }
+}
+
+template <class F, DType D, int E>
+CLADO_INLINE void fake_quant_element(const Block& block, void* values, float* error) {
+  F sum[2];
+  for_each_scaled<F, D>(block, [&](int i, const F* w, const F* scale, int count) __attribute__((always_inline)) {
+    F q[2];
+    for (int half = 0; half < 2; ++half) q[half] = round_to<D>(round_element<E>(w[half] / scale[half]) * scale[half]);
+    if (count == kBlockLanes) {
+      store_pair<D>(weights_at<D>(values, i), q);
+    } else {
+      alignas(64) char part[kBlockLanes * 4];
+      store_pair<D>(part, q);
+      std::memcpy(weights_at<D>(values, i), part, static_cast<size_t>(count * kWeightBytes<D>));
+      for (int half = 0; half < 2; ++half) q[half] = first_lanes(q[half], count - kLanes * half);
+    }
+    for (int half = 0; half < 2; ++half) sum[half] += (q[half] - w[half]) * (q[half] - w[half]);
+  });
+  *error = sum_block_lanes(sum[0], sum[1]);
+}
+
+template <class F, DType D, int E>
+CLADO_INLINE void quantize_element(const Block& block, int8_t* codes) {
+  for_each_scaled<F, D>(block, [&](int i, const F* w, const F* scale, int count) __attribute__((always_inline)) {
+    const auto low = element_code<E>(w[0] / scale[0]), high = element_code<E>(w[1] / scale[1]);
+    if (count == kBlockLanes) return store_bytes(codes + i, low, high);
+    int8_t part[kBlockLanes];
+    store_bytes(part, low, high);
+    std::memcpy(codes + i, part, static_cast<size_t>(count));
+  });
+}
+
+// fn(E) with the block's float element as a constant.
+template <class Fn>
+CLADO_INLINE void with_element(const Block& block, Fn fn) {
+  if (block.bits == kE2M1) return fn(std::integral_constant<int, kE2M1>());
+  if (block.bits == kE4M3) return fn(std::integral_constant<int, kE4M3>());
+  fn(std::integral_constant<int, kE5M2>());
+}
+// fn(D) with the dtype as a constant.
+template <class Fn>
+CLADO_INLINE void with_dtype(DType dtype, Fn fn) {
+  if (dtype == DType::float32) return fn(std::integral_constant<DType, DType::float32>());
+  if (dtype == DType::float16) return fn(std::integral_constant<DType, DType::float16>());
+  fn(std::integral_constant<DType, DType::bfloat16>());
+}
+template <class F>
+CLADO_INLINE void fake_quant_floats_body(const Block& block, DType dtype, void* values, float* error) {
+  with_element(block, [&](auto element) __attribute__((always_inline)) {
+    with_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
+      fake_quant_element<F, decltype(d)::value, decltype(element)::value>(block, values, error);
+    });
+  });
+}
+template <class F>
+CLADO_INLINE void quantize_floats_body(const Block& block, DType dtype, int8_t* codes) {
+  with_element(block, [&](auto element) __attribute__((always_inline)) {
+    with_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
+      quantize_element<F, decltype(d)::value, decltype(element)::value>(block, codes);
+    });
+  });
+}
+CLADO_LANES_KERNEL(fake_quant_floats, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
+CLADO_LANES_KERNEL(quantize_floats, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
+
+// ---- all formats ----
+
 template <class F>
 CLADO_INLINE void fake_quant_block_body(const Block& block, DType dtype, void* values, float* error) {
   if (dtype == DType::float32) return fake_quant_typed<F, DType::float32>(block, values, error);
@@ -275,18 +372,17 @@ CLADO_INLINE void quantize_block_body(const Block& block, DType dtype, int8_t* c
 CLADO_LANES_KERNEL(fake_quant_block, (const Block& block, DType dtype, void* values, float* error), (block, dtype, values, error))
 CLADO_LANES_KERNEL(quantize_block, (const Block& block, DType dtype, int8_t* codes), (block, dtype, codes))
 
-// A weight with its widths, cut into blocks.
+// A weight with its formats, cut into blocks.
 struct Quantizer {
   const WeightView& weight;
-  const BitList& bits;
-  const float* scales;
-  const int8_t* zeros;  // or null
+  const FormatList& formats;
 
   int64_t blocks() const { return blocks_of(weight.columns); }
   Block block(int64_t row, int64_t part, int b) const {
-    const int64_t column = part * kBlock, at = (b * weight.rows + row) * weight.groups();
+    const Format& to = formats.at[b];
+    const int64_t column = part * kBlock, at = row * to.groups(weight.columns);
     const int count = static_cast<int>(std::min<int64_t>(kBlock, weight.columns - column));
-    return {weight.at(row, column), column, count, weight.group_size, scales + at, zeros ? zeros + at : nullptr, bits.width[b]};
+    return {weight.at(row, column), column, count, to.group_size, to.scales + at, to.zeros ? to.zeros + at : nullptr, to.element};
   }
   // Of the block's first output.
   int64_t output(int64_t row, int64_t part, int b) const { return (b * weight.rows + row) * weight.columns + part * kBlock; }
@@ -294,16 +390,21 @@ struct Quantizer {
   float fake_quant(int64_t row, int64_t part, int b, void* values) const {
     float error = 0.0f;
     void* to = static_cast<char*>(values) + output(row, part, b) * weight_bytes(weight.dtype);
-    fake_quant_block(block(row, part, b), weight.dtype, to, &error);
+    const auto run = is_float(formats.at[b].element) ? fake_quant_floats : fake_quant_block;
+    run(block(row, part, b), weight.dtype, to, &error);
     return error;
+  }
+  void quantize(int64_t row, int64_t part, int b, int8_t* codes) const {
+    const auto run = is_float(formats.at[b].element) ? quantize_floats : quantize_block;
+    run(block(row, part, b), weight.dtype, codes + output(row, part, b));
   }
 };
 
-// fn(row, block of the row, width) for all blocks: the widths of a block follow each other, so that the weight comes from memory once.
+// fn(row, block of the row, format) for all blocks: the formats of a block follow each other, so that the weight comes from memory once.
 template <class Fn>
 void for_each_block(const Quantizer& quantizer, int threads, Fn fn) {
   const int64_t blocks = quantizer.blocks(), rows = quantizer.weight.rows;
-  const int count = quantizer.bits.count;
+  const int count = quantizer.formats.count;
   parallel_for(rows * blocks, threads_for(rows * quantizer.weight.columns * count, threads), [&](int64_t i) {
     for (int b = 0; b < count; ++b) fn(i / blocks, i % blocks, b);
   });
@@ -314,10 +415,9 @@ double settled(double sum) { return sum == sum ? sum : NAN; }
 
 }  // namespace
 
-void fake_quant_cpu(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, void* values,
-                    double* sqerr, int threads) {
-  const Quantizer quantizer{weight, bits, scales, zeros};
-  const int64_t blocks = quantizer.blocks(), sums = bits.count * weight.rows;
+void fake_quant_cpu(const WeightView& weight, const FormatList& formats, void* values, double* sqerr, int threads) {
+  const Quantizer quantizer{weight, formats};
+  const int64_t blocks = quantizer.blocks(), sums = formats.count * weight.rows;
   std::vector<float> errors(static_cast<size_t>(sums * blocks));
   for_each_block(quantizer, threads, [&](int64_t row, int64_t part, int b) {
     errors[static_cast<size_t>((b * weight.rows + row) * blocks + part)] = quantizer.fake_quant(row, part, b, values);
@@ -331,14 +431,16 @@ void fake_quant_cpu(const WeightView& weight, const BitList& bits, const float* 
 
 void quantize_weight_cpu(const WeightView& weight, const BitList& bits, int steps, float* scales, int8_t* zeros, void* values,
                          double* sqerr, int threads) {
+  const FormatList formats = formats_of(weight, bits, scales, zeros);
+  const TargetList targets = targets_of(weight, bits, scales, zeros);
   const int workers = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
   if (weight.rows < 4 * workers && workers > 1) {  // too few rows to share: the threads share their blocks
-    scale_search_cpu(weight, {}, bits, steps, scales, zeros, threads);
-    return fake_quant_cpu(weight, bits, scales, zeros, values, sqerr, threads);
+    scale_search_cpu(weight, {}, targets, steps, threads);
+    return fake_quant_cpu(weight, formats, values, sqerr, threads);
   }
-  const Quantizer quantizer{weight, bits, scales, zeros};
+  const Quantizer quantizer{weight, formats};
   parallel_for(weight.rows, workers, [&](int64_t row) {
-    scale_search_row_cpu(weight, row, bits, steps, scales, zeros);
+    scale_search_row_cpu(weight, row, targets, steps);
     double sum[kMostWidths] = {};
     for (int64_t part = 0; part < quantizer.blocks(); ++part)
       for (int b = 0; b < bits.count; ++b) sum[b] += static_cast<double>(quantizer.fake_quant(row, part, b, values));
@@ -346,12 +448,9 @@ void quantize_weight_cpu(const WeightView& weight, const BitList& bits, int step
   });
 }
 
-void quantize_cpu(const WeightView& weight, const BitList& bits, const float* scales, const int8_t* zeros, int8_t* codes,
-                  int threads) {
-  const Quantizer quantizer{weight, bits, scales, zeros};
-  for_each_block(quantizer, threads, [&](int64_t row, int64_t part, int b) {
-    quantize_block(quantizer.block(row, part, b), weight.dtype, codes + quantizer.output(row, part, b));
-  });
+void quantize_cpu(const WeightView& weight, const FormatList& formats, int8_t* codes, int threads) {
+  const Quantizer quantizer{weight, formats};
+  for_each_block(quantizer, threads, [&](int64_t row, int64_t part, int b) { quantizer.quantize(row, part, b, codes); });
 }
 
 }  // namespace clado

@@ -68,9 +68,16 @@ CLADO_INLINE void read_importance_body(const float* importance, const float* w, 
   *largest = max_lanes(top);
 }
 
+// The nearest value of element E, 0 for integers between the limits.
+template <int E, class F>
+CLADO_INLINE F round_step(F x, float low, float high) {
+  if constexpr (E == 0) return round_even(clamp(x, low, high));
+  return round_element<E>(x);
+}
+
 // errors[k] = squared error of the block under scale 1 / inverse[k], in units of that scale, every element's times its h where
 // Weighted; *clipped = the part of the last one that comes from elements beyond the limits.
-template <class F, bool Weighted>
+template <class F, bool Weighted, int E>
 CLADO_INLINE void rate(const float* w, const float* h, int padded, const float* inverse, int steps, float low, float high,
                        float* errors, float* clipped) {
   for (int k = 0; k < steps; k += kTogether) {
@@ -85,7 +92,7 @@ CLADO_INLINE void rate(const float* w, const float* h, int padded, const float* 
         if constexpr (Weighted) importance = F::load(h + i + kLanes * half);
 #pragma GCC unroll 2
         for (int t = 0; t < kTogether; ++t) {
-          const F x = v * inv[t], e = round_even(clamp(x, low, high)) - x;
+          const F x = v * inv[t], e = round_step<E>(x, low, high) - x;
           if constexpr (Weighted)
             sum[t][half] += importance * (e * e);
           else
@@ -104,31 +111,40 @@ CLADO_INLINE void rate(const float* w, const float* h, int padded, const float* 
   }
   *clipped = sum_halves(beyond);
 }
-template <class F>
-CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
-                                    float* errors, float* clipped) {
-  rate<F, false>(w, nullptr, padded, inverse, steps, low, high, errors, clipped);
+template <class F, bool Weighted>
+CLADO_INLINE void rate_element(const float* w, const float* h, int padded, const float* inverse, int steps, const Grid& grid,
+                               int element, float* errors, float* clipped) {
+  const float low = grid.low, high = grid.high;
+  if (element == kE2M1) return rate<F, Weighted, kE2M1>(w, h, padded, inverse, steps, low, high, errors, clipped);
+  if (element == kE4M3) return rate<F, Weighted, kE4M3>(w, h, padded, inverse, steps, low, high, errors, clipped);
+  if (element == kE5M2) return rate<F, Weighted, kE5M2>(w, h, padded, inverse, steps, low, high, errors, clipped);
+  rate<F, Weighted, 0>(w, h, padded, inverse, steps, low, high, errors, clipped);
 }
 template <class F>
-CLADO_INLINE void weighted_errors_body(const float* w, const float* h, int padded, const float* inverse, int steps, float low,
-                                       float high, float* errors, float* clipped) {
-  rate<F, true>(w, h, padded, inverse, steps, low, high, errors, clipped);
+CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, const Grid& grid, int element,
+                                    float* errors, float* clipped) {
+  rate_element<F, false>(w, nullptr, padded, inverse, steps, grid, element, errors, clipped);
+}
+template <class F>
+CLADO_INLINE void weighted_errors_body(const float* w, const float* h, int padded, const float* inverse, int steps,
+                                       const Grid& grid, int element, float* errors, float* clipped) {
+  rate_element<F, true>(w, h, padded, inverse, steps, grid, element, errors, clipped);
 }
 
 CLADO_LANES_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
                    (weight, dtype, count, out, padded))
 CLADO_LANES_KERNEL(extremes, (const float* w, int padded, float* bottom, float* top), (w, padded, bottom, top))
 CLADO_LANES_KERNEL(block_errors,
-                   (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
+                   (const float* w, int padded, const float* inverse, int steps, const Grid& grid, int element, float* errors,
                     float* clipped),
-                   (w, padded, inverse, steps, low, high, errors, clipped))
+                   (w, padded, inverse, steps, grid, element, errors, clipped))
 CLADO_LANES_KERNEL(read_importance,
                    (const float* importance, const float* w, int count, float factor, float* out, float* largest),
                    (importance, w, count, factor, out, largest))
 CLADO_LANES_KERNEL(weighted_errors,
-                   (const float* w, const float* h, int padded, const float* inverse, int steps, float low, float high,
+                   (const float* w, const float* h, int padded, const float* inverse, int steps, const Grid& grid, int element,
                     float* errors, float* clipped),
-                   (w, h, padded, inverse, steps, low, high, errors, clipped))
+                   (w, h, padded, inverse, steps, grid, element, errors, clipped))
 
 struct Group {
   const void* weight;       // its first element
@@ -152,11 +168,11 @@ struct Group {
   }
 };
 
-// The search of one width: steps are rated in order, a chunk at a time, until no later one can win.
+// The search of one target: steps are rated in order, a chunk at a time, until no later one can win.
 class Search {
  public:
   // `counted`: the sum of what the elements count, or more.
-  Search(const Grid& grid, int64_t counted, int steps) : grid_(grid), counted_(static_cast<double>(counted)), steps_(steps) {}
+  Search(const Grid& grid, int64_t counted) : grid_(grid), counted_(static_cast<double>(counted)), steps_(grid.count) {}
 
   bool over() const { return next_ >= steps_; }
   int chunk() const { return std::min(kChunk, steps_ - next_); }
@@ -174,9 +190,9 @@ class Search {
       if (best_ < 0 || error < least_) best_ = next_ + j, least_ = error, better = true;
     }
     // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds
-    // the best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
+    // the best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element, more for large elements).
     const double scale = static_cast<double>(grid_.scale(next_ + count - 1));
-    const double lost = (0.999 * std::sqrt(sums[count]) - 1e-4 * std::sqrt(counted_)) * scale;
+    const double lost = (0.999 * std::sqrt(sums[count]) - static_cast<double>(grid_.room()) * std::sqrt(counted_)) * scale;
     next_ = !better && lost > 0 && lost * lost > least_ ? steps_ : next_ + count;
   }
   float best() const { return grid_.scale(best_); }
@@ -188,63 +204,79 @@ class Search {
   double least_ = 0.0;
 };
 
-struct Result {
-  float* scale;
-  int8_t* zero;  // or null
-  int64_t stride;
+// A run of targets with the same groups, and where they take what is found for one group.
+struct Run {
+  const Target* targets;
+  int count;
+  int64_t at;  // of the group among all
+
+  Grid grid(int b, float bottom, float top, int steps) const {
+    const Target& to = targets[b];
+    return {bottom, top, to.element, to.zeros == nullptr, to.rule, to.tensor_scale ? *to.tensor_scale : 1.0f, steps};
+  }
   void set(int b, float s, int z) const {
-    scale[b * stride] = s;
-    if (zero) zero[b * stride] = static_cast<int8_t>(z);
+    targets[b].scales[at] = s;
+    if (targets[b].zeros) targets[b].zeros[at] = static_cast<int8_t>(z);
+  }
+  // Of a group of zeros, or one that holds NaN or infinity.
+  void set_all(float bottom) const {
+    for (int b = 0; b < count; ++b) {
+      const float below = targets[b].tensor_scale ? *targets[b].tensor_scale : 1.0f;
+      set(b, bottom != bottom ? bottom : Grid::of_zeros(targets[b].rule, below), 0);
+    }
   }
 };
 
+// Room of the calling thread for at least `count` of T; one room per Tag.
+template <class T, int Tag>
+T* room(int64_t count) {
+  static thread_local std::vector<T> kept;
+  if (kept.size() < static_cast<size_t>(count)) kept.resize(static_cast<size_t>(count));
+  return kept.data();
+}
+
 // The scales of one group; the blocks of a long group are shared by the threads, a panel of them at a time.
 template <bool Weighted>
-void search_group(const Group& group, const Result& result, const BitList& bits, int steps, int threads) {
+void search_group(const Group& group, const Run& run, int steps, int threads) {
   const int64_t blocks = blocks_of(group.length);
   const bool keep = blocks <= kKept;
   alignas(64) static thread_local float kept[(Weighted ? 2 : 1) * kKept * kBlock];
-  float* const shared = kept;  // of the calling thread
+  float* const shared = kept;  // of the calling thread, as the rooms below
   [[maybe_unused]] float* const shared_importance = Weighted ? kept + kKept * kBlock : nullptr;
-  std::vector<float> bottoms(static_cast<size_t>(blocks)), tops(static_cast<size_t>(blocks));
-  std::vector<int> padded(static_cast<size_t>(blocks));
-  [[maybe_unused]] std::vector<float> largest(static_cast<size_t>(Weighted ? blocks : 0));
+  float *const bottoms = room<float, 0>(blocks), *const tops = room<float, 1>(blocks), *const largest = room<float, 2>(blocks);
+  int* const padded = room<int, 0>(blocks);
   parallel_for(blocks, threads, [&](int64_t i) {
     alignas(64) float own[kBlock];
     float* w = keep ? shared + i * kBlock : own;
-    const auto at = static_cast<size_t>(i);
-    padded[at] = group.read(i, w);
-    extremes(w, padded[at], &bottoms[at], &tops[at]);
+    padded[i] = group.read(i, w);
+    extremes(w, padded[i], &bottoms[i], &tops[i]);
     if constexpr (Weighted) {
       alignas(64) float importance[kBlock];
-      largest[at] = group.weigh(i, w, 1.0f, importance);
+      largest[i] = group.weigh(i, w, 1.0f, importance);
     }
   });
   float bottom = 0.0f, top = 0.0f;
-  for (size_t i = 0; i < bottoms.size(); ++i) {
+  for (int64_t i = 0; i < blocks; ++i) {
     bottom = bottoms[i] < bottom || bottoms[i] != bottoms[i] ? bottoms[i] : bottom;  // NaN stays
     top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
   }
-  if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) {
-    for (int b = 0; b < bits.count; ++b) result.set(b, bottom != bottom ? bottom : 1.0f, 0);
-    return;
-  }
+  if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) return run.set_all(bottom);
   [[maybe_unused]] float factor = 1.0f;
   if constexpr (Weighted) {
-    const float most = *std::max_element(largest.begin(), largest.end());
-    if (most == 0.0f) return search_group<false>(group, result, bits, steps, threads);
+    const float most = *std::max_element(largest, largest + blocks);
+    if (most == 0.0f) return search_group<false>(group, run, steps, threads);
     factor = leveller(most);
     for (int64_t i = 0; keep && i < blocks; ++i) group.weigh(i, shared + i * kBlock, factor, shared_importance + i * kBlock);
   }
-  std::vector<float> panel(static_cast<size_t>(std::min(kPanel, blocks) * (kChunk + 1)));
-  for (int b = 0; b < bits.count; ++b) {
-    if (steps == 1) {
-      const Grid grid(bottom, top, bits.width[b], result.zero == nullptr);
-      result.set(b, grid.scale(0), grid.zero);
+  float* const panel = room<float, 3>(std::min(kPanel, blocks) * (kChunk + 1));
+  for (int b = 0; b < run.count; ++b) {
+    const int element = run.targets[b].element;
+    const Grid grid = run.grid(b, bottom, top, steps);
+    if (grid.count == 1) {
+      run.set(b, grid.scale(0), grid.zero);
       continue;
     }
-    Search search(Grid(bottom, top, bits.width[b], result.zero == nullptr), (Weighted ? kMostLevelled : 1) * group.length, steps);
-    const Grid& grid = search.grid();
+    Search search(grid, (Weighted ? kMostLevelled : 1) * group.length);
     while (!search.over()) {
       float inverse[kChunk];
       search.inverses(inverse);
@@ -256,34 +288,48 @@ void search_group(const Group& group, const Result& result, const BitList& bits,
           alignas(64) float own[kBlock];
           const float* w = keep ? shared + (start + i) * kBlock : own;
           if (!keep) group.read(start + i, own);
-          float* errors = &panel[static_cast<size_t>(i * (kChunk + 1))];
-          const int size = padded[static_cast<size_t>(start + i)];
+          float* errors = panel + i * (kChunk + 1);
+          const int size = padded[start + i];
           if constexpr (Weighted) {
             alignas(64) float own_importance[kBlock];
             const float* h = keep ? shared_importance + (start + i) * kBlock : own_importance;
             if (!keep) group.weigh(start + i, w, factor, own_importance);
-            weighted_errors(w, h, size, inverse, count, grid.low, grid.high, errors, errors + count);
+            weighted_errors(w, h, size, inverse, count, grid, element, errors, errors + count);
           } else {
-            block_errors(w, size, inverse, count, grid.low, grid.high, errors, errors + count);
+            block_errors(w, size, inverse, count, grid, element, errors, errors + count);
           }
         });
         for (int64_t i = 0; i < here; ++i)
-          for (int j = 0; j <= count; ++j) sums[j] += static_cast<double>(panel[static_cast<size_t>(i * (kChunk + 1) + j)]);
+          for (int j = 0; j <= count; ++j) sums[j] += static_cast<double>(panel[i * (kChunk + 1) + j]);
       }
       search.take(sums);
     }
-    result.set(b, search.best(), grid.zero);
+    run.set(b, search.best(), grid.zero);
   }
 }
 
-void search_group(const WeightView& weight, const Importance& importance, int64_t row, int64_t group, const BitList& bits, int steps,
-                  float* scales, int8_t* zeros, int threads) {
-  const int64_t start = group * weight.group_size, at = row * weight.groups() + group;
+// Group `index` of all that the run [first, last) of targets has.
+void search_group(const WeightView& weight, const Importance& importance, const TargetList& targets, int first, int last,
+                  int64_t index, int steps, int threads) {
+  const Target& to = targets.at[first];
+  const int64_t groups = to.groups(weight.columns), row = index / groups, start = index % groups * to.group_size;
   const Group part{weight.at(row, start), importance.at(weight, row, start), weight.dtype,
-                   std::min(weight.group_size, weight.columns - start)};
-  const Result result{scales + at, zeros ? zeros + at : nullptr, weight.rows * weight.groups()};
+                   std::min(to.group_size, weight.columns - start)};
   const auto search = part.importance && steps > 1 ? search_group<true> : search_group<false>;
-  search(part, result, bits, steps, threads);
+  search(part, {targets.at + first, last - first, index}, steps, threads);
+}
+
+// fn(first, last) of every run of targets that share their groups.
+template <class Fn>
+void for_each_run(const TargetList& targets, Fn fn) {
+  for (int first = 0, last = 0; first < targets.count; first = last) fn(first, last = run_of(targets, first));
+}
+
+void search_row(const WeightView& weight, const Importance& importance, const TargetList& targets, int64_t row, int steps) {
+  for_each_run(targets, [&](int first, int last) {
+    const int64_t groups = targets.at[first].groups(weight.columns);
+    for (int64_t g = 0; g < groups; ++g) search_group(weight, importance, targets, first, last, row * groups + g, steps, 1);
+  });
 }
 
 bool sound(const float* importance, int64_t count) {
@@ -294,23 +340,26 @@ bool sound(const float* importance, int64_t count) {
 
 }  // namespace
 
-void scale_search_row_cpu(const WeightView& weight, int64_t row, const BitList& bits, int steps, float* scales, int8_t* zeros) {
-  for (int64_t group = 0; group < weight.groups(); ++group) search_group(weight, {}, row, group, bits, steps, scales, zeros, 1);
+void scale_search_row_cpu(const WeightView& weight, int64_t row, const TargetList& targets, int steps) {
+  search_row(weight, {}, targets, row, steps);
 }
 
-bool scale_search_cpu(const WeightView& weight, const Importance& importance, const BitList& bits, int steps, float* scales,
-                      int8_t* zeros, int threads) {
+bool scale_search_cpu(const WeightView& weight, const Importance& importance, const TargetList& targets, int steps, int threads) {
   if (importance.data && !sound(importance.data, importance.count * weight.columns)) return false;
-  const int64_t groups = weight.groups(), all = weight.rows * groups;
-  threads = threads_for(weight.rows * weight.columns * bits.count * steps, threads);
-  const auto one = [&](int64_t index, int workers) {
-    search_group(weight, importance, index / groups, index % groups, bits, steps, scales, zeros, workers);
-  };
-  if (all >= 4 * threads || threads == 1) {
-    parallel_for(all, threads, [&](int64_t i) { one(i, 1); });
-  } else {
-    for (int64_t i = 0; i < all; ++i) one(i, threads);
+  threads = threads_for(weight.rows * weight.columns * targets.count * steps, threads);
+  if (weight.rows >= 4 * threads) {  // row by row, so that the weight comes from memory once
+    parallel_for(weight.rows, threads, [&](int64_t row) { search_row(weight, importance, targets, row, steps); });
+    return true;
   }
+  for_each_run(targets, [&](int first, int last) {
+    const int64_t all = weight.rows * targets.at[first].groups(weight.columns);
+    const auto one = [&](int64_t i, int workers) { search_group(weight, importance, targets, first, last, i, steps, workers); };
+    if (all >= 4 * threads || threads == 1) {
+      parallel_for(all, threads, [&](int64_t i) { one(i, 1); });
+    } else {
+      for (int64_t i = 0; i < all; ++i) one(i, threads);
+    }
+  });
   return true;
 }
 

@@ -80,12 +80,20 @@ struct Part {
 
 // Squared error of a block at one step, in units of the scale, in lane 0.
 template <int PerLane, bool Weighted>
-__device__ float block_error(const Part<PerLane, Weighted>& part, float inverse, const Grid& grid) {
+__device__ float block_error(const Part<PerLane, Weighted>& part, float inverse, const Grid& grid, int element) {
   float sum = 0.0f;
+  if (is_float(element)) {
 #pragma unroll
-  for (int j = 0; j < PerLane; ++j) {
-    const float x = part.w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
-    sum += part.counted(j, e * e);
+    for (int j = 0; j < PerLane; ++j) {
+      const float x = part.w[j] * inverse, e = round_element(x, element) - x;
+      sum += part.counted(j, e * e);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) {
+      const float x = part.w[j] * inverse, e = nearest(fminf(fmaxf(x, grid.low), grid.high)) - x;
+      sum += part.counted(j, e * e);
+    }
   }
   return sum_block_lanes(sum);
 }
@@ -124,17 +132,36 @@ __device__ Extremes block_extremes(const Part<PerLane, Weighted>& part) {
   return spoiled != 0.0f ? Extremes{nanf(""), nanf(""), 0.0f} : Extremes{bottom, top, importance};
 }
 
+// Targets that share their groups, and their outputs for one of them.
+struct Run {
+  Target at[kMostFormats];
+  int count;
+
+  __device__ float below(int b) const { return at[b].tensor_scale ? *at[b].tensor_scale : 1.0f; }
+  __device__ Grid grid(int b, float bottom, float top, int steps) const {
+    return {bottom, top, at[b].element, at[b].zeros == nullptr, at[b].rule, below(b), steps};
+  }
+  __device__ void set(int b, int64_t group, float scale, int zero) const {
+    at[b].scales[group] = scale;
+    if (at[b].zeros) at[b].zeros[group] = static_cast<int8_t>(zero);
+  }
+  // Of a group of zeros, or one that is not finite.
+  __device__ void set_none(int b, int64_t group, float bottom) const {
+    set(b, group, bottom != bottom ? bottom : Grid::of_zeros(at[b].rule, below(b)), 0);
+  }
+};
+
 // ---- groups of up to kTeam blocks: all in one kernel ----
 
-// One block of threads per group and width, one warp per block of it, whose weights stay in registers. All warps add the blocks'
+// One block of threads per group and target, one warp per block of it, whose weights stay in registers. All warps add the blocks'
 // errors in order and so decide alike.
 template <int PerLane, bool Weighted, class T>
 __global__ void __launch_bounds__(32 * kTeam, 1)
-    search_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, BitList bits, int steps,
-                  float* __restrict__ scales, int8_t* __restrict__ zeros) {
+    search_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, Run run, int steps) {
   __shared__ Extremes ends[kTeam];
   __shared__ float sums[2][kTeam][kChunk + 1];  // of the steps of a chunk, then what is clipped at its last one
-  const int64_t group = blockIdx.x, at = blockIdx.y * shape.all() + group;
+  const int64_t group = blockIdx.x;
+  const int target = blockIdx.y, element = run.at[target].element;
   const int warp = threadIdx.y, lane = threadIdx.x, warps = blockDim.y;
   const bool first = warp == 0 && lane == 0;
   Part<PerLane, Weighted> part;
@@ -145,19 +172,18 @@ __global__ void __launch_bounds__(32 * kTeam, 1)
   Extremes all{0.0f, 0.0f, 0.0f};
   for (int i = 0; i < warps; ++i) all.merge(ends[i]);
   if (all.bottom != all.bottom || (all.bottom == 0.0f && all.top == 0.0f)) {
-    if (first) scales[at] = all.bottom != all.bottom ? all.bottom : 1.0f;
-    if (first && zeros) zeros[at] = 0;
+    if (first) run.set_none(target, group, all.bottom);
     return;
   }
-  const Grid grid(all.bottom, all.top, bits.width[blockIdx.y], zeros == nullptr);
+  const Grid grid = run.grid(target, all.bottom, all.top, steps);
   part.level(all.importance);
   const double counted = static_cast<double>(shape.length(group)) * (Weighted && all.importance > 0.0f ? kMostLevelled : 1);
   double least = INFINITY;
   int best = 0;
-  for (int next = 0, turn = 0; next < steps; next += kChunk, turn ^= 1) {
-    const int count = steps - next < kChunk ? steps - next : kChunk;
+  for (int next = 0, turn = 0; next < grid.count; next += kChunk, turn ^= 1) {
+    const int count = grid.count - next < kChunk ? grid.count - next : kChunk;
     for (int j = 0; j < count; ++j) {
-      const float sum = block_error(part, 1.0f / grid.scale(next + j), grid);
+      const float sum = block_error(part, 1.0f / grid.scale(next + j), grid, element);
       if (lane == 0) sums[turn][warp][j] = sum;
     }
     const float clipped = clipped_error(part, 1.0f / grid.scale(next + count - 1), grid);
@@ -175,13 +201,12 @@ __global__ void __launch_bounds__(32 * kTeam, 1)
       if (total < least) least = total, best = next + j, better = true;
     }
     // What is clipped only grows as the scale shrinks, and the error is at least that: later steps lose once it alone exceeds the
-    // best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element).
+    // best error, with room for float32 (relative 1e-3, and 1e-4 of a step per element, more for large elements).
     const double last = grid.scale(next + count - 1);
-    const double lost = (0.999 * sqrt(all_clipped) - 1e-4 * sqrt(counted)) * last;
+    const double lost = (0.999 * sqrt(all_clipped) - static_cast<double>(grid.room()) * sqrt(counted)) * last;
     if (!better && lost > 0.0 && lost * lost > least) break;
   }
-  if (first) scales[at] = grid.scale(best);
-  if (first && zeros) zeros[at] = static_cast<int8_t>(grid.zero);
+  if (first) run.set(target, group, grid.scale(best), grid.zero);
 }
 
 // ---- longer groups: extremes, errors of every block and step, choice ----
@@ -213,40 +238,44 @@ __global__ void group_extremes_kernel(const Extremes* extremes, Shape shape, Ext
   if (threadIdx.x == 0) out[group] = parts[0];
 }
 
-// One warp per block: its weights stay in registers while all steps of all widths are rated.
+// One warp per block: its weights stay in registers while all candidates of all targets are rated.
 template <bool Weighted, class T>
-__global__ void errors_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, BitList bits,
-                              int steps, bool symmetric, const Extremes* __restrict__ group_extremes,
-                              float* __restrict__ errors) {
+__global__ void errors_kernel(const T* __restrict__ weight, const float* __restrict__ importance, Shape shape, Run run, int steps,
+                              const Extremes* __restrict__ group_extremes, float* __restrict__ errors) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (index >= shape.all() * shape.blocks) return;
   const int64_t group = index / shape.blocks;
   Part<kPerLane, Weighted> part;
   part.load(weight, importance, shape, group, index % shape.blocks * kBlock);
   part.level(group_extremes[group].importance);
-  for (int b = 0; b < bits.count; ++b) {
-    const Grid grid(group_extremes[group].bottom, group_extremes[group].top, bits.width[b], symmetric);
-    for (int k = 0; k < steps; ++k) {
-      const float sum = block_error(part, 1.0f / grid.scale(k), grid);
-      if (threadIdx.x == 0) errors[(index * bits.count + b) * steps + k] = sum;
+  const float bottom = group_extremes[group].bottom, top = group_extremes[group].top;
+  if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) return;
+  for (int b = 0; b < run.count; ++b) {
+    const Grid grid = run.grid(b, bottom, top, steps);
+    for (int k = 0; k < grid.count; ++k) {
+      const float sum = block_error(part, 1.0f / grid.scale(k), grid, run.at[b].element);
+      if (threadIdx.x == 0) errors[(index * run.count + b) * most_candidates(steps) + k] = sum;
     }
   }
 }
 
-// One warp per group and width: a lane adds the errors of its steps in order, the least of all wins, the first among equals.
-__global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extremes* group_extremes, const float* errors,
-                              float* scales, int8_t* zeros) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y, group = index / bits.count;
+// One warp per group and target: a lane adds the errors of its candidates in order, the least of all wins, the first among equals.
+__global__ void choose_kernel(Shape shape, Run run, int steps, const Extremes* group_extremes, const float* errors) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y, group = index / run.count;
   if (group >= shape.all()) return;
-  const int b = static_cast<int>(index - group * bits.count);
+  const int b = static_cast<int>(index - group * run.count);
   const float bottom = group_extremes[group].bottom, top = group_extremes[group].top;
-  const Grid grid(bottom, top, bits.width[b], zeros == nullptr);
+  if (bottom != bottom || (bottom == 0.0f && top == 0.0f)) {
+    if (threadIdx.x == 0) run.set_none(b, group, bottom);
+    return;
+  }
+  const Grid grid = run.grid(b, bottom, top, steps);
   double least = INFINITY;
   int best = 0;
-  for (int k = threadIdx.x; k < steps; k += kBlockLanes) {
+  for (int k = threadIdx.x; k < grid.count; k += kBlockLanes) {
     double sum = 0.0;
     for (int64_t i = 0; i < shape.blocks; ++i)
-      sum += static_cast<double>(errors[((group * shape.blocks + i) * bits.count + b) * steps + k]);
+      sum += static_cast<double>(errors[((group * shape.blocks + i) * run.count + b) * most_candidates(steps) + k]);
     const double scale = grid.scale(k), total = sum * (scale * scale);
     if (total < least) least = total, best = k;
   }
@@ -255,28 +284,24 @@ __global__ void choose_kernel(Shape shape, BitList bits, int steps, const Extrem
     const int k = __shfl_down_sync(0xffffffffu, best, half);
     if (other < least || (other == least && k < best)) least = other, best = k;
   }
-  if (threadIdx.x != 0) return;
-  const bool finite = bottom == bottom, nothing = bottom == 0.0f && top == 0.0f;
-  scales[b * shape.all() + group] = !finite ? bottom : nothing ? 1.0f : grid.scale(best);
-  if (zeros) zeros[b * shape.all() + group] = !finite || nothing ? int8_t{0} : static_cast<int8_t>(grid.zero);
+  if (threadIdx.x == 0) run.set(b, group, grid.scale(best), grid.zero);
 }
 
-Shape shape_of(const WeightView& weight, const Importance& importance) {
-  const int64_t longest = std::min(weight.columns, weight.group_size);
-  return {weight.rows,     weight.columns,     weight.row_stride,           weight.group_size,
-          weight.groups(), blocks_of(longest), importance.rows_each(weight)};
+Shape shape_of(const WeightView& weight, const Importance& importance, int64_t group_size) {
+  const int64_t longest = std::min(weight.columns, group_size), groups = (weight.columns + group_size - 1) / group_size;
+  return {weight.rows, weight.columns, weight.row_stride, group_size, groups, blocks_of(longest), importance.rows_each(weight)};
 }
 
 template <bool Weighted, class T>
-void search(const T* weight, const float* importance, const Shape& shape, const BitList& bits, int steps, float* scales,
-            int8_t* zeros, void* workspace, cudaStream_t queue) {
+void search(const T* weight, const float* importance, const Shape& shape, const Run& run, int steps, void* workspace,
+            cudaStream_t queue) {
   const int64_t items = shape.all() * shape.blocks;
   const auto groups = static_cast<unsigned>(shape.all());
   if (shape.blocks <= kTeam) {
     const auto together = [&](auto per_lane) {
       const dim3 warps(kBlockLanes, static_cast<unsigned>(shape.blocks));
       search_kernel<decltype(per_lane)::value, Weighted>
-          <<<dim3(groups, bits.count), warps, 0, queue>>>(weight, importance, shape, bits, steps, scales, zeros);
+          <<<dim3(groups, run.count), warps, 0, queue>>>(weight, importance, shape, run, steps);
     };
     const int64_t longest = std::min(shape.columns, shape.group_size);
     if (longest <= 4 * kBlockLanes)
@@ -294,32 +319,36 @@ void search(const T* weight, const float* importance, const Shape& shape, const 
   auto* errors = reinterpret_cast<float*>(group_extremes + shape.all());
   const dim3 warps(kBlockLanes, kWarps);
   const auto grid = static_cast<unsigned>(ceil_div(items, kWarps));
-  const auto choices = static_cast<unsigned>(ceil_div(shape.all() * bits.count, kWarps));
+  const auto choices = static_cast<unsigned>(ceil_div(shape.all() * run.count, kWarps));
   extremes_kernel<Weighted><<<grid, warps, 0, queue>>>(weight, importance, shape, extremes);
   group_extremes_kernel<<<groups, 256, 0, queue>>>(extremes, shape, group_extremes);
-  errors_kernel<Weighted>
-      <<<grid, warps, 0, queue>>>(weight, importance, shape, bits, steps, zeros == nullptr, group_extremes, errors);
-  choose_kernel<<<choices, warps, 0, queue>>>(shape, bits, steps, group_extremes, errors, scales, zeros);
+  errors_kernel<Weighted><<<grid, warps, 0, queue>>>(weight, importance, shape, run, steps, group_extremes, errors);
+  choose_kernel<<<choices, warps, 0, queue>>>(shape, run, steps, group_extremes, errors);
 }
 
 }  // namespace
 
-int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_bits, int steps) {
-  const Shape shape = shape_of({nullptr, DType::float32, rows, columns, columns, group_size}, {});
+int64_t scale_search_workspace(int64_t rows, int64_t columns, int64_t group_size, int num_targets, int steps) {
+  const Shape shape = shape_of({nullptr, DType::float32, rows, columns, columns, group_size}, {}, group_size);
   const int64_t items = shape.blocks > kTeam ? shape.all() * shape.blocks : 0;
-  return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_bits * steps;
+  return static_cast<int64_t>(sizeof(Extremes)) * (items + shape.all()) + 4 * items * num_targets * most_candidates(steps);
 }
 
-void scale_search_cuda(const WeightView& weight, const Importance& importance, const BitList& bits, int steps, float* scales,
-                       int8_t* zeros, void* workspace, int device, void* stream) {
-  const Shape shape = shape_of(weight, importance);
-  if (shape.all() * shape.blocks == 0) return;
+void scale_search_cuda(const WeightView& weight, const Importance& importance, const TargetList& targets, int steps, void* workspace,
+                       int device, void* stream) {
+  if (weight.rows * weight.columns == 0) return;
   const DeviceGuard guard(device);
-  with_type(weight.dtype, [&](auto type) {
-    const auto* typed = static_cast<const decltype(type)*>(weight.data);
-    const auto run = importance.data ? search<true, decltype(type)> : search<false, decltype(type)>;
-    run(typed, importance.data, shape, bits, steps, scales, zeros, workspace, static_cast<cudaStream_t>(stream));
-  });
+  for (int first = 0, last = 0; first < targets.count; first = last) {
+    last = run_of(targets, first);
+    Run run{{}, last - first};
+    std::copy(targets.at + first, targets.at + last, run.at);
+    const Shape shape = shape_of(weight, importance, run.at[0].group_size);
+    with_type(weight.dtype, [&](auto type) {
+      const auto* typed = static_cast<const decltype(type)*>(weight.data);
+      const auto of = importance.data ? search<true, decltype(type)> : search<false, decltype(type)>;
+      of(typed, importance.data, shape, run, steps, workspace, static_cast<cudaStream_t>(stream));
+    });
+  }
   check_launch("scale_search");
 }
 

@@ -169,19 +169,21 @@ class AsNative:
         if stem == "compensate":
             return [int(self.module.compensate_workspace(*args[0][2:4], len(args[1])))]
         if stem == "scale_search":
-            return [self._search_workspace(*args[:3])]
+            weight, targets, steps = args[:3]
+            return [max(self._search_workspace(weight, target[1], len(targets), steps) for target in targets)]
         if stem == "fake_quant":
             return [self._errors_workspace(*args[:2])]
         if stem == "quantize_weight":
-            return [self._search_workspace(*args[:3]), self._errors_workspace(*args[:2])]
+            weight, bits, steps = args[:3]
+            search = self._search_workspace(weight, weight[5], len(bits), steps)
+            return [search, self._errors_workspace(weight, bits)]
         return []
 
-    def _search_workspace(self, weight: tuple[int, ...], bits: list[int], steps: int) -> int:
-        _, _, rows, columns, _, group = weight
-        return int(self.module.scale_search_workspace(rows, columns, group, len(bits), steps))
+    def _search_workspace(self, weight: tuple[int, ...], group: int, targets: int, steps: int) -> int:
+        return int(self.module.scale_search_workspace(*weight[2:4], group, targets, steps))
 
-    def _errors_workspace(self, weight: tuple[int, ...], bits: list[int]) -> int:
-        return int(self.module.fake_quant_workspace(*weight[2:4], len(bits)))
+    def _errors_workspace(self, weight: tuple[int, ...], formats: list[Any]) -> int:
+        return int(self.module.fake_quant_workspace(*weight[2:4], len(formats)))
 
 
 if __name__ == "__main__":

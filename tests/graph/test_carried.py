@@ -20,7 +20,7 @@ from clado.profiling import ESTIMATORS, profile
 from clado.profiling.estimators.base import singles
 from clado.profiling.losses import Categorical
 from clado.profiling.probe import auto_precision
-from clado.quant import Candidates, Quantizer
+from clado.quant import Candidates, Quantizer, Variant
 from clado.quant import variants as variants_of
 from tests.models import Shape, lively, small_cnn, timm_model, tiny_vit
 from tests.profiling.test_estimators import BITS, TwoHeads
@@ -63,7 +63,7 @@ def deltas(executor: Runner, variants: Any, x: Tensor) -> Tensor:
     return singles(executor, variants, x, Categorical(), lambda: None).delta
 
 
-def setting(name: str) -> tuple[Captured, list[list[Tensor]], Tensor, Tensor]:
+def setting(name: str) -> tuple[Captured, list[list[Variant]], Tensor, Tensor]:
     """Graph, weights, inputs, and δ in float64."""
     model, shape = net(name)
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
@@ -72,7 +72,7 @@ def setting(name: str) -> tuple[Captured, list[list[Tensor]], Tensor, Tensor]:
         model, Candidates.uniform(captured.layers, (2, 4, 8)), Quantizer(-1, 1), x.device, torch.float32
     )
     double = Executor(some_layers(capture(copy.deepcopy(model).double(), x[:2].double(), quantize_ends=True)))
-    return captured, variants, x, deltas(double, [[w.double() for w in v] for v in variants], x.double())
+    return captured, variants, x, deltas(double, [[w.to(torch.float64) for w in v] for v in variants], x.double())
 
 
 def some_layers(captured: Captured) -> Captured:

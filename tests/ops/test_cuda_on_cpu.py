@@ -25,6 +25,7 @@ from tests.ops import (
     test_batched_ce,
     test_carried,
     test_compensate,
+    test_formats,
     test_pairwise_bce,
     test_pairwise_ce,
     test_pairwise_mse,
@@ -122,6 +123,51 @@ def test_rows_that_lie_apart_are_read_in_place(dtype: torch.dtype, kernels: AsNa
             got = clado_ext.quantize_weight(view, (2, 8), group, 7)
             assert same_bits(clado_ext.quantize(view, wanted.scale, (2, 8), group), codes)
         assert same_bits(got[:3], wanted[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "group", "formats"),
+    [
+        ((1, 1), -1, test_formats.MIXED),
+        ((3, 31), 7, test_formats.MIXED),
+        ((2, 1056), 32, ("int4", "fp8_e4m3", "nvfp4")),
+        ((3, 128), -1, test_formats.MIXED),
+        ((1, 2060), -1, ("fp8_e5m2", "mxfp8", "mxfp4")),
+        ((1, 17_000), -1, ("fp8_e4m3", "fp8_e5m2")),
+        ((0, 5), -1, ("nvfp4",)),
+    ],
+)
+def test_formats_are_those_of_the_cpu(
+    shape: tuple[int, ...], group: int, formats: tuple[str, ...], dtype: torch.dtype, kernels: AsNative
+) -> None:
+    raw = torch.randn(shape)
+    if shape[0] > 1:
+        raw[0, 3:40], raw[1] = raw[0, 3:40] * 1e-4, 0.0
+    importance = torch.rand(shape[1]) if shape[1] == 128 else None
+    for by, steps in ((0, 1), (1, 12 if shape[1] > 9000 else 95)):
+        weight = offset(raw.to(dtype), by)
+
+        def run(weight: Tensor = weight, steps: int = steps) -> tuple[Tensor, ...]:
+            scales = clado_ext.format_search(weight, formats, group, steps, False, importance)
+            values = clado_ext.fake_quant_formats(weight, scales)
+            return (*(s.scale for s in scales), *values, clado_ext.quantize_formats(weight, scales))
+
+        with on_cuda(kernels):
+            got = run()
+        assert same_bits(got, run())
+
+
+@pytest.mark.parametrize("name", test_formats.FLOATS)
+def test_codes_of_every_pattern_are_those_of_the_cpu(name: str, kernels: AsNative) -> None:
+    x = test_formats.every_pattern()[:, ::5]
+    x = torch.cat([x, torch.tensor([[torch.nan, torch.inf, -torch.inf]])], 1)
+    for scale in (1.0, 0.3, 1e-44, torch.nan):
+        to = [clado_ext.FormatScale(name, torch.full((1, 1), scale))]
+        wanted = clado_ext.quantize_formats(x, to), clado_ext.fake_quant_formats(x, to)[0].nan_to_num(nan=3.0)
+        with on_cuda(kernels):
+            got = clado_ext.quantize_formats(x, to), clado_ext.fake_quant_formats(x, to)[0].nan_to_num(nan=3.0)
+        assert same_bits(got, wanted)
 
 
 def test_all_steps_of_the_search(kernels: AsNative) -> None:

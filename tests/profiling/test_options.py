@@ -200,6 +200,7 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
     first, second = {"a*": [2], "*": [4]}, {"*": [4], "a*": [2]}
     assert digest(settings(first)) != digest(settings(second))
     assert "schemes" not in Options().settings()
+    assert settings(["W4A16", "W4A8"])["schemes"] == [["*", ["W4A8", "W4A16"]]]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_settings_name_schemes_where_they_are_given_and_in_their_order() -> None
             {"act_bits": 8, "schemes": ["W4A16"]},
             "profile: act_bits must be left out with schemes (it goes with bits), got 8",
         ),
-        ({"schemes": ["W4A8"]}, "profile: schemes must leave the layers' inputs in float"),
+        ({"schemes": ["W4A12"]}, "profile: schemes must round inputs to 2..8 bits, or not at all (A16), got W4A12"),
         ({"schemes": ["W9A16"]}, "scheme: label must be one of W2A16"),
         ({"schemes": "W4A16"}, "profile: schemes must be labels such as W4A16, or {pattern: labels}, got 'W4A16'"),
         ({"schemes": {"*": "W4A16"}}, "profile: schemes must hold lists of labels such as W4A16, got 'W4A16'"),

@@ -26,7 +26,7 @@ from clado.common import weights_digest
 from clado.deploy import pack_model, verify
 from clado.graph import capture
 from clado.profiling import checkpoint, plan_run, rounded_weights
-from clado.quant import variants
+from clado.quant import Variant, variants
 from tests.models import lively
 from tests.record.nets import Unexportable
 
@@ -127,14 +127,15 @@ def same(one: Sensitivity, other: Sensitivity) -> bool:
 
 
 def values_of(sens: Sensitivity, model: nn.Module) -> list[list[Tensor]]:
-    return variants(model, sens.candidates, sens.quantizer, torch.device("cpu"), torch.float32, sens.rounded)
+    made = variants(model, sens.candidates, sens.quantizer, torch.device("cpu"), torch.float32, sens.rounded)
+    return [[variant.weight for variant in own] for own in made]
 
 
 def test_what_was_measured_is_what_ships(
     model: nn.Module, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the directory alone, without the data that decided the rounding, bit for bit."""
-    handed: list[list[list[Tensor]]] = []
+    handed: list[list[list[Variant]]] = []
 
     def noting(*arguments: Any) -> Any:
         handed.append(variants(*arguments))
@@ -147,7 +148,7 @@ def test_what_was_measured_is_what_ships(
     (measured,) = handed
     nearest = variants(model, made.candidates, made.quantizer, torch.device("cpu"), torch.float32)
     assert all(
-        not torch.equal(a, b)
+        not torch.equal(a.weight, b.weight)
         for own, near in zip(measured, nearest, strict=True)
         for a, b in zip(own, near, strict=True)
     )
@@ -164,7 +165,7 @@ def test_what_was_measured_is_what_ships(
     for layer, own in zip(sens.layers, measured, strict=True):
         wanted = own[sens.index(layer.name, plan.schemes[layer.name]) - sens.index(layer.name, 2)]
         for name in layer.names:
-            assert torch.equal(applied.get_parameter(name), wanted)
+            assert torch.equal(applied.get_parameter(name), wanted.weight)
 
     labelled = (x, torch.arange(COUNT) % 5)
     outputs = applied(x)

@@ -15,7 +15,7 @@ import clado
 from clado.graph import open_runner
 from clado.profiling import profile, sample_digests
 from clado.quant import Call, Calls, Layer, calibrate, quantize_activations
-from clado.quant.activations import best_range, rounded
+from clado.quant.inputs import best_range, rounded
 from tests.models import tiny_vit
 from tests.record.nets import Unexportable
 

@@ -59,21 +59,23 @@ def test_a_format_that_is_no_integer_keeps_its_name(monkeypatch: pytest.MonkeyPa
         name = "fp8_toy"
 
     monkeypatch.setitem(NUMBERS, "fp8_toy", Eighth(8))
-    toy, rounded = Scheme("fp8_toy"), Scheme("fp8_toy", 8)
-    assert (toy.label, rounded.label, str(toy)) == ("FP8_TOY", "FP8_TOY-A8", "FP8_TOY")
-    assert (Scheme.of("FP8_TOY"), Scheme.of("FP8_TOY-A8")) == (toy, rounded)
+    toy, rounded = Scheme("fp8_toy"), Scheme("fp8_toy", "int8")
+    assert (toy.label, rounded.label, str(toy)) == ("FP8_TOY", "FP8_TOYA8", "FP8_TOY")
+    assert (Scheme.of("FP8_TOY"), Scheme.of("FP8_TOYA8")) == (toy, rounded)
     sens = Sensitivity.from_matrix(np.diag([3.0, 2.0, 1.0]), [("a", 6)], schemes=[("W4A16", "FP8_TOY", "W8A16")])
     plan = clado.solve(sens, avg_bits=8, pin={"a": "FP8_TOY"})
     assert plan.schemes == {"a": "FP8_TOY"}
     assert clado.Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(CladoError, match=r"label must be one of W2A16 … W8A16 .*, FP8_TOY, got 'FP8'"):
-        Scheme.of("FP8")
+    with pytest.raises(CladoError, match=r"label must be one of W2A16 … W8A16 .*, FP8_TOY, got 'FP9'"):
+        Scheme.of("FP9")
 
 
 def test_rounded_inputs_need_their_ranges() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     layer = Layer("0", "linear", (4, 6), 24, ("0.weight",))
-    with pytest.raises(CladoError, match="apply: plan must hold ranges for inputs of 8 bits, got ranges for none"):
+    with pytest.raises(
+        CladoError, match="apply: plan must hold ranges of the inputs that its schemes round, got none for W4A8 of 0"
+    ):
         clado.apply(model, clado.Plan((layer,), {"0": "W4A8"}, "given"))
 
 

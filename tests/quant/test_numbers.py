@@ -12,14 +12,16 @@ from torch import Tensor
 
 import clado
 from clado.deploy import pack_model, predicted_bytes, verify
-from clado.quant import NUMBERS, Quantized, Quantizer
-from clado.quant.numbers import Integer, Scales, Stored, integer
+from clado.quant import NUMBERS, Layer, Quantized, Quantizer, Scheme, candidates_of, stored_bytes
+from clado.quant.integers import Integer
+from clado.quant.numbers import all_nearest, all_scales, integer
+from clado.quant.scaling import Scales, Stored
 from tests.models import random_plan, small_cnn
 
 
-def weight(dtype: torch.dtype) -> Tensor:
+def weight(dtype: torch.dtype, inner: int = 4) -> Tensor:
     """Awkward sizes, a row of zeros, values that round to zero from below."""
-    found = torch.randn(13, 5, 4, generator=torch.Generator().manual_seed(0))
+    found = torch.randn(13, 5, inner, generator=torch.Generator().manual_seed(0))
     found[3] = 0
     found[4, 1:] = -1e-6
     return found.to(dtype)
@@ -31,7 +33,8 @@ def weight(dtype: torch.dtype) -> Tensor:
 def test_codes_stand_for_the_nearest_values_and_are_stored_as_told(
     name: str, dtype: torch.dtype, quantizer: Quantizer
 ) -> None:
-    number, w = NUMBERS[name], weight(dtype)
+    number = NUMBERS[name]
+    w = weight(dtype, number.block or 4)
     matrix = quantizer.matrix(w)
     scales = number.scales(matrix, quantizer)
     codes, nearest = number.encode(matrix, scales), number.nearest(matrix, scales)
@@ -42,28 +45,82 @@ def test_codes_stand_for_the_nearest_values_and_are_stored_as_told(
     packed = found.packed()
     told = number.stored(tuple(w.shape), quantizer)
     assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in packed.items()} == told
-    assert sum(tensor.nbytes for tensor in packed.values()) == quantizer.storage_bytes(w.shape, number.bits)
+    layer = Layer("layer", "linear", tuple(w.shape), 0)
+    assert sum(tensor.nbytes for tensor in packed.values()) == stored_bytes(layer, Scheme(name), quantizer)
     again, scales_again = number.unpack(packed, tuple(w.shape), quantizer)
     assert torch.equal(again, codes)
     assert torch.equal(scales_again.scale, scales.scale)
     assert scales_again.group_size == scales.group_size
     assert torch.equal(found.values(dtype), nearest.view(w.shape))
+    assert torch.equal(Quantized.unpacked(number, tuple(w.shape), packed, quantizer).values(dtype), found.values(dtype))
 
 
 def test_names_and_unknown_widths() -> None:
-    assert [(name, number.name, number.bits) for name, number in NUMBERS.items()] == [
-        (f"int{bits}", f"int{bits}", bits) for bits in range(2, 9)
-    ]
-    for bits in (1, 9, 2.5):
+    bits = {"mxfp4": 4, "nvfp4": 4, "fp8_e4m3": 8, "fp8_e5m2": 8, "mxfp8": 8, "bf16": 16, "fp16": 16}
+    wanted = {f"int{b}": b for b in range(2, 9)} | bits
+    assert {name: number.bits for name, number in NUMBERS.items()} == wanted
+    assert all(number.name == name for name, number in NUMBERS.items())
+    for wrong in (1, 9, 2.5):
         with pytest.raises(clado.CladoError, match=r"quantizer: bits must lie in 2\.\.8, got"):
-            integer(bits)  # type: ignore[arg-type]
+            integer(wrong)  # type: ignore[arg-type]
     assert integer(5) == Integer(5)
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(), Quantizer(0, 3), Quantizer(7, 9, False)])
+def test_together_they_give_what_each_gives_alone(quantizer: Quantizer) -> None:
+    matrix, numbers = quantizer.matrix(weight(torch.float32, 32)), list(NUMBERS.values())
+    found = all_scales(numbers, matrix, quantizer)
+    values = all_nearest(numbers, matrix, found)
+    for number, scales, value in zip(numbers, found, values, strict=True):
+        alone = number.scales(matrix, quantizer)
+        assert torch.equal(scales.scale, alone.scale)
+        assert torch.equal(value, number.nearest(matrix, alone))
+
+
+def test_blocks_that_do_not_divide_a_row_are_refused() -> None:
+    layers = [Layer("fine", "linear", (4, 64), 0), Layer("odd", "conv2d", (4, 3, 3, 3), 0)]
+    with pytest.raises(
+        clado.CladoError,
+        match=r"candidates: layer odd must have a number of inputs that blocks of 16 divide for NVFP4, got 27$",
+    ):
+        candidates_of(layers, ("W4A16", "NVFP4"))
+    assert len(candidates_of(layers, {"odd": ("W4A16", "FP8_E4M3"), "*": ("NVFP4", "MXFP8", "BF16")})) == 5
+    with pytest.raises(
+        clado.CladoError, match="quantize: weight must have rows that blocks of 32 divide for mxfp4, got 27"
+    ):
+        NUMBERS["mxfp4"].scales(torch.ones(2, 27), Quantizer())
+
+
+def test_granularity_is_the_formats_own() -> None:
+    w = torch.randn(6, 64)
+    shapes = {
+        name: [
+            tuple(NUMBERS[name].scales(q.matrix(w), q).scale.shape) for q in (Quantizer(0), Quantizer(), Quantizer(8))
+        ]
+        for name in ("int4", "fp8_e4m3", "mxfp4", "nvfp4", "bf16")
+    }
+    assert shapes == {
+        "int4": [(1, 1), (6, 1), (6, 8)],
+        "fp8_e4m3": [(1, 1), (6, 1), (6, 1)],
+        "mxfp4": [(1, 12), (6, 2), (6, 2)],
+        "nvfp4": [(1, 24), (6, 4), (6, 4)],
+        "bf16": [(1, 0), (6, 0), (6, 0)],
+    }
+
+
+def test_kept_weights_saturate_and_keep_nan() -> None:
+    w = torch.tensor([[1e5, -1e39, 3.4e38, 1 / 3, torch.nan]])
+    half, brain = (NUMBERS[name].nearest(w, NUMBERS[name].scales(w, Quantizer())) for name in ("fp16", "bf16"))
+    assert half[0, :3].tolist() == [65504.0, -65504.0, 65504.0]
+    assert brain[0, 1:3].tolist() == [-torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).max]
+    assert torch.equal(half[0, 3:4], w[0, 3:4].half().float())
+    assert half[0, 4].isnan()
 
 
 class Bytes:
     """A toy: steps of the largest value's 127th part, one byte each, and no zero point."""
 
-    name, bits = "bytes", 8
+    name, bits, block = "bytes", 8, 0
 
     def scales(self, matrix: Tensor, quantizer: Quantizer) -> Scales:
         return Scales((matrix.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-9), None, -1)

@@ -74,12 +74,12 @@ def test_both_calls_give_what_the_quantizer_gives(dtype: torch.dtype, quantizer:
     for layer, own, wide in zip(plan.layers, found, widths, strict=True):
         weight = model.get_parameter(layer.names[0])
         for value, bits in zip(own, wide, strict=True):
-            assert value.dtype == torch.float64
-            assert torch.equal(value, quantizer.fake_quant(weight, (bits,))[0].double())
+            assert value.weight.dtype == torch.float64
+            assert torch.equal(value.weight, quantizer.fake_quant(weight, (bits,))[0].double())
         bits = plan.bits[layer.name]
         quantized, alone = held[layer.name], quantizer.quantize(weight, bits)
         assert torch.equal(quantized.codes, alone.codes)
-        assert torch.equal(quantized.values(dtype), own[wide.index(bits)].to(dtype))
+        assert torch.equal(quantized.values(dtype), own[wide.index(bits)].weight.to(dtype))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -218,7 +218,7 @@ def test_another_rounding_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPa
     settings = (near.quantizer, CPU, torch.float32)
     measured = variants(model, candidates, *settings, made)
     for own, wanted in zip(measured, found.values(), strict=True):
-        assert torch.equal(own[1], wanted.values(torch.float32))
+        assert torch.equal(own[1].weight, wanted.values(torch.float32))
 
 
 def test_rounded_weights_that_do_not_fit_are_one_line() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import clado
+from clado import CladoError
 from clado.artifacts import Sensitivity
+from clado.solver import LinearConstraint, read_latency
 
 LABELS = [f"W{bits}A{inputs}" for bits in range(2, 9) for inputs in (4, 8, 16)]
 PROGRAMS = 300
@@ -94,3 +98,29 @@ def test_pins_bans_groups_and_neighbours() -> None:
         clado.solve(sens, avg_bits=8, pin={"b": 4})
     front = clado.pareto(sens, avg_bits=(3, 5, 8))
     assert [plan.status for plan in front] == ["optimal"] * 3
+
+
+def test_tables_go_by_scheme_or_by_bits(tmp_path: Path) -> None:
+    """A label goes before bits, which stand for all schemes of so many."""
+    sens = Sensitivity.from_matrix(
+        np.diag([3.0, 2.0, 1.0, 0.5]), [("a", 100)], schemes=[("W4A8", "W4A16", "FP8", "W8A8")]
+    )
+    labels = [scheme.label for scheme in sens.candidates.flat]
+    assert labels == ["W4A8", "W4A16", "FP8", "W8A8"]
+    table = {"a": {4: 1.0, "W4A16": 2.0, 8: 3.0, "FP8": 2.5}}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    (tmp_path / "t.csv").write_text("layer,scheme,ms\na,4,1\na,W4A16,2\na,8,3\na,FP8,2.5\n")
+    for given in (table, tmp_path / "t.json", tmp_path / "t.csv"):
+        for limit, label in ((1.0, "W4A8"), (2.4, "W4A16"), (2.6, "FP8"), (3.0, "W8A8")):
+            plan = clado.solve(sens, latency=given, latency_ms=limit)
+            assert plan.schemes == {"a": label}
+            assert plan.usage["latency_ms"]["used"] == pytest.approx(
+                table["a"].get(label, table["a"].get(plan.bits["a"]))
+            )
+    with pytest.raises(CladoError, match="give every layer a time at every width or scheme, got none for W8A8 of a"):
+        clado.solve(sens, latency={"a": {4: 1.0, "FP8": 2.5}}, latency_ms=3)
+    changed = LinearConstraint("changed", {"a": {"W8A8": 1, "FP8": 1}}, 0)
+    assert clado.solve(sens, constraints=[changed]).schemes == {"a": "W4A16"}
+    (tmp_path / "bad.csv").write_text("layer,scheme,ms\na,W4A99,1\n")
+    with pytest.raises(CladoError, match="path must be JSON"):
+        read_latency(tmp_path / "bad.csv")

@@ -44,7 +44,7 @@ class Plan:
         usage: {budget: {"used": …, "limit": …}}.
         quantizer: the settings the weights are quantized with.
         fingerprint: of the run the sensitivities came from; export checks the weights by it.
-        activations: how the layers' inputs are rounded, as in :class:`Sensitivity`; None: not at all.
+        activations: ranges of the layers' inputs, as far as the schemes need them; None: none is needed.
         chosen_on: held-out samples that chose it, as far as a command knows them; None: none.
         info: solver, seconds, what else is worth knowing.
         rounding: how its weights were rounded; None: to the nearest code.
@@ -85,6 +85,11 @@ class Plan:
     def bits(self) -> dict[str, int]:
         """{layer name: bits of its weight's codes}; empty when infeasible."""
         return {name: scheme.bits for name, scheme in self.chosen.items()}
+
+    @property
+    def base_rounds_inputs(self) -> bool:
+        """Whether the matrix is around a model that rounds the inputs of all layers already (``act_bits``)."""
+        return self.activations is not None and self.activations.base
 
     @property
     def rounded(self) -> Rounded | None:

@@ -38,7 +38,7 @@ class Sensitivity:
         notes: work in forward-equivalents, seconds, warnings: what is worth knowing beside.
         fingerprint: digests of weights, data and settings; empty for matrices from elsewhere.
         sample_digests: ``[num_samples]`` int64, one per sample in order; empty for matrices from elsewhere.
-        activations: how the layers' inputs are rounded; None: they stay float.
+        activations: ranges of the layers' inputs, where the base or the candidates round them; None: nothing does.
         held: the weights that ``provenance.rounding`` made, or the file that holds them; None: nearest rounding.
         functions: {"forward_step", "loss_func": the user's own that it was measured with}, in the process that measured it: files
             hold no code.
@@ -111,7 +111,7 @@ class Sensitivity:
         if not self.provenance.known:
             return dict(self.notes)
         known = self.provenance.to_json()
-        known["dropped"] = [[layer, Scheme.of(label).bits] for layer, label in self.provenance.dropped]
+        known["dropped"] = [[layer, _bits_of(Scheme.of(label), label)] for layer, label in self.provenance.dropped]
         known["corrected_pairs"] = [list(pair) for pair in self.provenance.corrected_pairs]
         return {**known, **self.notes}
 
@@ -126,6 +126,13 @@ class Sensitivity:
     def measured(self) -> NDArray[np.bool_]:
         """``[V]`` mask of the candidates whose losses are finite: all but dropped ones."""
         return np.isfinite(self.delta_loss)
+
+    def activations_of(self, choice: Mapping[str, Scheme | str | int]) -> ActivationRanges | None:
+        """The ranges that a plan of this choice needs; None: none."""
+        if self.activations is None:
+            return None
+        flat, taken = self.candidates.flat, self.candidates.indices(choice)
+        return self.activations.chosen({layer.name: flat[v] for layer, v in zip(self.layers, taken, strict=True)})
 
     def index(self, layer: str, scheme: Scheme | str | int) -> int:
         """Row of candidate (layer, scheme): a scheme, its label, or the weight's bits."""
@@ -334,6 +341,11 @@ class Sensitivity:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise CladoError(f"load: path must be a whole clado sensitivity file, got {source} ({error})") from None
+
+
+def _bits_of(scheme: Scheme, label: str) -> int | str:
+    """Bits where they say it all, else the label."""
+    return scheme.bits if scheme.plain else label
 
 
 def _check_rounding(own: RoundedBy | None, first: RoundedBy | None) -> None:

@@ -175,7 +175,7 @@ def pareto(run: str, avg_bits: str, plot: str | None, **options: Any) -> None:
 @click.option("--device", help="cpu or cuda.")
 @click.option("--out", help="CSV file to write; RUN/latency.csv when left out.")
 def latency(run: str, batch_size: int, repeats: int, device: str | None, out: str | None) -> None:
-    """Time every layer at every width on this device, as packed layers run it.
+    """Time every layer under every scheme on this device, as packed layers run it: in float, rounding of inputs included.
 
     \b
     clado latency run --batch-size 8
@@ -190,9 +190,10 @@ def latency(run: str, batch_size: int, repeats: int, device: str | None, out: st
     batch = example(model, spec, note, batch_size)
     table = time_layers(model.to(device or "cpu"), Sensitivity.load(run), batch, repeats, forward_step=step)
     path = write_latency(table, out or Path(run) / "latency.csv")
-    widths = next(iter(table.values()))
-    sums = ", ".join(f"{sum(row[bits] for row in table.values()):.3f} ms at {bits} bits" for bits in widths)
-    click.echo(f"{len(table)} layers, batch {batch_size}: {sums} -> {path}")
+    shared = [key for key in next(iter(table.values())) if all(key in row for row in table.values())]
+    names = {key: f"at {key} bits" if isinstance(key, int) else f"under {key} (simulated)" for key in shared}
+    sums = [f"{sum(row[key] for row in table.values()):.3f} ms {name}" for key, name in names.items()]
+    click.echo(f"{len(table)} layers, batch {batch_size}{': ' if sums else ''}{', '.join(sums)} -> {path}")
     click.echo(f"next: clado solve {run} --latency {path} --latency-ms MS")
 
 

@@ -63,6 +63,16 @@ def _several_per_layer(op: str, name: str, given: tuple[str, ...]) -> dict[str, 
     return found
 
 
+def _schemes(op: str, name: str, given: tuple[str, ...]) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
+    """Labels, or {pattern: labels} of every ``PATTERN=W2A16,W4A8``, in order; labels alone are for whatever layer."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in given:
+        pattern, _, labels = text.rpartition("=")
+        require((pattern or "*") not in found, op, name, "give a pattern once", repr(pattern or "*"))
+        found[pattern or "*"] = tuple(labels.split(","))
+    return found["*"] if list(found) == ["*"] else found or None
+
+
 PER_LAYER = {"multiple": True, "metavar": "LAYER=BITS"}
 KINDS = {
     "text": Kind({}),
@@ -79,7 +89,7 @@ KINDS = {
     "share": Kind({"type": float, "is_flag": False, "flag_value": 0.1, "metavar": "[SHARE]"}),
     "numbers": Kind({"callback": comma_floats}),
     "widths": Kind({"callback": comma_ints}),
-    "labels": Kind({}, lambda op, name, given: tuple(given.split(","))),
+    "schemes": Kind({"multiple": True, "metavar": "[PATTERN=]LABELS"}, _schemes),
     "GiB": Kind({"type": float, "callback": positive}, lambda op, name, given: int(given * 2**30)),
     "folder": Kind({"callback": named_folder}),
     "function": Kind({"metavar": "MODULE:FUNCTION"}, _function),
@@ -123,9 +133,10 @@ def option(kind: type[Arguments], name: str) -> Callable[[Any], Any]:
 
 def values(kind: type[Arguments], given: Mapping[str, Any]) -> dict[str, Any]:
     """The function's arguments from what click read; one that was left out and has no default is not among them."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, about in kind.about().items():
         line = about.line
         if not isinstance(line, str) and given.get(name) is not None:
-            found[name] = KINDS[line.kind].value(kind.op, line.flag.removeprefix("--"), given[name])
+            value = KINDS[line.kind].value(kind.op, line.flag.removeprefix("--"), given[name])
+            found |= {} if value is None else {name: value}
     return found

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, minimized_in_words
 from ..common import require
-from ..quant import Scheme, inputs_kept, scheme_names
+from ..quant import Scheme, all_plain, scheme_names
 from .holdings import holdings
 
 WIDEST_NAME = 34  # columns of a layer's name; longer ones lose their middle
@@ -138,7 +138,7 @@ def schemes_in_words(sens: Sensitivity) -> str:
     """ "2, 4, 8 bits", or the labels of schemes that round inputs; where these are many the first and the last."""
     names = list(scheme_names(sens.candidates.flat).values())
     shown = names if len(names) <= 7 else [*names[:3], "...", names[-1]]
-    return ", ".join(shown) + (" bits" if inputs_kept(sens.candidates.flat) else "")
+    return ", ".join(shown) + (" bits" if all_plain(sens.candidates.flat) else "")
 
 
 def say_if_older(folder: Path, sens: Sensitivity, plan: Plan) -> None:
@@ -161,7 +161,8 @@ def plan_table(sens: Sensitivity, plan: Plan) -> Table:
         alone = loss_alone(sens, layer.name, scheme) if layer in sens.layers else ""
         bars = (f"{names[scheme]} {bar(scheme.bits / 8, 8)}", f"{size:,}", bar(size / largest, 8))
         rows.append((layer.name, f"{layer.numel:,}", *bars, alone))
-    return layer_table(("layer", "weights", "bits", "bytes", "", "ΔL alone"), rows, left=("bits", ""))
+    head = "bits" if all_plain(schemes.values()) else "scheme"
+    return layer_table(("layer", "weights", head, "bytes", "", "ΔL alone"), rows, left=(head, ""))
 
 
 def loss_table(sens: Sensitivity) -> Table:

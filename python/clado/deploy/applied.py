@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..artifacts import Plan
 from ..common import require, weights_digest
-from ..quant import KEPT, Quantized, Rounded, codes, folded, quantize_activations
+from ..quant import INPUTS, Quantized, Rounded, codes, folded, with_rounded_inputs
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of ``model`` whose planned weights are quantized and dequantized, for evaluation.
 
-    A plan that was made under quantized activations rounds the layers' inputs too.
+    Inputs are rounded as the plan's schemes say.
 
     Raises:
         CladoError: a plan that is infeasible or was made for other weights.
@@ -28,8 +28,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 def dequantized(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized]) -> nn.Module:
     """:func:`apply` with the plan's weights as :func:`clado.quant.codes` gives them."""
-    rounds = plan.activations
-    quantized = copy.deepcopy(model) if rounds is None else quantize_activations(model, rounds, plan.layers)
+    rounding = with_rounded_inputs(model, plan.layers, plan.chosen, plan.activations)
+    quantized = copy.deepcopy(model) if rounding is model else rounding
     _take(quantized, adapted(plan))
     parameters = dict(quantized.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -71,15 +71,33 @@ def check_fit(model: nn.Module, plan: Plan, op: str) -> None:
         for name in layer.names:
             known = name in parameters and layer.fits(parameters[name].shape)
             require(known, op, "model", f"have a weight {name} of shape {layer.shape}", "another model")
-    rounded = {scheme.input_bits for scheme in plan.chosen.values()} - {KEPT}
-    given = {plan.activations.bits} if plan.activations else set()
-    must = f"hold ranges for inputs of {', '.join(map(str, sorted(rounded)))} bits"
-    require(rounded <= given, op, "plan", must, f"ranges for {', '.join(map(str, given)) or 'none'}")
+    _check_ranges(plan, op)
     if plan.rounded is not None:
         _check_rounded(plan, plan.rounded, model, op)
     known_weights = plan.fingerprint.get("weights")
     same = known_weights is None or known_weights == weights_digest(model)
     require(same, op, "model", "be the one the plan was made for", "other weights")
+
+
+def _check_ranges(plan: Plan, op: str) -> None:
+    """Raise unless every input that needs a range has one; where the base rounds all, older files name them by modules."""
+    known = plan.activations
+    lacking = [
+        f"{scheme.label} of {name}"
+        for name, scheme in plan.chosen.items()
+        if scheme.input
+        and INPUTS[scheme.input].ranged
+        and (
+            known is None or (scheme.input not in known.formats if known.base else known.of(name, scheme.input) is None)
+        )
+    ]
+    require(
+        not lacking,
+        op,
+        "plan",
+        "hold ranges of the inputs that its schemes round",
+        f"none for {', '.join(lacking[:3])}",
+    )
 
 
 def _check_rounded(plan: Plan, held: Rounded, model: nn.Module, op: str) -> None:

@@ -1,4 +1,4 @@
-"""A latency table for this device: every layer timed at every width, its weight dequantized on use, as in ``clado.nn``."""
+"""A latency table for this device: every layer timed under every scheme, its weight dequantized on use, as in ``clado.nn``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..common import (
     shown_shapes,
     users_code,
 )
-from ..quant import Call, Calls, Layer, Quantized, Scheme, codes, folded
+from ..quant import Call, Calls, Layer, Quantized, Scheme, codes, folded, input_rounding
 from .flat import ForwardStep
 
 
@@ -34,8 +34,11 @@ def time_layers(
     verbose: bool = True,
     *,
     forward_step: ForwardStep | None = None,
-) -> dict[str, dict[int, float]]:
-    """Milliseconds of each layer at each width, dequantization included, on the device the model is on.
+) -> dict[str, dict[int | str, float]]:
+    """Milliseconds of each layer under each scheme, dequantization included, on the device the model is on.
+
+    A rounded input is rounded and multiplied in float: what a scheme costs in a simulation, not on hardware that multiplies its
+    formats.
 
     A layer that runs more than once in a forward is charged for every run. Widths are timed in turn, so that a slow moment
     of the machine meets all of them; the median counts.
@@ -50,7 +53,7 @@ def time_layers(
         forward_step: as for :func:`clado.profile`; None: what ``sens`` was measured with, where it knows it.
 
     Returns:
-        {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``.
+        {layer: {bits: ms}} for ``clado.solve(latency=…, latency_ms=…)``; a scheme that bits do not tell goes by its label.
 
     Raises:
         CladoError: a layer that the forward does not reach; a batch that the model does not take.
@@ -60,25 +63,30 @@ def time_layers(
     first = next(model.parameters())
     step = forward_step or sens.functions.get("forward_step")
     calls = _calls(model, sens.layers, moved_to(batch, first.device, first.dtype), step)
-    table: dict[str, dict[int, float]] = {}
+    table: dict[str, dict[int | str, float]] = {}
     with torch.inference_mode(), progress_bar("latency", len(sens.layers), "layers", verbose) as show:
         for done, layer in enumerate(sens.layers, 1):
             schemes = sens.candidates.schemes[sens.candidates.position(layer.name)]
             runs = [_run(model, sens, layer, scheme, calls[layer.name]) for scheme in schemes]
             times = [_once(run, first.device) for _ in range(repeats + 1) for run in runs][len(runs) :]
             table[layer.name] = {
-                scheme.bits: statistics.median(times[k :: len(runs)]) * 1e3 for k, scheme in enumerate(schemes)
+                scheme.bits if scheme.plain else scheme.label: statistics.median(times[k :: len(runs)]) * 1e3
+                for k, scheme in enumerate(schemes)
             }
             show(done)
     return table
 
 
-def write_latency(table: dict[str, dict[int, float]], path: str | os.PathLike[str]) -> Path:
-    """Write a table as CSV ``layer,bits,ms``, whole or not at all; :func:`clado.solver.read_latency` reads it."""
+def write_latency(table: dict[str, dict[int | str, float]], path: str | os.PathLike[str]) -> Path:
+    """Write a table as CSV, whole or not at all; :func:`clado.solver.read_latency` reads it.
+
+    Its columns are ``layer,bits,ms``, or ``layer,scheme,ms`` where bits do not tell schemes apart.
+    """
     target = Path(path)
     with atomic_file(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("layer", "bits", "ms"))
+        plain = all(isinstance(key, int) for row in table.values() for key in row)
+        writer.writerow(("layer", "bits" if plain else "scheme", "ms"))
         writer.writerows((layer, bits, f"{ms:.6g}") for layer, row in table.items() for bits, ms in row.items())
     return target
 
@@ -106,15 +114,17 @@ def _calls(
 def _run(
     model: nn.Module, sens: Sensitivity, layer: Layer, scheme: Scheme, calls: Sequence[Call]
 ) -> Callable[[], None]:
-    """All calls of a layer, its weight packed under a scheme."""
+    """All calls of a layer under a scheme, its weight packed."""
     alone = Plan((layer,), {layer.name: scheme.label}, "given", quantizer=sens.quantizer)
+    rounds = input_rounding(layer, scheme, sens.activations)
     found, parameter = codes(model, alone)[layer.name], model.get_parameter(layer.names[0])
     packed = found.packed()
 
     def run() -> None:
         for call in calls:
             rows = Quantized.unpacked(found.number, layer.shape, packed, sens.quantizer).values(parameter.dtype)
-            call.with_weight(layer.parameter(rows, parameter.shape))
+            own = call if rounds is None else call.on(rounds(call.x))
+            own.with_weight(layer.parameter(rows, parameter.shape))
 
     return run
 

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from ..common import CladoError, require
-from ..quant import Layer, ignored, storage
+from ..quant import InputRounding, Layer, ignored, storage
 from .batch_first import put_batch_first
 from .forward import ForwardStep, Step, check_eval
 from .narrow import narrow
@@ -41,6 +41,7 @@ class Captured:
         outputs: a node per tensor of the output, in pytree order; other leaves as they are.
         unflatten: builds the model's output from such leaves.
         parameters: the name in the model of every placeholder of a parameter or buffer.
+        rounds: how the clean run rounds what layers' weights are applied to, by the first of a layer's sources.
     """
 
     graph: Graph
@@ -54,6 +55,7 @@ class Captured:
     unflatten: Callable[[Sequence[Any]], Any]
     skipped: dict[str, str] = field(default_factory=dict)
     parameters: dict[Node, str] = field(default_factory=dict)
+    rounds: dict[Node, InputRounding] = field(default_factory=dict)
 
 
 class NotCapturable(CladoError):

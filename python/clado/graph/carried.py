@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..quant import InputRounding, Variant
 from .capture import Captured
 from .carried_rules import PRODUCTS, RULES
 from .cuts import Cuts
@@ -53,10 +54,10 @@ class CarriedExecutor(Executor):
             self.work += state.samples
         return State(-1, {}, state.samples, ({},))
 
-    def fork(self, state: State, layer: int, variants: Sequence[Tensor]) -> State:
+    def fork(self, state: State, layer: int, variants: Sequence[Variant | Tensor]) -> State:
         self._check_at(state, layer)
         node, after = self.captured.nodes[self.cuts.starts[layer]], self.cuts.live[2 * layer + 2]
-        changed = [dict.fromkeys(self.captured.sources[layer], weight) for weight in variants]
+        changed = [self._override(layer, variant) for variant in variants]
         self._count(2 * layer + 1, state.samples * state.streams * len(variants))
         results = self._perturbed(node, self._differences(state), changed)
         values = {n: repeated(v, n.meta["val"], len(variants)) for n, v in state.values.items() if n in after}
@@ -90,8 +91,8 @@ class CarriedExecutor(Executor):
     def changes(self, finished: Any, clean: Any) -> Any:
         return finished
 
-    def rebase(self, weights: Mapping[int, Tensor]) -> None:
-        super().rebase(weights)
+    def rebase(self, variants: Mapping[int, Variant]) -> None:
+        super().rebase(variants)
         self._forget()
 
     def _like(self, captured: Captured, cuts: Cuts | None) -> CarriedExecutor:
@@ -126,7 +127,7 @@ class CarriedExecutor(Executor):
         moving = [a for a in node.all_input_nodes if at.moved(a)]
         if not moving:
             return None
-        if any(isinstance(at.d[a], Unsplit) for a in moving):
+        if any(isinstance(at.d[a], Unsplit) for a in moving) or self._rounds(node, {}) is not None:
             return self._recompute(node, at)
         rule = RULES.get(node.target)
         found = None if rule is None else rule(node, at)
@@ -141,23 +142,44 @@ class CarriedExecutor(Executor):
         return stacked(parts, node.meta["val"])
 
     def _perturbed(self, node: Any, at: Differences, weights: Sequence[Overrides]) -> list[Any]:
-        """Differences of a node under each of several weights, streams stacked: d·Wᵀ + (x + d)·ΔWᵀ where it is a product."""
+        """Differences of a node under each of several weights, streams stacked: d·Wᵀ + (x + d)·ΔWᵀ where it is a product.
+
+        Where the input is rounded to y = Q(x + d), y takes the place of x + d, and y − x that of d: y·(W + ΔW)ᵀ − x·Wᵀ without
+        cancellation.
+        """
         x: Any = node.args[0]
         w: Any = node.args[1] if len(node.args) > 1 else None
         product = PRODUCTS.get(node.target)
         simple = isinstance(x, Node) and at.varies(x) and isinstance(w, Node) and not at.varies(w)
-        if product is None or not simple or isinstance(at.d.get(x), Unsplit):
+        if product is None or not simple or isinstance(at.d.get(x), Unsplit) or self._rounds(node, {}) is not None:
             return [self._recompute(node, at, own) for own in weights]
-        d = at.d.get(x)
-        base = None if d is None else product(node, at, self.precision.operand(d), self._clean.operand(w))
-        entry = self.precision.operand(at.x(x) if d is None else at.total(x))
-        out = []
+        d, out = at.d.get(x), []
+        parts: dict[InputRounding | None, tuple[Tensor, Any]] = {}
         for own in weights:
+            rounds = self._rounds(node, own)
+            if rounds not in parts:
+                parts[rounds] = self._entry(x, at, rounds)
+                entry, change = parts[rounds]
+                base = (
+                    None
+                    if change is None
+                    else product(node, at, self.precision.operand(change), self._clean.operand(w))
+                )
+                parts[rounds] = self.precision.operand(entry), base
+            entry, base = parts[rounds]
             moved = product(node, at, entry, self._change(w, own))
-            if d is None:
-                moved = repeated(moved, node.meta["val"], at.streams)
-            out.append(moved if base is None else moved.add_(base))
+            moved = moved if base is None else moved.add_(base)
+            out.append(repeated(moved, node.meta["val"], at.streams) if d is None else moved)
         return out
+
+    def _entry(self, x: Node, at: Differences, rounds: InputRounding | None) -> tuple[Tensor, Tensor | None]:
+        """What enters a product with a perturbed weight, and its difference to the clean input; of all streams where d is."""
+        d = at.d.get(x)
+        total: Tensor = at.x(x) if d is None else at.total(x)
+        if rounds is None:
+            return total, d
+        y = rounds(total)
+        return y, y - total if d is None else at.without_clean(y, x)
 
     def _recompute(self, node: Any, at: Differences, weights: Overrides | None = None) -> Any:
         """f(x + d) − f(x), in float32."""

@@ -26,6 +26,7 @@ class Segment:
     sizes: tuple[Node, ...]
     outputs: tuple[Node, ...]
     weights: frozenset[Node]  # layers' weights that the constants are computed from
+    applied: tuple[Node, ...]  # nodes that apply a layer's weight to a value
 
 
 class Cuts:
@@ -38,6 +39,7 @@ class Cuts:
         bounds: index of the first node of every segment, and the number of nodes.
         live: values that exist before each bound and are needed at or after it.
         dying: for every node the values that nothing reads after it.
+        applies: for every node that applies a layer's weight to a value, the first source of that weight.
     """
 
     def __init__(self, captured: Captured) -> None:
@@ -53,6 +55,8 @@ class Cuts:
         last = self.last_uses()
         self.live = self._liveness(last)
         self.dying = [[n for n, end in last.items() if end == k] for k in range(len(captured.nodes))]
+        found = ((node, self.applied(node)) for node in captured.nodes)
+        self.applies = {node: captured.sources[layer][0] for node, layer in found if layer is not None}
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -123,4 +127,5 @@ class Cuts:
         outputs = tuple(n for n in nodes if n in live)
         graph.output(tuple(copies[n] for n in outputs))
         weights = frozenset().union(*(self.depends[n] for n in constants)) if constants else frozenset()
-        return Segment(GraphModule({}, graph).forward, values, constants, sizes, outputs, weights)
+        applied = tuple(node for node in nodes if node in self.applies)
+        return Segment(GraphModule({}, graph).forward, values, constants, sizes, outputs, weights, applied)

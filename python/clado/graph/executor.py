@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..common import require, sample_count
-from ..quant import Layer
+from ..quant import InputRounding, Layer, Variant
 from .capture import Captured, NotCapturable, evaluate, is_size
-from .cuts import Cuts, Segment
+from .cuts import Cuts
 from .flops import FlopCounter
 from .moments import Use
 from .rehearsal import LiveBytes
@@ -33,7 +33,7 @@ from .runner import Objective, Runner, Variants
 from .slopes import Tap, outer_pays, slopes
 from .streams import changes, close, first_stream, of_stream, stacked, stream_major, tensors
 
-Overrides = dict[Node, Tensor]
+Overrides = dict[Node, Variant]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class State:
             the first node. Segment ``position + 1`` leads to the next position.
         values: tensor (or tuple of tensors) per live node, streams stacked along the batch dimension, last fork outermost.
         samples: samples per stream.
-        overrides: per stream, the perturbed weights it runs under.
+        overrides: per stream, the perturbed weights it runs under, and how their layers' inputs are rounded.
     """
 
     position: int
@@ -78,6 +78,9 @@ class Executor:
         self._flops = [0.0] * (len(self.cuts.bounds) - 1)  # of every segment
         self._forward_flops = 0.0  # of the model's own forward, the unit of work
         self._product_flops: dict[int, float] = {}
+        self._rounded: dict[tuple[InputRounding, int], tuple[Tensor, Tensor]] | None = (
+            None  # while variants of a layer run
+        )
 
     @property
     def num_layers(self) -> int:
@@ -148,21 +151,28 @@ class Executor:
             state = self._step(state, position)
         return state
 
-    def fork(self, state: State, layer: int, variants: Sequence[Tensor]) -> State:
-        """Step over ``layer``'s node with each weight of ``variants``: S streams become len(variants)·S, variant-major."""
+    def fork(self, state: State, layer: int, variants: Sequence[Variant | Tensor]) -> State:
+        """Step over ``layer``'s node under each of ``variants``: S streams become len(variants)·S, variant-major."""
         self._check_at(state, layer)
         after = self.cuts.live[2 * layer + 2]
-        changed = [dict.fromkeys(self.captured.sources[layer], weight) for weight in variants]
-        parts = [self._run(2 * layer + 1, state, weights) for weights in changed]
+        changed = [self._override(layer, variant) for variant in variants]
+        with self._rounding_once():
+            parts = [self._run(2 * layer + 1, state, weights) for weights in changed]
         values = {n: stacked([state.values[n]] * len(variants), n.meta["val"]) for n in state.values if n in after}
         values |= {n: stacked([part[n] for part in parts], n.meta["val"]) for n in parts[0]}
         overrides = tuple({**old, **weights} for weights in changed for old in state.overrides)
         return State(2 * layer + 1, values, state.samples, overrides)
 
-    def rebase(self, weights: Mapping[int, Tensor]) -> None:
-        own = {node: weight for layer, weight in weights.items() for node in self.captured.sources[layer]}
+    def rebase(self, variants: Mapping[int, Variant]) -> None:
+        own: Overrides = {}
+        rounds = dict(self.captured.rounds)
+        for layer, variant in variants.items():
+            own |= self._override(layer, variant)
+            rounds.pop(self.captured.sources[layer][0], None)
+            if variant.rounds is not None:
+                rounds[self.captured.sources[layer][0]] = variant.rounds
         constants = {node: self._constant(node, own) for node in self.captured.constants}
-        self.captured = replace(self.captured, constants=constants)
+        self.captured = replace(self.captured, constants=constants, rounds=rounds)
 
     def outputs(self, state: State) -> list[Any]:
         """The model's output under every stream."""
@@ -208,7 +218,7 @@ class Executor:
         at_cut = state.position == 2 * first
         require(at_cut, "products", "state", "stand at a layer's cut", f"position {state.position}")
         ends = [0, *itertools.accumulate(len(own) for own in variants[first:])]
-        out = torch.zeros(ends[-1], count, dtype=torch.float64, device=variants[0][0].device)
+        out = torch.zeros(ends[-1], count, dtype=torch.float64, device=variants[0][0].weight.device)
         counter = FlopCounter() if first not in self._product_flops else contextlib.nullcontext()
         with counter:
             values, taps = self._record(state, first)
@@ -239,15 +249,17 @@ class Executor:
                 values.pop(dead, None)
         self.work += self.forward_share * state.samples
 
-    def _slopes(self, tap: Tap, gradient: Tensor, variants: Sequence[Tensor], count: int) -> Tensor:
+    def _slopes(self, tap: Tap, gradient: Tensor, variants: Sequence[Variant], count: int) -> Tensor:
         sources = self.captured.sources[tap.layer]
 
-        def under(weight: Tensor | None) -> Tensor:
-            own = {} if weight is None else dict.fromkeys(sources, weight)
+        def under(variant: Variant | None) -> Tensor:
+            own = {} if variant is None else self._override(tap.layer, variant)
             found: Tensor = self._evaluate(tap.node, tap.inputs, own, count)
             return found
 
-        return slopes(tap, gradient, self.captured.constants[sources[0]], variants, sources, under, count)
+        clean = Variant(self.captured.constants[sources[0]], self.captured.rounds.get(sources[0]))
+        with self._rounding_once():
+            return slopes(tap, gradient, clean, variants, sources, under, count)
 
     def _record(self, state: State, first: int) -> tuple[dict[Node, Any], list[Tap]]:
         """Run to the end with autograd on from the first use of a weight of ``first`` or a later layer."""
@@ -279,12 +291,43 @@ class Executor:
         return stacked(parts, node.meta["val"])
 
     def _evaluate(self, node: Node, values: dict[Node, Any], weights: Overrides, batch: int) -> Any:
+        rounds = self._rounds(node, weights)
+
         def value(argument: Node) -> Any:
+            if rounds is not None and argument is node.args[0]:
+                return self._round(rounds, values[argument])
             if argument in values:
                 return values[argument]
             return self.cuts.size(argument, batch) if is_size(argument) else self._constant(argument, weights)
 
         return evaluate(node, value)
+
+    def _override(self, layer: int, variant: Variant | Tensor) -> Overrides:
+        return dict.fromkeys(self.captured.sources[layer], Variant.of(variant))
+
+    def _rounds(self, node: Node, weights: Overrides) -> InputRounding | None:
+        """How what a node applies a weight to is rounded."""
+        source = self.cuts.applies.get(node)
+        if source is None:
+            return None
+        return weights[source].rounds if source in weights else self.captured.rounds.get(source)
+
+    def _round(self, rounds: InputRounding, x: Tensor) -> Tensor:
+        if self._rounded is None:
+            return rounds(x)
+        key = (rounds, id(x))
+        if key not in self._rounded:
+            self._rounded[key] = (x, rounds(x))  # what is known by its address stays
+        return self._rounded[key][1]
+
+    @contextlib.contextmanager
+    def _rounding_once(self) -> Iterator[None]:
+        """Variants that round an input alike share the rounded one."""
+        self._rounded = {}
+        try:
+            yield
+        finally:
+            self._rounded = None
 
     def only(self, layers: Sequence[int]) -> Executor:
         captured = self.captured
@@ -301,12 +344,16 @@ class Executor:
                 return fake.from_tensor(value) if isinstance(value, Tensor) else value
 
             constants = {node: unreal(value) for node, value in self.captured.constants.items()}
-            weights = [[unreal(variant) for variant in own] for own in variants]
+            fakes = {id(v.weight): unreal(v.weight) for own in variants for v in own}
+            weights = [[replace(variant, weight=fakes[id(variant.weight)]) for variant in own] for own in variants]
             twin = self._like(replace(self.captured, constants=constants), self.cuts)
             twin._flops, twin._forward_flops = [1.0] * len(twin._flops), 1.0
             batch = pytree.tree_map(lambda t: t.new_empty((samples, *t.shape[1:])), example)
             try:
-                with warnings.catch_warnings(), LiveBytes(self.device, (constants, weights, batch)) as live:
+                with (
+                    warnings.catch_warnings(),
+                    LiveBytes(self.device, (constants, list(fakes.values()), batch)) as live,
+                ):
                     warnings.simplefilter("ignore")  # addresses of tensors without data
                     measure(twin, weights, batch)
             except Exception:  # whatever an operator says to tensors without data
@@ -389,27 +436,40 @@ class Executor:
         segment = self.cuts.segments[index]
         self._count(index, state.samples * state.streams)
         if not any(segment.weights.intersection(o) for o in state.overrides):
-            return self._call(segment, state.values, weights, state.samples * state.streams)
+            return self._call(index, state.values, weights, state.samples * state.streams)
         # A weight used again further on: every stream runs under its own.
         parts = [
-            self._call(
-                segment, {n: self._stream(state, n, s) for n in segment.values}, {**own, **weights}, state.samples
-            )
+            self._call(index, {n: self._stream(state, n, s) for n in segment.values}, {**own, **weights}, state.samples)
             for s, own in enumerate(state.overrides)
         ]
         return {n: stacked([part[n] for part in parts], n.meta["val"]) for n in segment.outputs}
 
-    def _call(self, segment: Segment, values: dict[Node, Any], weights: Overrides, batch: int) -> dict[Node, Any]:
+    def _call(self, index: int, values: dict[Node, Any], weights: Overrides, batch: int) -> dict[Node, Any]:
+        segment = self.cuts.segments[index]
+        if any(self._rounds(node, weights) is not None for node in segment.applied):
+            return self._interpret(index, values, weights, batch)
         arguments = [values[n] for n in segment.values]
         arguments += [self._constant(n, weights) for n in segment.constants]
         arguments += [self.cuts.size(n, batch) for n in segment.sizes]
         return dict(zip(segment.outputs, segment.function(*arguments), strict=True))
 
+    def _interpret(self, index: int, values: dict[Node, Any], weights: Overrides, batch: int) -> dict[Node, Any]:
+        """A segment node by node, inputs rounded where weights are applied."""
+        segment, known = self.cuts.segments[index], {n: values[n] for n in self.cuts.segments[index].values}
+        outputs = set(segment.outputs)
+        for k in range(self.cuts.bounds[index], self.cuts.bounds[index + 1]):
+            node = self.captured.nodes[k]
+            known[node] = self._evaluate(node, known, weights, batch)
+            for dead in self.cuts.dying[k]:
+                if dead not in outputs:
+                    known.pop(dead, None)
+        return {node: known[node] for node in segment.outputs}
+
     def _constant(self, node: Node, weights: Overrides) -> Any:
         if not weights or not self.cuts.depends[node].intersection(weights):
             return self.captured.constants[node]
         if node in weights:
-            return weights[node]
+            return weights[node].weight
         return evaluate(node, lambda n: self._constant(n, weights))
 
     def _stream(self, state: State, node: Node, stream: int) -> Any:

@@ -7,18 +7,19 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..quant import Layer
+from ..quant import Layer, Variant
 from .moments import Use
 
 Objective = Callable[[Any], Tensor]
-Variants = Sequence[Sequence[Tensor]]
+Variants = Sequence[Sequence[Variant]]
 
 
 class Runner(Protocol):
     """Runs a model under many perturbations at once, from the cut before one layer to the next. States are opaque.
 
-    A state holds one or more streams of the same samples, each under its own perturbed weights. A layer may have any number of
-    variants.
+    A state holds one or more streams of the same samples, each under its own perturbed weights and input roundings. A layer may
+    have any number of variants. A layer's input is rounded where its weight is applied; other readers of that value get it as it
+    is.
 
     Attributes:
         work: done so far, in forwards of the model times samples.
@@ -72,8 +73,8 @@ class Runner(Protocol):
         """Carry every stream, under its own weights, to the cut before ``layer`` (or the end for ``layer == num_layers``)."""
         ...
 
-    def fork(self, state: Any, layer: int, variants: Sequence[Tensor]) -> Any:
-        """Step over ``layer`` with each weight of ``variants``: S streams become len(variants)·S, variant-major."""
+    def fork(self, state: Any, layer: int, variants: Sequence[Variant | Tensor]) -> Any:
+        """Step over ``layer`` under each of ``variants`` (or weights alone): S streams become len(variants)·S, variant-major."""
         ...
 
     def outputs(self, state: Any) -> list[Any]:
@@ -104,7 +105,7 @@ class Runner(Protocol):
 
         Args:
             state: at a layer's cut.
-            variants: all layers' quantized weights.
+            variants: of all layers. What one with a rounded input changes is the layer's output, Q(x)·(w + Δ) − x·w.
             objective: scalar from a state at the end, whose terms belong to one stream and sample each.
 
         Returns:
@@ -119,8 +120,8 @@ class Runner(Protocol):
         """
         ...
 
-    def rebase(self, weights: Mapping[int, Tensor]) -> None:
-        """Take these weights, by layer, as the clean ones from now on."""
+    def rebase(self, variants: Mapping[int, Variant]) -> None:
+        """Take these weights and input roundings, by layer, as the clean ones from now on."""
         ...
 
     def only(self, layers: Sequence[int]) -> Runner:

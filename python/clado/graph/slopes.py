@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..quant import Variant
 from .moments import numbers
 from .streams import rows
 from .weights import CONVOLUTIONS
@@ -35,10 +36,10 @@ class Tap:
 def slopes(
     tap: Tap,
     gradient: Tensor,
-    clean: Tensor,
-    variants: Sequence[Tensor],
+    clean: Variant,
+    variants: Sequence[Variant],
     sources: Sequence[Node],
-    under: Callable[[Tensor | None], Tensor],
+    under: Callable[[Variant | None], Tensor],
     count: int,
 ) -> Tensor:
     """⟨gradient, change of the node's output under each variant⟩ per row, ``[rows, variants]``.
@@ -46,9 +47,34 @@ def slopes(
     Args:
         gradient: of the objective by the node's output.
         clean: the layer's own weight; ``sources``: its placeholders.
-        under: what the node gives under another weight; None: its own.
+        under: what the node gives under a variant; None: its own.
         count: rows, of all streams and samples.
     """
+    node, alike = tap.node, [k for k, variant in enumerate(variants) if variant.rounds == clean.rounds is None]
+    weights = [variants[k].weight for k in alike]
+    plain = _of_weights(tap, gradient, clean.weight, weights, sources, under, count) if alike else None
+    if plain is not None and len(alike) == len(variants):
+        return plain
+    out = gradient.new_empty(count, len(variants))
+    if plain is not None:
+        out[:, alike] = plain
+    before = under(None)
+    for k in sorted(set(range(len(variants))) - set(alike)):
+        change = under(variants[k]) - before
+        out[:, k] = rows(change * gradient, node.meta["val"], count).flatten(1).sum(1)
+    return out
+
+
+def _of_weights(
+    tap: Tap,
+    gradient: Tensor,
+    clean: Tensor,
+    variants: Sequence[Tensor],
+    sources: Sequence[Node],
+    under: Callable[[Variant | None], Tensor],
+    count: int,
+) -> Tensor:
+    """:func:`slopes` of weights under an input that stays as it is."""
     node = tap.node
     parameters = node.args[1] if len(node.args) > 1 else None
     entry = node.args[0]
@@ -66,7 +92,7 @@ def slopes(
             parts = [_outer_products(x[:, k], g[:, k], split[0][k], [v[k] for v in split[1:]]) for k in range(groups)]
             return torch.stack(parts).sum(0)
     before = under(None)
-    changes = (under(variant) - before for variant in variants)
+    changes = (under(Variant(variant)) - before for variant in variants)
     return torch.stack([rows(c * gradient, node.meta["val"], count).flatten(1).sum(1) for c in changes], 1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..common import require, sample_count
-from ..quant import Call, Calls, Layer, Readers, has_rows, ignored, storage
+from ..quant import Call, Calls, Layer, Readers, Variant, has_rows, ignored, storage
 from .executor import gradients
 from .flops import FlopCounter
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
@@ -29,18 +29,18 @@ class WholeState:
     """Where a graph's state has live values, this one has the batch, and at the end the outputs.
 
     Attributes:
-        weights: per stream {layer: its perturbed weight}.
+        variants: per stream {layer: its perturbed weight, and how its input is rounded}.
     """
 
     position: int
     batch: Any
     samples: int
-    weights: tuple[dict[int, Tensor], ...]
+    variants: tuple[dict[int, Variant], ...]
     results: tuple[Any, ...] | None = None
 
     @property
     def streams(self) -> int:
-        return len(self.weights)
+        return len(self.variants)
 
 
 class WholeForwards:
@@ -74,7 +74,7 @@ class WholeForwards:
         self.work, self.note = 0.0, note
         self._device = next(model.parameters()).device
         self._step = Step(model, forward_step or plain_call).eval()
-        self._base: dict[str, Tensor] = {}  # clean weights other than the model's, by parameter
+        self._base: dict[str, Variant] = {}  # clean weights other than the model's, and input roundings, by layer
         self._parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
         found, others = self._find_layers(example)
         keep = ignored(found, ignore, quantize_ends, only) if found else {}
@@ -101,13 +101,14 @@ class WholeForwards:
         """At the end: one forward per stream."""
         if layer == self.num_layers and state.results is None:
             state = replace(
-                state, results=tuple(self._forward(state.batch, own, state.samples) for own in state.weights)
+                state, results=tuple(self._forward(state.batch, own, state.samples) for own in state.variants)
             )
         return replace(state, position=2 * layer)
 
-    def fork(self, state: WholeState, layer: int, variants: Sequence[Tensor]) -> WholeState:
-        weights = tuple({**own, layer: variant} for variant in variants for own in state.weights)
-        return replace(state, position=2 * layer + 1, weights=weights, results=None)
+    def fork(self, state: WholeState, layer: int, variants: Sequence[Variant | Tensor]) -> WholeState:
+        given = map(Variant.of, variants)
+        changed = tuple({**own, layer: variant} for variant in given for own in state.variants)
+        return replace(state, position=2 * layer + 1, variants=changed, results=None)
 
     def outputs(self, state: WholeState) -> list[Any]:
         results = self.advance(state, self.num_layers).results
@@ -130,7 +131,7 @@ class WholeForwards:
         out = torch.zeros(starts[-1], state.streams, state.samples, dtype=torch.float64, device=self._device)
         taps: list[list[_Tap]] = []
         results = []
-        for own in state.weights:
+        for own in state.variants:
             taps.append([])
             with torch.enable_grad():
                 results.append(self._forward(state.batch, own, state.samples, _recorder(taps[-1], first)))
@@ -148,12 +149,19 @@ class WholeForwards:
         self.work += 2 * state.streams * state.samples
         return out
 
-    def _slopes(self, tap: _Tap, gradient: Tensor, variants: Sequence[Tensor], place: _Place, samples: int) -> Tensor:
+    def _slopes(self, tap: _Tap, gradient: Tensor, variants: Sequence[Variant], place: _Place, samples: int) -> Tensor:
         """⟨gradient, change of a call's output⟩ by sample, ``[variants, samples]``."""
-        layer, clean = self.layers[tap.layer], self._clean(tap.layer)
+        layer, clean = self.layers[tap.layer], self._clean(tap.layer).weight
         shape = self._parameters[layer.names[0]].shape
-        changes = (tap.call.under(layer.parameter(variant - clean, shape)) for variant in variants)
-        return torch.stack([place.sums(change * gradient, samples) for change in changes])
+
+        def change(variant: Variant) -> Tensor:
+            delta = layer.parameter(variant.weight - clean, shape)
+            if variant.rounds is None:
+                return tap.call.under(delta)
+            y = variant.rounds(tap.call.x)
+            return tap.call.on(y).under(delta) + tap.call.on(y - tap.call.x).under(layer.parameter(clean, shape))
+
+        return torch.stack([place.sums(change(variant) * gradient, samples) for variant in variants])
 
     def _places(self, state: WholeState, first: int, taps: Sequence[_Tap]) -> list[_Place]:
         """Where samples are in what enters the first stream's calls: a forward in which the first sample is another tells."""
@@ -162,7 +170,7 @@ class WholeForwards:
         seen: list[_Tap] = []
         other = pytree.tree_map(lambda leaf: torch.cat([leaf[1:2], leaf[1:]]), state.batch)
         with torch.no_grad():
-            self._forward(other, state.weights[0], 0, _recorder(seen, first))
+            self._forward(other, state.variants[0], 0, _recorder(seen, first))
         places = [_place(a.call.x, b.call.x, state.samples) for a, b in zip(taps, seen, strict=True)]
         unknown = [tap.layer for tap, place in zip(taps, places, strict=True) if place is None]
         names = ", ".join(self.layers[k].name for k in unknown[:3])
@@ -177,8 +185,8 @@ class WholeForwards:
 
         self._forward(batch, {}, sample_count(batch), record)
 
-    def rebase(self, weights: Mapping[int, Tensor]) -> None:
-        self._base = {**self._base, **self._named(weights)}
+    def rebase(self, variants: Mapping[int, Variant]) -> None:
+        self._base = {**self._base, **{self.layers[k].name: variant for k, variant in variants.items()}}
 
     def only(self, layers: Sequence[int]) -> WholeForwards:
         made = copy.copy(self)
@@ -220,27 +228,34 @@ class WholeForwards:
         self.work = 0.0
         return whole
 
-    def _clean(self, layer: int) -> Tensor:
-        """A layer's clean weight, in rows."""
-        return self.layers[layer].weight({**self._parameters, **self._base})
-
-    def _named(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Every parameter of the layers with its weight."""
-        return {
-            name: self.layers[k].parameter(weight, self._parameters[name].shape)
-            for k, weight in weights.items()
-            for name in self.layers[k].names
-        }
+    def _clean(self, layer: int) -> Variant:
+        """A layer's clean weight, in rows, and how its input is rounded."""
+        known = self.layers[layer]
+        return self._base[known.name] if known.name in self._base else Variant(known.weight(self._parameters))
 
     def _forward(
-        self, batch: Any, own: dict[int, Tensor], samples: int, record: Callable[[int, Call], Tensor] | None = None
+        self, batch: Any, own: dict[int, Variant], samples: int, record: Callable[[int, Call], Tensor] | None = None
     ) -> Any:
-        """One forward under weights of its own; ``record`` makes the output of every layer."""
+        """One forward under variants of its own; ``record`` makes the output of every layer, whose input is rounded by then."""
         self.work += samples
-        changed = {**self._base, **self._named(own)}
+        under = {k: own.get(k, self._base.get(layer.name)) for k, layer in enumerate(self.layers)}
+        changed = {
+            name: self.layers[k].parameter(variant.weight, self._parameters[name].shape)
+            for k, variant in under.items()
+            if variant is not None
+            for name in self.layers[k].names
+        }
         weights = {f"model.{name}": weight for name, weight in changed.items()}
+        rounds = {
+            k: variant.rounds for k, variant in under.items() if variant is not None and variant.rounds is not None
+        }
+
+        def seen(layer: int, call: Call) -> Tensor:
+            call = call.on(rounds[layer](call.x)) if layer in rounds else call
+            return call.of(call.x) if record is None else record(layer, call)
+
         before = generator_states(self._device)
-        with nullcontext() if record is None else self._watch(changed, record):
+        with nullcontext() if record is None and not rounds else self._watch(changed, seen):
             output = torch.func.functional_call(self._step, weights, (batch,)) if weights else self._step(batch)
         drawn = generator_states(self._device) != before  # on these data, where a first forward drew nothing
         require(not drawn, "capture", "model", "draw nothing at random in eval mode (dropout, noise)", "a draw")

@@ -42,7 +42,7 @@ from ..profiling import (
     sample_digests,
     writing,
 )
-from ..quant import folded
+from ..quant import all_plain, folded
 from ..solver import given_plan, least_loss_only, solve
 
 FOLDER = "pairs"  # in a run directory: the running sums of a round
@@ -109,8 +109,10 @@ def correct(
     short = f"{len(digests)} samples, {others} of them others"
     require(len(digests) == count and not others, "correct", "data_loader", f"yield {count} samples of sens", short)
     by = sens.provenance.rounding
+    plain = all_plain(sens.candidates.flat) or (sens.activations is not None and sens.activations.base)
+    labels = [scheme.label for scheme in sens.candidates.distinct]
     options = Options.of(
-        bits=sens.bits,
+        **({"bits": sens.bits} if plain else {"schemes": labels}),
         estimator="corrected",
         rounding=NEAREST if by is None else by.rounding,
         **loss,
@@ -126,7 +128,7 @@ def correct(
     )
     first = sens.candidates.choice(sens.candidates.starts[:-1])
     model = folded(model)
-    alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations)
+    alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations_of(first))
     check_fit(model, alike, "correct")
     folder = None if output_dir is None else Path(output_dir)
     with alone(folder if is_writer() else None, "correct"), full_precision(), torch.no_grad():

@@ -27,7 +27,7 @@ from ..common import (
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, LossChoice, LossFunc, Reader, SampleStream, all_finite, alone, sample_digests
-from ..quant import Rounded, codes, folded, quantize_activations
+from ..quant import Rounded, codes, folded, with_rounded_inputs
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
 from .learning import Pace, gap
@@ -191,7 +191,7 @@ class _Ground:
         self.plan, self.reader = plan, reader
         self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}  # before they are made one
         self.model = converted(
-            quantize_activations(model, plan.activations, plan.layers) if plan.activations else model,
+            with_rounded_inputs(model, plan.layers, plan.chosen, plan.activations),
             reader.device,
             reader.dtype,
         )

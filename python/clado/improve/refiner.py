@@ -22,7 +22,7 @@ from ..common import progress_bar, require, sample_count
 from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader, SampleStream, Sums, entries, joined, loss_arguments
-from ..quant import Scheme, folded, quantize_activations, variants
+from ..quant import folded, quantize_activations, variants
 from ..solver import BUDGETS, LinearConstraint, SolveOptions, Solver, given_plan, least_loss_only
 
 RADII = (4, 2, 1)  # layers that may change at once, beside no limit
@@ -148,8 +148,10 @@ def _proposals(
     solver = Solver(around)
     start = given_plan(around, best)
     own = SolveOptions(constraints=arguments.get("constraints", ())).constraints  # a file's, too
-    taken = {name: Scheme.of(scheme).bits for name, scheme in best.items()}
-    moves = {name: {b: 1 for b in around.bits if b != bits} for name, bits in taken.items()}
+    moves: dict[str, dict[int | str, float]] = {
+        layer.name: {scheme.label: 1 for scheme in own if scheme.label != best[layer.name]}
+        for layer, own in zip(around.layers, around.candidates.schemes, strict=True)
+    }
     asked = [("original", None), ("shrunk", None), *(("original", radius) for radius in RADII)]
     found = []
     for objective, radius in asked:
@@ -189,7 +191,8 @@ class _Ground:
     def __init__(self, model: nn.Module, sens: Sensitivity, held: Any, reader: Reader, together: int) -> None:
         self.sens, self.samples = sens, sample_count(held)
         inputs = reader.parts(held)[0]
-        used = quantize_activations(model, sens.activations, sens.layers) if sens.activations else model
+        base = sens.activations is not None and sens.activations.base
+        used = quantize_activations(model, sens.activations, sens.layers) if base and sens.activations else model
         self.runner = open_runner(
             converted(used, reader.device, reader.dtype),
             inputs,
@@ -203,7 +206,8 @@ class _Ground:
         missing = [layer.name for layer in sens.layers if layer.name not in position]
         require(not missing, "refine", "sens", "be of this model", f"unknown layers {missing[:3]}")
         self.position = [position[layer.name] for layer in sens.layers]
-        self.variants = variants(model, sens.candidates, sens.quantizer, reader.device, reader.dtype, sens.rounded)
+        how = sens.quantizer, reader.device, reader.dtype, sens.rounded, sens.activations
+        self.variants = variants(model, sens.candidates, *how)
         self.parts: list[_Part] = []
         for a in range(0, self.samples, together):
             self.parts.append(self._part(held, a, a + together, reader))

@@ -15,7 +15,7 @@ from ..common import CladoError, progress_bar, require, sample_count
 from ..deploy import adapted, apply, check_fit
 from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader
-from ..quant import Candidates, folded, variants
+from ..quant import Candidates, InputRounding, Variant, folded, input_rounding, variants
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def ran(model: nn.Module, data_loader: Iterable[Any], reader: Reader) -> Iterato
 
 def _runner(model: nn.Module, batch: Any, plans: Sequence[Plan], reader: Reader) -> Runner | None:
     """What runs the model under one plan after the other; None where it does not know every weight of the plans."""
-    if any(plan.activations or adapted(plan) for plan in plans):  # the graph of the float model knows neither
+    if any(plan.base_rounds_inputs or adapted(plan) for plan in plans):  # the graph of the float model knows neither
         return None
     try:
         runner = open_runner(
@@ -289,7 +289,7 @@ class _Planned:
 
     def __init__(self, model: nn.Module, runner: Runner, plans: Sequence[Plan], reader: Reader) -> None:
         self.model, self.runner, self.plans, self.reader = model, runner, plans, reader
-        self._weights: dict[Any, Tensor] = {}  # by layer and what makes it
+        self._variants: dict[Any, Variant] = {}  # by layer and what makes them
 
     def outputs(self, inputs: Any) -> Iterator[tuple[int, Any]]:
         """(plan, what the model gives under it), every plan once."""
@@ -305,18 +305,23 @@ class _Planned:
         for m in members:
             plan = self.plans[m]
             scheme = plan.schemes.get(self.runner.layers[k].name)
-            groups.setdefault((k, plan.quantizer, plan.rounding, scheme), []).append(m)
+            rounds = None if scheme is None else self._rounds(k, plan)
+            groups.setdefault((k, plan.quantizer, plan.rounding, rounds, scheme), []).append(m)
         for made_by, group in groups.items():
             planned = state
             if made_by[-1] is not None:
-                planned = self.runner.fork(state, k, [self._weight(made_by, self.plans[group[0]])])
+                planned = self.runner.fork(state, k, [self._variant(made_by, self.plans[group[0]])])
             yield from self._walk(planned, k + 1, group)
 
-    def _weight(self, made_by: Any, plan: Plan) -> Tensor:
+    def _rounds(self, k: int, plan: Plan) -> InputRounding | None:
+        layer = self.runner.layers[k]
+        return input_rounding(layer, plan.chosen[layer.name], plan.activations)
+
+    def _variant(self, made_by: Any, plan: Plan) -> Variant:
         """Of a layer under one of the plans that have the same."""
-        if made_by not in self._weights:
+        if made_by not in self._variants:
             layer, reader = self.runner.layers[made_by[0]], self.reader
             one = Candidates.uniform((layer,), (plan.schemes[layer.name],))
-            made = variants(self.model, one, plan.quantizer, reader.device, reader.dtype, plan.rounded)
-            self._weights[made_by] = made[0][0]
-        return self._weights[made_by]
+            how = plan.quantizer, reader.device, reader.dtype, plan.rounded, plan.activations
+            self._variants[made_by] = variants(self.model, one, *how)[0][0]
+        return self._variants[made_by]

@@ -12,14 +12,18 @@ from ..quant import Layer, modules
 
 
 def plain(plan: Plan) -> dict[str, Any]:
-    """``{"bits": {module: bits}, "group_size": g, "symmetric": s}``, for tools of one's own.
+    """``{"bits": {module: bits}, "group_size": g, "symmetric": s}``, for tools of one's own; ``"schemes": {module: label}`` too
+    where inputs are rounded. Recipes of other tools are of weights alone.
 
     Raises:
         CladoError: a plan without bits; so do all functions here.
     """
     quantizer = plan.quantizer
     bits = {module: plan.bits[layer.name] for layer in _layers(plan) for module in modules(layer)}
-    return {"bits": bits, "group_size": quantizer.group_size, "symmetric": quantizer.symmetric}
+    found = {"bits": bits, "group_size": quantizer.group_size, "symmetric": quantizer.symmetric}
+    if any(scheme.input for scheme in plan.chosen.values()):
+        found["schemes"] = {m: plan.schemes[layer.name] for layer in plan.layers for m in modules(layer)}
+    return found
 
 
 def torchao(plan: Plan) -> Any:
@@ -86,6 +90,8 @@ def quanto(plan: Plan) -> list[dict[str, Any]]:
 
 def _layers(plan: Plan) -> tuple[Layer, ...]:
     require(bool(plan.bits), "recipe", "plan", "hold bits for every layer", f"a plan that is {plan.status}")
+    other = [f"{scheme.label} of {name}" for name, scheme in plan.chosen.items() if not scheme.weight.startswith("int")]
+    require(not other, "recipe", "plan", "be of integer weights", ", ".join(other[:3]))
     return plan.layers
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common import progress_bar, sample_count
 from ..graph import Runner, converted
-from ..quant import ActivationRanges, calibrate
+from ..quant import ActivationRanges, Candidates, calibrate, calibrate_inputs
 from .reader import Reader, first_of_batch
 from .samples import SampleStream
 
@@ -38,9 +38,15 @@ class InputLoss:
 
 
 def calibrated(
-    model: nn.Module, runner: Runner, stream: SampleStream, reader: Reader, bits: int, samples: int, verbose: bool
+    model: nn.Module,
+    candidates: Candidates,
+    stream: SampleStream,
+    reader: Reader,
+    bits: int | None,
+    samples: int,
+    verbose: bool,
 ) -> ActivationRanges:
-    """Ranges of the inputs of a runner's layers on the first samples of the set, for ``bits`` bits."""
+    """Ranges of the inputs of layers on the first samples of the set: all of ``bits`` bits; None: as the candidates need them."""
     with progress_bar("calibrate", samples, "samples", verbose) as show:
 
         def batches() -> Iterator[Any]:
@@ -51,7 +57,10 @@ def calibrated(
                 show(done)
 
         moved = converted(model, reader.device, reader.dtype)
-        return calibrate(moved, batches(), reader.step or first_of_batch, runner.layers, bits)
+        step = reader.step or first_of_batch
+        if bits is None:
+            return calibrate_inputs(moved, batches(), step, candidates)
+        return calibrate(moved, batches(), step, candidates.layers, bits)
 
 
 def input_loss(plain: Runner, rounded: Runner, stream: SampleStream, reader: Reader, samples: int) -> InputLoss:

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..common import digest, require, sample_count, two_samples, weights_digest
 from ..graph import LOW_PRECISIONS, PRECISIONS, Runner, Variants, check_model, in_precision, open_runner
-from ..quant import ActivationRanges, Candidates, Rounded, folded, layer_name, quantize_activations, variants
+from ..quant import ActivationRanges, Candidates, Rounded, Variant, folded, layer_name, quantize_activations, variants
 from .checkpoint import recorded, refuse_other_run
 from .distributed import is_writer
 from .estimators import ESTIMATORS
@@ -68,15 +68,15 @@ def open_run(
     only = None if task is None else [layer.name for layer in task.candidates.layers]
     plain, ranges = _opened(model, inputs, reader, options, only), None if task is None else task.ranges
     whole = plain
-    if options.act_bits is not None:
-        ranges = calibrated(model, plain, stream, reader, options.act_bits, act_samples, verbose)
-    if ranges is not None:
+    candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
+    if task is None and (options.act_bits is not None or options.rounds_inputs):
+        ranges = calibrated(model, candidates, stream, reader, options.act_bits, act_samples, verbose)
+    if ranges is not None and ranges.base:
         model = quantize_activations(model, ranges, plain.layers)
         plain = _opened(model, inputs, reader, options, only)
     example = two_samples(reader.moved(inputs))
     output = _output(plain, example)
     reader = reader.fitted(output, example, None if targets is None else two_samples(targets))
-    candidates = options.candidates(plain.layers) if task is None else _of_task(task, plain)
     if ESTIMATORS[options.estimator].closed:
         forwards = sum(n * share for n, share in zip(candidates.counts, plain.suffix_share, strict=True))
         priced = reader.loss.priced(output, example, len(candidates), forwards * plain.forward_flops)
@@ -96,8 +96,8 @@ def open_run(
                 plain.work = 0.0
 
     @cache
-    def every() -> list[list[Tensor]]:
-        return variants(model, candidates, options.quantizer, device, reader.dtype, rounded)
+    def every() -> list[list[Variant]]:
+        return variants(model, candidates, options.quantizer, device, reader.dtype, rounded, ranges)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.act_bits is not None and not dry:

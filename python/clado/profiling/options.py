@@ -77,7 +77,7 @@ def _listed(value: Any) -> bool:
 
 def _patterns(schemes: Any) -> dict[str, tuple[str, ...]]:
     """{pattern: labels} of what :func:`profile` takes as ``schemes``."""
-    from ..quant import KEPT, Scheme
+    from ..quant import INPUTS, Scheme
 
     kept = {}
     for pattern, given in (schemes if isinstance(schemes, Mapping) else {"*": schemes}).items():
@@ -85,9 +85,8 @@ def _patterns(schemes: Any) -> dict[str, tuple[str, ...]]:
         found = sorted(Scheme.of(scheme) for scheme in given)
         labels = tuple(scheme.label for scheme in found)
         require(0 < len(set(found)) == len(found), "profile", "schemes", "be distinct, at least one of a layer", labels)
-        rounded = [scheme.label for scheme in found if scheme.input_bits != KEPT]
-        must = "leave the layers' inputs in float, as W4A16 does (bits with act_bits rounds those of all layers)"
-        require(not rounded, "profile", "schemes", must, ", ".join(rounded))
+        odd = [scheme.label for scheme in found if scheme.input and not 2 <= INPUTS[scheme.input].bits <= 8]
+        require(not odd, "profile", "schemes", "round inputs to 2..8 bits, or not at all (A16)", ", ".join(odd))
         kept[str(pattern)] = labels
     require(len(kept) > 0, "profile", "schemes", "hold a list of labels at least", "none")
     return kept
@@ -118,9 +117,15 @@ class Options(Arguments):
     _: KW_ONLY
     schemes: dict[str, tuple[str, ...]] | None = argument(
         None,
-        "instead of ``bits``: labels of schemes such as ``W4A16``, or {pattern: labels} for layers whose lists differ; the first "
-        "fnmatch pattern that fits a layer's name counts, and every layer needs one.",
-        Line("--schemes", "labels", "Instead of --bits: candidate schemes, such as W2A16,W4A16."),
+        "instead of ``bits``: labels such as ``W4A16``, ``W8A8`` or ``FP8`` (docs/howto/schemes.md has all), or {pattern: "
+        "labels} for layers whose lists differ; the first fnmatch pattern that fits a layer's name counts, and every layer needs "
+        "one. What a scheme makes of its layer's input is part of the candidate: the matrix holds the loss of rounding inputs, "
+        "and its interactions.",
+        Line(
+            "--schemes",
+            "schemes",
+            "Instead of --bits: candidate schemes, such as W2A16,W4A8,FP8; or PATTERN=LABELS for the layers that fit, repeated.",
+        ),
         check=Check(_listed, "be labels such as W4A16, or {pattern: labels}"),
         kept=_patterns,
         takes="Sequence[str] | Mapping[str, Sequence[str]] | None",
@@ -290,8 +295,9 @@ class Options(Arguments):
     )
     act_bits: int | None = argument(
         None,
-        "also round the inputs of the layers to so many bits, on per-tensor asymmetric ranges calibrated on the first "
-        "``act_samples``; the loss is then measured from the float weights under rounded inputs. None: weights only.",
+        "also round the inputs of all layers to so many bits, on per-tensor asymmetric ranges calibrated on the first "
+        "``act_samples``; the loss is then measured from the float weights under rounded inputs, and what rounding the inputs "
+        "costs is in no entry (``schemes`` such as W4A8 have it in). None: weights only.",
         Line("--act-bits", "count", "Also round the layers' inputs, to so many bits; weights only when left out."),
         check=Check(lambda value: _whole(value, 2, 8), "be None or lie in 2..8", str),
         kept=operator.index,
@@ -304,7 +310,7 @@ class Options(Arguments):
         Line(
             "--act-samples",
             "count",
-            "Images that calibrate the ranges of --act-bits; all, at most 1,024, when left out.",
+            "Images that calibrate the ranges of inputs; all, at most 1,024, when left out.",
         ),
         check=COUNT,
         kept=operator.index,
@@ -479,6 +485,13 @@ class Options(Arguments):
         same = self._of_every_layer()
         return candidates_of(layers, self.schemes or {}) if same is None else Candidates.uniform(layers, same)
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some candidate rounds its layer's input, as its scheme says."""
+        from ..quant import Scheme
+
+        return any(Scheme.of(label).input for labels in (self.schemes or {}).values() for label in labels)
+
     def _of_every_layer(self) -> list[Scheme] | None:
         """The schemes that all layers have, None where their lists may differ."""
         from ..quant import KEPT, Scheme
@@ -494,6 +507,7 @@ class Options(Arguments):
         moment_samples and the digest of the weights where rounding needs moments.
         """
         from ..common import code_digest
+        from ..quant import all_plain
 
         stated: dict[str, Any] = {
             "loss": self._loss_setting(),
@@ -509,7 +523,7 @@ class Options(Arguments):
         if self.rounding != NEAREST:  # what no setting says is nearest, as it was before there was another
             stated["rounding"] = self.rounding or ROUNDING
         same = self._of_every_layer()
-        if same is not None:
+        if same is not None and (self.schemes is None or all_plain(same)):
             stated["bits"] = tuple(scheme.bits for scheme in same)
             del stated["schemes"]  # one list for all is what bits are short for
         return stated

@@ -104,7 +104,8 @@ class Pieces:
 
     @property
     def _itemsize(self) -> int:
-        return self.variants()[0][0].element_size()
+        size: int = self.variants()[0][0].weight.element_size()
+        return size
 
     def go_on(self, before: Sequence[int]) -> str | None:
         """Take the pieces of a run's earlier calls, so that the bits stay, or smaller ones where memory is less; what to say."""
@@ -121,9 +122,9 @@ class Pieces:
     def fixed_bytes(self) -> int:
         """Bytes that are there from the first chunk to the last: weights, their variants and, on a CPU, the sums."""
         variants = self.variants()
-        device = variants[0][0].device.type
+        device = variants[0][0].weight.device.type
         here = [t for t in (*self.tensors, *self.runner.kept) if t.device.type == device]
-        storages = [t.untyped_storage() for t in (*here, *(variant for own in variants for variant in own))]
+        storages = [t.untyped_storage() for t in (*here, *(variant.weight for own in variants for variant in own))]
         sums = sums_bytes(sum(map(len, variants)), self.estimator) + self.own_bytes if device == "cpu" else 0
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) + sums
 
@@ -143,7 +144,7 @@ class Pieces:
             return None
         inputs = sum(samples * t[:1].nbytes for t in pytree.tree_leaves(self.example))
         count, tried = sum(map(len, variants)), sum(len(variants[k]) for k in chosen)
-        outputs = (count - tried) * samples * self.elements * 2 * variants[0][0].element_size()
+        outputs = (count - tried) * samples * self.elements * 2 * variants[0][0].weight.element_size()
         found: int | None = peak + inputs + sums_bytes(count, name) - sums_bytes(tried, name) + outputs
         return found
 

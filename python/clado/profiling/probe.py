@@ -54,13 +54,13 @@ def probe(
     """
     count = runner.num_layers
     chosen = sorted({round(k * (count - 1) / max(1, LAYERS - 1)) for k in range(min(LAYERS, count))})
-    few, device = runner.only(chosen), variants[0][0].device
+    few, device = runner.only(chosen), variants[0][0].weight.device
     name = ESTIMATORS[estimator].probed_by or estimator
     runs = []
     for tried in (precision, "float64"):
         dtype, twin = PRECISIONS[tried], in_precision(few, tried)
         assert twin is not None  # there is a graph
-        mine = [[weight.to(dtype) for weight in variants[k]] for k in chosen]
+        mine = [[variant.to(dtype) for variant in variants[k]] for k in chosen]
         inputs = moved_to(batch, device, dtype)
         loss = make_loss(inputs)
         delta = singles(twin, mine, inputs, loss, _nothing).delta

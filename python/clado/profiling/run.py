@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
-from ..quant import ActivationRanges, Candidates, Rounded
+from ..quant import ActivationRanges, Candidates, Rounded, Variant, all_plain, scheme_names
 from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
@@ -38,7 +37,7 @@ class PairTask:
 
     Attributes:
         candidates: what they are chosen from.
-        ranges: of the layers' inputs; none are calibrated.
+        ranges: of the layers' inputs, as the candidates or the base round them; none are calibrated.
         rounded: the candidates' weights; None: nearest rounding.
         rows: the candidate of every layer; None: not chosen yet.
         later: for every layer the layers behind it that it is paired with.
@@ -52,7 +51,7 @@ class PairTask:
     later: Later | None = None
     title: str = "pairs"
 
-    def of(self, every: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    def of(self, every: Sequence[Sequence[Variant]]) -> list[list[Variant]]:
         """The chosen ones of all layers' variants; before a choice the first of each, which are as large."""
         if self.rows is None:
             return [[own[0]] for own in every]
@@ -76,11 +75,11 @@ class Run:
         reader: what becomes of the loader's batches.
         stream: the samples, in order.
         candidates: what the matrix is over.
-        every: gives all layers' weights as their candidates have them.
+        every: gives all layers' weights and input roundings as their candidates have them.
         pieces: what is measured at a time of a chunk of ``size`` samples.
         exact_samples: how many samples pay for exact pairs; None: all.
         own_settings: JSON values by name that decide the result.
-        ranges: of the layers' inputs; None for a weight-only run.
+        ranges: of the layers' inputs, where the base or a candidate rounds them; None: nothing does.
         rounded: the candidates' weights; None: nearest rounding.
         moments: what it takes to round them; known in a dry run alone, None where nothing is to be done.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
@@ -96,7 +95,7 @@ class Run:
     options: Options
     stream: SampleStream
     candidates: Candidates
-    every: Callable[[], list[list[Tensor]]]
+    every: Callable[[], list[list[Variant]]]
     pieces: Pieces
     size: int
     exact_samples: int | None
@@ -122,7 +121,7 @@ class Run:
         return {**self.own_settings, **(self.task.settings if self.task else {})}
 
     @property
-    def variants(self) -> list[list[Tensor]]:
+    def variants(self) -> list[list[Variant]]:
         """All layers' weights as their candidates have them."""
         return self.task.of(self.every()) if self.task else self.every()
 
@@ -185,7 +184,13 @@ class Run:
             loss=self.reader.loss.words(),
             disk_bytes=disk_bytes(count_v, count, options.estimator) + 2 * groups + weights,
             notes=(*self.notes, shared) if shared else tuple(self.notes),
+            schemes=self._schemes_in_words,
         )
+
+    @property
+    def _schemes_in_words(self) -> str:
+        names = ", ".join(scheme_names(self.candidates.flat).values())
+        return f"at {names} bits" if all_plain(self.candidates.flat) else f"under {names}"
 
     @property
     def _keeps_weights(self) -> bool:

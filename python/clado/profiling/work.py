@@ -78,7 +78,7 @@ class RunPlan:
     """What a run will cost.
 
     Attributes:
-        layers, candidates: L and V; bits: candidate widths.
+        layers, candidates: L and V; bits: candidate widths; schemes: what people read for the schemes, as in a sentence.
         samples: at most; finished: of them, in an interrupted run.
         evaluations: losses per sample by the definition.
         forward_equivalents: of all samples.
@@ -112,12 +112,13 @@ class RunPlan:
     held: int | None = None
     loss: str = ""
     notes: tuple[str, ...] = ()
+    schemes: str = ""
 
     def __str__(self) -> str:
         live = "unknown" if self.chunk_bytes is None else _size(self.chunk_bytes)
         total = "" if self.chunk_bytes is None else f", {_size(self.fixed_bytes + self.chunk_bytes)} in all"
         lines = (
-            ("layers", f"{self.layers} at {', '.join(map(str, self.bits))} bits, {self.candidates} candidates"),
+            ("layers", f"{self.layers} {self.schemes}, {self.candidates} candidates"),
             ("samples", f"{self.samples:,}" + (f", {self.finished:,} of them finished" if self.finished else "")),
             *([("loss", self.loss)] if self.loss else []),
             ("evaluations", f"{self.evaluations:,} per sample ({self.estimator})"),

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
-    from .activations import ActivationRanges, calibrate, quantize_activations
+    from .activations import (
+        ActivationRanges,
+        calibrate,
+        calibrate_inputs,
+        input_rounding,
+        quantize_activations,
+        with_rounded_inputs,
+    )
     from .calls import Call, Calls, Readers, announce
-    from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
+    from .candidates import KEPT, Candidates, Scheme, all_plain, candidates_of, check_bits, scheme_names, stored_bytes
     from .folding import folded
+    from .inputs import INPUTS, InputFormat, InputRounding, Variant
     from .layers import (
         Layer,
         applied_as,
@@ -25,15 +33,17 @@ if TYPE_CHECKING:
         storage,
     )
     from .learned import LearnedWeight
-    from .numbers import NUMBERS, PACKED, SCALE, ZERO_POINT, Number, Quantized
+    from .numbers import NUMBERS, Number, Quantized
     from .quantizer import Quantizer
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
+    from .scaling import PACKED, SCALE, ZERO_POINT
     from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
 
 __all__ = [
+    "INPUTS",
     "KEPT",
     "NUMBERS",
     "PACKED",
@@ -44,6 +54,8 @@ __all__ = [
     "Call",
     "Calls",
     "Candidates",
+    "InputFormat",
+    "InputRounding",
     "Layer",
     "LearnedWeight",
     "Number",
@@ -54,9 +66,12 @@ __all__ = [
     "RoundedBy",
     "Rounding",
     "Scheme",
+    "Variant",
+    "all_plain",
     "announce",
     "applied_as",
     "calibrate",
+    "calibrate_inputs",
     "candidates_of",
     "check_bits",
     "codes",
@@ -66,7 +81,7 @@ __all__ = [
     "has_rows",
     "ignored",
     "in_rows",
-    "inputs_kept",
+    "input_rounding",
     "joined",
     "layer_name",
     "modules",
@@ -78,4 +93,5 @@ __all__ = [
     "storage",
     "stored_bytes",
     "variants",
+    "with_rounded_inputs",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,8 +75,12 @@ class Call:
         found: Tensor = self.args[0]
         return found
 
+    def on(self, x: Tensor) -> Call:
+        """The same call on another input."""
+        return replace(self, args=(x, *self.args[1:]))
+
     def of(self, x: Tensor) -> Tensor:
-        """The call on another input."""
+        """What the call makes of another input."""
         return self.function(x, *self.args[1:], **self.kwargs)
 
     def with_weight(self, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import CladoError, require
+from .inputs import INPUTS, known_input
 from .layers import Layer
-from .numbers import NUMBERS, Number, integer, stored_nbytes
+from .numbers import NUMBERS, Number, integer
 from .quantizer import Quantizer
+from .scaling import stored_nbytes
 
-_LABEL = re.compile(r"W([2-8])A([1-9]|1[0-6])")
+_INTEGER = re.compile(r"W([2-8])(A.*)")
 KEPT = 16  # bits of an input that is not rounded, in a scheme's label
 FLOAT_BITS = 32  # of an input that is not rounded, where operations are counted
+
+
+def _suffix(input: str) -> str:
+    """How labels spell the format of an input that is not the weight's own: fp8 is per token unless it says static."""
+    if input.startswith("int"):
+        return "A" + input.removeprefix("int").upper()
+    name, dynamic = input.removesuffix("_dynamic").upper(), input.endswith("_dynamic")
+    static = "_STATIC" if input.startswith("fp8") and not dynamic else ""
+    return "A" + name.replace("FP8_E4M3", "FP8") + static
+
+
+_SUFFIXES = {"": f"A{KEPT}"} | {name: _suffix(name) for name in INPUTS}
+_OF_SUFFIX = {suffix: name for name, suffix in _SUFFIXES.items()}
+_STEMS = {"fp8_e4m3": "FP8"}  # of formats that labels do not call by their names
 
 
 @dataclass(frozen=True)
@@ -27,21 +44,25 @@ class Scheme:
 
     Attributes:
         weight: name of the weight's format, one of ``NUMBERS``.
-        input_bits: to which the layer's input is rounded; 16: not at all.
+        input: name of the format that the layer's input is rounded to, one of ``INPUTS``; "": it stays as it is.
     """
 
     weight: str
-    input_bits: int = KEPT
+    input: str = ""
 
     def __post_init__(self) -> None:
         known = self.weight in NUMBERS
         require(known, "scheme", "weight", f"be one of {', '.join(NUMBERS)}", repr(self.weight))
-        fits = type(self.input_bits) is int and 1 <= self.input_bits <= KEPT
-        require(fits, "scheme", "input_bits", f"lie in 1..{KEPT}", repr(self.input_bits))
+        if self.input:
+            known_input(self.input)
 
     @staticmethod
     def of(given: Scheme | str | int, input_bits: int = KEPT) -> Scheme:
-        """From a label such as ``W4A16`` (other formats go by their names), or from the bits of an integer weight.
+        """From a label such as ``W4A16`` or ``FP8``, or from the bits of an integer weight.
+
+        Labels are W2A16 … W8A16 (the input stays as it is), W4A8 (one range per tensor, seen before), W4A8_DYNAMIC (a scale per
+        token), W4AFP8, and the names of other formats: alone for inputs of the same format (``FP8``: one scale per tensor;
+        ``FP8_DYNAMIC``: one per token; ``NVFP4``, ``MXFP4``, ``MXFP8``: in blocks), or with A16, A8, … behind them.
 
         Raises:
             CladoError: another label or width.
@@ -50,16 +71,22 @@ class Scheme:
             return given
         if not isinstance(given, str):
             integer(given)
-            return Scheme(f"int{given}", input_bits)
-        found = _LABEL.fullmatch(given)
-        if found is not None:
-            return Scheme(f"int{found[1]}", int(found[2]))
-        name, _, inputs = given.partition("-A")
-        other = {known.upper(): known for known in NUMBERS if not _integer(known)}
-        fits = name in other and (inputs == "" or inputs.isdecimal())
-        listed = ", ".join(["W2A16 … W8A16 (W4A8: 8-bit inputs)", *other])
-        require(fits, "scheme", "label", f"be one of {listed}", repr(given))
-        return Scheme(other[name], int(inputs or KEPT))
+            return Scheme(f"int{given}", "" if input_bits == KEPT else f"int{input_bits}")
+        found = _INTEGER.fullmatch(given)
+        if found is not None and found[2] in _OF_SUFFIX:
+            return Scheme(f"int{found[1]}", _OF_SUFFIX[found[2]])
+        for name in NUMBERS:
+            stem = next((s for s in (name.upper(), _stem(name)) if given.startswith(s)), None)
+            if _integer(name) or stem is None:
+                continue
+            rest = given.removeprefix(stem)
+            if rest in _OF_SUFFIX:
+                return Scheme(name, _OF_SUFFIX[rest])
+            if rest == "":
+                return Scheme(name, _own_input(name))
+            if rest == "_DYNAMIC" and f"{name}_dynamic" in INPUTS:
+                return Scheme(name, f"{name}_dynamic")
+        raise CladoError(f"scheme: label must be one of {_known_labels()}, got {given!r}")
 
     @property
     def number(self) -> Number:
@@ -72,23 +99,61 @@ class Scheme:
         return self.number.bits
 
     @property
+    def input_bits(self) -> int:
+        """Of an element of the input; 16 where it stays as it is."""
+        return INPUTS[self.input].bits if self.input else KEPT
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is of integers and the input stays as it is, so that bits say it all."""
+        return _integer(self.weight) and not self.input
+
+    @property
     def label(self) -> str:
-        """``W4A16`` for integers, else the format's name: ``FP8_E4M3``, or ``FP8_E4M3-A8`` where inputs are rounded."""
+        """As :meth:`of` reads it."""
         if _integer(self.weight):
-            return f"W{self.weight.removeprefix('int')}A{self.input_bits}"
-        return self.weight.upper() + ("" if self.input_bits == KEPT else f"-A{self.input_bits}")
+            return f"W{self.weight.removeprefix('int')}{_SUFFIXES[self.input]}"
+        stem = _stem(self.weight)
+        if self.input == _own_input(self.weight):
+            return stem
+        return stem + ("_DYNAMIC" if self.input == f"{self.weight}_dynamic" else _SUFFIXES[self.input])
 
     def __str__(self) -> str:
-        return f"{self.bits} bits" if _integer(self.weight) else self.label
+        return f"{self.bits} bits" if self.plain else self.label
 
     def __lt__(self, other: Scheme) -> bool:
-        """By stored bits."""
-        return (self.bits, self.weight, self.input_bits) < (other.bits, other.weight, other.input_bits)
+        """By stored bits, then by those of the input."""
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, str, int, str]:
+        return (self.bits, self.weight, self.input_bits, self.input)
 
 
 def _integer(number: str) -> bool:
     """Whether a format's name is that of integers, which labels spell by their bits."""
     return re.fullmatch(r"int\d+", number) is not None
+
+
+def _stem(number: str) -> str:
+    """What the labels of a format that is no integer's begin with."""
+    return _STEMS.get(number, number.upper())
+
+
+def _own_input(number: str) -> str:
+    """The input's format under a label that is the weight's format alone."""
+    return number if number in INPUTS else ""
+
+
+def _known_labels() -> str:
+    """In words, for a label that none has."""
+    stems = [stem for name in NUMBERS if not _integer(name) for stem in _labels_of(name)]
+    return ", ".join(["W2A16 … W8A16 (W4A8, W4A8_DYNAMIC: 8-bit inputs)", *stems])
+
+
+def _labels_of(number: str) -> list[str]:
+    own = {_own_input(number), f"{number}_dynamic", ""} & {*INPUTS, ""}
+    return sorted((Scheme(number, input).label for input in own), key=len)
 
 
 @dataclass(frozen=True)
@@ -113,6 +178,12 @@ class Candidates:
             ascending = len(schemes) > 0 and list(schemes) == sorted(set(schemes))
             must = "be distinct ones of ascending bits, at least one"
             require(ascending, "candidates", f"schemes of {name}", must, [s.label for s in schemes])
+        for layer, schemes in zip(self.layers, self.schemes, strict=True):
+            inputs = math.prod(layer.shape[1:])
+            for scheme in schemes:
+                must = f"have a number of inputs that blocks of {scheme.number.block} divide for {scheme.label}"
+                whole = scheme.number.block == 0 or inputs % scheme.number.block == 0
+                require(whole, "candidates", f"layer {layer.name}", must, inputs)
 
     @staticmethod
     def uniform(layers: Iterable[Layer], schemes: Iterable[Scheme | str | int]) -> Candidates:
@@ -187,7 +258,7 @@ class Candidates:
     def bitops(self, act_bits: int | None = None) -> NDArray[np.int64]:
         """``[V]``: multiply-adds × bits of the weight × bits of the input, for one sample; ``act_bits``: of all inputs."""
         macs = np.array([layer.macs for layer in self.layers], np.int64)
-        rounded = [FLOAT_BITS if scheme.input_bits == KEPT else scheme.input_bits for scheme in self.flat]
+        rounded = [scheme.input_bits if scheme.input else FLOAT_BITS for scheme in self.flat]
         inputs = np.array(rounded if act_bits is None else [act_bits] * len(rounded), np.int64)
         return macs[self.layer_of] * inputs * self.weight_bits
 
@@ -250,16 +321,16 @@ class Candidates:
         return Scheme.of(given)
 
 
-def inputs_kept(schemes: Iterable[Scheme]) -> bool:
-    """Whether no scheme rounds an input, so that bits alone tell them apart."""
-    return all(scheme.input_bits == KEPT for scheme in schemes)
+def all_plain(schemes: Iterable[Scheme]) -> bool:
+    """Whether all are of integer weights and round no input, so that bits alone tell them apart."""
+    return all(scheme.plain for scheme in schemes)
 
 
 def scheme_names(schemes: Iterable[Scheme], unit: str = "") -> dict[Scheme, str]:
-    """What people read for each scheme, ascending: its bits and ``unit`` where every input is kept, else its label."""
+    """What people read for each scheme, ascending: its bits and ``unit`` where that tells them apart, else its label."""
     distinct = sorted(set(schemes))
-    kept = inputs_kept(distinct)
-    return {scheme: f"{scheme.bits}{unit}" if kept else scheme.label for scheme in distinct}
+    plain = all_plain(distinct)
+    return {scheme: f"{scheme.bits}{unit}" if plain else scheme.label for scheme in distinct}
 
 
 def stored_bytes(layer: Layer, scheme: Scheme, quantizer: Quantizer) -> int:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..common import require
-from .numbers import Integer, Quantized
+from .integers import Integer
+from .numbers import Quantized
 from .scaling import held_by
 
 # How far from its code an element begins at most: the first steps, which are noise, then change no code.

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-import clado_ext
-from clado_ext import packed_columns
-
 from ..common import require
-from .scaling import Scaling, held_by
-
-PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
-Stored = dict[str, tuple[tuple[int, int], torch.dtype]]  # {tensor: (shape, dtype)}
-
-
-def stored_nbytes(stored: Stored) -> int:
-    """Bytes of tensors of these shapes and dtypes."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
-
-
-class Scales(NamedTuple):
-    """What the codes of a matrix are multiples of.
-
-    Attributes:
-        scale: float32 ``[rows, groups]``; of a half-precision weight, values that its dtype holds.
-        zero_point: the code of zero, int8 ``[rows, groups]``; None for symmetric quantization.
-        group_size: columns that share a scale; -1: the whole row.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None
-    group_size: int
+from .floats import Blocks, Float8, Kept
+from .integers import Integer
+from .native import NativeNumber, native_nearest, native_scales
+from .scaling import Scales, Scaling, Stored, held_by
 
 
 class Number(Protocol):
@@ -45,6 +22,7 @@ class Number(Protocol):
     Attributes:
         name: as plans and files have it.
         bits: stored bits of an element, scales aside.
+        block: consecutive inputs of an output channel that share a scale and must divide its row; 0: none.
     """
 
     @property
@@ -53,12 +31,15 @@ class Number(Protocol):
     @property
     def bits(self) -> int: ...
 
+    @property
+    def block(self) -> int: ...
+
     def scales(self, matrix: Tensor, scaling: Scaling) -> Scales:
         """The scales that the settings ask for."""
         ...
 
     def encode(self, matrix: Tensor, scales: Scales) -> Tensor:
-        """The nearest code of every element, int8 ``[rows, columns]``."""
+        """The nearest code of every element, int8 ``[rows, columns]``; of a kept format the element itself."""
         ...
 
     def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
@@ -82,99 +63,32 @@ class Number(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Integer:
-    """Codes −2^(bits−1) … 2^(bits−1)−1 with ``w ≈ (code − zero point) · scale``, packed without gaps into int32 words.
-
-    Stored are ``weight_packed``, the codes packed along the columns; ``weight_scale``, float32; and where the settings are
-    asymmetric ``weight_zero_point``, packed along the rows.
-    """
-
-    bits: int
-
-    @property
-    def name(self) -> str:
-        return f"int{self.bits}"
-
-    def scales(self, matrix: Tensor, scaling: Scaling) -> Scales:
-        return self.all_scales([self], matrix, scaling)[0]
-
-    @staticmethod
-    def all_scales(numbers: Sequence[Integer], matrix: Tensor, scaling: Scaling) -> list[Scales]:
-        """The scales of several widths from one read of the matrix."""
-        group, steps, bits = scaling.group_size or -1, scaling.scale_steps, [number.bits for number in numbers]
-        if scaling.symmetric:
-            found = clado_ext.scale_search(matrix, bits, group, steps)
-            return [Scales(held_by(matrix.dtype, scale), None, group) for scale in found]
-        ranges = clado_ext.range_search(matrix, bits, group, steps)
-        return [Scales(held_by(matrix.dtype, scale), zero, group) for scale, zero in zip(*ranges, strict=True)]
-
-    def encode(self, matrix: Tensor, scales: Scales) -> Tensor:
-        scale, zero_point = _batched(scales)
-        return clado_ext.quantize(matrix, scale, (self.bits,), scales.group_size, zero_point)[0]
-
-    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
-        scale, zero_point = _batched(scales)
-        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-        return clado_ext.dequantize(codes[None], scale, scales.group_size, kernel_dtype, zero_point)[0].to(dtype)
-
-    def nearest(self, matrix: Tensor, scales: Scales) -> Tensor:
-        return self.all_nearest([self], matrix, [scales])[0]
-
-    @staticmethod
-    def all_nearest(numbers: Sequence[Integer], matrix: Tensor, scales: Sequence[Scales]) -> list[Tensor]:
-        """:meth:`nearest` of several widths from one read of the matrix."""
-        bits, group = [number.bits for number in numbers], scales[0].group_size
-        zeros = [own.zero_point for own in scales if own.zero_point is not None]
-        scale = torch.stack([own.scale for own in scales])
-        values, _ = clado_ext.fake_quant(matrix, scale, bits, group, torch.stack(zeros) if zeros else None)
-        return list(values)
-
-    def stored(self, shape: tuple[int, ...], scaling: Scaling) -> Stored:
-        (rows, columns), groups = scaling.rows_columns(shape), scaling.groups(shape)
-        parts: Stored = {
-            PACKED: ((rows, packed_columns(columns, self.bits)), torch.int32),
-            SCALE: ((rows, groups), torch.float32),
-        }
-        if not scaling.symmetric:
-            parts[ZERO_POINT] = ((packed_columns(rows, self.bits), groups), torch.int32)
-        return parts
-
-    def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
-        packed = {PACKED: clado_ext.pack(codes, self.bits), SCALE: scales.scale.contiguous()}
-        if scales.zero_point is not None:
-            packed[ZERO_POINT] = clado_ext.pack(scales.zero_point, self.bits, dim=0)
-        return packed
-
-    def unpack(self, packed: Mapping[str, Tensor], shape: tuple[int, ...], scaling: Scaling) -> tuple[Tensor, Scales]:
-        rows, columns = scaling.rows_columns(shape)
-        zero_point = None if scaling.symmetric else clado_ext.unpack(packed[ZERO_POINT], self.bits, rows, dim=0)
-        scales = Scales(packed[SCALE], zero_point, scaling.group_size or -1)
-        return clado_ext.unpack(packed[PACKED], self.bits, columns), scales
-
-
-def _batched(scales: Scales) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point as the kernels take them, for one width."""
-    return scales.scale[None], None if scales.zero_point is None else scales.zero_point[None]
-
-
-NUMBERS: dict[str, Number] = {number.name: number for number in map(Integer, range(2, 9))}
+NUMBERS: dict[str, Number] = {
+    **{number.name: number for number in map(Integer, range(2, 9))},
+    "mxfp4": Blocks("mxfp4", 4, 32),
+    "nvfp4": Blocks("nvfp4", 4, 16, two_levels=True),
+    "fp8_e4m3": Float8("fp8_e4m3", torch.float8_e4m3fn),
+    "fp8_e5m2": Float8("fp8_e5m2", torch.float8_e5m2),
+    "mxfp8": Blocks("mxfp8", 8, 32),
+    "bf16": Kept("bf16", torch.bfloat16),
+    "fp16": Kept("fp16", torch.float16),
+}
 
 
 def all_scales(numbers: Sequence[Number], matrix: Tensor, scaling: Scaling) -> list[Scales]:
-    """:meth:`Number.scales` of a matrix in several formats; integers share a read of it."""
-    together = [number for number in numbers if isinstance(number, Integer)]
-    found = dict(zip(together, Integer.all_scales(together, matrix, scaling), strict=True)) if together else {}
-    return [found[n] if isinstance(n, Integer) else n.scales(matrix, scaling) for n in numbers]
+    """:meth:`Number.scales` of a matrix in several formats; those of the kernels share a read of it."""
+    together = [number for number in numbers if isinstance(number, NativeNumber)]
+    found = iter(native_scales(together, matrix, scaling) if together else [])
+    return [next(found) if isinstance(n, NativeNumber) else n.scales(matrix, scaling) for n in numbers]
 
 
 def all_nearest(numbers: Sequence[Number], matrix: Tensor, scales: Sequence[Scales]) -> list[Tensor]:
-    """:meth:`Number.nearest` of a matrix in several formats; integers share a read of it."""
-    pairs = [(number, own) for number, own in zip(numbers, scales, strict=True) if isinstance(number, Integer)]
-    values = Integer.all_nearest([n for n, _ in pairs], matrix, [own for _, own in pairs]) if pairs else []
+    """:meth:`Number.nearest` of a matrix in several formats; those of the kernels share a read of it."""
+    pairs = [(number, own) for number, own in zip(numbers, scales, strict=True) if isinstance(number, NativeNumber)]
+    values = native_nearest([n for n, _ in pairs], matrix, [own for _, own in pairs]) if pairs else []
     rest = iter(values)
     return [
-        next(rest) if isinstance(number, Integer) else number.nearest(matrix, own)
+        next(rest) if isinstance(number, NativeNumber) else number.nearest(matrix, own)
         for number, own in zip(numbers, scales, strict=True)
     ]
 
@@ -196,7 +110,7 @@ class Quantized:
     Attributes:
         number: the format.
         shape: of the weight.
-        codes: int8 ``[rows, columns]``.
+        codes: ``[rows, columns]``: int8; of a kept format its dtype.
         scales: of the codes.
     """
 
@@ -219,7 +133,9 @@ class Quantized:
         return Quantized(number, shape, *number.unpack(packed, shape, scaling))
 
     def held_by(self, dtype: torch.dtype) -> Quantized:
-        """With the nearest scales that a model of ``dtype`` holds."""
+        """With the nearest scales that a model of ``dtype`` holds, where its readers keep them in its dtype."""
+        if isinstance(self.number, NativeNumber) and not self.number.scales_held:
+            return self
         return replace(self, scales=self.scales._replace(scale=held_by(dtype, self.scale)))
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -236,6 +152,4 @@ class Quantized:
 
     def to(self, device: torch.device) -> Quantized:
         """The same on a device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        scales = self.scales._replace(scale=self.scale.to(device), zero_point=zero_point)
-        return Quantized(self.number, self.shape, self.codes.to(device), scales)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .numbers import Quantized, Stored, all_nearest, all_scales, integer, stored_nbytes
-from .scaling import Scaling
+from .numbers import Quantized, all_nearest, all_scales, integer
+from .scaling import Scaling, Stored, stored_nbytes
 
 
 @dataclass(frozen=True)
 class Quantizer(Scaling):
-    """How weights are quantized; the same settings hold for every layer of a run.
-
-    Attributes:
-        group_size: -1 one scale per output channel; 0 one per tensor; g > 0 one per g consecutive inputs of a channel.
-        scale_steps: shrink factors 1, 0.99, 0.98, … tried for the least squared error (95 as in the paper; 1: absmax).
-        symmetric: codes are steps around zero; False stores a zero point with every scale.
-    """
+    """How weights are quantized: the settings of :class:`Scaling`, and integers under them by their bits."""
 
     def stored(self, shape: Sequence[int], bits: int) -> Stored:
         """{name: (shape, dtype)} of the tensors that :meth:`pack` gives for a weight."""

@@ -12,8 +12,9 @@ import clado_ext
 
 from ..common import require
 from .factors import Factors
-from .numbers import Integer, Number, Scales, all_scales
-from .scaling import Scaling, held_by
+from .integers import Integer
+from .numbers import Number, all_scales
+from .scaling import Scales, Scaling, held_by
 
 Coded = tuple[Tensor, Scales]  # int8 codes [rows, columns] and what they are multiples of
 

@@ -1,16 +1,53 @@
-"""How weights are scaled: the settings, and the matrix that the kernels see of a weight under them."""
+"""How weights are scaled: the settings, the matrix that the kernels see of a weight under them, and the scales it gets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common import require
+
+PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
+Stored = dict[str, tuple[tuple[int, int], torch.dtype]]  # {tensor: (shape, dtype)}
+
+
+def stored_nbytes(stored: Stored) -> int:
+    """Bytes of tensors of these shapes and dtypes."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+
+
+class Scales(NamedTuple):
+    """What the codes of a matrix are multiples of.
+
+    Attributes:
+        scale: float32 ``[rows, groups]``; of integers and fp8 in a half-precision weight, values that its dtype holds.
+        zero_point: the code of zero, int8 ``[rows, groups]``; None for symmetric quantization.
+        group_size: columns that share a scale; -1: the whole row.
+        tensor_scale: of nvfp4, float32 ``[1]``: a block's scale times it is the float8_e4m3 that is stored; None of others.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    group_size: int
+    tensor_scale: Tensor | None = None
+
+    def to(self, device: torch.device, copy: bool = False) -> Scales:
+        """The same on a device; ``copy``: in tensors of their own."""
+        scale, zero_point, below = (
+            None if part is None else part.to(device, copy=copy)
+            for part in (self.scale, self.zero_point, self.tensor_scale)
+        )
+        assert scale is not None
+        return Scales(scale, zero_point, self.group_size, below)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.scale, self.zero_point, self.tensor_scale) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -18,9 +55,11 @@ class Scaling:
     """How weights are scaled; the same settings hold for every layer of a run.
 
     Attributes:
-        group_size: -1 one scale per output channel; 0 one per tensor; g > 0 one per g consecutive inputs of a channel.
-        scale_steps: shrink factors 1, 0.99, 0.98, … tried for the least squared error (95 as in the paper; 1: absmax).
-        symmetric: codes are steps around zero; False stores a zero point with every scale.
+        group_size: -1 one scale per output channel; 0 one per tensor; g > 0 one per g consecutive inputs of a channel. fp8 has
+            one per channel for g > 0 too; blocks of mx and nvfp4 formats are what their standards say.
+        scale_steps: shrink factors 1, 0.99, 0.98, … tried for the least squared error (95 as in the paper; 1: absmax). Blocks of
+            mx and nvfp4 try what they can store in that range and up to twice the largest (1: as their standards say).
+        symmetric: codes are steps around zero; False stores a zero point with every scale of an integer. Floats are symmetric.
     """
 
     group_size: int = -1

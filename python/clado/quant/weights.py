@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..common import require, tensor_digest, weights_digest
+from .activations import ActivationRanges, input_rounding
 from .candidates import Candidates, Scheme
 from .factors import Factors, factored
+from .inputs import Variant
 from .layers import Layer
-from .numbers import Number, Quantized, Scales, all_nearest, all_scales
+from .numbers import Number, Quantized, all_nearest, all_scales
 from .quantizer import Quantizer
 from .rounded import Rounded
 from .rounding import ROUNDINGS
+from .scaling import Scales
 
 Moments = Mapping[str, Tensor]  # {layer: [G, inputs, inputs]}
 _KEPT_BYTES = 256 << 20  # of scales: a thousand million weights in groups of 64 take as much at four widths
@@ -52,8 +55,10 @@ def variants(
     device: torch.device,
     dtype: torch.dtype,
     rounded: Rounded | None = None,
-) -> list[list[Tensor]]:
-    """For every layer its weight, output channels first, under each of its candidates: quantized in its own dtype, converted.
+    activations: ActivationRanges | None = None,
+) -> list[list[Variant]]:
+    """For every layer its weight, output channels first, under each of its candidates: quantized in its own dtype, converted; and
+    how its input is rounded.
 
     Args:
         model: holds the weights; not changed.
@@ -61,15 +66,20 @@ def variants(
         quantizer: settings of the quantization.
         device, dtype: of the result.
         rounded: the weights as :func:`round_weights` made them; None: nearest rounding.
+        activations: ranges of the inputs; those of a base that rounds its inputs already round no more.
 
     Raises:
-        CladoError: a width without a format, or rounded weights that lack a candidate.
+        CladoError: a width without a format, rounded weights that lack a candidate, or a range that is needed and not there.
     """
+    found = []
     weights = _Weight.of(model, candidates.layers, quantizer, rounded)
-    return [
-        [value.to(device, dtype) for value in weight.values([scheme.number for scheme in schemes])]
-        for weight, schemes in zip(weights, candidates.schemes, strict=True)
-    ]
+    for layer, weight, schemes in zip(candidates.layers, weights, candidates.schemes, strict=True):
+        numbers = {scheme.weight: scheme.number for scheme in schemes}
+        made = zip(numbers, weight.values(list(numbers.values())), strict=True)
+        values = {name: value.to(device, dtype) for name, value in made}
+        rounds = [input_rounding(layer, scheme, activations) for scheme in schemes]
+        found.append([Variant(values[own.weight], how) for own, how in zip(schemes, rounds, strict=True)])
+    return found
 
 
 def codes(model: nn.Module, plan: Choice) -> dict[str, Quantized]:
@@ -204,25 +214,16 @@ class _Kept:
             found = self._held.get(key)
             if found is not None:
                 self._held.move_to_end(key)
-        return None if found is None else _copied(found, device)
+        return None if found is None else found.to(device, copy=True)
 
     def put(self, key: Any, scales: Scales) -> None:
-        mine = _copied(scales, torch.device("cpu"))
+        mine = scales.to(torch.device("cpu"), copy=True)
         with self._lock:
             before = self._held.pop(key, None)
             self._held[key] = mine
-            self.nbytes += _nbytes(mine) - (0 if before is None else _nbytes(before))
+            self.nbytes += mine.nbytes - (0 if before is None else before.nbytes)
             while self.nbytes > self.limit:
-                self.nbytes -= _nbytes(self._held.popitem(last=False)[1])
-
-
-def _copied(scales: Scales, device: torch.device) -> Scales:
-    zero_point = None if scales.zero_point is None else scales.zero_point.to(device, copy=True)
-    return scales._replace(scale=scales.scale.to(device, copy=True), zero_point=zero_point)
-
-
-def _nbytes(scales: Scales) -> int:
-    return scales.scale.nbytes + (0 if scales.zero_point is None else scales.zero_point.nbytes)
+                self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
 
 _SCALES = _Kept(_KEPT_BYTES)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
-from ..quant import Scheme, inputs_kept, scheme_names
+from ..quant import Scheme, all_plain, scheme_names
 from .style import Spec, decades, few_digits, note, rounded, rule
 
 STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
@@ -149,7 +149,7 @@ def at_every_scheme(sens: Sensitivity, shown: Sequence[int]) -> tuple[NDArray[np
 
 def name_of(schemes: Sequence[Scheme], number: str) -> str:
     """Expression for what people read for the scheme of a number."""
-    if inputs_kept(schemes):
+    if all_plain(schemes):
         return f"{[scheme.bits for scheme in schemes]}[{number}] + ' bits'"
     return f"{[scheme.label for scheme in schemes]}[{number}]"
 

@@ -48,7 +48,7 @@ def plan_of(sens: Sensitivity, chosen: Sequence[int] | NDArray[np.int64]) -> Pla
         sens.predict(schemes),
         quantizer=sens.quantizer,
         fingerprint=sens.fingerprint,
-        activations=sens.activations,
+        activations=sens.activations_of(schemes),
         rounding=sens.provenance.rounding,
         held=sens.held,
     )

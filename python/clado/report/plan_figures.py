@@ -7,7 +7,7 @@ from typing import Any
 
 from ..artifacts import Plan, Sensitivity
 from ..common import require
-from ..quant import inputs_kept
+from ..quant import all_plain
 from .style import Spec, decades, note, rule, with_error
 
 AXES = {  # of the frontier, by the budget that varies
@@ -26,7 +26,7 @@ def bits_figure(plan: Plan, sens: Sensitivity | None = None) -> Spec:
         CladoError: a plan without bits.
     """
     require(bool(plan.bits), "figure", "plan", "have bits", plan.status)
-    plain = inputs_kept(plan.chosen.values())
+    plain = all_plain(plan.chosen.values())
     rows: list[Spec] = []
     start = 0
     for layer in plan.layers:

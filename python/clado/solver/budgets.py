@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Sensitivity
 from ..common import CladoError, require
-from .constraints import LinearConstraint, read_latency
+from .constraints import LinearConstraint, number_of, read_latency
 from .options import SolveOptions
 
 MIB = 2**20
@@ -72,10 +72,11 @@ def make_budgets(sens: Sensitivity, asked: SolveOptions) -> list[Budget]:
         latency = asked.latency
         assert latency is not None
         table = latency if isinstance(latency, Mapping) else read_latency(latency)
-        own = {layer.name: {s.bits for s in row} for layer, row in zip(sens.layers, candidates.schemes, strict=True)}
-        missing = [name for name, widths in own.items() if not set(table.get(name, ())) >= widths]
-        require(not missing, "solve", "latency", "give every layer a time at every width", f"none for {missing[:3]}")
-        known = {name: table[name] for name in own}
+        pairs = [(layer.name, scheme) for layer, scheme in candidates.pairs]
+        missing = [f"{s.label} of {name}" for name, s in pairs if number_of(table.get(name, {}), s) is None]
+        must = "give every layer a time at every width or scheme"
+        require(not missing, "solve", "latency", must, f"none for {', '.join(missing[:3])}")
+        known = {layer.name: table[layer.name] for layer in sens.layers}
         timed = _real_budget(sens, LinearConstraint("latency_ms", known, asked.latency_ms or 0.0))
         budgets.append(_unlimited(sens, timed) if asked.latency_ms is None else timed)
     budgets += [_real_budget(sens, constraint) for constraint in asked.constraints]
@@ -108,11 +109,9 @@ def _real_budget(sens: Sensitivity, constraint: LinearConstraint) -> Budget:
     require(number, "solve", name, "have a finite limit", repr(limit))
     real = np.zeros(sens.num_candidates)
     for layer, row in constraint.coefficients.items():
-        for bits, value in row.items():
-            k = sens.candidates.position(layer)
-            for v, scheme in enumerate(sens.candidates.schemes[k], int(sens.candidates.starts[k])):
-                if scheme.bits == bits:
-                    real[v] = value
+        k = sens.candidates.position(layer)
+        for v, scheme in enumerate(sens.candidates.schemes[k], int(sens.candidates.starts[k])):
+            real[v] = number_of(row, scheme) or 0.0
     require(bool(np.isfinite(real).all()), "solve", name, "have finite coefficients", "NaN or infinity")
     largest = np.maximum.reduceat(np.abs(real), sens.candidates.starts[:-1]).sum()
     exponent = 50 - math.frexp(max(largest, 1e-300))[1]

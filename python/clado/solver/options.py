@@ -104,7 +104,7 @@ class SolveOptions(Arguments):
     )
     bitops: float | None = argument(
         None,
-        "upper bound on Σ macs·bits·act_bits for one sample.",
+        "upper bound on Σ macs · bits of the weight · bits of the input, for one sample.",
         Line("--bitops", "number", "Sum of macs x bits x act-bits for one sample."),
         check=POSITIVE,
         group="budget",
@@ -119,7 +119,7 @@ class SolveOptions(Arguments):
     _: KW_ONLY
     latency: Table | str | os.PathLike[str] | None = argument(
         None,
-        "{layer: {bits: ms}}, or a file that :func:`clado.solver.read_latency` reads.",
+        "{layer: {bits, or a scheme's label: ms}}, or a file that :func:`clado.solver.read_latency` reads.",
         Line("--latency", "text", "Table of ms for --latency-ms: CSV of `clado latency`, or JSON."),
         group="budget",
     )
@@ -134,7 +134,7 @@ class SolveOptions(Arguments):
     constraints: tuple[LinearConstraint, ...] = argument(
         (),
         "linear constraints of your own, or a file that :func:`clado.solver.read_constraints` reads.",
-        Line("--constraints", "text", "JSON {name: {limit, coefficients: {layer: {bits: number}}}} of your own."),
+        Line("--constraints", "text", "JSON {name: {limit, coefficients: {layer: {scheme: number}}}} of your own."),
         check=Check(lambda value: isinstance(value, (Collection, os.PathLike)), "be LinearConstraints or a file"),
         kept=_read_constraints,
         takes="Sequence[LinearConstraint] | str | os.PathLike[str]",

@@ -274,12 +274,12 @@ class Solver:
         choice = merge.spread(answer.choice)
         value = program.value(choice)
         bound = min(answer.bound, value)
-        unit = reference(program, choice)
+        unit, schemes = reference(program, choice), sens.candidates.choice(choice)
         gap = (value - bound) / unit if unit > 0 else 0.0
         info = {"solver": answer.solver, "relative_gap": gap, "negative_eigenvalue_share": self._mass, **searched(sens)}
         return Plan(
             layers=sens.layers,
-            schemes=sens.candidates.choice(choice),
+            schemes=schemes,
             status="optimal" if gap <= CLOSED else "feasible",
             objective=value,
             bound=bound,
@@ -288,7 +288,7 @@ class Solver:
             usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in asked.budgets},
             quantizer=sens.quantizer,
             fingerprint=dict(sens.fingerprint),
-            activations=sens.activations,
+            activations=sens.activations_of(schemes),
             rounding=sens.provenance.rounding,
             held=sens.held,
             info=info,
@@ -396,7 +396,7 @@ def given_plan(
         usage={b.name: {"used": b.shown(b.use[choice].sum()), "limit": b.given} for b in rows},
         quantizer=sens.quantizer,
         fingerprint=dict(sens.fingerprint),
-        activations=sens.activations,
+        activations=sens.activations_of(bits),
         rounding=sens.provenance.rounding,
         held=sens.held,
         info=searched(sens),
@@ -420,7 +420,7 @@ def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:
         own = keep[np.diag(inner)]
         worst = own if len(own) else keep[inner.any(axis=1)]
         flat, layer = sens.candidates.flat, sens.candidates.layer_of
-        names = [f"({sens.layers[layer[v]].name}, {flat[v].bits})" for v in worst]
+        names = [f"({sens.layers[layer[v]].name}, {flat[v].bits if flat[v].plain else flat[v].label})" for v in worst]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CladoError(
             f"solve: matrix must be finite at every allowed candidate, got NaN or infinity at (layer, bits) "

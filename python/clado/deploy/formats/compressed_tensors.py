@@ -86,12 +86,20 @@ def kept(request: Request) -> list[Layer]:
     return split(request)[1]
 
 
+def notes(request: Request, folder: Path) -> tuple[str, ...]:
+    """What the format leaves out of the plan."""
+    rounded = [layer.name for layer in split(request)[0] if request.plan.chosen[layer.name].input]
+    shown = ", ".join(rounded[:3]) + (f" and {len(rounded) - 3} more" if len(rounded) > 3 else "")
+    return (f"inputs stay float, those of {shown} too, which the plan rounds",) if rounded else ()
+
+
 def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     """The plan's layers that the format holds packed, and those that stay float in it.
 
     Raises:
         CladoError: no layer left, or a width whose layout depends on the reader's version and no choice of it.
     """
+    base.check_integers(request.plan, "compressed-tensors")
     known = dict(request.model.named_modules(remove_duplicate=False))
     quantized: list[Layer] = []
     stays: list[Layer] = []
@@ -256,4 +264,4 @@ def _ignored(model: nn.Module, quantized: list[Layer]) -> list[str]:
     return [name for name, m in every if isinstance(m, (nn.Linear, _ConvNd)) and name not in packed]
 
 
-FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, CONFIG_FILE), options=Options, kept=kept)
+FORMAT = base.Format(write, predict, verify, files=(MODEL_FILE, CONFIG_FILE), options=Options, kept=kept, notes=notes)

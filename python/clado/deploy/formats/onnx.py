@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...artifacts import Plan
 from ...common import CladoError, require, said
 from ...quant import ActivationRanges, Layer, Quantized, modules, quantize_activations
 from ..applied import dequantized
@@ -65,6 +66,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
+    base.check_integers(request.plan, "onnx")
     ir = _import_ir()
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
@@ -105,7 +107,7 @@ def verify(request: Request, folder: Path) -> str:
     ranges = _ranges(request)
     _check_rounding(folder, ranges)
     batches = _batches(request, folder)
-    model = dequantized(request.model, replace(request.plan, activations=None), request.codes)
+    model = dequantized(request.model, _weights_alone(request.plan), request.codes)
     plain = [_outputs(model, face) for face in batches]
     with _without_rounding(folder) if ranges else nullcontext(folder) as bare:
         error = _gap([outputs_of(bare, face.inputs) for face in batches], plain)
@@ -116,7 +118,9 @@ def verify(request: Request, folder: Path) -> str:
     if not ranges:
         return said
     pairs = {name: (low, high) for name, (_, low, high) in ranges.items()}
-    rounding = quantize_activations(model, ActivationRanges(8, pairs), [layer for layer, _, _ in ranges.values()])
+    rounding = quantize_activations(
+        model, ActivationRanges.of_width(8, pairs), [layer for layer, _, _ in ranges.values()]
+    )
     rounded = [_outputs(rounding, face) for face in batches]
     whole = _gap([outputs_of(folder, face.inputs) for face in batches], rounded)
     allowed = max(_TOLERANCE_ACTIVATIONS, _gap(plain, rounded))
@@ -446,9 +450,11 @@ def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
         unknown = sorted(set(request.options.activations) - set(planned))
         require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
         return {name: (planned[name], *_with_zero(name, pair)) for name, pair in request.options.activations.items()}
+    other = [f"{scheme.label} of {name}" for name, scheme in plan.chosen.items() if scheme.input not in ("", "int8")]
+    must = "round inputs to 8 bits with one range per tensor (A8), or not at all, for onnx"
+    require(not other, "export", "plan", must, ", ".join(other[:3]))
     if not plan.activations:
         return {}
-    require(plan.activations.bits == 8, "export", "act_bits", "be 8 for onnx", plan.activations.bits)
     owner = {module: layer for layer in plan.layers for module in modules(layer)}
     found: dict[str, tuple[Layer, float, float]] = {}
     for module, (low, high) in plan.activations.ranges.items():
@@ -460,6 +466,12 @@ def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
         if high > low:
             found[layer.name] = (layer, low, high)
     return found
+
+
+def _weights_alone(plan: Plan) -> Plan:
+    """The plan under which no input is rounded."""
+    schemes = {name: replace(scheme, input="").label for name, scheme in plan.chosen.items()}
+    return replace(plan, schemes=schemes, activations=None)
 
 
 def _with_zero(layer: str, pair: tuple[float, float]) -> tuple[float, float]:

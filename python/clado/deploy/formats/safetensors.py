@@ -1,4 +1,4 @@
-"""clado's own format: packed codes of every width, scales, float leftovers, the plan and its certificate in one file."""
+"""clado's own format: packed codes of every number format, scales, float leftovers, the plan and its certificate in one file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...artifacts import Plan
 from ...common import CladoError, digest, require, tensor_digest
-from ...quant import Layer, Quantized, quantize_activations
+from ...quant import Layer, Quantized, with_rounded_inputs
 from ..applied import dequantized
 from ..nn import replace_layers
 from . import base
@@ -79,7 +79,7 @@ def load(folder: Path, model: nn.Module, packed: bool = False) -> nn.Module:
             state[name].copy_(value)
     if packed:
         replace_layers(loaded, plan, held)
-    return quantize_activations(loaded, plan.activations, plan.layers) if plan.activations else loaded
+    return with_rounded_inputs(loaded, plan.layers, plan.chosen, plan.activations)
 
 
 def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]:
@@ -111,13 +111,13 @@ def read(folder: Path) -> tuple[Plan, dict[str, torch.dtype], dict[str, Tensor]]
 
 def _taken(plan: Plan, layer: Layer, tensors: dict[str, Tensor]) -> Quantized:
     """A layer's weight out of the tensors of a file, which lose its parts."""
-    bits = plan.bits[layer.name]
-    parts = {part: tensors.pop(f"{layer.name}.{part}") for part in plan.quantizer.stored(layer.shape, bits)}
-    return plan.quantizer.unpack(parts, bits, layer.shape)
+    number = plan.chosen[layer.name].number
+    parts = {part: tensors.pop(f"{layer.name}.{part}") for part in number.stored(layer.shape, plan.quantizer)}
+    return Quantized.unpacked(number, layer.shape, parts, plan.quantizer)
 
 
 def _check_layer(plan: Plan, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
-    for part, (shape, wanted) in plan.quantizer.stored(layer.shape, plan.bits[layer.name]).items():
+    for part, (shape, wanted) in plan.chosen[layer.name].number.stored(layer.shape, plan.quantizer).items():
         found = tensors.get(f"{layer.name}.{part}")
         got = "none" if found is None else f"{found.dtype} {tuple(found.shape)}"
         fits = found is not None and tuple(found.shape) == shape and found.dtype == wanted

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...graph import Runner, Variants
+from ...quant import Variant
 from ..losses import Loss
 from ..share import Share, longest
 from ..sums import Sums
@@ -218,7 +219,7 @@ def groups(counts: Sequence[int], held: int | None) -> list[range]:
     return found
 
 
-def stacks(runner: Runner, variants: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+def stacks(runner: Runner, variants: Sequence[Variant]) -> Iterator[Sequence[Variant]]:
     """As many variants of a layer at a time as the runner may stack."""
     size = runner.stack or len(variants)
     return (variants[k : k + size] for k in range(0, len(variants), size))

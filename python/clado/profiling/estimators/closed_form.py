@@ -47,7 +47,7 @@ def additive(
     """
     counts = [len(own) for own in variants]
     parts = groups(counts, runner.held)
-    sums = Sums.zeros(sum(counts), variants[0][0].device)
+    sums = Sums.zeros(sum(counts), variants[0][0].weight.device)
     z, increase = None, list[Tensor]()
     for k, layers in enumerate(parts):
         first = singles(runner, variants, batch, loss, tick, share, layers, z)

@@ -47,7 +47,7 @@ def gradient(
     slope: Tensor | None = None
     if loss.rests:
         reached["z"] = loss.taken(runner.clean(runner.start(batch)))
-        base = torch.zeros(1, samples, dtype=torch.float64, device=variants[0][0].device)
+        base = torch.zeros(1, samples, dtype=torch.float64, device=variants[0][0].weight.device)
     else:
         slope = runner.products(state, variants, objective)
         base = reached["losses"]
