@@ -19,6 +19,7 @@ from .fake_quant import (
 from .iqp_prove import iqp_prove
 from .iqp_search import iqp_search
 from .pairwise_ce import pairwise_ce
+from .scale_errors import scale_errors
 from .scale_search import range_search, scale_search
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "range_search",
+    "scale_errors",
     "scale_search",
     "set_simd",
     "simd_level",

@@ -43,4 +43,5 @@ void bind_fake_quant(py::module_& m);
 void bind_iqp_prove(py::module_& m);
 void bind_iqp_search(py::module_& m);
 void bind_pairwise_ce(py::module_& m);
+void bind_scale_errors(py::module_& m);
 void bind_scale_search(py::module_& m);

@@ -25,5 +25,6 @@ PYBIND11_MODULE(_native, m) {
   bind_iqp_prove(m);
   bind_iqp_search(m);
   bind_pairwise_ce(m);
+  bind_scale_errors(m);
   bind_scale_search(m);
 }

@@ -166,6 +166,9 @@ class AsNative:
             return [int(self.module.pairwise_ce_workspace(*args[0][2:]))]
         if stem == "compensate":
             return [int(self.module.compensate_workspace(*args[0][2:4], len(args[1])))]
+        if stem == "scale_errors":
+            (_, _, rows, columns, _, group), (_, count, *_) = args[:2]
+            return [int(self.module.scale_errors_workspace(rows, columns, group, count))]
         if stem == "scale_search":
             return [self._search_workspace(*args[:3])]
         if stem == "fake_quant":

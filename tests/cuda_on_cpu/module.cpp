@@ -8,6 +8,7 @@
 #include "compensate.cpp"
 #include "fake_quant.cpp"
 #include "pairwise_ce.cpp"
+#include "scale_errors.cpp"
 #include "scale_search.cpp"
 
 PYBIND11_MODULE(cuda_on_cpu, m) {
@@ -18,5 +19,6 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   bind_compensate(m);
   bind_fake_quant(m);
   bind_pairwise_ce(m);
+  bind_scale_errors(m);
   bind_scale_search(m);
 }
