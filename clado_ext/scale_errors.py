@@ -15,10 +15,10 @@ from ._weights import check_like, check_weight, given, matrix_shape
 def scale_errors(weight: Tensor, scale: Tensor, low: int, high: int, group_size: int = -1) -> Tensor:
     """Rate candidate scales by squared error, all of them in one read of the weight.
 
-    ``error = Σ (round_half_even(clamp(w / scale, low, high)) * scale - w)²`` over the group, in float32, the quotient as a product
-    with the reciprocal. It is what a search with a grid, a metric of ties or a stopping rule of its own needs; where the grid is
-    a matter of indifference, :func:`scale_search` tries 95 steps for less. Errors are added in a fixed order, so they have the same
-    bits on every device, SIMD level and thread count.
+    ``error = Σ (round_half_even(clamp(w / scale, low, high)) * scale - w)²`` over the group, in float32, the quotient as a
+    product with the reciprocal. This is what a search with a grid or a stopping rule of its own needs; where any grid will do,
+    :func:`scale_search` tries 95 steps in less time, since it leaves out those that cannot win. Errors are added in a fixed
+    order, so they have the same bits on every device, SIMD level and thread count.
 
     Args:
         weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``; for one scale per tensor pass ``reshape(1, -1)``.

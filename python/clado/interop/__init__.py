@@ -1,4 +1,4 @@
-"""Other tools: their scores become a matrix, a plan becomes their configuration, and inside :func:`backend` they run on our kernels.
+"""Other tools: their scores become a matrix, a plan becomes their configuration, and they run on our kernels.
 
 Other packages call the readers and :data:`RECIPES`; foreign pickles are taken apart inside and nothing of them gets out.
 """

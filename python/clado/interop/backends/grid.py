@@ -12,7 +12,7 @@ NEAR = 1e-4
 
 
 def rated(matrix: Tensor, scales: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Errors ``[S, N]`` float64 of S candidate scales for each row of ``[N, K]``, and which of them rounding could make the least.
+    """Errors ``[S, N]`` float64 of S scales for each row of ``[N, K]``, and which of them rounding could make the least.
 
     Rows whose least error is 0 have no such candidates: rounding cannot undercut that.
     """

@@ -1,8 +1,10 @@
-"""NVIDIA ModelOpt: scales by squared error, fake quantization of integers, and scores by KL divergence.
+"""NVIDIA ModelOpt: scales by squared error, and forwards that need not be run.
 
-Of ``auto_quantize`` on a ViT, weights only, calibration by squared error takes two fifths: 39 times over, each weight is
-quantized by five passes through memory. One read does. The rest is the tool's forwards; with ``method="kl_div"`` most of them
-repeat what the clean one has computed up to the perturbed layer.
+Calibration by squared error quantizes each weight 39 times, by five passes through memory each, where one read of it does. The
+forwards of that calibration look at activations that nobody quantizes, and those of ``method="kl_div"`` repeat what the clean one
+has computed up to the perturbed layer. What is left in the tool's hands is computed as it always was, so that scores and recipes
+keep their bits. That holds for the fake quantization inside the scoring forwards, one in forty of such a call: our kernel's
+differs in the last bit (a quotient for a product), and KL divergences at 8 bits are made of last bits.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from clado_ext import fake_quant
 
 from .grid import rated
 from .patches import Part, Used
@@ -77,9 +77,8 @@ def _collect(calibrator: Any, x: Tensor) -> None:
     rows = near.any(0).nonzero().flatten()
     if len(rows):
         some = matrix[rows].float()
-        original = getattr(_tensor_quant, "__wrapped__", _tensor_quant)
         for k in near.any(1).nonzero().flatten().tolist():
-            values = original(some, amax[k, rows, None], bits, False, narrow)
+            values = _tensor_quant(some, amax[k, rows, None], bits, False, narrow)
             losses[k, rows] = nn.functional.mse_loss(some, values, reduction="none").sum(1)
     if calibrator._candidates is None:
         calibrator._candidates, calibrator._num_steps = candidates, len(candidates)
@@ -94,33 +93,11 @@ def _scale(amax: Tensor, high: int) -> Tensor:
     return torch.where(amax <= LEAST, 0.0, amax / high)
 
 
-def _quantizing(stock: Callable[..., Any], used: Used) -> Callable[..., Any]:
-    """``_tensor_quant``: values in one pass, by the quotient w / scale (ModelOpt multiplies by 1 / scale: they differ in the last bit)."""
-
-    @wraps(stock)
-    def _tensor_quant(
-        inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-    ) -> Any:
-        per_row = inputs.dim() > 1 and amax.dim() == inputs.dim() and amax.shape[0] == amax.numel() == inputs.shape[0]
-        one = amax.numel() == 1
-        fits = 2 <= num_bits <= 8 and not unsigned and not narrow_range and inputs.numel() and (per_row or one)
-        if not fits or inputs.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not (amax > LEAST).all():
-            used.left["fake quantization"] += 1
-            return stock(inputs, amax, num_bits, unsigned, narrow_range)
-        used.ours["fake quantization"] += 1
-        with torch.no_grad():
-            matrix = inputs.detach().reshape(1 if one else inputs.shape[0], -1)
-            scale = _scale(amax.detach().float().reshape(1, -1, 1), 2 ** (num_bits - 1) - 1)
-            return fake_quant(matrix, scale, (num_bits,))[0].view(inputs.shape)
-
-    return _tensor_quant
-
-
 _IDLE: ContextVar[bool] = ContextVar("idle", default=False)
 
 
 def _calibrating(stock: Callable[..., Any], used: Used) -> Callable[..., Any]:
-    """``mse_calibrate``: says whether any quantizer that is on looks at activations at all (ModelOpt asks that for ``max`` only)."""
+    """``mse_calibrate``: says whether any quantizer that is on looks at activations (ModelOpt asks that for ``max`` only)."""
 
     @wraps(stock)
     def mse_calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +179,7 @@ PARTS = (
         ),
         _calibrating,
     ),
-    Part(QUANTIZER, "_tensor_quant", ("inputs", "amax", "num_bits", "unsigned", "narrow_range"), _quantizing),
+    Part(QUANTIZER, "_tensor_quant", ("inputs", "amax", "num_bits", "unsigned", "narrow_range")),
     Part(SEARCH, "_AutoQuantizeBaseSearcher._run_func", ("self", "func", "num_iters", "desc"), _running),
     Part(SEARCH, "AutoQuantizeKLDivSearcher.estimate_sensitivity_scores", ("self",), _scoring),
 )

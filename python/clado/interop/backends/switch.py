@@ -40,11 +40,11 @@ _LOCK = threading.RLock()
 def backend(tool: str) -> Iterator[Used]:
     """Let another quantization tool run on our kernels inside a ``with`` block: its calls, its results, less time.
 
-    ``"modelopt"`` (NVIDIA ModelOpt 0.47): inside ``mtq.quantize`` and ``mtq.auto_quantize``, the search for scales by squared error
-    (``algorithm="mse"``), fake quantization of integers, and the forwards of ``method="kl_div"``, which start where the perturbed
-    layer stands. ``"brevitas"`` (0.13): the search for scales of weights by squared error (``Int8WeightPerChannelFloatMSE`` and
-    its kin). The grids, the tie rules and the choice stay the tool's; where two scales come within 1e-4 of the same error, its own
-    arithmetic decides.
+    ``"modelopt"`` (NVIDIA ModelOpt 0.47): inside ``mtq.quantize`` and ``mtq.auto_quantize``, the search for scales by squared
+    error (``algorithm="mse"``); inside ``auto_quantize`` also the forwards of that calibration, left out where no quantizer looks
+    at activations (batches are drawn all the same), and those of ``method="kl_div"``, which start where the perturbed layer is.
+    ``"brevitas"`` (0.13): the search for scales of weights by squared error (``Int8WeightPerChannelFloatMSE`` and its kin).
+    Grids, tie rules and choices stay the tool's; where two scales come within 1e-4 of the same error, its own arithmetic decides.
 
     Functions inside the tool are replaced for the whole process, all threads, until the outermost block of that tool ends, also
     by an error. What a replacement does not cover (other formats, devices, dtypes) runs as the tool has it and is counted.
