@@ -72,6 +72,8 @@ def quantization(
                             *given, STEPS, (at(importance), len(importance)), at(by_importance), at(zero), threads
                         )
                         assert native.scale_search_cpu(*given, STEPS, (0, 1), at(scale), at(zero), threads)
+                        rated = np.zeros((3, rows, groups))
+                        native.scale_errors_cpu(given[0], (at(scale), 3, -8, 7), at(rated), threads)
                         native.fake_quant_cpu(*given, at(scale), at(zero), at(values), at(error), threads)
                         native.quantize_cpu(*given, at(scale), at(zero), at(codes), threads)
                         outputs = [scale, values, error, *([] if zero is None else [zero])]
@@ -80,7 +82,7 @@ def quantization(
                         addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
                         native.quantize_weight_cpu(*given, STEPS, *addresses, threads)
                         assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
-                        return [*outputs, codes, by_importance]
+                        return [*outputs, codes, by_importance, rated]
 
                     yield run
 
