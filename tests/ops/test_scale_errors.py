@@ -12,7 +12,7 @@ from clado_ext.reference.scale_errors import scale_errors as oracle
 from tests.ops.devices import DEVICES, at_every_cpu_setting, same_bits
 
 # step * s - w is off by a rounding of step * s and one of the difference: 2^-24 of up to 2^8 steps each, 2^-15 of a step, which
-# may be a weight's whole error. w * (1/s) is off as well, but a weight so near the middle of two steps has the same error at both.
+# may be the whole error. w * (1/s) is off as well, but a weight so near the middle of two steps has the same error at both.
 TOLERANCE = 2.0**-14
 
 
