@@ -133,17 +133,18 @@ SCORING = {
 
 
 def rows() -> Iterator[Row]:
+    own = partial(Row, "modelopt", "nvidia-modelopt")
     for name, size in (("vit_small_patch16_224", 224), ("resnet18", 224)):
         model = net(name)
-        own = partial(Row, "modelopt", "nvidia-modelopt")
         call = partial(auto_quantize, model, size, 8, "gradient")
         yield own(f"auto_quantize gradient, {name}, 8 images", call, SEARCH | FORWARDS)
-        call = partial(auto_quantize, model, size, 2, "kl_div")
-        yield own(f"auto_quantize kl_div, {name}, 2 images", call, SEARCH | FORWARDS | SCORING)
         yield own(f"quantize W4, {name}", partial(quantize, model), SEARCH)
         search = {"scale search": ("brevitas.core.stats.stats_op", "MSE.mse_search")}
         call = partial(layerwise_quantize, model, size)
         yield Row("brevitas", "brevitas", f"layerwise_quantize W4 and a forward of 8, {name}", call, search)
+    for name, size in (("vit_tiny_patch16_224", 224), ("resnet18", 128)):  # a forward per layer and width
+        call = partial(auto_quantize, net(name), size, 1, "kl_div")
+        yield own(f"auto_quantize kl_div, {name} at {size} px, 1 image", call, SEARCH | FORWARDS | SCORING)
 
 
 @contextmanager

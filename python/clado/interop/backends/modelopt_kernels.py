@@ -44,6 +44,7 @@ def _why_not(calibrator: Any, x: Tensor) -> str:
     from modelopt.torch.quantization.calib.mse import MseCalibrator
     from modelopt.torch.quantization.model_calib import _mse_quant_func
     from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import StaticBlockScaleQuantizer
 
     call = calibrator._quant_func
     if type(calibrator) is not MseCalibrator or calibrator._error_func is not None:
@@ -51,7 +52,8 @@ def _why_not(calibrator: Any, x: Tensor) -> str:
     if not isinstance(call, partial) or call.func is not _mse_quant_func or set(call.keywords) != {"quantizer"}:
         return "its own quantizer"
     quantizer = call.keywords["quantizer"]
-    plain = type(quantizer) is TensorQuantizer and isinstance(quantizer.num_bits, int) and quantizer.num_bits >= 2
+    known = type(quantizer) in (TensorQuantizer, StaticBlockScaleQuantizer) and not getattr(quantizer, "_lsq", False)
+    plain = known and isinstance(quantizer.num_bits, int) and 2 <= quantizer.num_bits <= 16
     if not plain or quantizer.unsigned or quantizer.backend is not None or quantizer._use_constant_amax:
         return "no plain signed integers"
     if quantizer.pre_quant_scale is not None or quantizer.bias is not None or quantizer.rotate_is_enabled:
