@@ -27,6 +27,7 @@ from .iqp_search import iqp_search
 from .pairwise_bce import pairwise_bce
 from .pairwise_ce import pairwise_ce
 from .pairwise_mse import pairwise_mse
+from .scale_errors import scale_errors
 from .scale_search import format_search, range_search, scale_search, tensor_scale
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "quantize_formats",
     "quantize_weight",
     "range_search",
+    "scale_errors",
     "scale_search",
     "set_simd",
     "simd_level",

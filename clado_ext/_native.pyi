@@ -32,6 +32,8 @@ Target: TypeAlias = tuple[int, int, int, int, int, int]
 Factors: TypeAlias = tuple[int, int, int, int, int, int]
 # What errors count: address (or 0), rows.
 Importances: TypeAlias = tuple[int, int]
+# Scales to be rated: address, candidates, lowest and highest step.
+Proposed: TypeAlias = tuple[int, int, int, int]
 # Carried differences: streams, rows, columns, whether what is read is bfloat16, whether what is written is.
 Streams: TypeAlias = tuple[int, int, int, bool, bool]
 # Logits and their changes: both addresses, perturbations, samples, classes, whether they are float64.
@@ -192,6 +194,15 @@ def quantize_weight_cuda(
     /,
 ) -> None: ...
 def quantize_cuda(weight: Weight, formats: Sequence[Format], codes: int, device: int, stream: int, /) -> None: ...
+
+# scale_errors
+MOST_STEP: int  # the farthest step from zero
+
+def scale_errors_cpu(weight: Weight, proposed: Proposed, errors: int, threads: int, /) -> None: ...
+def scale_errors_workspace(rows: int, columns: int, group_size: int, count: int, /) -> int: ...
+def scale_errors_cuda(
+    weight: Weight, proposed: Proposed, errors: int, workspace: int, device: int, stream: int, /
+) -> None: ...
 
 # scale_search
 MOST_STEPS: int  # shrink factors

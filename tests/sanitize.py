@@ -72,6 +72,8 @@ def quantization(
                         weighted = targets_of(by_importance, zero, group), STEPS, (at(importance), len(importance))
                         assert native.scale_search_cpu(taken, *weighted, threads)
                         assert native.scale_search_cpu(taken, targets_of(scale, zero, group), STEPS, (0, 1), threads)
+                        rated = np.zeros((3, rows, groups))
+                        native.scale_errors_cpu(taken, (at(scale), 3, -8, 7), at(rated), threads)
                         formats = [(bits, group, at(scale[k]), zero_at(zero, k)) for k, bits in enumerate(BITS)]
                         native.fake_quant_cpu(taken, formats, at(values), at(error), threads)
                         native.quantize_cpu(taken, formats, at(codes), threads)
@@ -81,7 +83,7 @@ def quantization(
                         addresses = (at(again[0]), at_zero, at(again[1]), at(again[2]))
                         native.quantize_weight_cpu(*given, STEPS, *addresses, threads)
                         assert all(x.tobytes() == y.tobytes() for x, y in zip(outputs, again, strict=True))
-                        return [*outputs, codes, by_importance]
+                        return [*outputs, codes, by_importance, rated]
 
                     yield run
 

@@ -45,4 +45,5 @@ void bind_iqp_search(py::module_& m);
 void bind_pairwise_bce(py::module_& m);
 void bind_pairwise_ce(py::module_& m);
 void bind_pairwise_mse(py::module_& m);
+void bind_scale_errors(py::module_& m);
 void bind_scale_search(py::module_& m);

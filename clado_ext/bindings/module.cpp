@@ -32,5 +32,6 @@ PYBIND11_MODULE(_native, m) {
   bind_pairwise_bce(m);
   bind_pairwise_ce(m);
   bind_pairwise_mse(m);
+  bind_scale_errors(m);
   bind_scale_search(m);
 }

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
+
 #include "common/lanes.h"
 #include "common/weights.h"
 
@@ -189,6 +191,32 @@ CLADO_INLINE typename F::Int element_code(F x) {
   const Int sign = (as<int32_t>(x) >> 31) & sign_code(E);
   return select(x == x, Magnitude<E, F>(x).code() + sign, Int{});
 }
+
+constexpr int padded_count(int count) { return (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes; }
+
+// A block of weights as float32, padded with zeros to whole lanes; returns the padded count.
+template <class F, DType D>
+CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
+  const int whole = count / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<F, D>(weight, i));
+  const int padded = padded_count(count);
+  if (padded > whole) {
+    alignas(64) char tail[2 * kBlockLanes * 4] = {};
+    std::memcpy(tail, weights_at<D>(weight, whole), static_cast<size_t>((count - whole) * kWeightBytes<D>));
+    for (int i = whole; i < padded; i += kLanes) store(out + i, load_weights<F, D>(tail, i - whole));
+  }
+  return padded;
+}
+
+template <class F>
+CLADO_INLINE void read_block_body(const void* weight, DType dtype, int count, float* out, int* padded) {
+  *padded = dtype == DType::float32   ? read_typed<F, DType::float32>(weight, count, out)
+            : dtype == DType::float16 ? read_typed<F, DType::float16>(weight, count, out)
+                                      : read_typed<F, DType::bfloat16>(weight, count, out);
+}
+
+// Sums of several NaN are one of them, by chance: always the same.
+inline double settled(double sum) { return sum == sum ? sum : NAN; }
 
 // The lanes of a block are two vectors: lane l of 32 is lane l % 16 of vector l / 16.
 template <class F>

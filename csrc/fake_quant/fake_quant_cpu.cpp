@@ -410,9 +410,6 @@ void for_each_block(const Quantizer& quantizer, int threads, Fn fn) {
   });
 }
 
-// Sums of several NaN are one of them, by chance: always the same.
-double settled(double sum) { return sum == sum ? sum : NAN; }
-
 }  // namespace
 
 void fake_quant_cpu(const WeightView& weight, const FormatList& formats, void* values, double* sqerr, int threads) {

@@ -16,29 +16,6 @@ constexpr int kChunk = 8;       // steps between two looks at whether later ones
 constexpr int kKept = 16;       // blocks of a group that are kept as float32 between chunks
 constexpr int64_t kPanel = 64;  // blocks of a long group whose errors are kept at a time
 
-constexpr int padded_count(int count) { return (count + kBlockLanes - 1) / kBlockLanes * kBlockLanes; }
-
-// A block of weights as float32, padded with zeros to whole lanes; returns the padded count.
-template <class F, DType D>
-CLADO_INLINE int read_typed(const void* weight, int count, float* out) {
-  const int whole = count / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes) store(out + i, load_weights<F, D>(weight, i));
-  const int padded = padded_count(count);
-  if (padded > whole) {
-    alignas(64) char tail[2 * kBlockLanes * 4] = {};
-    std::memcpy(tail, weights_at<D>(weight, whole), static_cast<size_t>((count - whole) * kWeightBytes<D>));
-    for (int i = whole; i < padded; i += kLanes) store(out + i, load_weights<F, D>(tail, i - whole));
-  }
-  return padded;
-}
-
-template <class F>
-CLADO_INLINE void read_block_body(const void* weight, DType dtype, int count, float* out, int* padded) {
-  *padded = dtype == DType::float32   ? read_typed<F, DType::float32>(weight, count, out)
-            : dtype == DType::float16 ? read_typed<F, DType::float16>(weight, count, out)
-                                      : read_typed<F, DType::bfloat16>(weight, count, out);
-}
-
 // bottom = min(w, 0), top = max(w, 0), both NaN when something is not finite.
 template <class F>
 CLADO_INLINE void extremes_body(const float* w, int padded, float* bottom, float* top) {

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .artifacts import Plan, Sensitivity
     from .deploy import apply, export, load, predicted_bytes, time_layers, verify
     from .improve import Score, correct, evaluate, finish, refine, rerank, smallest_within
+    from .interop import backend
     from .profiling import RunPlan, plan_run, profile
     from .quant import Layer, Quantizer
     from .report import write_figures, write_report
@@ -36,6 +37,7 @@ __all__ = [
     "Sensitivity",
     "Solver",
     "apply",
+    "backend",
     "correct",
     "evaluate",
     "export",

@@ -168,6 +168,9 @@ class AsNative:
             return [int(self.module.pairwise_mse_workspace(args[0]))]
         if stem == "compensate":
             return [int(self.module.compensate_workspace(*args[0][2:4], len(args[1])))]
+        if stem == "scale_errors":
+            (_, _, rows, columns, _, group), (_, count, *_) = args[:2]
+            return [int(self.module.scale_errors_workspace(rows, columns, group, count))]
         if stem == "scale_search":
             weight, targets, steps = args[:3]
             return [max(self._search_workspace(weight, target[1], len(targets), steps) for target in targets)]

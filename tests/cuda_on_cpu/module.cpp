@@ -10,6 +10,7 @@
 #include "pairwise_bce.cpp"
 #include "pairwise_ce.cpp"
 #include "pairwise_mse.cpp"
+#include "scale_errors.cpp"
 #include "scale_search.cpp"
 
 PYBIND11_MODULE(cuda_on_cpu, m) {
@@ -22,5 +23,6 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   bind_pairwise_bce(m);
   bind_pairwise_ce(m);
   bind_pairwise_mse(m);
+  bind_scale_errors(m);
   bind_scale_search(m);
 }

@@ -219,6 +219,25 @@ def test_a_search_by_importance_is_that_of_the_cpu(
             assert same_bits(in_every_order(kernels, run), run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "group", "count"),
+    [((1, 1), -1, 1), ((3, 31), 7, 3), ((9, 33), 1, 2), ((2, 1100), 16, 2), ((3, 2100), 1500, 4), ((0, 5), -1, 2)],
+)
+def test_errors_are_those_of_the_cpu(
+    shape: tuple[int, ...], group: int, count: int, dtype: torch.dtype, kernels: AsNative
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    groups = -(-shape[1] // (shape[1] if group == -1 else group))
+    scale = torch.randn(count, shape[0], groups)
+    scale[:, :, 0] = 0
+
+    def run() -> Tensor:
+        return clado_ext.scale_errors(weight, scale, -8, 7, group)
+
+    assert same_bits(in_every_order(kernels, run), run())
+
+
 def test_bad_importance_spoils_its_groups(kernels: AsNative) -> None:
     def search(weight: Tensor, importance: Tensor) -> Tensor:
         with on_cuda(kernels):

@@ -28,6 +28,7 @@ WORKS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "quantize_weight": lambda x: tuple(clado_ext.quantize_weight(x["weight"], BITS, 7, 5)[:3]),
     "asymmetric": lambda x: tuple(clado_ext.quantize_weight(x["weight"], BITS, -1, 5, symmetric=False)),
     "importance": lambda x: clado_ext.range_search(x["weight"], BITS, 7, 5, x["factor"][:, 0].square()),
+    "scale_errors": lambda x: clado_ext.scale_errors(x["weight"], x["delta"][:, 0, :4].abs().unsqueeze(2), -8, 7),
     "quantize": lambda x: clado_ext.quantize(x["weight"], clado_ext.scale_search(x["weight"], BITS), BITS),
     "compensate": lambda x: clado_ext.compensate(
         x["weight"], x["factor"], clado_ext.scale_search(x["weight"], BITS), BITS

@@ -46,6 +46,11 @@ def works(device: str) -> dict[str, tuple[Callable[[], Any], bool]]:
         "quantize_weight": (lambda: tuple(clado_ext.quantize_weight(weight, BITS, 33, 9)[:3]), True),
         "asymmetric": (lambda: tuple(clado_ext.quantize_weight(halves, BITS, -1, 9, symmetric=False)), True),
         "quantize": (lambda: clado_ext.quantize(weight, clado_ext.scale_search(weight, BITS), BITS), True),
+        "scale_errors": (lambda: clado_ext.scale_errors(halves, weight[:, :9].T[:, :, None].abs(), -8, 7), True),
+        "scale_errors_of_groups": (
+            lambda: clado_ext.scale_errors(weight, importance[None, :, :32] + 0.1, -1, 1, 33),
+            True,
+        ),
         "bitpack": (lambda: clado_ext.unpack(clado_ext.pack(codes, 3), 3, 1027), True),
         "pack_dim_0": (lambda: clado_ext.pack(codes, 3, 0), True),
         "batched_ce": (lambda: clado_ext.batched_ce(logits, delta, target), False),

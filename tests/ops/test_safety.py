@@ -135,19 +135,18 @@ def test_bindings_refuse_numbers_that_make_no_sense(
 ) -> None:
     space = np.zeros(8 * 4 * 40 * 8, np.int8)
     a = 0 if null else space.ctypes.data
-    sound = (
-        min(rows, columns, stride) >= 0
-        and group >= 1
-        and dtype in (0, 1, 2)
-        and len(bits) >= 1
-        and all(2 <= b <= 8 for b in bits)
-    )
-    sound &= not null or rows * columns == 0
+    whole = min(rows, columns, stride) >= 0 and group >= 1 and dtype in (0, 1, 2)
+    whole &= not null or rows * columns == 0
+    sound = whole and len(bits) >= 1 and all(2 <= b <= 8 for b in bits)
     given = ((a, dtype, rows, columns, stride, group), bits)
     calls = {
         "scale_search_cpu": (
             (*given, steps, (0, factors), a, 0, 1),
             sound and 1 <= steps <= 99 and factors > 0 and rows % factors == 0,
+        ),
+        "scale_errors_cpu": (
+            (given[0], (a, factors, -steps, steps), a, 1),
+            whole and factors >= 0 and steps >= 0,
         ),
         "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
         "quantize_cpu": ((*given, a, 0, a, 1), sound),
@@ -218,6 +217,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "quantize": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
     "compensate": {"weight": WEIGHT, "factor": torch.eye(4)[None], "scale": SCALE, "bits": (2, 4)},
     "quantize_weight": {"weight": WEIGHT, "bits": (2, 4)},
+    "scale_errors": {"weight": WEIGHT, "scale": SCALE, "low": -8, "high": 7},
     "scale_search": {"weight": WEIGHT, "bits": (2, 4)},
     "range_search": {"weight": WEIGHT, "bits": (2, 4)},
     "straight_through": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
@@ -236,6 +236,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bits": (4.0, (4.0,), "4", torch.tensor([2.0, 4.0]), None),
     "group_size": (2.5, "4", None),
     "columns": (4.0,),
+    "low": (-8.0, "x", None),
     "dim": (0.5,),
     **{name: (np.ones((2, 4), np.float32), None, [1.0], WEIGHT.to_sparse()) for name in ("weight", "codes", "packed")},
     **{name: (np.ones((2, 2, 1), np.float32), None) for name in ("scale", "values", "logits", "delta", "clean")},
