@@ -32,33 +32,50 @@ def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None])
 
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         outputs = allocate(*args, **kwargs)
-        own = partial(launch, **kwargs) if kwargs else launch
-        fill(own, args, outputs if isinstance(outputs, tuple) else (outputs,))  # type: ignore[arg-type]
+        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)), **kwargs)
+        return outputs
+
+    def run_by_host(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        outputs = allocate(*args, **kwargs)
+        by_host(partial(launch, **kwargs), args, outputs if isinstance(outputs, tuple) else (outputs,))
         return outputs
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run, "CUDA")
+    LIBRARY.impl(name, run if _native.has_cuda else run_by_host, "CUDA")
     _library.register_fake(f"clado::{name}", allocate, lib=LIBRARY)
     op: Callable[_P, _R] = getattr(torch.ops.clado, name).default
     return op
 
 
 def fill(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """``launch(*inputs, *outputs)``. A build without CUDA kernels takes CUDA tensors by way of the CPU: the same bits, slower."""
+    """``launch(*inputs, *outputs)``, by way of the CPU where an output lies on a GPU and the build has no kernels for it."""
     if _native.has_cuda or not outputs[0].is_cuda:
         launch(*inputs, *outputs)
     else:
-        _warn_slow()
-        fill_by_host(launch, inputs, outputs)
+        by_host(launch, inputs, outputs)
 
 
-def fill_by_host(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """:func:`fill` on copies in the CPU's memory."""
-    copies = [torch.empty_like(output, device=_CPU) for output in outputs]
-    launch(*(value.cpu() if isinstance(value, Tensor) else value for value in inputs), *copies)
-    for output, copy in zip(outputs, copies, strict=True):
+def by_host(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """``launch(*inputs, *outputs)`` on copies in the CPU's memory: the same bits as on a GPU, slower; said once."""
+    _warn_slow()
+    copies = [_each(output, lambda tensor: torch.empty_like(tensor, device=_CPU)) for output in outputs]
+    launch(*(_each(value, Tensor.cpu) for value in inputs), *copies)
+    for output, copy in zip(_tensors(outputs), _tensors(copies), strict=True):
         output.copy_(copy)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    """Those of lists within lists, in order."""
+    if isinstance(given, (list, tuple)):
+        return [tensor for part in given for tensor in _tensors(part)]
+    return [given]
+
+
+def _each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(given, (list, tuple)):
+        return [_each(part, change) for part in given]
+    return change(given) if hasattr(given, "is_cuda") else given
 
 
 @cache

@@ -156,7 +156,7 @@ def fake_quant_formats_into(weight: Tensor, scales: Sequence[FormatScale], value
     check_formats("fake_quant_formats_into", weight, *parts)
     check_output("fake_quant_formats_into", "values", values, weight, (len(scales), *weight.shape), weight.dtype)
     check_output("fake_quant_formats_into", "sqerr", sqerr, weight, (len(scales), weight.shape[0]), torch.float64)
-    _launch_fake_quant_formats(weight, *parts, values, sqerr)
+    fill(_launch_fake_quant_formats, (weight, *parts), (values, sqerr))
 
 
 @checked

@@ -18,11 +18,24 @@ from torch import Tensor
 
 import clado_ext
 
-from .reference import batched_ce, bitpack, carried, compensate, fake_quant, iqp_search, pairwise_ce, scale_search
+from .reference import (
+    batched_ce,
+    bitpack,
+    carried,
+    compensate,
+    fake_quant,
+    iqp_search,
+    pairwise_bce,
+    pairwise_ce,
+    pairwise_mse,
+    scale_errors,
+    scale_search,
+)
 
 Call = Callable[[], Any]
 SHAPES = ((1, 1), (3, 33), (17, 129))  # rows and columns of a weight
 BITS, GROUP = (2, 3, 8), 32
+FORMATS = ("int4", "fp8_e4m3", "mxfp4", "nvfp4")
 
 
 def _draw(*shape: int) -> Tensor:
@@ -50,6 +63,19 @@ def _fake_quant(device: str) -> Iterator[tuple[Call, Call]]:
         given = weight, clado_ext.scale_search(weight, BITS, GROUP, 1), BITS, GROUP
         yield partial(clado_ext.fake_quant, *given), partial(fake_quant.fake_quant, *given)
         yield partial(clado_ext.quantize, *given), partial(fake_quant.quantize, *given)
+        scales = clado_ext.format_search(weight, FORMATS, steps=1)
+        yield (
+            partial(clado_ext.fake_quant_formats, weight, scales),
+            partial(fake_quant.fake_quant_formats, weight, scales),
+        )
+        yield partial(clado_ext.quantize_formats, weight, scales), partial(fake_quant.quantize_formats, weight, scales)
+
+
+def _scale_errors(device: str) -> Iterator[tuple[Call, Call]]:
+    for shape in SHAPES:
+        weight = _draw(*shape).to(device)
+        given = weight, clado_ext.scale_search(weight, BITS, GROUP, 1), -8, 7, GROUP
+        yield partial(clado_ext.scale_errors, *given), partial(scale_errors.scale_errors, *given)
 
 
 def _compensate(device: str) -> Iterator[tuple[Call, Call]]:
@@ -75,6 +101,26 @@ def _batched_ce(device: str) -> Iterator[tuple[Call, Call]]:
 def _pairwise_ce(device: str) -> Iterator[tuple[Call, Call]]:
     given = _changes(device)
     yield partial(clado_ext.pairwise_ce, *given), partial(pairwise_ce.pairwise_ce, *given)
+    rows, more = (3 * _draw(6, 37).to(device), 0.3 * _draw(9, 6, 37).to(device)), _rows(device)
+    yield partial(clado_ext.pairwise_ce, *rows, **more), partial(pairwise_ce.pairwise_ce, *rows, **more)
+
+
+def _rows(device: str) -> dict[str, Any]:
+    """Weights of 6 rows, two a sample, and another block of changes."""
+    return {"weight": torch.arange(6.0, device=device), "rows_per_sample": 2}
+
+
+def _pairwise_bce(device: str) -> Iterator[tuple[Call, Call]]:
+    given = 3 * _draw(6).to(device), 0.3 * _draw(9, 6).to(device)
+    yield partial(clado_ext.pairwise_bce, *given), partial(pairwise_bce.pairwise_bce, *given)
+    more = _rows(device)
+    yield partial(clado_ext.pairwise_bce, *given, **more), partial(pairwise_bce.pairwise_bce, *given, **more)
+
+
+def _pairwise_mse(device: str) -> Iterator[tuple[Call, Call]]:
+    delta, other = _draw(9, 3, 129).to(device), _draw(4, 3, 129).to(device)
+    yield partial(clado_ext.pairwise_mse, delta), partial(pairwise_mse.pairwise_mse, delta)
+    yield partial(clado_ext.pairwise_mse, delta, None, other), partial(pairwise_mse.pairwise_mse, delta, None, other)
 
 
 def _carried(device: str) -> Iterator[tuple[Call, Call]]:
@@ -99,7 +145,10 @@ CHECKS = {
     "compensate": _compensate,
     "fake_quant": _fake_quant,
     "iqp_search": _iqp_search,
+    "pairwise_bce": _pairwise_bce,
     "pairwise_ce": _pairwise_ce,
+    "pairwise_mse": _pairwise_mse,
+    "scale_errors": _scale_errors,
     "scale_search": _scale_search,
 }
 ON_HOST = ("iqp_search",)

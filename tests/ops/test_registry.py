@@ -29,6 +29,11 @@ class Elsewhere:
         self.held.copy_(other)
 
 
+def listed(x: list[Tensor], nothing: list[None], out: list[Tensor]) -> None:
+    for one, other in zip(x, out, strict=True):
+        other.copy_(one + 1)
+
+
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_native", SimpleNamespace(has_cuda=False))
@@ -48,6 +53,14 @@ def test_results_come_by_way_of_the_cpu_and_once_with_a_warning() -> None:
         warnings.simplefilter("error")
         _registry.fill(doubled, (x, 3.0), outputs)
     assert outputs[1].held.item() == 9.0
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.filterwarnings("ignore:clado_ext")
+def test_lists_of_tensors_go_the_same_way() -> None:
+    outputs: Any = [Elsewhere(torch.zeros(2)), Elsewhere(torch.zeros(()))]
+    _registry.by_host(listed, ([torch.ones(2), torch.tensor(4.0)], [None]), (outputs,))
+    assert [output.held.tolist() for output in outputs] == [[2.0, 2.0], 5.0]
 
 
 def test_tensors_on_the_cpu_are_filled_in_place() -> None:
