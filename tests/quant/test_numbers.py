@@ -85,14 +85,18 @@ def test_blocks_that_do_not_divide_a_row_are_refused() -> None:
     ):
         candidates_of(layers, ("W4A16", "NVFP4"))
     assert len(candidates_of(layers, {"odd": ("W4A16", "FP8_E4M3"), "*": ("NVFP4", "MXFP8", "BF16")})) == 5
-    with pytest.raises(clado.CladoError, match="quantize: weight must have rows that blocks of 32 divide for mxfp4, got 27"):
+    with pytest.raises(
+        clado.CladoError, match="quantize: weight must have rows that blocks of 32 divide for mxfp4, got 27"
+    ):
         NUMBERS["mxfp4"].scales(torch.ones(2, 27), Quantizer())
 
 
 def test_granularity_is_the_formats_own() -> None:
     w = torch.randn(6, 64)
     shapes = {
-        name: [tuple(NUMBERS[name].scales(q.matrix(w), q).scale.shape) for q in (Quantizer(0), Quantizer(), Quantizer(8))]
+        name: [
+            tuple(NUMBERS[name].scales(q.matrix(w), q).scale.shape) for q in (Quantizer(0), Quantizer(), Quantizer(8))
+        ]
         for name in ("int4", "fp8_e4m3", "mxfp4", "nvfp4", "bf16")
     }
     assert shapes == {
