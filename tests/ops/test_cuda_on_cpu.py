@@ -340,6 +340,16 @@ def test_compensation_is_that_of_the_cpu(
     assert same_bits(in_every_order(kernels, run), run())
 
 
+@pytest.mark.parametrize("name", test_compensate.FORMATS)
+def test_compensation_of_formats_is_that_of_the_cpu(name: str, kernels: AsNative) -> None:
+    made = test_compensate.case(45, 64)
+    (scale,) = clado_ext.format_search(made["weight"], (name,), steps=5)
+    given = made["weight"], made["factor"], scale, torch.randperm(64)[None]
+    assert same_bits(
+        in_every_order(kernels, lambda: clado_ext.compensate_format(*given)), clado_ext.compensate_format(*given)
+    )
+
+
 def test_compensation_at_its_edges(kernels: AsNative) -> None:
     with on_cuda(kernels):
         test_compensate.test_strides_and_what_lies_below_the_diagonal("cpu")
