@@ -86,6 +86,7 @@ def quanto(plan: Plan) -> list[dict[str, Any]]:
 
 def _layers(plan: Plan) -> tuple[Layer, ...]:
     require(bool(plan.bits), "recipe", "plan", "hold bits for every layer", f"a plan that is {plan.status}")
+    plan.check_integers("recipe", "recipes")
     return plan.layers
 
 

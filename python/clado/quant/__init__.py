@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .activations import ActivationRanges, calibrate, quantize_activations
     from .calls import Call, Calls, Readers, announce
     from .candidates import KEPT, Candidates, Scheme, candidates_of, check_bits, inputs_kept, scheme_names, stored_bytes
+    from .floats import TENSOR_SCALE, Blocks, Float8, Kept
     from .folding import folded
+    from .integers import Integer
     from .layers import (
         Layer,
         applied_as,
@@ -40,11 +42,16 @@ __all__ = [
     "PACKED",
     "ROUNDINGS",
     "SCALE",
+    "TENSOR_SCALE",
     "ZERO_POINT",
     "ActivationRanges",
+    "Blocks",
     "Call",
     "Calls",
     "Candidates",
+    "Float8",
+    "Integer",
+    "Kept",
     "Layer",
     "LearnedWeight",
     "Number",

@@ -65,6 +65,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
     ir = _import_ir()
+    request.plan.check_integers("export", "onnx")
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
@@ -89,6 +90,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
 
 
 def predict(request: Request) -> tuple[int, int]:
+    request.plan.check_integers("export", "onnx")
     ranges = _ranges(request)
     counted = sum(_layer_bytes(request, layer, layer.name in ranges) for layer in request.plan.layers)
     return counted, sum(request.state[name].nbytes for name in _floating(request))
