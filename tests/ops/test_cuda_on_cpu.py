@@ -123,6 +123,7 @@ def test_rows_that_lie_apart_are_read_in_place(dtype: torch.dtype, kernels: AsNa
         ((3, 31), 7, test_formats.MIXED),
         ((2, 1056), 32, ("int4", "fp8_e4m3", "nvfp4")),
         ((3, 128), -1, test_formats.MIXED),
+        ((3, 64), 5, test_formats.MIXED * 2),
         ((1, 2060), -1, ("fp8_e5m2", "mxfp8", "mxfp4")),
         ((1, 17_000), -1, ("fp8_e4m3", "fp8_e5m2")),
         ((0, 5), -1, ("nvfp4",)),
