@@ -59,7 +59,7 @@ CLADO_INLINE F round_float(F t, int8_t* codes) {
 }
 
 // Rounds the columns [first, last) of a leaf, each once it has made up for those before it.
-template <class F, int V>
+template <class F, int V, bool Floats>
 CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, int64_t last, const Steps& steps, int8_t* codes,
                              double* loss) {
   for (int64_t i = first; i < last; ++i) {
@@ -71,7 +71,7 @@ CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, in
       const F w = F::load(x + v * kLanes), scale = F::load(steps.scale + at + v * kLanes);
       int8_t* const code = codes + i * kTile + v * kLanes;
       F step;
-      if (steps.element == 0) {
+      if (!Floats) {
         const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
         step = round_even(clamp(w / scale, low, high));
         store_codes(code, step + F::load(steps.zero + at + v * kLanes));
@@ -135,7 +135,10 @@ CLADO_INLINE void pass(float* tile, const float* packed, int64_t columns, const 
     const int64_t end = std::min(stretch + kStretch, padded);
     for (int64_t leaf = stretch; leaf < std::min(end, columns); leaf += kLeaf) {
       const int64_t last = std::min(leaf + kLeaf, columns);
-      round_leaf<F, V>(tile, packed, leaf, last, steps, codes, loss);
+      if (steps.element)
+        round_leaf<F, V, true>(tile, packed, leaf, last, steps, codes, loss);
+      else
+        round_leaf<F, V, false>(tile, packed, leaf, last, steps, codes, loss);
       update<F, V>(tile, packed, leaf, last, leaf + kLeaf, end);
     }
     update<F, V>(tile, packed, stretch, std::min(end, columns), end, padded);
