@@ -39,17 +39,27 @@ struct Steps {
   const float* high;
   const int64_t* group;   // of every column
   const float* inverse;   // 1 / U_ii of every column
+  int element;            // a float element; 0: integers
 };
 
+template <class Int>
+CLADO_INLINE void store_bytes(int8_t* codes, Int code) {
+  int32_t whole[kLanes];
+  store(whole, code);
+  for (int l = 0; l < kLanes; ++l) codes[l] = static_cast<int8_t>(whole[l]);
+}
 template <class F>
 CLADO_INLINE void store_codes(int8_t* codes, F code) {
-  int32_t whole[kLanes];
-  store(whole, convert<int32_t>(select(code == code, code, F{})));
-  for (int l = 0; l < kLanes; ++l) codes[l] = static_cast<int8_t>(whole[l]);
+  store_bytes(codes, convert<int32_t>(select(code == code, code, F{})));
+}
+template <int E, class F>
+CLADO_INLINE F round_float(F t, int8_t* codes) {
+  store_bytes(codes, element_code<E>(t));
+  return round_element<E>(t);
 }
 
 // Rounds the columns [first, last) of a leaf, each once it has made up for those before it.
-template <class F, int V>
+template <class F, int V, bool Floats>
 CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, int64_t last, const Steps& steps, int8_t* codes,
                              double* loss) {
   for (int64_t i = first; i < last; ++i) {
@@ -59,10 +69,20 @@ CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, in
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const F w = F::load(x + v * kLanes), scale = F::load(steps.scale + at + v * kLanes);
-      const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
-      const F step = round_even(clamp(w / scale, low, high));
+      int8_t* const code = codes + i * kTile + v * kLanes;
+      F step;
+      if (!Floats) {
+        const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
+        step = round_even(clamp(w / scale, low, high));
+        store_codes(code, step + F::load(steps.zero + at + v * kLanes));
+      } else if (steps.element == kE2M1) {
+        step = round_float<kE2M1>(w / scale, code);
+      } else if (steps.element == kE4M3) {
+        step = round_float<kE4M3>(w / scale, code);
+      } else {
+        step = round_float<kE5M2>(w / scale, code);
+      }
       e[v] = (step * scale - w) * F(steps.inverse[i]);  // -e
-      store_codes(codes + i * kTile + v * kLanes, step + F::load(steps.zero + at + v * kLanes));
       store(x + v * kLanes, e[v]);
     }
     for (int64_t j = i + 1; j < last; ++j) {
@@ -107,26 +127,36 @@ CLADO_INLINE void update(float* tile, const float* packed, int64_t first, int64_
     }
 }
 
-// A tile of V vectors of streams from the first column to the last.
-template <class F, int V>
+// A tile of V vectors of streams from the first column to the last; Floats: of a float element.
+template <class F, int V, bool Floats>
 CLADO_INLINE void pass(float* tile, const float* packed, int64_t columns, const Steps& steps, int8_t* codes, double* loss) {
   const int64_t padded = rounded_up(columns, kLeaf);
   for (int64_t stretch = 0; stretch < columns; stretch += kStretch) {
     const int64_t end = std::min(stretch + kStretch, padded);
     for (int64_t leaf = stretch; leaf < std::min(end, columns); leaf += kLeaf) {
       const int64_t last = std::min(leaf + kLeaf, columns);
-      round_leaf<F, V>(tile, packed, leaf, last, steps, codes, loss);
+      round_leaf<F, V, Floats>(tile, packed, leaf, last, steps, codes, loss);
       update<F, V>(tile, packed, leaf, last, leaf + kLeaf, end);
     }
     update<F, V>(tile, packed, stretch, std::min(end, columns), end, padded);
   }
 }
+template <class F, bool Floats>
+CLADO_INLINE void pass_vectors(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
+                               double* loss) {
+  if (vectors == 1) return pass<F, 1, Floats>(tile, packed, columns, steps, codes, loss);
+  if (vectors == 2) return pass<F, 2, Floats>(tile, packed, columns, steps, codes, loss);
+  return pass<F, 3, Floats>(tile, packed, columns, steps, codes, loss);
+}
 template <class F>
 CLADO_INLINE void pass_tile_body(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
                                  double* loss) {
-  if (vectors == 1) return pass<F, 1>(tile, packed, columns, steps, codes, loss);
-  if (vectors == 2) return pass<F, 2>(tile, packed, columns, steps, codes, loss);
-  return pass<F, 3>(tile, packed, columns, steps, codes, loss);
+  pass_vectors<F, false>(tile, packed, columns, vectors, steps, codes, loss);
+}
+template <class F>
+CLADO_INLINE void pass_floats_body(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps,
+                                   int8_t* codes, double* loss) {
+  pass_vectors<F, true>(tile, packed, columns, vectors, steps, codes, loss);
 }
 
 // A row as float32, padded to whole lanes.
@@ -147,6 +177,10 @@ CLADO_INLINE void read_row_body(const void* row, DType dtype, int64_t count, flo
 }
 
 CLADO_LANES_KERNEL(pass_tile,
+                   (float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
+                    double* loss),
+                   (tile, packed, columns, vectors, steps, codes, loss))
+CLADO_LANES_KERNEL(pass_floats,
                    (float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
                     double* loss),
                    (tile, packed, columns, vectors, steps, codes, loss))
@@ -231,8 +265,9 @@ struct Tile {
     read();
     prepare();
     const Steps steps{room.scale.data(), room.zero.data(),  room.low.data(),
-                      room.high.data(),  room.group.data(), room.inverse.data()};
-    pass_tile(room.tile.data(), packed, given.weight.columns, vectors(), steps, room.codes.data(), room.loss);
+                      room.high.data(),  room.group.data(), room.inverse.data(), given.element};
+    const auto run = given.element ? pass_floats : pass_tile;
+    run(room.tile.data(), packed, given.weight.columns, vectors(), steps, room.codes.data(), room.loss);
     write(codes, loss);
   }
 };
