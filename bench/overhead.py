@@ -40,19 +40,21 @@ def measure(device: str = "cpu") -> list[dict[str, Any]]:
     logits, delta = torch.randn(2, 10, device=device), torch.randn(3, 2, 10, device=device)
     total, squares = clado_ext.pairwise_ce(logits, delta)
     w, s, v, e, c, p = (x.data_ptr() for x in (weight, scale, values, sqerr, codes, words))
+    formats = [(b, 32, s + 16 * k, 0) for k, b in enumerate(bits)]
+    targets = [(b, 32, _native.ANY_SCALE, 0, s + 16 * k, 0) for k, b in enumerate(bits)]
     z, d, t, q = (x.data_ptr() for x in (logits, delta, total, squares))
     works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "fake_quant": (
             lambda: clado_ext.fake_quant(weight, scale, bits),
-            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, s, 0, v, e, 1),
+            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), formats, v, e, 1),
         ),
         "fake_quant_into": (
             lambda: clado_ext.fake_quant_into(weight, scale, bits, values, sqerr),
-            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, s, 0, v, e, 1),
+            lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), formats, v, e, 1),
         ),
         "scale_search": (
             lambda: clado_ext.scale_search(weight, bits),
-            lambda: _native.scale_search_cpu((w, _native.FLOAT32, 4, 32, 32, 32), bits, 95, (0, 1), s, 0, 1),
+            lambda: _native.scale_search_cpu((w, _native.FLOAT32, 4, 32, 32, 32), targets, 95, (0, 1), 1),
         ),
         "pack": (lambda: clado_ext.pack(codes, 8), lambda: _native.pack_cpu(c, p, 12, 32, 8, 1)),
         "batched_ce": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,28 @@ def fake_quant(weight: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Works:
         return [affine(weight, block, s[:, 0], zero, torch.int8, *lim) for s, lim in zip(scale, limits, strict=True)]
 
     return {"torchao x3": all_widths}
+
+
+def casts(weight: Tensor, scales: Sequence[Any]) -> Works:
+    """torchao's casts to fp8_e4m3, mxfp4 and nvfp4, one after the other: to codes and block scales, and back to values."""
+    to_mx = _find(("torchao.prototype.mx_formats.mx_tensor",), "to_mx")
+    from_mx = _find(("torchao.prototype.mx_formats.mx_tensor",), "to_dtype")
+    to_nv = _find(("torchao.prototype.mx_formats.nvfp4_tensor",), "nvfp4_quantize")
+    to_fp8 = _find(("torchao.quantization.quant_primitives",), "_quantize_affine_float8")
+    from_fp8 = _find(("torchao.quantization.quant_primitives",), "_dequantize_affine_float8")
+    if to_mx is None or from_mx is None or to_nv is None or to_fp8 is None or from_fp8 is None:
+        return {}
+    fp8, below = scales[0].scale, 1 / scales[2].tensor_scale
+    e4m3, e2m1 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
+
+    def codes() -> list[Any]:
+        return [to_fp8(weight, fp8, e4m3), to_mx(weight, e2m1, 32), to_nv(weight, 16, below)]
+
+    def values() -> list[Any]:
+        first, (exponents, mx), _ = codes()
+        return [from_fp8(first, fp8, weight.dtype), from_mx(mx, exponents, e2m1, 32, weight.dtype)]
+
+    return {"torchao casts x3": codes, "torchao casts x3, two of them back": values}
 
 
 def compensate(weight: Tensor, moments: Tensor, scale: Tensor, bits: tuple[int, ...], damping: float) -> Works:

@@ -7,7 +7,7 @@ from ._native import has_cuda, set_simd, simd_level
 from .batched_ce import batched_ce
 from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
 from .carried import carried_add_layer_norm, carried_gelu, carried_layer_norm, carried_softmax
-from .compensate import compensate
+from .compensate import compensate, compensate_format
 from .fake_quant import (
     QuantizedWeight,
     dequantize,
@@ -35,6 +35,7 @@ __all__ = [
     "carried_layer_norm",
     "carried_softmax",
     "compensate",
+    "compensate_format",
     "dequantize",
     "dequantize_formats",
     "fake_quant",

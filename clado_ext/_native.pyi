@@ -120,7 +120,7 @@ def carried_softmax_cuda(
     /,
 ) -> None: ...
 
-# compensate
+# compensate; bits: widths of integers, or one float element
 def compensate_cpu(
     weight: Weight,
     bits: Sequence[int],

@@ -110,6 +110,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "be a sequence of names",
         lambda x: isinstance(x, Sequence) and not isinstance(x, str) and all(isinstance(y, str) for y in x),
     ),
+    "FormatScale": ("be a FormatScale", lambda x: hasattr(x, "tensor_scale")),
     "Sequence[FormatScale]": (
         "be a sequence of FormatScale",
         lambda x: isinstance(x, Sequence) and all(hasattr(y, "tensor_scale") for y in x),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._formats import FormatScale, check_formats, format_of
 from ._registry import call, checked, define, refusal
 from ._weights import address, check_like, check_scales, given, matrix_shape
 
@@ -51,6 +52,66 @@ def compensate(
     return _compensate(weight.detach(), factor.detach(), scale.detach(), zero_point, order, bits, group_size)
 
 
+@checked
+def compensate_format(
+    weight: Tensor, factor: Tensor, scale: FormatScale, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`compensate` in one number format of any kind, under scales that are fixed beforehand.
+
+    Args:
+        weight, factor, order: as :func:`compensate`.
+        scale: the format and its scales, as :func:`format_search` gives them.
+
+    Returns:
+        codes int8 ``[N, …]`` as :func:`quantize_formats` has them, and float64 ``[N]`` the layer loss of each row.
+
+    Raises:
+        ValueError: as :func:`compensate`, or an unknown format.
+    """
+    element = format_of("compensate_format", scale.format).element
+    given = (weight.detach(), factor.detach(), scale.scale.detach(), scale.zero_point, order)
+    return _compensate_format(*given, element, scale.group_size)
+
+
+def _allocate_format(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    order: Tensor | None,
+    element: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    op = "compensate_format"
+    check_formats(op, weight, [scale], [zero_point], [element], [group_size])
+    _check_factor(op, weight, factor, order)
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[0], dtype=torch.float64)
+
+
+def _launch_format(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    order: Tensor | None,
+    element: int,
+    group_size: int,
+    codes: Tensor,
+    loss: Tensor,
+) -> None:
+    _launch(weight, factor, scale, zero_point, order, [element], group_size, codes, loss)
+
+
+def _check_factor(op: str, weight: Tensor, factor: Tensor, order: Tensor | None) -> None:
+    rows, columns, _, _ = matrix_shape(weight, -1)
+    factors = factor.shape[0] if factor.dim() else 0
+    if factors < 1 or rows % factors:
+        raise refusal(op, "factor", f"be [G, K, K] where G divides the {rows} rows", tuple(factor.shape))
+    check_like(op, "factor", factor, torch.float32, (factors, columns, columns), weight)
+    if order is not None:
+        check_like(op, "order", order, torch.int64, (factors, columns), weight)
+
+
 def _allocate(
     weight: Tensor,
     factor: Tensor,
@@ -61,15 +122,9 @@ def _allocate(
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     check_scales("compensate", weight, scale, zero_point, bits, group_size)
-    rows, columns, _, _ = matrix_shape(weight, group_size)
-    factors = factor.shape[0] if factor.dim() else 0
-    if factors < 1 or rows % factors:
-        raise refusal("compensate", "factor", f"be [G, K, K] where G divides the {rows} rows", tuple(factor.shape))
-    check_like("compensate", "factor", factor, torch.float32, (factors, columns, columns), weight)
-    if order is not None:
-        check_like("compensate", "order", order, torch.int64, (factors, columns), weight)
+    _check_factor("compensate", weight, factor, order)
     codes = weight.new_empty((len(bits), *weight.shape), dtype=torch.int8)
-    return codes, weight.new_empty((len(bits), rows), dtype=torch.float64)
+    return codes, weight.new_empty((len(bits), weight.shape[0]), dtype=torch.float64)
 
 
 def _launch(
@@ -106,4 +161,10 @@ _compensate = define(
     " -> (Tensor, Tensor)",
     _allocate,
     _launch,
+)
+_compensate_format = define(
+    "compensate_format(Tensor weight, Tensor factor, Tensor scale, Tensor? zero_point, Tensor? order, int element,"
+    " int group_size) -> (Tensor, Tensor)",
+    _allocate_format,
+    _launch_format,
 )

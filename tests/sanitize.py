@@ -264,7 +264,13 @@ def compensation(
                         (at(factor), at(order), len(factor), *(s // 4 for s in factor.strides)),
                     )
                     assert native.compensate_cpu(*taken, at(scale), at(zero), at(codes), at(loss), threads)
-                    return [codes, loss]
+                    found = [codes, loss]
+                    for element in (E2M1, E4M3, E5M2):
+                        codes, loss = np.zeros((1, rows, columns), np.int8), np.zeros((1, rows))
+                        places = at(scale), 0, at(codes), at(loss)
+                        assert native.compensate_cpu(taken[0], [element], taken[2], *places, threads)
+                        found += [codes, loss]
+                    return found
 
                 yield run
 

@@ -1,4 +1,4 @@
-"""fake_quant into given outputs: bytes are one read of the weight and one write per width; the ceiling does that by copy_."""
+"""fake_quant into given outputs: bytes are one read of the weight and one write per format; the ceiling does that by copy_."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,8 @@ from bench.harness import Case, Grid, name_of
 from clado_ext.reference import fake_quant as oracle
 
 BITS = (2, 4, 8)
+FORMATS = ("fp8_e4m3", "mxfp4", "nvfp4")
+CHECKED = 64  # rows: the twin compares every weight with every value
 
 
 def per_channel(weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
@@ -61,3 +63,30 @@ def cases(grid: Grid) -> Iterator[Case]:
                 others,
                 lambda w=weight, v=moved: v.copy_(w),  # one read, three writes
             )
+            if columns % 32 == 0:
+                yield formats_case(weight, moved)
+
+
+def formats_case(weight: torch.Tensor, moved: torch.Tensor) -> Case:
+    """Floats of few bits at the scales of their standards; torchao's casts find their own and give codes alone."""
+    scales = clado_ext.format_search(weight, FORMATS, steps=1)
+    values, sqerr = clado_ext.fake_quant_formats(weight, scales)
+
+    def check() -> None:
+        clado_ext.fake_quant_formats_into(weight, scales, values, sqerr)
+        few = [to._replace(scale=to.scale[:CHECKED]) for to in scales]
+        wanted, _ = oracle.fake_quant_formats(weight[:CHECKED], few)
+        torch.testing.assert_close(values[:, :CHECKED], wanted, rtol=0, atol=0)
+
+    rows, columns = weight.shape
+    return Case(
+        "fake_quant",
+        f"{rows}x{columns} {', '.join(FORMATS)}",
+        name_of(weight.dtype),
+        lambda: clado_ext.fake_quant_formats_into(weight, scales, values, sqerr),
+        check,
+        weight.nbytes * (1 + len(FORMATS)),
+        0,
+        rivals.casts(weight, scales) if weight.dtype == torch.float32 else {},
+        lambda: moved.copy_(weight),
+    )

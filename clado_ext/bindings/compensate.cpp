@@ -9,6 +9,7 @@ namespace {
 // (addresses of the factors and the order, factors, the three strides of the factors)
 using Factors = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
 
+// `bits`: widths of integers, or one float element.
 clado::Compensation given_of(const char* op, const Weight& numbers, const Widths& bits, const Factors& factors, Address scales,
                              Address zeros) {
   const auto weight = weight_of(op, numbers);
@@ -16,8 +17,17 @@ clado::Compensation given_of(const char* op, const Weight& numbers, const Widths
   expect(count >= 1 && weight.rows % count == 0, op, "the number of factors must divide the rows");
   expect(std::min({apart, down, right}) >= 0, op, "the strides of the factors must not be negative");
   expect_memory(op, weight, {factor, scales});
-  return {weight, bits_of(op, bits), as<const float>(factor), {apart, down, right}, count,
-          as<const int64_t>(order), as<const float>(scales), as<const int8_t>(zeros)};
+  const bool floats = bits.size() == 1 && clado::is_float(bits[0]);
+  if (floats) expect_element(op, bits[0]);
+  expect(!floats || zeros == 0, op, "zeros must be those of integers");
+  return {weight,  bits_of(op, floats ? Widths{clado::kMostBits} : bits),
+          floats ? bits[0] : 0,
+          as<const float>(factor),
+          {apart, down, right},
+          count,
+          as<const int64_t>(order),
+          as<const float>(scales),
+          as<const int8_t>(zeros)};
 }
 
 }  // namespace

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fake_quant import spread
+from .._formats import FormatScale
+from .fake_quant import FLOATS, magnitudes, nearest_codes, spread
 
 
 def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -51,3 +52,35 @@ def compensate(
                 loss[k, part] += error.double().square()
                 w[:, i + 1 :] = multiply_add(-error[:, None], u[i, i + 1 :], w[:, i + 1 :])
     return codes.view(len(bits), *weight.shape), loss
+
+
+def compensate_format(
+    weight: Tensor, factor: Tensor, scale: FormatScale, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """int8 codes ``[N, …]`` and float64 losses ``[N]``; see :func:`clado_ext.compensate_format`."""
+    if scale.format not in FLOATS:
+        zero = None if scale.zero_point is None else scale.zero_point[None]
+        bits = (int(scale.format[3:]),)
+        codes, loss = compensate(weight, factor, scale.scale[None], bits, scale.group_size, zero, order)
+        return codes[0], loss[0]
+    flat = weight.float().reshape(weight.shape[0], -1)
+    rows, columns = flat.shape
+    codes, loss = torch.zeros(rows, columns, dtype=torch.int64), torch.zeros(rows, dtype=torch.float64)
+    known, share, spreads = (
+        magnitudes(scale.format).float(),
+        rows // len(factor),
+        spread(scale.scale, columns, scale.group_size),
+    )
+    for g, u in enumerate(factor):
+        part = slice(g * share, (g + 1) * share)
+        place = torch.arange(columns) if order is None else order[g]
+        w, s = flat[part][:, place], spreads[part][:, place]
+        for i in range(columns):
+            x = w[:, i] / s[:, i]
+            code = nearest_codes(x, scale.format)
+            step = torch.where(x.isnan(), x, known[code].copysign(x))
+            error = (w[:, i] - step * s[:, i]) * (1 / u[i, i])
+            codes[part, place[i]] = torch.where(x.isnan(), 0, code + x.signbit() * FLOATS[scale.format][3])
+            loss[part] += error.double().square()
+            w[:, i + 1 :] = multiply_add(-error[:, None], u[i, i + 1 :], w[:, i + 1 :])
+    return codes.to(torch.uint8).view(torch.int8).view(weight.shape), loss

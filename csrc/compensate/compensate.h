@@ -5,7 +5,8 @@
 // i of which belong to column order[i] of the weight (null: column i). What lies below the diagonal is not read. For each row
 // and width, with w the row as float32 and i ascending:
 //
-//   step   = round_half_even(clamp(w_i / scale, -2^(bits-1) - zero, 2^(bits-1) - 1 - zero)),  code = step + zero
+//   step   = round_half_even(clamp(w_i / scale, -2^(bits-1) - zero, 2^(bits-1) - 1 - zero)),  code = step + zero;
+//            of a float element, instead of widths, the value nearest to w_i / scale and its code (common/elements.h)
 //   e_i    = (w_i - step * scale) * (1 / U_ii)
 //   w_j    = fma(-e_i, U_ij, w_j)  for j > i
 //   loss   = sum of e_i^2 in float64, i ascending: the row's (w - q) H (w - q)^T
@@ -24,6 +25,7 @@ namespace clado {
 struct Compensation {
   WeightView weight;
   BitList bits;
+  int element;           // a float element, where bits.count is 1; or 0: integers of these bits
   const float* factor;   // [factors, columns, columns], its elements by `strides`
   int64_t strides[3];
   int64_t factors;       // divides the weight's rows

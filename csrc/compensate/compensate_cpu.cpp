@@ -39,13 +39,23 @@ struct Steps {
   const float* high;
   const int64_t* group;   // of every column
   const float* inverse;   // 1 / U_ii of every column
+  int element;            // a float element; 0: integers
 };
 
+template <class Int>
+CLADO_INLINE void store_bytes(int8_t* codes, Int code) {
+  int32_t whole[kLanes];
+  store(whole, code);
+  for (int l = 0; l < kLanes; ++l) codes[l] = static_cast<int8_t>(whole[l]);
+}
 template <class F>
 CLADO_INLINE void store_codes(int8_t* codes, F code) {
-  int32_t whole[kLanes];
-  store(whole, convert<int32_t>(select(code == code, code, F{})));
-  for (int l = 0; l < kLanes; ++l) codes[l] = static_cast<int8_t>(whole[l]);
+  store_bytes(codes, convert<int32_t>(select(code == code, code, F{})));
+}
+template <int E, class F>
+CLADO_INLINE F round_float(F t, int8_t* codes) {
+  store_bytes(codes, element_code<E>(t));
+  return round_element<E>(t);
 }
 
 // Rounds the columns [first, last) of a leaf, each once it has made up for those before it.
@@ -59,10 +69,20 @@ CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, in
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const F w = F::load(x + v * kLanes), scale = F::load(steps.scale + at + v * kLanes);
-      const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
-      const F step = round_even(clamp(w / scale, low, high));
+      int8_t* const code = codes + i * kTile + v * kLanes;
+      F step;
+      if (steps.element == 0) {
+        const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
+        step = round_even(clamp(w / scale, low, high));
+        store_codes(code, step + F::load(steps.zero + at + v * kLanes));
+      } else if (steps.element == kE2M1) {
+        step = round_float<kE2M1>(w / scale, code);
+      } else if (steps.element == kE4M3) {
+        step = round_float<kE4M3>(w / scale, code);
+      } else {
+        step = round_float<kE5M2>(w / scale, code);
+      }
       e[v] = (step * scale - w) * F(steps.inverse[i]);  // -e
-      store_codes(codes + i * kTile + v * kLanes, step + F::load(steps.zero + at + v * kLanes));
       store(x + v * kLanes, e[v]);
     }
     for (int64_t j = i + 1; j < last; ++j) {
@@ -231,7 +251,7 @@ struct Tile {
     read();
     prepare();
     const Steps steps{room.scale.data(), room.zero.data(),  room.low.data(),
-                      room.high.data(),  room.group.data(), room.inverse.data()};
+                      room.high.data(),  room.group.data(), room.inverse.data(), given.element};
     pass_tile(room.tile.data(), packed, given.weight.columns, vectors(), steps, room.codes.data(), room.loss);
     write(codes, loss);
   }

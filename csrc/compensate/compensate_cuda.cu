@@ -53,9 +53,11 @@ __global__ void round_kernel(State state, int64_t first, int count, int64_t bloc
     const int64_t at = output * groups + (inside ? column / given.weight.group_size : 0);
     const float scale = given.scales[at], zero = given.zeros ? static_cast<float>(given.zeros[at]) : 0.0f;
     const float low = static_cast<float>(lowest_code(bits)) - zero, high = static_cast<float>(highest_code(bits)) - zero;
-    const float step = nearest(clamp_code(w[i] / scale, low, high)), code = step + zero;
+    const float t = w[i] / scale, step = given.element ? round_element(t, given.element) : nearest(clamp_code(t, low, high));
+    const float code = step + zero;
     const float error = (step * scale - w[i]) * (1.0f / u[i][i]);  // -e
-    if (inside) codes[output * columns + column] = code == code ? static_cast<int8_t>(code) : int8_t{0};
+    if (inside && !given.element) codes[output * columns + column] = code == code ? static_cast<int8_t>(code) : int8_t{0};
+    if (inside && given.element) codes[output * columns + column] = t == t ? element_code(t, given.element) : int8_t{0};
     sum += static_cast<double>(error) * static_cast<double>(error);
     state.column(f, first + i)[stream] = error;
 #pragma unroll

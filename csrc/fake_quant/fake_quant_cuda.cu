@@ -151,10 +151,10 @@ __global__ void sum_blocks_kernel(const float* block_errors, double* sqerr, int6
   sqerr[i] = sum;
 }
 
+// Of up to kMostWidths formats.
 template <class T, class Out>
-void launch(const WeightView& weight, const FormatList& formats, Out* out, float* block_errors, cudaStream_t queue) {
+void launch_few(const WeightView& weight, const FormatList& formats, Out* out, float* block_errors, cudaStream_t queue) {
   const int64_t blocks = weight.rows * blocks_of(weight.columns);
-  if (blocks == 0) return;
   constexpr int kVector = 16 / sizeof(T);
   const auto even = [](int64_t elements) { return elements % kVector == 0; };
   bool mixed = false, whole = even(weight.columns) && even(weight.row_stride);
@@ -172,14 +172,29 @@ void launch(const WeightView& weight, const FormatList& formats, Out* out, float
     check_launch("fake_quant");
   };
   const auto few = [&](auto size, auto any) {
-    constexpr int kAll = decltype(any)::value ? kMostFormats : kMostWidths;
-    formats.count <= 3 ? run(size, std::integral_constant<int, 3>(), any) : run(size, std::integral_constant<int, kAll>(), any);
+    const std::integral_constant<int, 3> three;
+    const std::integral_constant<int, kMostWidths> most;
+    formats.count <= 3 ? run(size, three, any) : run(size, most, any);
   };
   const auto all = [&](auto size) { mixed ? few(size, std::true_type()) : few(size, std::false_type()); };
   if (whole && is_aligned(weight.data, 16) && is_aligned(out, kVector * sizeof(Out)))
     all(std::integral_constant<int, kVector>());
   else
     all(std::integral_constant<int, 1>());
+}
+
+// The weight is read once for every kMostWidths formats: more of them would not fit a thread's registers.
+template <class T, class Out>
+void launch(const WeightView& weight, const FormatList& formats, Out* out, float* block_errors, cudaStream_t queue) {
+  const int64_t blocks = blocks_of(weight.columns);
+  if (weight.rows * blocks == 0) return;
+  for (int first = 0; first < formats.count; first += kMostWidths) {
+    FormatList part;
+    for (; part.count < kMostWidths && first + part.count < formats.count; ++part.count)
+      part.at[part.count] = formats.at[first + part.count];
+    float* const errors = block_errors ? block_errors + first * weight.rows * blocks : nullptr;
+    launch_few<T>(weight, part, out + first * weight.rows * weight.columns, errors, queue);
+  }
 }
 
 }  // namespace

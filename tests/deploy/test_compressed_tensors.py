@@ -146,3 +146,90 @@ def test_padded_words_hold_whole_codes(bits: int, rows: int, columns: int, seed:
         filled = (columns - 1) % fit + 1
         last = int(packed[row, -1]) & 0xFFFFFFFF
         assert last >> (bits * filled) == 0
+
+
+MIXED = ("W4A16", "FP8_E4M3", "MXFP8", "MXFP4", "NVFP4", "BF16", "W8A16", "FP16", "FP8_E4M3")
+
+
+def linears(dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(9))).eval().to(dtype)
+
+
+def mixed_plan(model: nn.Module, schemes: tuple[str, ...], quantizer: Quantizer) -> Plan:
+    layers = tuple(
+        clado.Layer(f"{k}", "linear", tuple(module.weight.shape), 0, (f"{k}.weight",)) for k, module in enumerate(model)
+    )
+    chosen = dict(zip((layer.name for layer in layers), schemes, strict=True))
+    return Plan(layers, chosen, "given", quantizer=quantizer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantizer", [Quantizer(-1, 9), Quantizer(0, 1), Quantizer(16, 9, False)])
+def test_mixed_layouts_in_one_file_decompress_bit_for_bit(quantizer: Quantizer, tmp_path: Path) -> None:
+    model = linears(torch.bfloat16)
+    plan = mixed_plan(model, MIXED, quantizer)
+    written = clado.export(model, plan, tmp_path / "out", NAME)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, NAME)
+    said = verify(model, plan, tmp_path / "out", NAME)
+    assert said == "compressed-tensors decompresses 9 layers bit for bit; 0 stay float"
+    held = json.loads((tmp_path / "out" / ct.CONFIG_FILE).read_text())["quantization_config"]
+    assert held["format"] == "mixed-precision"
+    groups = {target: group for group in held["config_groups"].values() for target in group["targets"]}
+    assert {target: group["format"] for target, group in groups.items()} == {
+        "0": "pack-quantized",
+        "1": "naive-quantized",
+        "2": "mxfp8-quantized",
+        "3": "mxfp4-pack-quantized",
+        "4": "nvfp4-pack-quantized",
+        "6": "pack-quantized",
+        "8": "naive-quantized",
+    }
+    assert held["ignore"] == ["5", "7"]
+    tensors = load_file(tmp_path / "out" / ct.MODEL_FILE)
+    wanted = {
+        "2.weight": "float8_e4m3fn",
+        "3.weight_packed": "uint8",
+        "4.weight_scale": "float8_e4m3fn",
+        "7.weight": "float16",
+    }
+    assert {name: str(tensors[name].dtype).removeprefix("torch.") for name in wanted} == wanted
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    for name, preset in (("2", "MXFP8A16"), ("3", "MXFP4A16"), ("4", "NVFP4A16")):
+        ours = quantization.QuantizationScheme.model_validate(groups[name]).weights
+        assert ours.model_dump() == quantization.preset_name_to_scheme(preset, ["Linear"]).weights.model_dump()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_and_kept_weights_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = linears(dtype)
+    plan = mixed_plan(model, ("FP8_E4M3", "BF16", "W8A16") * 3, Quantizer(-1, 5))
+    clado.export(model, plan, tmp_path / "out", NAME)
+    assert verify(model, plan, tmp_path / "out", NAME).endswith("9 layers bit for bit; 0 stay float")
+    alone = mixed_plan(model, ("BF16",) * 9, Quantizer())
+    clado.export(model, alone, tmp_path / "kept", NAME)
+    assert verify(model, alone, tmp_path / "kept", NAME).endswith("9 layers bit for bit; 0 stay float")
+
+
+def test_what_the_reader_cannot_hold_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    model, folder = linears(torch.float32), tmp_path / "out"
+    for schemes, message in (
+        (("FP8_E5M2",) * 9, "export: plan must hold integers, fp8_e4m3, .* for compressed-tensors, got 0 as fp8_e5m2"),
+        (
+            ("W4A16",) * 8 + ("NVFP4",),
+            "export: layer 8 must be bfloat16 for nvfp4 in compressed-tensors, .*, got float32",
+        ),
+    ):
+        plan = mixed_plan(model, schemes, Quantizer(-1, 1))
+        for call in (predicted_bytes, clado.export):
+            with pytest.raises(clado.CladoError, match=message):
+                call(model, plan, *((folder,) if call is clado.export else ()), NAME)
+    plan = mixed_plan(model, MIXED, Quantizer(-1, 1))
+    with pytest.raises(
+        clado.CladoError, match="export: plan must hold integer weights alone for onnx, got 1 as FP8_E4M3, 2"
+    ):
+        clado.export(model, plan, folder, "onnx", example=torch.zeros(1, 64))
+    with pytest.raises(
+        clado.CladoError, match="recipe: plan must hold integer weights alone for recipes, got 1 as FP8"
+    ):
+        clado.recipes.plain(plan)
+    assert not folder.exists()

@@ -176,6 +176,40 @@ def test_what_is_not_finite_spoils_its_row_alone(device: str) -> None:
     assert not clado_ext.compensate(**made, bits=BITS)[1].isfinite().any()
 
 
+FORMATS = ("int4", "fp8_e4m3", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("rows", "columns", "factors"), [(1, 1, 1), (6, 35, 3), (20, 64, 1)])
+def test_every_format_is_the_twin(name: str, rows: int, columns: int, factors: int, device: str) -> None:
+    made = case(rows, columns, factors=factors)
+    order = torch.stack([torch.randperm(columns) for _ in range(factors)])
+    (scale,) = clado_ext.format_search(made["weight"], (name,), steps=5)
+    ordered = torch.stack([h[place][:, place] for h, place in zip(made["h"], order, strict=True)])
+    given = (made["weight"], factor_of(ordered), scale, order)
+    wanted = oracle.compensate_format(*given)
+    at = scale._replace(scale=scale.scale.to(device))
+    results = [clado_ext.compensate_format(*(x.to(device) for x in given[:2]), at, order.to(device))]
+    if device == "cpu":
+        results += at_every_cpu_setting(lambda: clado_ext.compensate_format(*given))
+    for codes, loss in results:
+        assert same_bits(codes.cpu(), wanted[0])
+        assert same_bits(loss.cpu(), wanted[1])
+    values = clado_ext.dequantize_formats(wanted[0][None], [scale])
+    # As for integers: float32 errors of columns that make up for one another.
+    torch.testing.assert_close(wanted[1], layer_loss(made["weight"], values, made["h"])[0], rtol=1e-2, atol=1e-12)
+
+
+def test_a_format_of_nan_spoils_its_row_alone() -> None:
+    made = case(4, 32)
+    made["weight"][1, 3], made["weight"][2, 5] = torch.nan, torch.inf
+    scale = clado_ext.FormatScale("nvfp4", torch.full((4, 2), 0.3), 16)
+    codes, loss = clado_ext.compensate_format(made["weight"], made["factor"], scale)
+    assert (codes >= 0).all()
+    assert loss.isfinite().tolist() == [True, False, False, True]
+
+
 def test_gradients_do_not_pass() -> None:
     made = given_to(case(3, 8))
     _, loss = clado_ext.compensate(**made | {"weight": made["weight"].requires_grad_()}, bits=BITS)
@@ -193,6 +227,19 @@ def test_op_is_well_formed_and_compiles(device: str) -> None:
     )
     wanted = clado_ext.compensate(made["weight"], made["factor"], made["scale"], BITS, 16)
     assert same_bits(compiled(made["weight"]), wanted)
+
+
+def test_format_op_is_well_formed_and_compiles() -> None:
+    made = case(5, 32)
+    (scale,) = clado_ext.format_search(made["weight"], ("nvfp4",), steps=5)
+    given = (made["weight"], made["factor"], scale.scale, None, None, 16, 16)
+    torch.library.opcheck(torch.ops.clado.compensate_format.default, given)
+    compiled = torch.compile(clado_ext.compensate_format, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(*given[:2], scale), clado_ext.compensate_format(*given[:2], scale))
+    with pytest.raises(ValueError, match="compensate_format: formats must be among int2, "):
+        clado_ext.compensate_format(*given[:2], scale._replace(format="fp3"))
+    with pytest.raises(ValueError, match="compensate_format: scale must be a FormatScale, got"):
+        clado_ext.compensate_format(*given[:3])
 
 
 def test_nothing_to_round() -> None:

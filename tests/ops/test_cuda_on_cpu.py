@@ -123,6 +123,7 @@ def test_rows_that_lie_apart_are_read_in_place(dtype: torch.dtype, kernels: AsNa
         ((3, 31), 7, test_formats.MIXED),
         ((2, 1056), 32, ("int4", "fp8_e4m3", "nvfp4")),
         ((3, 128), -1, test_formats.MIXED),
+        ((3, 64), 5, test_formats.MIXED * 2),
         ((1, 2060), -1, ("fp8_e5m2", "mxfp8", "mxfp4")),
         ((1, 17_000), -1, ("fp8_e4m3", "fp8_e5m2")),
         ((0, 5), -1, ("nvfp4",)),
@@ -338,6 +339,16 @@ def test_compensation_is_that_of_the_cpu(
         return clado_ext.compensate(**made, bits=test_compensate.BITS, group_size=group)
 
     assert same_bits(in_every_order(kernels, run), run())
+
+
+@pytest.mark.parametrize("name", test_compensate.FORMATS)
+def test_compensation_of_formats_is_that_of_the_cpu(name: str, kernels: AsNative) -> None:
+    made = test_compensate.case(45, 64)
+    (scale,) = clado_ext.format_search(made["weight"], (name,), steps=5)
+    given = made["weight"], made["factor"], scale, torch.randperm(64)[None]
+    assert same_bits(
+        in_every_order(kernels, lambda: clado_ext.compensate_format(*given)), clado_ext.compensate_format(*given)
+    )
 
 
 def test_compensation_at_its_edges(kernels: AsNative) -> None:

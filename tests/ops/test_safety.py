@@ -140,13 +140,16 @@ def test_bindings_refuse_numbers_that_make_no_sense(
     )
     sound &= not null or rows * columns == 0
     given = ((a, dtype, rows, columns, stride, group), bits)
+    targets = [(b, group, 0, 0, a, 0) for b in bits]
+    formats = [(b, group, a, 0) for b in bits]
     calls = {
         "scale_search_cpu": (
-            (*given, steps, (0, factors), a, 0, 1),
+            (given[0], targets, steps, (0, factors), 1),
             sound and 1 <= steps <= 99 and factors > 0 and rows % factors == 0,
         ),
         "quantize_weight_cpu": ((*given, steps, a, 0, a, a, 1), sound and 1 <= steps <= 99),
-        "quantize_cpu": ((*given, a, 0, a, 1), sound),
+        "fake_quant_cpu": ((given[0], formats, a, a, 1), sound),
+        "quantize_cpu": ((given[0], formats, a, 1), sound),
         "compensate_cpu": (
             (*given, (a, 0, factors, stride, stride, 1), a, 0, a, a, 1),
             sound and factors > 0 and rows % factors == 0,
@@ -157,6 +160,33 @@ def test_bindings_refuse_numbers_that_make_no_sense(
             continue
         with pytest.raises(ValueError, match=f"^{name}: .* must "):
             getattr(_native, name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"element": 9}, r"bits must lie in 2\.\.8"),
+        ({"element": 19}, r"element must lie in 16\.\.18"),
+        ({"zeros": 1}, "zeros and rule must be those of the element"),
+        ({"element": 4}, "zeros and rule must be those of the element"),
+        ({"rule": 3}, r"rule must lie in 0\.\.2"),
+        ({"below": 0}, "a tensor's scale must come with the rule e4m3 alone"),
+        ({"rule": 1}, "a tensor's scale must come with the rule e4m3 alone"),
+        ({"group": 0}, "group_size must be positive"),
+        ({"scales": 0}, "addresses must not be null"),
+    ],
+)
+def test_bindings_refuse_formats_that_make_no_sense(change: dict[str, int], message: str) -> None:
+    space = np.ones(64, np.float32)
+    a = space.ctypes.data
+    target = {"element": 16, "group": 16, "rule": 2, "below": a, "scales": a, "zeros": 0} | change
+    with pytest.raises(ValueError, match=f"^scale_search_cpu: {message}"):
+        _native.scale_search_cpu((a, 0, 1, 16, 16, 16), [tuple(target.values())], 5, (0, 1), 1)
+    for name, weight in (("fake_quant_cpu", (a, a)), ("quantize_cpu", (a,))):
+        with pytest.raises(ValueError, match=f"^{name}: zeros must be those of an integer"):
+            getattr(_native, name)((a, 0, 1, 16, 16, 16), [(16, 16, a, a)], *weight, 1)
+        with pytest.raises(ValueError, match=rf"^{name}: the number of formats must lie in 1\.\.16"):
+            getattr(_native, name)((a, 0, 1, 16, 16, 16), [(16, 16, a, 0)] * 17, *weight, 1)
 
 
 def test_bindings_refuse_what_is_no_number() -> None:

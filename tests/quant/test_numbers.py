@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import clado
 from clado.deploy import pack_model, predicted_bytes, verify
@@ -167,3 +167,39 @@ def test_another_format_is_one_class_and_one_line(tmp_path: Path, monkeypatch: p
         assert packed.first.weight_bytes.dtype == torch.int8
     other = random_plan(model, Quantizer(), (4,))  # formats live side by side
     assert clado.export(model, other, tmp_path / "other").quantized == predicted_bytes(model, other)[0]
+
+
+SCHEMES = ("W4A16", "FP8_E4M3", "FP8_E5M2", "MXFP8", "MXFP4", "NVFP4", "BF16", "FP16")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("group_size", [-1, 0])
+def test_from_a_profile_to_a_loaded_export(rounding: str, group_size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 5)
+    )
+    x = torch.randn(16, 32)
+    settings = {"group_size": group_size, "scale_steps": 5, "rounding": rounding, "verbose": False}
+    sens = clado.profile(model.eval(), [x], schemes=SCHEMES, **settings)
+    assert [scheme.label for scheme in sens.candidates.schemes[0]] == sorted(SCHEMES, key=lambda s: Scheme.of(s))
+    names = [layer.name for layer in sens.layers]
+    for k in range(0, len(SCHEMES), len(names)):
+        plan = clado.given_plan(sens, dict(zip(names, (SCHEMES * 2)[k:], strict=False)))
+        small, folder = clado.apply(model, plan), tmp_path / str(k)
+        written = clado.export(model, plan, folder)
+        assert written.quantized == predicted_bytes(model, plan)[0] == plan.size_bytes
+        assert verify(model, plan, folder) == "loaded back bit for bit"
+        for loaded in (clado.load(folder, model), clado.load(folder, model, packed=True), pack_model(model, plan)):
+            assert torch.equal(loaded(x), small(x))
+        for layer in plan.layers:
+            scheme = plan.chosen[layer.name]
+            if rounding == "nearest":
+                weight = model.get_parameter(layer.names[0])
+                matrix = sens.quantizer.matrix(weight)
+                wanted = scheme.number.nearest(matrix, scheme.number.scales(matrix, sens.quantizer))
+                assert torch.equal(small.get_parameter(layer.names[0]), wanted.view(weight.shape))
+    best = clado.solve(sens, size_bytes=7000, time_limit=5)
+    assert best.size_bytes <= 7000
+    assert best.objective <= clado.given_plan(sens, dict.fromkeys(names, "W4A16"), "original").objective

@@ -286,3 +286,23 @@ def test_each_row_searches_its_own_scale(bits: int) -> None:
         assert 0.5 < (wide / best[1]).item() < 1.5  # what the fit adds
         far += int(not torch.equal(best[1], scale))
     assert far > 0
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(scale_steps=5), Quantizer(0, 5), Quantizer(8, 5, False)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_floats_are_compensated_under_their_scales(quantizer: Quantizer, groups: int) -> None:
+    """In any company, never worse than nearest rounding, and much better on inputs that depend on each other."""
+    weight, moments = torch.randn(8, 64), correlated(groups, 64, 200)
+    factors, h = factored(moments, "a layer"), damped(moments)
+    matrix, numbers = quantizer.matrix(weight), list(NUMBERS.values())
+    found = COMPENSATED.rounded(matrix, numbers, quantizer, factors)
+    near = NEAREST.rounded(matrix, numbers, quantizer, None)
+    for number, coded, plain in zip(numbers, found, near, strict=True):
+        if number.name.startswith("int"):
+            continue
+        assert torch.equal(coded[1].scale, plain[1].scale)
+        better, worse = (losses(matrix, own, number, h) for own in (coded, plain))
+        assert (better <= worse * (1 + 1e-5)).all()
+        assert number.bits == 16 or better.sum() < 0.7 * worse.sum()
+        (alone,) = COMPENSATED.rounded(matrix, [number], quantizer, factors)
+        assert torch.equal(alone[0], coded[0])

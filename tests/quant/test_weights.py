@@ -46,17 +46,17 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
-    """How often a scale was searched, by (digest of the weight, width)."""
+    """How often a scale was searched, by (digest of the weight, width or format)."""
     count: Counter[tuple[str, int]] = Counter()
 
     def counting(search: Callable[..., Any]) -> Callable[..., Any]:
-        def run(weight: Tensor, bits: tuple[int, ...], *rest: int) -> Any:
-            count.update((tensor_digest({"": weight}), width) for width in bits)
-            return search(weight, bits, *rest)
+        def run(weight: Tensor, formats: Any, *rest: int) -> Any:
+            count.update((tensor_digest({"": weight}), own) for own in formats)
+            return search(weight, formats, *rest)
 
         return run
 
-    for name in ("scale_search", "range_search", "quantize_weight"):
+    for name in ("scale_search", "range_search", "format_search", "quantize_weight"):
         monkeypatch.setattr(clado_ext, name, counting(getattr(clado_ext, name)))
     return count
 

@@ -90,8 +90,7 @@ def quanto(plan: Plan) -> list[dict[str, Any]]:
 
 def _layers(plan: Plan) -> tuple[Layer, ...]:
     require(bool(plan.bits), "recipe", "plan", "hold bits for every layer", f"a plan that is {plan.status}")
-    other = [f"{scheme.label} of {name}" for name, scheme in plan.chosen.items() if not scheme.weight.startswith("int")]
-    require(not other, "recipe", "plan", "be of integer weights", ", ".join(other[:3]))
+    plan.check_integers("recipe", "recipes")
     return plan.layers
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     )
     from .calls import Call, Calls, Readers, announce
     from .candidates import KEPT, Candidates, Scheme, all_plain, candidates_of, check_bits, scheme_names, stored_bytes
+    from .floats import TENSOR_SCALE, Blocks, Float8, Kept
     from .folding import folded
     from .inputs import INPUTS, InputFormat, InputRounding, Variant
+    from .integers import Integer
     from .layers import (
         Layer,
         applied_as,
@@ -49,13 +51,18 @@ __all__ = [
     "PACKED",
     "ROUNDINGS",
     "SCALE",
+    "TENSOR_SCALE",
     "ZERO_POINT",
     "ActivationRanges",
+    "Blocks",
     "Call",
     "Calls",
     "Candidates",
     "InputFormat",
     "InputRounding",
+    "Float8",
+    "Integer",
+    "Kept",
     "Layer",
     "LearnedWeight",
     "Number",

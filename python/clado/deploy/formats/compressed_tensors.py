@@ -1,8 +1,11 @@
-"""compressed-tensors ``pack-quantized``: one config group per width, int32 words per row, read by vLLM and transformers.
+"""compressed-tensors: one config group per scheme, each in the layout of its number format, read by vLLM and transformers.
 
-Only Linear weights have a place in the format; a planned convolution stays float and is listed under ``ignore``. Its readers
-keep a layer's scales in the dtype of its weight, so that is what they are written in. Of a transformers model the folder holds
-the configuration too, so that ``from_pretrained`` reads it.
+Integers are ``pack-quantized`` (int32 words per row), fp8_e4m3 is ``naive-quantized``, mxfp8 ``mxfp8-quantized``, mxfp4 and
+nvfp4 ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``; a file that holds several says ``mixed-precision`` on top. Layers
+that are kept in 16 bits lie there as they are, under ``ignore``. Only Linear weights have a place in the format; a planned
+convolution stays float and is listed under ``ignore`` too. Its readers keep a layer's scales in the dtype of its weight, so
+that is what they are written in, and make bfloat16 weights of blocks, so that only those have them. Of a transformers model the
+folder holds the configuration too, so that ``from_pretrained`` reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from clado_ext import pack, packed_columns
 
 from ...common import CladoError, refused, require, users_code
-from ...quant import PACKED, SCALE, ZERO_POINT, Layer, modules
+from ...quant import PACKED, SCALE, TENSOR_SCALE, ZERO_POINT, Blocks, Float8, Integer, Kept, Layer, Number, modules
 from ..applied import dequantized
 from . import base
 
@@ -32,6 +35,12 @@ _PLAIN_WIDTHS = (2, 4, 8)
 # The layout of 3, 5, 6 and 7 bits changed under the same format name: dense words from 0.18.0 on, before that as many codes
 # as fit a word whole. 2, 4 and 8 bits are the same in both.
 _VERSIONS = {"dense": "0.18.0", "padded": "0.17.1"}
+_LAYOUTS = {
+    "fp8_e4m3": "naive-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 
 
 @dataclass(frozen=True)
@@ -56,19 +65,23 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     tensors: dict[str, Tensor] = {}
     groups: dict[str, dict[str, Any]] = {}
     for layer in quantized:
-        bits = request.plan.bits[layer.name]
         parts = _parts(request, layer)
         tensors |= {f"{module}.{part}": value.clone() for module in modules(layer) for part, value in parts.items()}
-        group = groups.setdefault(str(_scheme(request, layer, bits)), _group(_scheme(request, layer, bits)))
+        if isinstance(_number(request, layer), Kept):
+            continue
+        layout, scheme = _layout(_number(request, layer)), _scheme(request, layer)
+        group = groups.setdefault(str((layout, scheme)), _group(layout, scheme))
         group["targets"] += modules(layer)
     leftovers = request.leftovers({name for layer in quantized for name in layer.names})
     save_file(tensors | leftovers, folder / MODEL_FILE, metadata={"format": "pt"})
+    layouts = {group["format"] for group in groups.values()}
+    ignored = _ignored(request.model, [n for n in quantized if not isinstance(_number(request, n), Kept)])
     quantization = {
         "quant_method": "compressed-tensors",
         "version": _VERSIONS[request.options.odd_widths or "dense"],
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": _ignored(request.model, quantized),
+        "ignore": ignored,
         "config_groups": {f"group_{k}": group for k, group in enumerate(groups.values())},
     }
     config = {**_config(request.model), "quantization_config": quantization}
@@ -97,9 +110,9 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
     """The plan's layers that the format holds packed, and those that stay float in it.
 
     Raises:
-        CladoError: no layer left, or a width whose layout depends on the reader's version and no choice of it.
+        CladoError: no layer left, a number format that it has not, or a width whose layout depends on the reader's version and
+            no choice of it.
     """
-    base.check_integers(request.plan, "compressed-tensors")
     known = dict(request.model.named_modules(remove_duplicate=False))
     quantized: list[Layer] = []
     stays: list[Layer] = []
@@ -110,11 +123,14 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
         owners = [known.get(module) for module in modules(layer)]
         held = layer.kind == "linear" and all(isinstance(owner, nn.Linear) for owner in owners)
         (quantized if held else stays).append(layer)
+        if held:
+            _check_number(layer, _number(request, layer), dtype)
     some = "a plan of convolutions alone"
     require(len(quantized) > 0, "export", "plan", "hold Linear layers for compressed-tensors", some)
     choice = request.options.odd_widths
     require(choice in (None, *_VERSIONS), "export", "odd_widths", f"be one of {', '.join(_VERSIONS)}", repr(choice))
-    odd = sorted({request.plan.bits[layer.name] for layer in quantized} - set(_PLAIN_WIDTHS))
+    widths = {number.bits for layer in quantized if isinstance(number := _number(request, layer), Integer)}
+    odd = sorted(widths - set(_PLAIN_WIDTHS))
     must = (
         "keep to 2, 4 and 8 bits, or come with odd_widths (--odd-widths) "
         "'dense' (compressed-tensors ≥ 0.18.0) or 'padded' (≤ 0.17.1)"
@@ -168,31 +184,76 @@ def verify(request: Request, folder: Path) -> str:
     return f"compressed-tensors decompresses {len(quantized)} layers bit for bit; {len(stays)} stay float"
 
 
-def _scheme(request: Request, layer: Layer, bits: int) -> dict[str, Any]:
+def _number(request: Request, layer: Layer) -> Number:
+    return request.plan.chosen[layer.name].number
+
+
+def _check_number(layer: Layer, number: Number, dtype: torch.dtype) -> None:
+    known = isinstance(number, (Integer, Kept)) or number.name in _LAYOUTS
+    must = f"hold integers, {', '.join(_LAYOUTS)} or 16 bits for compressed-tensors"
+    require(known, "export", "plan", must, f"{layer.name} as {number.name}")
+    fits = not isinstance(number, Blocks) or dtype == torch.bfloat16
+    must = f"be bfloat16 for {number.name} in compressed-tensors, whose reader makes that of it"
+    require(fits, "export", f"layer {layer.name}", must, str(dtype).removeprefix("torch."))
+
+
+def _layout(number: Number) -> str:
+    return _LAYOUTS.get(number.name, "pack-quantized")
+
+
+def _scheme(request: Request, layer: Layer) -> dict[str, Any]:
     """The ``weights`` entry of a layer. Groups that do not divide the row are cut to their greatest common divisor with it."""
-    columns, size = layer.shape[1], request.plan.quantizer.group_size
+    number, columns, size = _number(request, layer), layer.shape[1], request.plan.quantizer.group_size
     strategy = "tensor" if size == 0 else "channel" if size == -1 or size >= columns else "group"
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": request.plan.quantizer.symmetric,
-        "strategy": strategy,
-        "group_size": math.gcd(size, columns) if strategy == "group" else None,
-        "dynamic": False,
-    }
+    if isinstance(number, Integer):
+        cut = math.gcd(size, columns) if strategy == "group" else None
+        known = {"type": "int", "symmetric": request.plan.quantizer.symmetric, "strategy": strategy, "group_size": cut}
+    elif isinstance(number, Blocks):
+        of_scales = "torch.float8_e4m3fn" if number.two_levels else "torch.uint8"
+        blocks = "tensor_group" if number.two_levels else "group"
+        known = {"type": "float", "symmetric": True, "strategy": blocks, "group_size": number.block}
+        known |= {"scale_dtype": of_scales, "zp_dtype": of_scales}
+    else:
+        whole = "tensor" if size == 0 else "channel"
+        known = {"type": "float", "symmetric": True, "strategy": whole, "group_size": None}
+    return {"num_bits": number.bits, **known, "dynamic": False}
 
 
-def _group(scheme: dict[str, Any]) -> dict[str, Any]:
+def _group(layout: str, scheme: dict[str, Any]) -> dict[str, Any]:
     targets: list[str] = []
     activations = {"input_activations": None, "output_activations": None}
-    return {"targets": targets, "format": "pack-quantized", "weights": scheme, **activations}
+    return {"targets": targets, "format": layout, "weights": scheme, **activations}
 
 
 def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
-    bits, quantizer = request.plan.bits[layer.name], request.plan.quantizer
-    found = request.codes[layer.name]
+    number = _number(request, layer)
+    if isinstance(number, Integer):
+        return _integer_parts(request, layer, number.bits)
+    packed, (rows, columns) = request.codes[layer.name].packed(), layer.shape
+    if isinstance(number, Kept):
+        return {"weight": packed[PACKED].view(rows, columns)}
+    codes = packed[PACKED].view(rows, -1)
+    parts = {PACKED if codes.dtype == torch.uint8 else "weight": codes}
+    if isinstance(number, Float8):
+        per_tensor = request.plan.quantizer.group_size == 0
+        return parts | {SCALE: _held(request, layer, packed[SCALE].view(1) if per_tensor else packed[SCALE])}
+    parts[SCALE] = packed[SCALE].view(rows, -1)
+    return parts | ({TENSOR_SCALE: packed[TENSOR_SCALE].view(1)} if TENSOR_SCALE in packed else {})
+
+
+def _held(request: Request, layer: Layer, scale: Tensor) -> Tensor:
+    """Scales in the dtype of the layer's weight, which holds them."""
+    dtype = _dtype(request, layer)
+    held = scale.to(dtype)
+    must = f"have scales that {dtype} holds, as round-to-nearest and profiles of this version make them"
+    require(torch.equal(held.float(), scale), "export", f"layer {layer.name}", must, "others")
+    return held.contiguous()
+
+
+def _integer_parts(request: Request, layer: Layer, bits: int) -> dict[str, Tensor]:
+    found, quantizer = request.codes[layer.name], request.plan.quantizer
     codes, scale, zero_point = found.codes.view(layer.shape), found.scale, found.zero_point
-    scheme = _scheme(request, layer, bits)
+    scheme = _scheme(request, layer)
     if scheme["strategy"] == "tensor":
         scale, zero_point = scale.view(1), None if zero_point is None else zero_point.view(1)
     elif scheme["strategy"] == "group":
@@ -200,13 +261,9 @@ def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
         groups = layer.shape[1] // scheme["group_size"]
         scale = scale.repeat_interleave(repeat, 1)[:, :groups]
         zero_point = None if zero_point is None else zero_point.repeat_interleave(repeat, 1)[:, :groups]
-    dtype = _dtype(request, layer)
-    held = scale.to(dtype)
-    must = f"have scales that {dtype} holds, as round-to-nearest and profiles of this version make them"
-    require(torch.equal(held.float(), scale), "export", f"layer {layer.name}", must, "others")
     parts = {
         PACKED: _pack(request, codes, bits),
-        SCALE: held.contiguous(),
+        SCALE: _held(request, layer, scale),
         "weight_shape": torch.tensor(layer.shape),
     }
     if zero_point is not None:
@@ -217,8 +274,12 @@ def _parts(request: Request, layer: Layer) -> dict[str, Tensor]:
 
 def _layer_bytes(request: Request, layer: Layer) -> int:
     """Bytes of a layer's tensors, once for each module that holds it."""
-    bits, (rows, columns) = request.plan.bits[layer.name], layer.shape
-    scheme = _scheme(request, layer, bits)
+    number, (rows, columns) = _number(request, layer), layer.shape
+    if not isinstance(number, Integer):
+        stored = number.stored(layer.shape, request.plan.quantizer)
+        held = {SCALE: (stored[SCALE][0], _dtype(request, layer))} if isinstance(number, Float8) else {}
+        return len(layer.names) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in (stored | held).values())
+    bits, scheme = number.bits, _scheme(request, layer)
     groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
     per_tensor = scheme["strategy"] == "tensor"
     scales = _dtype(request, layer).itemsize * (1 if per_tensor else rows * groups)

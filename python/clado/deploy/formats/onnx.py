@@ -65,8 +65,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
-    base.check_integers(request.plan, "onnx")
     ir = _import_ir()
+    request.plan.check_integers("export", "onnx")
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
@@ -91,6 +91,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
 
 
 def predict(request: Request) -> tuple[int, int]:
+    request.plan.check_integers("export", "onnx")
     ranges = _ranges(request)
     counted = sum(_layer_bytes(request, layer, layer.name in ranges) for layer in request.plan.layers)
     return counted, sum(request.state[name].nbytes for name in _floating(request))
