@@ -131,7 +131,7 @@ def option(kind: type[Arguments], name: str) -> Callable[[Any], Any]:
 
 def values(kind: type[Arguments], given: Mapping[str, Any]) -> dict[str, Any]:
     """The function's arguments from what click read; one that was left out and has no default is not among them."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, about in kind.about().items():
         line = about.line
         if not isinstance(line, str) and given.get(name) is not None:
