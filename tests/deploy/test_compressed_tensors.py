@@ -148,7 +148,7 @@ def test_padded_words_hold_whole_codes(bits: int, rows: int, columns: int, seed:
         assert last >> (bits * filled) == 0
 
 
-MIXED = ("W4A16", "FP8_E4M3", "MXFP8", "MXFP4", "NVFP4", "BF16", "W8A16", "FP16", "FP8_E4M3")
+MIXED = ("W4A16", "FP8A16", "MXFP8A16", "MXFP4A16", "NVFP4A16", "BF16", "W8A16", "FP16", "FP8A16")
 
 
 def linears(dtype: torch.dtype) -> nn.Module:
@@ -202,7 +202,7 @@ def test_mixed_layouts_in_one_file_decompress_bit_for_bit(quantizer: Quantizer, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fp8_and_kept_weights_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     model = linears(dtype)
-    plan = mixed_plan(model, ("FP8_E4M3", "BF16", "W8A16") * 3, Quantizer(-1, 5))
+    plan = mixed_plan(model, ("FP8A16", "BF16", "W8A16") * 3, Quantizer(-1, 5))
     clado.export(model, plan, tmp_path / "out", NAME)
     assert verify(model, plan, tmp_path / "out", NAME).endswith("9 layers bit for bit; 0 stay float")
     alone = mixed_plan(model, ("BF16",) * 9, Quantizer())
@@ -213,9 +213,12 @@ def test_fp8_and_kept_weights_of_other_dtypes(dtype: torch.dtype, tmp_path: Path
 def test_what_the_reader_cannot_hold_is_said_before_anything_is_written(tmp_path: Path) -> None:
     model, folder = linears(torch.float32), tmp_path / "out"
     for schemes, message in (
-        (("FP8_E5M2",) * 9, "export: plan must hold integers, fp8_e4m3, .* for compressed-tensors, got 0 as fp8_e5m2"),
         (
-            ("W4A16",) * 8 + ("NVFP4",),
+            ("FP8_E5M2A16",) * 9,
+            "export: plan must hold integers, fp8_e4m3, .* for compressed-tensors, got 0 as fp8_e5m2",
+        ),
+        (
+            ("W4A16",) * 8 + ("NVFP4A16",),
             "export: layer 8 must be bfloat16 for nvfp4 in compressed-tensors, .*, got float32",
         ),
     ):
@@ -225,7 +228,7 @@ def test_what_the_reader_cannot_hold_is_said_before_anything_is_written(tmp_path
                 call(model, plan, *((folder,) if call is clado.export else ()), NAME)
     plan = mixed_plan(model, MIXED, Quantizer(-1, 1))
     with pytest.raises(
-        clado.CladoError, match="export: plan must hold integer weights alone for onnx, got 1 as FP8_E4M3, 2"
+        clado.CladoError, match="export: plan must hold integer weights alone for onnx, got 1 as FP8A16, 2"
     ):
         clado.export(model, plan, folder, "onnx", example=torch.zeros(1, 64))
     with pytest.raises(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Sensitivity
 from clado.cli import fields
+from clado.nn import pack_model
 from clado.quant import ActivationRanges, Calls, InputRounding, Scheme
 from tests.models import lively
 from tests.record.nets import Unexportable
@@ -509,16 +510,11 @@ def test_plans_of_all_formats_from_budget_to_file(
         assert torch.equal(clado.apply(model, again)(x), applied(x))
     kept = clado.given_plan(sens, dict.fromkeys(("0", "2", "4"), "BF16"))
     assert torch.equal(clado.apply(model, kept)[2].weight, model[2].weight.bfloat16().float())
-    for format, words in (
-        ("compressed-tensors", "integer weights for compressed-tensors"),
-        ("onnx", "integer weights for onnx"),
-    ):
-        with pytest.raises(clado.CladoError, match=f"plan must be of {words}, got FP8_DYNAMIC of 0, MXFP4 of 2"):
-            clado.export(
-                model, mixed, tmp_path / "other", format=format, **({"example": x} if format == "onnx" else {})
-            )
-    with pytest.raises(clado.CladoError, match="recipe: plan must be of integer weights, got FP8_DYNAMIC of 0"):
-        clado.recipes.plain(mixed)
+    fp8 = clado.given_plan(sens, dict.fromkeys(("0", "2", "4"), "FP8_DYNAMIC"))
+    assert clado.export(model, fp8, tmp_path / "ct", format="compressed-tensors").notes == (
+        "inputs stay float, those of 0, 2, 4 too, which the plan rounds",
+    )
+    assert torch.equal(pack_model(model, mixed)(x), clado.apply(model, mixed)(x))
 
 
 def test_a_low_precision_is_probed_with_inputs(floats: tuple[nn.Module, Tensor, Sensitivity]) -> None:

@@ -169,7 +169,7 @@ def test_another_format_is_one_class_and_one_line(tmp_path: Path, monkeypatch: p
     assert clado.export(model, other, tmp_path / "other").quantized == predicted_bytes(model, other)[0]
 
 
-SCHEMES = ("W4A16", "FP8_E4M3", "FP8_E5M2", "MXFP8", "MXFP4", "NVFP4", "BF16", "FP16")
+SCHEMES = ("W4A16", "FP8A16", "FP8_E5M2A16", "MXFP8A16", "MXFP4A16", "NVFP4A16", "BF16", "FP16")
 
 
 @torch.no_grad()

@@ -59,10 +59,6 @@ def time_layers(
         CladoError: a layer that the forward does not reach; a batch that the model does not take.
     """
     require(repeats >= 1, "latency", "repeats", "be at least 1", repeats)
-    for layer, own in zip(sens.layers, sens.candidates.schemes, strict=True):
-        distinct = len({scheme.bits for scheme in own}) == len(own)
-        labels = ", ".join(scheme.label for scheme in own)
-        require(distinct, "latency", "sensitivity", f"have schemes of distinct bits for {layer.name}", labels)
     model = folded(model)
     first = next(model.parameters())
     step = forward_step or sens.functions.get("forward_step")

@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from ...artifacts import Plan
-from ...common import require
 from ...quant import Layer, Quantized, codes
 from ..flat import ForwardStep
 
@@ -52,12 +51,6 @@ class Request(Generic[O]):
 
     def leftover_bytes(self, quantized: set[str]) -> int:
         return sum(value.nbytes for name, value in self.state.items() if name not in quantized)
-
-
-def check_integers(plan: Plan, format: str) -> None:
-    """Raise unless the weights of a plan are integers, which is all that a format holds."""
-    other = [f"{scheme.label} of {name}" for name, scheme in plan.chosen.items() if not scheme.weight.startswith("int")]
-    require(not other, "export", "plan", f"be of integer weights for {format}", ", ".join(other[:3]))
 
 
 @dataclass(frozen=True)

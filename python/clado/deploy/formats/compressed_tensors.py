@@ -113,7 +113,6 @@ def split(request: Request) -> tuple[list[Layer], list[Layer]]:
         CladoError: no layer left, a number format that it has not, or a width whose layout depends on the reader's version and
             no choice of it.
     """
-    base.check_integers(request.plan, "compressed-tensors")
     known = dict(request.model.named_modules(remove_duplicate=False))
     quantized: list[Layer] = []
     stays: list[Layer] = []

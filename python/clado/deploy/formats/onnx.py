@@ -66,7 +66,6 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
-    base.check_integers(request.plan, "onnx")
     ir = _import_ir()
     request.plan.check_integers("export", "onnx")
     for layer in request.plan.layers:
