@@ -75,7 +75,9 @@ EXTRAS = {name: modules(listed) for name, listed in PROJECT["optional-dependenci
 
 def test_what_is_imported_is_declared() -> None:
     package = third_party("python/clado", "clado_ext")
-    known = CORE.union(*(EXTRAS[name] for name in ("plot", "quickstart", "onnx", "tools", "modelopt", "brevitas", "data", "hf")))
+    known = CORE.union(
+        *(EXTRAS[name] for name in ("plot", "quickstart", "onnx", "tools", "modelopt", "brevitas", "data", "hf"))
+    )
     assert not {name: files for name, files in package.items() if name not in known}
     rest = third_party("tests", "bench")
     assert not {name: files for name, files in rest.items() if name not in known.union(*EXTRAS.values()) | RIVALS}
