@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -199,7 +200,7 @@ def differences(a: Any, b: Any) -> list[str]:
 
 def measured(row: Row, pairs: int) -> dict[str, Any]:
     theirs, ours, ran = [], [], ""
-    for _ in range(pairs + 1):
+    for _ in range(pairs):
         wanted, before = run(row)
         with clado.backend(row.tool) as used:
             got, after = run(row)
@@ -208,7 +209,6 @@ def measured(row: Row, pairs: int) -> dict[str, Any]:
             raise AssertionError(f"{row.name}: {'; '.join(found[:5])}")
         theirs.append(before)
         ours.append(after)
-    theirs, ours = theirs[1:], ours[1:]  # the first pair warms up
     whole = statistics.median(x["whole"] for x in theirs)
     parts = {}
     for name in row.parts:
@@ -240,6 +240,13 @@ def shown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  {result['ran']}"])
 
 
+def write(path: str, results: dict[str, Any]) -> None:
+    """Replaces the file, after every row; the load says whether the machine was busy."""
+    load = {"cores": os.cpu_count(), "load_average": list(os.getloadavg())}
+    written = {"benchmark": "backends", "machine": machine() | load, **results}
+    Path(path).write_text(json.dumps(written, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose tool or name holds this")
@@ -253,11 +260,8 @@ def main() -> None:
         if args.only in f"{row.tool} {row.name}":
             results.append(measured(row, args.pairs))
             print(shown(results[-1]), flush=True)
-    if args.json:
-        busy = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
-        written = {"benchmark": "backends", "machine": machine() | busy, "threads": args.threads, "results": results}
-        with open(args.json, "w") as file:
-            json.dump(written, file, indent=1)
+            if args.json:
+                write(args.json, {"threads": args.threads, "results": results})
 
 
 if __name__ == "__main__":

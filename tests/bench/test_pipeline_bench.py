@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from bench.pipeline import bench_precision, bench_profile
+from bench.pipeline import bench_backends, bench_precision, bench_profile
 
 SMALL = ["--samples", "8", "--layers", "4", "--rounds", "1", "--threads", str(torch.get_num_threads())]
 
@@ -60,3 +63,21 @@ def test_precision_is_held_to_its_limits(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench_precision, "LIMITS", {"float32": 0.0})
     with pytest.raises(SystemExit, match="below its limit"):
         run(bench_precision, tmp_path / "other.json", monkeypatch, "--model", "digits")
+
+
+def test_backends_are_held_against_the_tool_before_they_are_timed() -> None:
+    pytest.importorskip("modelopt", reason="NVIDIA ModelOpt is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    row = bench_backends.Row(
+        "modelopt", "nvidia-modelopt", "small", partial(bench_backends.quantize, model), bench_backends.SEARCH
+    )
+    result = bench_backends.measured(row, 1)
+    search = result["parts"]["scale search"]
+    assert 0 < search["share"] < 1
+    assert result["expected"] == pytest.approx(1 / (1 - search["share"] + search["share"] / search["faster"]))
+    assert "2 × scale calibration" in result["ran"]
+    assert "whole call" in bench_backends.shown(result)
+    calls = iter(range(9))
+    with pytest.raises(AssertionError, match="small: scales: values"):
+        bench_backends.measured(replace(row, call=lambda: {"scales": next(calls)}), 1)

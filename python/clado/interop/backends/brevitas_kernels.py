@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clado_ext import has_cuda
+
 from .grid import rated
 from .patches import Part, Used
 
@@ -65,7 +67,9 @@ def _why_not(search: Any, x: Tensor) -> str:
     rows = type(view) is OverOutputChannelView and type(view.permute_impl) is Identity and search.stats_reduce_dim == 1
     if not rows and not (type(view) is OverTensorView and search.stats_reduce_dim is None):
         return "scales along another axis"
-    return "" if x.dtype == torch.float32 and x.numel() else "dtype"
+    if x.dtype != torch.float32 or not x.numel():
+        return "dtype"
+    return "" if x.device.type == "cpu" or (x.is_cuda and has_cuda) else "device"
 
 
 def _search(search: Any, x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clado_ext import has_cuda
+
 from .grid import rated
 from .patches import Part, Used
 from .prefixes import shared, units
@@ -62,7 +64,7 @@ def _why_not(calibrator: Any, x: Tensor) -> str:
         return "scales along another axis"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "dtype"
-    return ""
+    return "" if x.device.type == "cpu" or (x.is_cuda and has_cuda) else "device"
 
 
 def _collect(calibrator: Any, x: Tensor) -> None:
