@@ -377,8 +377,11 @@ class LossChoice:
         if self.positions is not None and seeds is not None and place.positions > self.positions:
             place = replace(place, chosen=chosen_positions(place.positions, self.positions, seeds))
         against = term.against or (self.against or next(iter(LOSSES[term.name].makes)))
+        labelled = isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
         if against == TARGETS:
             self._check_targets(term, place, targets)
+        elif labelled and self.plain and term.shape is not None:  # labels of other classes are another model's data
+            self._check_targets(replace(term, name="cross_entropy"), place, targets)
         return LOSSES[term.name].makes[against](place, targets)
 
     def _check_targets(self, term: Term, place: Place, targets: Any) -> None:
