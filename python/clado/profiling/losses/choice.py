@@ -286,19 +286,18 @@ class LossChoice:
         good = own.dim() > 0 and len(own) == samples and own.is_floating_point()
         must = f"return {_named(term)} as floating-point numbers [{samples}, …] for the loss"
         require(good, self.op, "model", must, f"{own.dtype} {tuple(own.shape)}")
-        finite = bool(torch.isfinite(own).all())
-        require(
-            finite, self.op, "model", f"return finite {'logits' if term.key is None else term.key}", "NaN or infinity"
-        )
+        what = "logits" if term.key is None else term.key
+        require(bool(torch.isfinite(own).all()), self.op, "model", f"return finite {what}", "NaN or infinity")
         ways = self._ways(term)
         against = ways[0] if len(ways) == 1 or targets is not None else OUTPUTS
         dim = self._dim(term, shape, targets if against == TARGETS else None)
         term = replace(term, shape=shape, dim=dim, against=against)
-        place = term.place
-        least = 2 if LOSSES[term.name].vector == "classes" else 1
-        require(
-            place.positions > 0 and place.vector >= least, self.op, "model", "return some classes", tuple(own.shape)
-        )
+        place, classes = term.place, LOSSES[term.name].vector == "classes"
+        must = "return two classes at least (bce takes single logits)" if classes else "return some values"
+        enough = place.positions > 0 and place.vector >= 1 + classes
+        require(enough, self.op, "model", must, tuple(own.shape))
+        if against == TARGETS:
+            self._check_targets(term, replace(place, ignore_index=self.ignore_index), targets)
         return term
 
     def _own(self, term: Term, output: Any) -> Tensor:
@@ -378,8 +377,11 @@ class LossChoice:
         if self.positions is not None and seeds is not None and place.positions > self.positions:
             place = replace(place, chosen=chosen_positions(place.positions, self.positions, seeds))
         against = term.against or (self.against or next(iter(LOSSES[term.name].makes)))
+        labelled = isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
         if against == TARGETS:
             self._check_targets(term, place, targets)
+        elif labelled and self.plain and term.shape is not None:  # labels of other classes are another model's data
+            self._check_targets(replace(term, name="cross_entropy"), place, targets)
         return LOSSES[term.name].makes[against](place, targets)
 
     def _check_targets(self, term: Term, place: Place, targets: Any) -> None:
