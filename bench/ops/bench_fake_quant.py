@@ -61,7 +61,7 @@ def cases(grid: Grid) -> Iterator[Case]:
                 weight.nbytes * (1 + len(BITS)),
                 0,
                 others,
-                lambda w=weight, v=moved: v.copy_(w),  # one read, three writes
+                copy=lambda w=weight, v=moved: v.copy_(w),  # one read, three writes
             )
             if columns % 32 == 0:
                 yield formats_case(weight, moved)
@@ -88,5 +88,5 @@ def formats_case(weight: torch.Tensor, moved: torch.Tensor) -> Case:
         weight.nbytes * (1 + len(FORMATS)),
         0,
         rivals.casts(weight, scales) if weight.dtype == torch.float32 else {},
-        lambda: moved.copy_(weight),
+        copy=lambda: moved.copy_(weight),
     )

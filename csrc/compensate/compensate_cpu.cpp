@@ -59,7 +59,7 @@ CLADO_INLINE F round_float(F t, int8_t* codes) {
 }
 
 // Rounds the columns [first, last) of a leaf, each once it has made up for those before it.
-template <class F, int V>
+template <class F, int V, bool Floats>
 CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, int64_t last, const Steps& steps, int8_t* codes,
                              double* loss) {
   for (int64_t i = first; i < last; ++i) {
@@ -71,7 +71,7 @@ CLADO_INLINE void round_leaf(float* tile, const float* packed, int64_t first, in
       const F w = F::load(x + v * kLanes), scale = F::load(steps.scale + at + v * kLanes);
       int8_t* const code = codes + i * kTile + v * kLanes;
       F step;
-      if (steps.element == 0) {
+      if (!Floats) {
         const F low = F::load(steps.low + at + v * kLanes), high = F::load(steps.high + at + v * kLanes);
         step = round_even(clamp(w / scale, low, high));
         store_codes(code, step + F::load(steps.zero + at + v * kLanes));
@@ -127,26 +127,36 @@ CLADO_INLINE void update(float* tile, const float* packed, int64_t first, int64_
     }
 }
 
-// A tile of V vectors of streams from the first column to the last.
-template <class F, int V>
+// A tile of V vectors of streams from the first column to the last; Floats: of a float element.
+template <class F, int V, bool Floats>
 CLADO_INLINE void pass(float* tile, const float* packed, int64_t columns, const Steps& steps, int8_t* codes, double* loss) {
   const int64_t padded = rounded_up(columns, kLeaf);
   for (int64_t stretch = 0; stretch < columns; stretch += kStretch) {
     const int64_t end = std::min(stretch + kStretch, padded);
     for (int64_t leaf = stretch; leaf < std::min(end, columns); leaf += kLeaf) {
       const int64_t last = std::min(leaf + kLeaf, columns);
-      round_leaf<F, V>(tile, packed, leaf, last, steps, codes, loss);
+      round_leaf<F, V, Floats>(tile, packed, leaf, last, steps, codes, loss);
       update<F, V>(tile, packed, leaf, last, leaf + kLeaf, end);
     }
     update<F, V>(tile, packed, stretch, std::min(end, columns), end, padded);
   }
 }
+template <class F, bool Floats>
+CLADO_INLINE void pass_vectors(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
+                               double* loss) {
+  if (vectors == 1) return pass<F, 1, Floats>(tile, packed, columns, steps, codes, loss);
+  if (vectors == 2) return pass<F, 2, Floats>(tile, packed, columns, steps, codes, loss);
+  return pass<F, 3, Floats>(tile, packed, columns, steps, codes, loss);
+}
 template <class F>
 CLADO_INLINE void pass_tile_body(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
                                  double* loss) {
-  if (vectors == 1) return pass<F, 1>(tile, packed, columns, steps, codes, loss);
-  if (vectors == 2) return pass<F, 2>(tile, packed, columns, steps, codes, loss);
-  return pass<F, 3>(tile, packed, columns, steps, codes, loss);
+  pass_vectors<F, false>(tile, packed, columns, vectors, steps, codes, loss);
+}
+template <class F>
+CLADO_INLINE void pass_floats_body(float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps,
+                                   int8_t* codes, double* loss) {
+  pass_vectors<F, true>(tile, packed, columns, vectors, steps, codes, loss);
 }
 
 // A row as float32, padded to whole lanes.
@@ -167,6 +177,10 @@ CLADO_INLINE void read_row_body(const void* row, DType dtype, int64_t count, flo
 }
 
 CLADO_LANES_KERNEL(pass_tile,
+                   (float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
+                    double* loss),
+                   (tile, packed, columns, vectors, steps, codes, loss))
+CLADO_LANES_KERNEL(pass_floats,
                    (float* tile, const float* packed, int64_t columns, int vectors, const Steps& steps, int8_t* codes,
                     double* loss),
                    (tile, packed, columns, vectors, steps, codes, loss))
@@ -252,7 +266,8 @@ struct Tile {
     prepare();
     const Steps steps{room.scale.data(), room.zero.data(),  room.low.data(),
                       room.high.data(),  room.group.data(), room.inverse.data(), given.element};
-    pass_tile(room.tile.data(), packed, given.weight.columns, vectors(), steps, room.codes.data(), room.loss);
+    const auto run = given.element ? pass_floats : pass_tile;
+    run(room.tile.data(), packed, given.weight.columns, vectors(), steps, room.codes.data(), room.loss);
     write(codes, loss);
   }
 };

@@ -114,10 +114,11 @@ struct Grid {
   static constexpr int bounded(int exponent) { return exponent < -127 ? -127 : exponent > 127 ? 127 : exponent; }
 
   constexpr float scale(int k) const {
-    if (rule == ScaleRule::power_of_two) return two_to(code - k);
-    if (rule == ScaleRule::e4m3) return scale_of_code(code - k) / tensor_scale;
-    const float s = first * (static_cast<float>(100 - k) / 100.0f);
-    return s > FLT_MIN ? s : FLT_MIN;
+    if (rule == ScaleRule::any) {
+      const float s = first * (static_cast<float>(100 - k) / 100.0f);
+      return s > FLT_MIN ? s : FLT_MIN;
+    }
+    return rule == ScaleRule::power_of_two ? two_to(code - k) : scale_of_code(code - k) / tensor_scale;
   }
   // Of a group of zeros.
   static constexpr float of_zeros(ScaleRule rule, float tensor_scale) {

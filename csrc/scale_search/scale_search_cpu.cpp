@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -111,40 +112,50 @@ CLADO_INLINE void rate(const float* w, const float* h, int padded, const float* 
   }
   *clipped = sum_halves(beyond);
 }
-template <class F, bool Weighted>
-CLADO_INLINE void rate_element(const float* w, const float* h, int padded, const float* inverse, int steps, const Grid& grid,
-                               int element, float* errors, float* clipped) {
-  const float low = grid.low, high = grid.high;
-  if (element == kE2M1) return rate<F, Weighted, kE2M1>(w, h, padded, inverse, steps, low, high, errors, clipped);
-  if (element == kE4M3) return rate<F, Weighted, kE4M3>(w, h, padded, inverse, steps, low, high, errors, clipped);
-  if (element == kE5M2) return rate<F, Weighted, kE5M2>(w, h, padded, inverse, steps, low, high, errors, clipped);
-  rate<F, Weighted, 0>(w, h, padded, inverse, steps, low, high, errors, clipped);
-}
 template <class F>
-CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, const Grid& grid, int element,
+CLADO_INLINE void block_errors_body(const float* w, int padded, const float* inverse, int steps, float low, float high,
                                     float* errors, float* clipped) {
-  rate_element<F, false>(w, nullptr, padded, inverse, steps, grid, element, errors, clipped);
+  rate<F, false, 0>(w, nullptr, padded, inverse, steps, low, high, errors, clipped);
 }
 template <class F>
-CLADO_INLINE void weighted_errors_body(const float* w, const float* h, int padded, const float* inverse, int steps,
-                                       const Grid& grid, int element, float* errors, float* clipped) {
-  rate_element<F, true>(w, h, padded, inverse, steps, grid, element, errors, clipped);
+CLADO_INLINE void weighted_errors_body(const float* w, const float* h, int padded, const float* inverse, int steps, float low,
+                                       float high, float* errors, float* clipped) {
+  rate<F, true, 0>(w, h, padded, inverse, steps, low, high, errors, clipped);
+}
+// Of a float element; `h` null: all count alike.
+template <class F>
+CLADO_INLINE void float_errors_body(int element, const float* w, const float* h, int padded, const float* inverse, int steps,
+                                    float largest, float* errors, float* clipped) {
+  const auto rated = [&](auto e) __attribute__((always_inline)) {
+    constexpr int kElement = decltype(e)::value;
+    if (h)
+      rate<F, true, kElement>(w, h, padded, inverse, steps, -largest, largest, errors, clipped);
+    else
+      rate<F, false, kElement>(w, nullptr, padded, inverse, steps, -largest, largest, errors, clipped);
+  };
+  if (element == kE2M1) return rated(std::integral_constant<int, kE2M1>());
+  if (element == kE4M3) return rated(std::integral_constant<int, kE4M3>());
+  rated(std::integral_constant<int, kE5M2>());
 }
 
 CLADO_LANES_KERNEL(read_block, (const void* weight, DType dtype, int count, float* out, int* padded),
                    (weight, dtype, count, out, padded))
 CLADO_LANES_KERNEL(extremes, (const float* w, int padded, float* bottom, float* top), (w, padded, bottom, top))
 CLADO_LANES_KERNEL(block_errors,
-                   (const float* w, int padded, const float* inverse, int steps, const Grid& grid, int element, float* errors,
+                   (const float* w, int padded, const float* inverse, int steps, float low, float high, float* errors,
                     float* clipped),
-                   (w, padded, inverse, steps, grid, element, errors, clipped))
+                   (w, padded, inverse, steps, low, high, errors, clipped))
 CLADO_LANES_KERNEL(read_importance,
                    (const float* importance, const float* w, int count, float factor, float* out, float* largest),
                    (importance, w, count, factor, out, largest))
 CLADO_LANES_KERNEL(weighted_errors,
-                   (const float* w, const float* h, int padded, const float* inverse, int steps, const Grid& grid, int element,
+                   (const float* w, const float* h, int padded, const float* inverse, int steps, float low, float high,
                     float* errors, float* clipped),
-                   (w, h, padded, inverse, steps, grid, element, errors, clipped))
+                   (w, h, padded, inverse, steps, low, high, errors, clipped))
+CLADO_LANES_KERNEL(float_errors,
+                   (int element, const float* w, const float* h, int padded, const float* inverse, int steps, float largest,
+                    float* errors, float* clipped),
+                   (element, w, h, padded, inverse, steps, largest, errors, clipped))
 
 struct Group {
   const void* weight;       // its first element
@@ -290,14 +301,18 @@ void search_group(const Group& group, const Run& run, int steps, int threads) {
           if (!keep) group.read(start + i, own);
           float* errors = panel + i * (kChunk + 1);
           const int size = padded[start + i];
+          alignas(64) [[maybe_unused]] float own_importance[Weighted ? kBlock : 1];
+          const float* h = nullptr;
           if constexpr (Weighted) {
-            alignas(64) float own_importance[kBlock];
-            const float* h = keep ? shared_importance + (start + i) * kBlock : own_importance;
+            h = keep ? shared_importance + (start + i) * kBlock : own_importance;
             if (!keep) group.weigh(start + i, w, factor, own_importance);
-            weighted_errors(w, h, size, inverse, count, grid, element, errors, errors + count);
-          } else {
-            block_errors(w, size, inverse, count, grid, element, errors, errors + count);
           }
+          if (is_float(element))
+            float_errors(element, w, h, size, inverse, count, grid.high, errors, errors + count);
+          else if (Weighted)
+            weighted_errors(w, h, size, inverse, count, grid.low, grid.high, errors, errors + count);
+          else
+            block_errors(w, size, inverse, count, grid.low, grid.high, errors, errors + count);
         });
         for (int64_t i = 0; i < here; ++i)
           for (int j = 0; j <= count; ++j) sums[j] += static_cast<double>(panel[i * (kChunk + 1) + j]);
