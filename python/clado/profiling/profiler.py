@@ -25,10 +25,10 @@ def profile(model: nn.Module, data_loader: Iterable[Any], options: Options, *, v
     """Measure how the loss rises when each layer, and each pair of layers, is quantized.
 
     Args:
-        model: any module that torch.export takes, in eval mode, one tensor in, logits ``[N, C]`` or what ``loss`` names out. It
-            is not changed.
-        data_loader: iterable of batches: inputs ``[n, …]`` or (inputs, targets); batch sizes may differ. With ``forward_step`` or
-            ``loss_func``: any nest of tensors ``[n, …]``.
+        model: any module that torch.export takes, in eval mode, one tensor in, logits ``[N, C]`` or what ``loss`` names out.
+            It is not changed.
+        data_loader: iterable of batches: inputs ``[n, …]`` or (inputs, targets); batch sizes may differ. With
+            ``forward_step`` or ``loss_func``: any nest of tensors ``[n, …]``.
         options: the arguments of :class:`Options`.
         verbose: show a progress bar.
 
