@@ -19,12 +19,19 @@ def check_logits(op: str, logits: Tensor, delta: Tensor) -> None:
         raise refusal(op, "logits", "be a floating-point tensor", logits.dtype)
     if logits.shape[1] < 1:
         raise refusal(op, "logits", "have at least one class", tuple(logits.shape))
-    if delta.dim() != 3 or delta.shape[1:] != logits.shape:
-        raise refusal(op, "delta", f"have shape [V, {logits.shape[0]}, {logits.shape[1]}]", tuple(delta.shape))
-    if delta.dtype != logits.dtype:
-        raise refusal(op, "delta", f"be {logits.dtype} as the logits", delta.dtype)
-    if delta.device != logits.device:
-        raise refusal(op, "delta", f"be on {logits.device}", delta.device)
+    check_changes(op, "delta", delta, "V", logits, "the logits")
+
+
+def check_changes(op: str, name: str, changes: Tensor, count: str, like: Tensor, of: str) -> None:
+    """Raise ``ValueError`` unless ``changes``, the argument ``name``, is ``[count, *like.shape]``, dtype and device those of
+    ``like``, the argument ``of``."""
+    if changes.dim() != like.dim() + 1 or changes.shape[1:] != like.shape:
+        shape = ", ".join(map(str, (count, *like.shape)))
+        raise refusal(op, name, f"have shape [{shape}]", tuple(changes.shape))
+    if changes.dtype != like.dtype:
+        raise refusal(op, name, f"be {like.dtype} as {of}", changes.dtype)
+    if changes.device != like.device:
+        raise refusal(op, name, f"be on {like.device}", changes.device)
 
 
 def computed(x: Tensor) -> Tensor:

@@ -10,18 +10,6 @@ from ._losses import DTYPES, computed
 from ._registry import call, refusal
 
 
-def check_changes(op: str, name: str, changes: Tensor, count: str, like: Tensor, of: str) -> None:
-    """Raise ``ValueError`` unless ``changes``, the argument ``name``, is ``[count, *like.shape]``, dtype and device those of
-    ``like``, the argument ``of``."""
-    if changes.dim() != like.dim() + 1 or changes.shape[1:] != like.shape:
-        shape = ", ".join(map(str, (count, *like.shape)))
-        raise refusal(op, name, f"have shape [{shape}]", tuple(changes.shape))
-    if changes.dtype != like.dtype:
-        raise refusal(op, name, f"be {like.dtype} as {of}", changes.dtype)
-    if changes.device != like.device:
-        raise refusal(op, name, f"be on {like.device}", changes.device)
-
-
 def check_weight(op: str, weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless ``weight`` is a floating-point tensor of that shape on that device."""
     if weight is None:

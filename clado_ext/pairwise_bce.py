@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._losses import DTYPES
-from ._pairs import check_changes, check_rows, check_weight, empty_sums, launch_rows
+from ._losses import DTYPES, check_changes
+from ._pairs import check_rows, check_weight, empty_sums, launch_rows
 from ._registry import checked, define, refusal
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._losses import DTYPES, computed
-from ._pairs import address, check_changes, check_weight, empty_sums, given, nothing_to_do, numbers
+from ._losses import DTYPES, check_changes, computed
+from ._pairs import address, check_weight, empty_sums, given, nothing_to_do, numbers
 from ._registry import call, checked, define, refusal
 
 

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "common/lanes.h"
@@ -26,6 +25,14 @@ constexpr int kTileSize = kTile * kTile;
 constexpr int64_t kChunk = 128;  // products added in float32 before they meet the tile's sum
 constexpr int64_t kAhead = 8;    // lines of a panel that are fetched ahead of the one that is multiplied
 constexpr int64_t kPanelBytes = 3 << 19;  // of all panels at a time: they stay in the second-level cache
+
+// What panel `first` (its `rows` perturbations, rounded up to four) and panel `second` make. The shorter of the two comes first, so
+// that little is computed of a side's last panel; `turned`: the first is the one of columns.
+struct Tile {
+  int64_t first, second;
+  int rows;
+  bool turned;
+};
 
 // The perturbations of both sides in panels; those of `other` come behind the others.
 template <class T>
@@ -49,11 +56,18 @@ struct Panels {
     if (v >= (first ? perturbations : others)) return nullptr;
     return (first ? delta : other) + (v * rows + n) * width;
   }
-  // The pairs of panels to multiply: the upper triangle (the other one is its mirror), or all of left and right.
-  std::vector<std::pair<int64_t, int64_t>> tiles() const {
-    std::vector<std::pair<int64_t, int64_t>> all;
+  int rows_of(int64_t panel) const {
+    const int64_t rest = panel < left ? perturbations - panel * kTile : others - (panel - left) * kTile;
+    return static_cast<int>(std::min<int64_t>(kTile, (rest + 3) / 4 * 4));
+  }
+  // The tiles to make: the upper triangle (the other one is its mirror), or all of left and right.
+  std::vector<Tile> tiles() const {
+    std::vector<Tile> all;
     for (int64_t row = 0; row < left; ++row)
-      for (int64_t column = other ? left : row; column < count(); ++column) all.emplace_back(row, column);
+      for (int64_t column = other ? left : row; column < count(); ++column) {
+        const bool turned = rows_of(column) < rows_of(row);
+        all.push_back(turned ? Tile{column, row, rows_of(column), true} : Tile{row, column, rows_of(row), false});
+      }
     return all;
   }
 };
@@ -136,14 +150,14 @@ CLADO_INLINE void store_turned(const float* block, int64_t rest, float* out) {
 
 // ---- products of two panels ----
 
-// tile[r][l] += sum over c of a[c][r] * b[c][l]: runs of kChunk by fused multiply-adds, each run added to the tile, which is float
+// tile[r][l] += sum over c of a[c][r] * b[c][l] for r < rows, 4, 8, 12 or 16: runs of kChunk by fused multiply-adds, each run added to the tile, which is float
 // or double. Fused at every level (base asks the C library), so the bits agree; written with intrinsics since contraction is off,
 // which halves the time of the whole op.
 template <class Sum>
-inline void product_base(const float* a, const float* b, int64_t width, Sum* tile) {
+inline void product_base(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
   for (int64_t start = 0; start < width; start += kChunk) {
     const int64_t stop = std::min(width, start + kChunk);
-    for (int r = 0; r < kTile; ++r) {
+    for (int r = 0; r < rows; ++r) {
       float sum[kTile] = {};
       for (int64_t c = start; c < stop; ++c)
         for (int l = 0; l < kTile; ++l) sum[l] = __builtin_fmaf(a[c * kTile + r], b[c * kTile + l], sum[l]);
@@ -153,20 +167,20 @@ inline void product_base(const float* a, const float* b, int64_t width, Sum* til
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-template <class Sum>
-__attribute__((target("arch=x86-64-v4"))) inline void product_avx512(const float* a, const float* b, int64_t width, Sum* tile) {
+template <int Rows, class Sum>
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) inline void product_avx512(const float* a, const float* b, int64_t width, Sum* tile) {
   for (int64_t start = 0; start < width; start += kChunk) {
     const int64_t stop = std::min(width, start + kChunk);
-    __m512 sum[kTile];
-    for (int r = 0; r < kTile; ++r) sum[r] = _mm512_setzero_ps();
+    __m512 sum[Rows];
+    for (int r = 0; r < Rows; ++r) sum[r] = _mm512_setzero_ps();
     for (int64_t c = start; c < stop; ++c) {
       const __m512 y = _mm512_loadu_ps(b + c * kTile);
       __builtin_prefetch(a + (c + kAhead) * kTile);
       __builtin_prefetch(b + (c + kAhead) * kTile);
 #pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[c * kTile + r]), y, sum[r]);
+      for (int r = 0; r < Rows; ++r) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[c * kTile + r]), y, sum[r]);
     }
-    for (int r = 0; r < kTile; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       float part[kTile];
       _mm512_storeu_ps(part, sum[r]);
       add_lanes(tile + r * kTile, part);
@@ -175,23 +189,23 @@ __attribute__((target("arch=x86-64-v4"))) inline void product_avx512(const float
 }
 
 template <class Sum>
-__attribute__((target("arch=x86-64-v3"))) inline void product_avx2(const float* a, const float* b, int64_t width, Sum* tile) {
-  constexpr int rows = 4;
+__attribute__((target("arch=x86-64-v3"))) inline void product_avx2(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
+  constexpr int some = 4;
   for (int64_t start = 0; start < width; start += kChunk) {
     const int64_t stop = std::min(width, start + kChunk);
-    for (int first = 0; first < kTile; first += rows) {
-      __m256 low[rows], high[rows];
-      for (int r = 0; r < rows; ++r) low[r] = high[r] = _mm256_setzero_ps();
+    for (int first = 0; first < rows; first += some) {
+      __m256 low[some], high[some];
+      for (int r = 0; r < some; ++r) low[r] = high[r] = _mm256_setzero_ps();
       for (int64_t c = start; c < stop; ++c) {
         const __m256 y = _mm256_loadu_ps(b + c * kTile), z = _mm256_loadu_ps(b + c * kTile + 8);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
+        for (int r = 0; r < some; ++r) {
           const __m256 x = _mm256_broadcast_ss(a + c * kTile + first + r);
           low[r] = _mm256_fmadd_ps(x, y, low[r]);
           high[r] = _mm256_fmadd_ps(x, z, high[r]);
         }
       }
-      for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < some; ++r) {
         float part[kTile];
         _mm256_storeu_ps(part, low[r]);
         _mm256_storeu_ps(part + 8, high[r]);
@@ -200,28 +214,37 @@ __attribute__((target("arch=x86-64-v3"))) inline void product_avx2(const float* 
     }
   }
 }
+template <class Sum>
+inline void product_avx512(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
+  switch (rows) {
+    case 4: return product_avx512<4>(a, b, width, tile);
+    case 8: return product_avx512<8>(a, b, width, tile);
+    case 12: return product_avx512<12>(a, b, width, tile);
+    default: return product_avx512<16>(a, b, width, tile);
+  }
+}
 #else
 template <class Sum>
-inline void product_avx512(const float* a, const float* b, int64_t width, Sum* tile) {
-  product_base(a, b, width, tile);
+inline void product_avx512(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
+  product_base(a, b, rows, width, tile);
 }
 template <class Sum>
-inline void product_avx2(const float* a, const float* b, int64_t width, Sum* tile) {
-  product_base(a, b, width, tile);
+inline void product_avx2(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
+  product_base(a, b, rows, width, tile);
 }
 #endif
 
 template <class Sum>
-inline void product(const float* a, const float* b, int64_t width, Sum* tile) {
+inline void product(const float* a, const float* b, int rows, int64_t width, Sum* tile) {
   switch (simd_level()) {
-    case Simd::avx512: return product_avx512(a, b, width, tile);
-    case Simd::avx2: return product_avx2(a, b, width, tile);
-    default: return product_base(a, b, width, tile);
+    case Simd::avx512: return product_avx512(a, b, rows, width, tile);
+    case Simd::avx2: return product_avx2(a, b, rows, width, tile);
+    default: return product_base(a, b, rows, width, tile);
   }
 }
-inline void product(const double* a, const double* b, int64_t width, double* tile) {
+inline void product(const double* a, const double* b, int rows, int64_t width, double* tile) {
   for (int64_t c = 0; c < width; ++c)
-    for (int r = 0; r < kTile; ++r)
+    for (int r = 0; r < rows; ++r)
       for (int l = 0; l < kTile; ++l) tile[r * kTile + l] += a[c * kTile + r] * b[c * kTile + l];
 }
 
@@ -233,9 +256,9 @@ inline void product(const double* a, const double* b, int64_t width, double* til
 //   prepare(start, count, first, width, threads)   rows start … start + count and this slice of their width come next
 //   counts(i)                                      whether row start + i adds anything
 //   fill(i, panel, first, width, out)              the panel of row start + i
-//   multiply(i, a, b, width, tile)                 tile += what two panels make of each other over the slice
-//   finish(i, tile, sum)                           sum += the row's share of the sample
-//   finish(i, tile, total, squares)                the same into both at once, for samples of one row
+//   multiply(i, a, b, rows, width, tile)           tile += what `rows` of a and all of b make over the slice
+//   finish(i, rows, tile, sum)                     sum += the row's share of the sample
+//   finish(i, rows, tile, total, squares)          the same into both at once, for samples of one row
 template <class Work>
 void all_pairs(Work& work, int64_t per_sample, double* total, double* squares, int threads) {
   using T = typename Work::Element;
@@ -255,7 +278,7 @@ void all_pairs(Work& work, int64_t per_sample, double* total, double* squares, i
   // Adds the finished tiles of a group, or (last = false) keeps them for the next slice.
   const auto multiply = [&](int64_t start, int64_t count, int64_t size, bool last) {
     parallel_for(static_cast<int64_t>(tiles.size()), threads, [&](int64_t i) {
-      const auto [row, column] = tiles[static_cast<size_t>(i)];
+      const Tile& made = tiles[static_cast<size_t>(i)];
       double tile_total[kTileSize] = {}, tile_squares[kTileSize] = {};
       alignas(64) Sum tile[kTileSize];
       Sum* const kept = sliced ? &unfinished[static_cast<size_t>(i) * kTileSize] : nullptr;
@@ -267,9 +290,9 @@ void all_pairs(Work& work, int64_t per_sample, double* total, double* squares, i
             std::copy(kept, kept + kTileSize, tile);
           else
             std::fill(tile, tile + kTileSize, Sum(0));
-          work.multiply(n, of_row + row * kTile * size, of_row + column * kTile * size, size, tile);
-          if (last && whole) work.finish(n, tile, tile_total, tile_squares);
-          if (last && !whole) work.finish(n, tile, run);
+          work.multiply(n, of_row + made.first * kTile * size, of_row + made.second * kTile * size, made.rows, size, tile);
+          if (last && whole) work.finish(n, made.rows, tile, tile_total, tile_squares);
+          if (last && !whole) work.finish(n, made.rows, tile, run);
           if (kept) std::transform(tile, tile + kTileSize, kept, [last](Sum x) { return last ? Sum(0) : x; });
         }
         if (whole || !last || (start + n + 1) % per_sample != 0) continue;
@@ -280,9 +303,11 @@ void all_pairs(Work& work, int64_t per_sample, double* total, double* squares, i
         }
       }
       if (!last) return;
-      for (int r = 0; r < kTile; ++r)
+      const int64_t row = made.turned ? made.second : made.first, column = made.turned ? made.first : made.second;
+      for (int r = 0; r < made.rows; ++r)
         for (int l = 0; l < kTile; ++l) {
-          const int64_t v = row * kTile + r, w = (column - (panels.other ? panels.left : 0)) * kTile + l;
+          const int64_t v = row * kTile + (made.turned ? l : r);
+          const int64_t w = (column - (panels.other ? panels.left : 0)) * kTile + (made.turned ? r : l);
           if (v >= panels.perturbations || w >= columns || (!panels.other && w < v)) continue;
           total[v * columns + w] += tile_total[r * kTile + l];
           squares[v * columns + w] += tile_squares[r * kTile + l];

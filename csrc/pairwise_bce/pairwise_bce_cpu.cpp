@@ -63,12 +63,12 @@ void fill_sines(const double* const* rows, const double* up, const double* down,
     }
 }
 
-// tile[r][l] += sum over m of weight[m] * log1p(a[m][r] * b[m][l]), runs of kRun in float32.
+// tile[r][l] += sum over m of weight[m] * log1p(a[m][r] * b[m][l]) for r < rows, runs of kRun in float32.
 template <class F>
-CLADO_INLINE void add_logs_body(const float* a, const float* b, const float* weight, int64_t width, double* tile) {
+CLADO_INLINE void add_logs_body(const float* a, const float* b, const float* weight, int rows, int64_t width, double* tile) {
   for (int64_t start = 0; start < width; start += kRun) {
     const int64_t stop = std::min(width, start + kRun);
-    for (int r = 0; r < kTile; ++r) {
+    for (int r = 0; r < rows; ++r) {
       F sum;
       for (int64_t m = start; m < stop; ++m) {
         const F x = F::load(b + m * kTile) * a[m * kTile + r];
@@ -80,12 +80,12 @@ CLADO_INLINE void add_logs_body(const float* a, const float* b, const float* wei
     }
   }
 }
-CLADO_LANES_KERNEL(add_logs, (const float* a, const float* b, const float* weight, int64_t width, double* tile),
-                   (a, b, weight, width, tile))
-void add_logs(const double* a, const double* b, const double* weight, int64_t width, double* tile) {
+CLADO_LANES_KERNEL(add_logs, (const float* a, const float* b, const float* weight, int rows, int64_t width, double* tile),
+                   (a, b, weight, rows, width, tile))
+void add_logs(const double* a, const double* b, const double* weight, int rows, int64_t width, double* tile) {
   const double floor = static_cast<double>(kFloor);
   for (int64_t m = 0; m < width; ++m)
-    for (int r = 0; r < kTile; ++r)
+    for (int r = 0; r < rows; ++r)
       for (int l = 0; l < kTile; ++l) {
         const double x = a[m * kTile + r] * b[m * kTile + l];
         tile[r * kTile + l] += weight[m] * std::log1p(x < floor ? floor : x > kDoubleCap ? kDoubleCap : x);
@@ -126,14 +126,14 @@ struct BinaryCrossEntropy {
     const auto at = static_cast<size_t>(i * width);
     fill_sines(rows, &elements.up[at], &elements.down[at], &elements.weight[at], width, out);
   }
-  void multiply(int64_t i, const T* a, const T* b, int64_t width, double* tile) const {
-    add_logs(a, b, &elements.weight[static_cast<size_t>(i * width)], width, tile);
+  void multiply(int64_t i, const T* a, const T* b, int rows, int64_t width, double* tile) const {
+    add_logs(a, b, &elements.weight[static_cast<size_t>(i * width)], rows, width, tile);
   }
-  void finish(int64_t, const double* tile, double* sum) const {
-    for (int j = 0; j < kTileSize; ++j) sum[j] += tile[j];
+  void finish(int64_t, int rows, const double* tile, double* sum) const {
+    for (int j = 0; j < rows * kTile; ++j) sum[j] += tile[j];
   }
-  void finish(int64_t, const double* tile, double* total, double* squares) const {
-    for (int j = 0; j < kTileSize; ++j) {
+  void finish(int64_t, int rows, const double* tile, double* total, double* squares) const {
+    for (int j = 0; j < rows * kTile; ++j) {
       total[j] += tile[j];
       squares[j] += tile[j] * tile[j];
     }

@@ -14,26 +14,26 @@ constexpr float kFloor = 5.9604645e-8f - 1.0f;
 
 // sum += weight * log1p(tile).
 template <class F>
-CLADO_INLINE void add_logs_body(const float* tile, double weight, double* sum) {
-  for (int r = 0; r < kTile; ++r) {
+CLADO_INLINE void add_logs_body(const float* tile, int rows, double weight, double* sum) {
+  for (int r = 0; r < rows; ++r) {
     const F x = F::load(tile + r * kTile);
     float a[kLanes];
     store(a, log1p_lanes(select(x < kFloor, F(kFloor), x)));
     for (int l = 0; l < kTile; l += 8) add_to(sum + r * kTile + l, weight * widened(a + l));
   }
 }
-CLADO_LANES_KERNEL(add_logs, (const float* tile, double weight, double* sum), (tile, weight, sum))
+CLADO_LANES_KERNEL(add_logs, (const float* tile, int rows, double weight, double* sum), (tile, rows, weight, sum))
 inline double log_of(double x) {
   return std::log1p(x < static_cast<double>(kFloor) ? static_cast<double>(kFloor) : x);
 }
-void add_logs(const double* tile, double weight, double* sum) {
-  for (int i = 0; i < kTileSize; ++i) sum[i] += weight * log_of(tile[i]);
+void add_logs(const double* tile, int rows, double weight, double* sum) {
+  for (int i = 0; i < rows * kTile; ++i) sum[i] += weight * log_of(tile[i]);
 }
 
 // total += weight * log1p(tile), squares += (weight * log1p(tile))^2.
 template <class F>
-CLADO_INLINE void add_squares_body(const float* tile, double weight, double* total, double* squares) {
-  for (int r = 0; r < kTile; ++r) {
+CLADO_INLINE void add_squares_body(const float* tile, int rows, double weight, double* total, double* squares) {
+  for (int r = 0; r < rows; ++r) {
     const F x = F::load(tile + r * kTile);
     float a[kLanes];
     store(a, log1p_lanes(select(x < kFloor, F(kFloor), x)));
@@ -44,9 +44,10 @@ CLADO_INLINE void add_squares_body(const float* tile, double weight, double* tot
     }
   }
 }
-CLADO_LANES_KERNEL(add_squares, (const float* tile, double weight, double* total, double* squares), (tile, weight, total, squares))
-void add_squares(const double* tile, double weight, double* total, double* squares) {
-  for (int i = 0; i < kTileSize; ++i) {
+CLADO_LANES_KERNEL(add_squares, (const float* tile, int rows, double weight, double* total, double* squares),
+                   (tile, rows, weight, total, squares))
+void add_squares(const double* tile, int rows, double weight, double* total, double* squares) {
+  for (int i = 0; i < rows * kTile; ++i) {
     const double a = weight * log_of(tile[i]);
     total[i] += a;
     squares[i] += a * a;
@@ -164,9 +165,11 @@ struct CrossEntropy {
     }
     fill_panel(clean.row, clean.root.data(), own, first, width, out);
   }
-  void multiply(int64_t, const T* a, const T* b, int64_t width, T* tile) const { product(a, b, width, tile); }
-  void finish(int64_t i, const T* tile, double* sum) const { add_logs(tile, weight_of(i), sum); }
-  void finish(int64_t i, const T* tile, double* total, double* squares) const { add_squares(tile, weight_of(i), total, squares); }
+  void multiply(int64_t, const T* a, const T* b, int rows, int64_t width, T* tile) const { product(a, b, rows, width, tile); }
+  void finish(int64_t i, int rows, const T* tile, double* sum) const { add_logs(tile, rows, weight_of(i), sum); }
+  void finish(int64_t i, int rows, const T* tile, double* total, double* squares) const {
+    add_squares(tile, rows, weight_of(i), total, squares);
+  }
 };
 
 template <class T>

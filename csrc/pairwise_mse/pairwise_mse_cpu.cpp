@@ -8,8 +8,6 @@
 namespace clado {
 namespace {
 
-constexpr int64_t kFetched = 128;  // elements ahead: rows lie far apart in memory
-
 // out[m][r] = root[m] * rows[r][m]; zeros where the root is 0 and for rows that are not there. root null: 1.
 template <class F>
 CLADO_INLINE void fill_products_body(const float* const* rows, const float* root, int64_t width, float* out) {
@@ -19,10 +17,7 @@ CLADO_INLINE void fill_products_body(const float* const* rows, const float* root
     alignas(64) float block[kTileSize];
     for (int r = 0; r < kTile; ++r) {
       F x;
-      if (rows[r]) {
-        __builtin_prefetch(rows[r] + m + kFetched);
-        x = F::load_part(rows[r] + m, rest);
-      }
+      if (rows[r]) x = F::load_part(rows[r] + m, rest);
       if (root) x = select(factor == 0.0f, F{}, factor * x);
       store(block + r * kTile, x);
     }
@@ -66,12 +61,12 @@ struct SquaredError {
     }
     fill_products(rows, weight ? &root[static_cast<size_t>(i * width)] : nullptr, width, out);
   }
-  void multiply(int64_t, const T* a, const T* b, int64_t width, double* tile) const { product(a, b, width, tile); }
-  void finish(int64_t, const double* tile, double* sum) const {
-    for (int j = 0; j < kTileSize; ++j) sum[j] += 2.0 * tile[j];
+  void multiply(int64_t, const T* a, const T* b, int rows, int64_t width, double* tile) const { product(a, b, rows, width, tile); }
+  void finish(int64_t, int rows, const double* tile, double* sum) const {
+    for (int j = 0; j < rows * kTile; ++j) sum[j] += 2.0 * tile[j];
   }
-  void finish(int64_t, const double* tile, double* total, double* squares) const {
-    for (int j = 0; j < kTileSize; ++j) {
+  void finish(int64_t, int rows, const double* tile, double* total, double* squares) const {
+    for (int j = 0; j < rows * kTile; ++j) {
       const double a = 2.0 * tile[j];
       total[j] += a;
       squares[j] += a * a;
