@@ -22,8 +22,8 @@ def test_this_build_passes(device: str) -> None:
 
 
 def off_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*given: Any) -> Any:
-        found = op(*given)
+    def run(*given: Any, **more: Any) -> Any:
+        found = op(*given, **more)
         return (found[0] + 1, *found[1:]) if isinstance(found, tuple) else found + 1
 
     return run

@@ -19,7 +19,7 @@ import clado
 from clado.artifacts import Sensitivity
 from clado.graph.capture import Captured, capture
 from clado.profiling import Options, checkpoint, open_run, plan_run, profile, run
-from clado.quant import variants
+from clado.quant import Variant, variants
 from tests.models import tiny_vit
 
 # Forks a profile again and again from one warm process and kills each at a random moment of its measuring, a few chunks on
@@ -403,9 +403,9 @@ def test_a_candidate_without_a_finite_loss_is_dropped_by_name(monkeypatch: pytes
     sound = profile(model, [x], verbose=False)
     make = variants
 
-    def broken(*arguments: object) -> list[list[torch.Tensor]]:
+    def broken(*arguments: object) -> list[list[Variant]]:
         made = make(*arguments)  # type: ignore[arg-type]
-        made[2][1] = torch.full_like(made[2][1], float("inf"))
+        made[2][1] = Variant(torch.full_like(made[2][1].weight, float("inf")))
         return made
 
     monkeypatch.setattr("clado.profiling.open.variants", broken)
