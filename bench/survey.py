@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +222,13 @@ def main() -> None:
             Path(temporary).write_text(
                 "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()) + "\n}\n"
             )
+    missing = [name for library, family, name in wanted if f"{library}/{family}" not in known]
     with atomic_file(options.page) as temporary:
-        Path(temporary).write_text(page(known))
+        Path(temporary).write_text(page(known, missing))
 
 
-def page(known: dict[str, Any]) -> str:
-    """The table of all models."""
+def page(known: dict[str, Any], missing: Sequence[str]) -> str:
+    """The table of all models, and the names of those that were not tried yet."""
     ran = [row for row in known.values() if "layers" in row]
     graphs = sum(row["graph"] for row in ran)
     out = [
@@ -235,6 +237,7 @@ def page(known: dict[str, Any]) -> str:
         "Written by `python -m bench.survey`: a small model of every family of timm, and models of torchvision and transformers "
         "(small configurations), random weights.",
         f"{len(ran)} of {len(known)} go through, {graphs} of them as a graph; the others by whole forwards, which cost more.",
+        *([f"Not tried yet: {', '.join(missing)}."] if missing else []),
         "",
         "| model | input | runs as | layers | weights searched | left in float | exported and verified |",
         "| --- | ---: | --- | ---: | ---: | --- | --- |",

@@ -19,7 +19,9 @@ from .nets import SPLITS, load_split
 from .numbers import clustered, compact, table
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
-FINISHED, STABLE, REAL = (RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions"))
+FINISHED, STABLE, REAL, SHIPPED = (
+    RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions", "shipped")
+)
 PAGE, IMAGES = Path("docs/evidence.md"), Path("docs/images")
 RIVALS = ("modelopt gradient", "modelopt kl_div")
 ADDITIVE, PAIRS, OURS = "logit: diagonal", "logit: original", "logit: refined, reranked"

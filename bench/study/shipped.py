@@ -1,0 +1,193 @@
+"""``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside two others.
+
+At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
+under nearest rounding, and uniform widths where there are such; all three finished on the same augmented photographs of the
+sensitivity set. Photographs of other things choose, a third set judges: KL to the float net, agreement of the first class,
+paired, with errors clustered by what a photograph shows. Every score is a file, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import clado
+from clado.artifacts import Plan, Sensitivity
+from clado.common import atomic_file
+
+from ..harness import machine
+from .interactions import BITS, Bench, logits
+from .measure import divergence
+from .numbers import clustered, compact
+from .page import SHIPPED
+from .real_nets import LITE
+
+BUDGETS = (2.5, 3.0, 3.5, 4.0)
+SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500
+STAGES = ("planned", "compensated", "learned")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path, help="folder that bench.study.photographs wrote")
+    parser.add_argument("--work", type=Path, default=Path("build/study/shipped"), help="profiles, plans and scores")
+    parser.add_argument("--net", default=LITE[0], choices=LITE)
+    parser.add_argument("--budgets", default=",".join(f"{budget:g}" for budget in BUDGETS))
+    parser.add_argument("--plans", default="measured,nearest,uniform")
+    parser.add_argument("--json", type=Path, default=SHIPPED)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work))
+    for budget in map(float, options.budgets.split(",")):
+        for kind in options.plans.split(","):
+            shipped.score(kind, budget)
+    with atomic_file(options.json) as temporary:
+        Path(temporary).write_text(compact(shipped.collected()) + "\n")
+
+
+def augmented(images: Tensor, count: int, seed: int) -> Tensor:
+    """``[count, C, H, W]``: crops of 35 to 100 % of an image's side, mirrored or not, in other colours, a rectangle of another
+    crop pasted on every other one."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=draw)
+
+    order = torch.cat([torch.randperm(len(images), generator=draw) for _ in range(-(-count // len(images)))])[:count]
+    side, shift = uniform(0.35, 1, count), uniform(-1, 1, count, 2)
+    mirror = torch.where(uniform(0, 1, count) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = side * mirror, side
+    theta[:, :, 2] = shift * (1 - side)[:, None]
+    grid = nn.functional.affine_grid(theta, [count, *images.shape[1:]], align_corners=False)
+    found = nn.functional.grid_sample(images[order], grid, padding_mode="reflection", align_corners=False)
+    found = found * uniform(0.8, 1.25, count, 3, 1, 1) + uniform(-0.2, 0.2, count, 3, 1, 1)
+    height, width = images.shape[2:]
+    for k in range(1, count, 2):
+        tall, wide = (int(s * uniform(0.2, 0.6, 1)) for s in (height, width))
+        top, left = (int(torch.randint(s, (1,), generator=draw)) for s in (height - tall, width - wide))
+        found[k, :, top : top + tall, left : left + wide] = found[k - 1, :, top : top + tall, left : left + wide]
+    return found
+
+
+class Shipped:
+    """Plans of one net, finished, and what photographs that no stage saw lose by them."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.sensitivity = bench.sensitivity[:SAMPLES]
+        self.lesson = augmented(bench.sensitivity, AUGMENTED, seed=0)
+        self.profiles: dict[str, Sensitivity] = {}
+
+    def profile(self, rounding: str) -> Sensitivity:
+        if rounding not in self.profiles:
+            folder = self.bench.work / rounding
+            self.profiles[rounding] = clado.profile(
+                self.bench.model,
+                [self.sensitivity],
+                BITS,
+                rounding=rounding,
+                num_samples=SAMPLES,
+                output_dir=folder,
+                verbose=False,
+            )
+        return self.profiles[rounding]
+
+    def plan(self, kind: str, budget: float) -> Plan | None:
+        """None where a uniform width of that many bits is not to be had."""
+        sens = self.profile("nearest" if kind == "nearest" else "compensated")
+        if kind == "uniform":
+            return (
+                clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers}) if budget in BITS else None
+            )
+        plans = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
+        return min(plans, key=lambda plan: self.divergences(plan, "choice").mean())
+
+    def divergences(self, plan: Plan, by: str) -> NDArray[np.float64]:
+        images, clean = self.bench.judges[by]
+        found: NDArray[np.float64] = divergence(clean, logits(clado.apply(self.bench.model, plan), images)).numpy()
+        return found
+
+    def score(self, kind: str, budget: float) -> None:
+        plan = self.plan(kind, budget)
+        if plan is None:
+            return
+        self.keep(kind, budget, "planned", lambda: plan)
+        for method in STAGES[1:]:
+            self.keep(kind, budget, method, lambda method=method: self.finished(plan, kind, budget, method))
+
+    def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
+        folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
+        judges = [self.bench.judges["choice"][0]]
+        settings: dict[str, Any] = {"num_samples": AUGMENTED, "output_dir": folder, "verbose": False}
+        return clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
+
+    def path(self, kind: str, budget: float, stage: str) -> Path:
+        return self.bench.work / "scores" / f"{kind}-{budget}-{stage}.npz"
+
+    def keep(self, kind: str, budget: float, stage: str, make: Callable[[], Plan]) -> None:
+        """Score a plan; a score that is there is not made again."""
+        path, start = self.path(kind, budget, stage), time.process_time()
+        if path.exists():
+            return
+        plan = make()
+        seconds = time.process_time() - start
+        images, clean = self.bench.judges["heldout"]
+        found = logits(clado.apply(self.bench.model, plan), images)
+        scores = {
+            "kl": divergence(clean, found).numpy(),
+            "agrees": (found.argmax(1) == clean.argmax(1)).double().numpy(),
+            "bits": np.float64(plan.avg_bits),
+            "seconds": np.float64(seconds),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **scores)
+        print(kind, budget, stage, f"KL {scores['kl'].mean():.4f}, agrees {scores['agrees'].mean():.1%}", flush=True)
+
+    def collected(self) -> dict[str, Any]:
+        rows = [row for budget in BUDGETS if (row := self.row(budget))]
+        settings = {
+            "bits": BITS,
+            "samples": SAMPLES,
+            "augmented": AUGMENTED,
+            "heldout": HELDOUT,
+            "net": self.bench.name,
+        }
+        return {"benchmark": "shipped", "machine": machine(), "settings": settings, "rows": rows}
+
+    def row(self, budget: float) -> dict[str, Any]:
+        """Every plan at every stage that was scored, and ours learned against the others learned."""
+        read = {
+            (kind, stage): dict(np.load(path))
+            for kind in ("measured", "nearest", "uniform")
+            for stage in STAGES
+            if (path := self.path(kind, budget, stage)).exists()
+        }
+        if ("measured", "learned") not in read:
+            return {}
+        shown, ours = self.bench.shown, read["measured", "learned"]["kl"]
+        scores = {
+            f"{kind} {stage}": {
+                **clustered(held["kl"], shown),
+                "agrees": float(held["agrees"].mean()),
+                "bits": float(held["bits"]),
+                "seconds": float(held["seconds"]),
+            }
+            for (kind, stage), held in read.items()
+        }
+        others = [kind for kind in ("nearest", "uniform") if (kind, "learned") in read]
+        minus = {kind: clustered(ours - read[kind, "learned"]["kl"], shown) for kind in others}
+        return {"budget": budget, "scores": scores, "minus": minus}
+
+
+if __name__ == "__main__":
+    main()
