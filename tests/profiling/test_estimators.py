@@ -22,7 +22,7 @@ from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling import ESTIMATORS, profile
 from clado.profiling.losses import Categorical, UserLoss
-from clado.quant import Candidates, Quantizer
+from clado.quant import Candidates, Quantizer, Variant
 from clado.quant import variants as variants_of
 from tests.models import lively, tiny_vit
 from tests.profiling.test_profile import net_and_data, plain_loop, relative
@@ -365,7 +365,8 @@ def test_nothing_is_read_back_while_a_chunk_is_measured(estimator: str, precisio
         carried = precision == "bfloat16"
         executor = CarriedExecutor(moved, precision) if carried else Executor(moved)
         executor._flops, executor._forward_flops = [1.0] * len(executor._flops), 1.0
-        weights, batch = pytree.tree_map(on_gpu, (variants, x))
+        weights = [[Variant(on_gpu(variant.weight)) for variant in own] for own in variants]
+        batch = on_gpu(x)
         loss: Any = Categorical()
         if estimator == "user loss":
             estimator, loss = "exact", UserLoss(lambda output, batch: output.square().sum(-1), batch, 2)
