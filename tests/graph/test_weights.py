@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import clado
 from clado.graph import Runner, Use, open_runner
 from clado.graph.whole_forwards import WholeForwards
-from clado.quant import Call, Calls, Layer, folded, in_rows
+from clado.quant import Call, Calls, Layer, Variant, folded, in_rows
 
 
 class Attention(nn.Module):
@@ -131,7 +131,9 @@ def test_both_runners_have_the_same_derivatives(net: tuple[nn.Module, Tensor]) -
         def objective(state: Any, runner: Runner = runner) -> Tensor:
             return runner.finish(state).square().sum()
 
-        found = runner.products(runner.advance(runner.start(x), 0), [[rows] for rows, _ in pairs], objective)[:, 0]
+        found = runner.products(runner.advance(runner.start(x), 0), [[Variant(rows)] for rows, _ in pairs], objective)[
+            :, 0
+        ]
         for k, (_, changed) in enumerate(pairs):
             for n in range(len(x)):
                 own = {name: model.get_parameter(name).detach().requires_grad_() for name in list(changed)[:1]}
