@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,15 @@ class Grid:
         if not taken:
             raise Unfit(f"dtype must be among {', '.join(map(name_of, own))}, got {', '.join(self.dtypes)}")
         return taken
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other tools print, warn and show bars."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._losses import DTYPES, computed
+from ._losses import DTYPES, check_changes, computed
 from ._registry import call, refusal
 
 
@@ -22,10 +22,17 @@ def check_weight(op: str, weight: Tensor | None, shape: tuple[int, ...], device:
         raise refusal(op, "weight", f"be on {device}", weight.device)
 
 
-def check_rows(op: str, rows_per_sample: int, rows: int) -> None:
-    """Raise unless the rows fall into samples of ``rows_per_sample``."""
+def allocate_rows(
+    op: str, logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The outputs of an op over rows of logits, whose ``logits`` and ``delta`` have been looked at."""
+    rows = logits.shape[0]
+    if other is not None:
+        check_changes(op, "other", other, "W", logits, "the logits")
+    check_weight(op, weight, logits.shape[:1], logits.device)
     if rows_per_sample < 1 or rows % rows_per_sample:
         raise refusal(op, "rows_per_sample", f"be at least 1 and divide the {rows} rows", rows_per_sample)
+    return empty_sums(delta, other)
 
 
 def empty_sums(delta: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,10 +48,11 @@ def launch_rows(
     weight: Tensor | None,
     rows_per_sample: int,
     other: Tensor | None,
-    outputs: tuple[Tensor, Tensor],
+    total: Tensor,
+    squares: Tensor,
 ) -> None:
     """Run a native op over rows of logits ``[R]`` or ``[R, C]``."""
-    if nothing_to_do(len(logits), outputs):
+    if nothing_to_do(len(logits), (total, squares)):
         return
     z, d, o = computed(logits), computed(delta), given(other)
     w = None if weight is None else weight.to(torch.float64).contiguous()
@@ -54,7 +62,7 @@ def launch_rows(
         workspace = d.new_empty(getattr(_native, f"{op}_workspace")(pairs, rows_per_sample), dtype=torch.uint8)
         extra = (workspace.data_ptr(),)
     rows = (z.data_ptr(), address(w), rows_per_sample)
-    call(op, z.device, pairs, rows, *(x.data_ptr() for x in outputs), *extra)
+    call(op, z.device, pairs, rows, total.data_ptr(), squares.data_ptr(), *extra)
 
 
 def nothing_to_do(rows: int, outputs: tuple[Tensor, Tensor]) -> bool:

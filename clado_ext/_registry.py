@@ -81,9 +81,7 @@ def _each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
 @cache
 def _warn_slow() -> None:
     """Once in a process."""
-    remedy = (
-        "CLADO_CUDA=ON pip install --force-reinstall --no-deps clado builds them (`clado doctor` says what is here)"
-    )
+    remedy = "CLADO_CUDA=ON pip install --force-reinstall --no-deps . in its folder builds them (see `clado doctor`)"
     warnings.warn(
         f"clado_ext: built without CUDA kernels, so the CPU computes what is on the GPU; {remedy}", stacklevel=5
     )

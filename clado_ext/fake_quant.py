@@ -287,10 +287,12 @@ def _allocate_fake_quant(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> tuple[Tensor, Tensor]:
     check_scales("fake_quant", weight, scale, zero_point, bits, group_size)
-    return (
-        weight.new_empty((len(bits), *weight.shape)),
-        weight.new_empty((len(bits), weight.shape[0]), dtype=torch.float64),
-    )
+    return _values_and_errors(weight, len(bits))
+
+
+def _values_and_errors(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values ``[count, N, …]`` and their squared errors ``[count, N]``, yet to be computed."""
+    return weight.new_empty((count, *weight.shape)), weight.new_empty((count, weight.shape[0]), dtype=torch.float64)
 
 
 def _launch_fake_quant(
@@ -338,12 +340,8 @@ def _allocate_quantize_weight(
     check_steps("quantize_weight", steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
     scale = weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
-    return (
-        weight.new_empty((len(bits), *weight.shape)),
-        weight.new_empty((len(bits), rows), dtype=torch.float64),
-        scale,
-        scale.new_empty(0 if symmetric else scale.shape, dtype=torch.int8),
-    )
+    zero_point = scale.new_empty(0 if symmetric else scale.shape, dtype=torch.int8)
+    return *_values_and_errors(weight, len(bits)), scale, zero_point
 
 
 def _launch_quantize_weight(
@@ -394,10 +392,7 @@ def _allocate_fake_quant_formats(
     group_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     check_formats("fake_quant_formats", weight, scales, zero_points, elements, group_sizes)
-    return (
-        weight.new_empty((len(scales), *weight.shape)),
-        weight.new_empty((len(scales), weight.shape[0]), dtype=torch.float64),
-    )
+    return _values_and_errors(weight, len(scales))
 
 
 def _allocate_quantize_formats(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ._losses import DTYPES, check_changes
-from ._pairs import check_rows, check_weight, empty_sums, launch_rows
+from ._pairs import allocate_rows, launch_rows
 from ._registry import checked, define, refusal
 
 
@@ -54,27 +56,11 @@ def _allocate(
     if logits.dtype not in DTYPES:
         raise refusal("pairwise_bce", "logits", "be a floating-point tensor", logits.dtype)
     check_changes("pairwise_bce", "delta", delta, "V", logits, "the logits")
-    if other is not None:
-        check_changes("pairwise_bce", "other", other, "W", logits, "the logits")
-    check_weight("pairwise_bce", weight, logits.shape, logits.device)
-    check_rows("pairwise_bce", rows_per_sample, logits.shape[0])
-    return empty_sums(delta, other)
-
-
-def _launch(
-    logits: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    rows_per_sample: int,
-    other: Tensor | None,
-    total: Tensor,
-    squares: Tensor,
-) -> None:
-    launch_rows("pairwise_bce", logits, delta, weight, rows_per_sample, other, (total, squares))
+    return allocate_rows("pairwise_bce", logits, delta, weight, rows_per_sample, other)
 
 
 _pairwise_bce = define(
     "pairwise_bce(Tensor logits, Tensor delta, Tensor? weight, int rows_per_sample, Tensor? other) -> (Tensor, Tensor)",
     _allocate,
-    _launch,
+    partial(launch_rows, "pairwise_bce"),
 )

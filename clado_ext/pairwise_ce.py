@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from ._losses import check_changes, check_logits
-from ._pairs import check_rows, check_weight, empty_sums, launch_rows
+from ._losses import check_logits
+from ._pairs import allocate_rows, launch_rows
 from ._registry import checked, define
 
 
@@ -51,27 +53,11 @@ def _allocate(
     logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check_logits("pairwise_ce", logits, delta)
-    if other is not None:
-        check_changes("pairwise_ce", "other", other, "W", logits, "the logits")
-    check_weight("pairwise_ce", weight, logits.shape[:1], logits.device)
-    check_rows("pairwise_ce", rows_per_sample, logits.shape[0])
-    return empty_sums(delta, other)
-
-
-def _launch(
-    logits: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    rows_per_sample: int,
-    other: Tensor | None,
-    total: Tensor,
-    squares: Tensor,
-) -> None:
-    launch_rows("pairwise_ce", logits, delta, weight, rows_per_sample, other, (total, squares))
+    return allocate_rows("pairwise_ce", logits, delta, weight, rows_per_sample, other)
 
 
 _pairwise_ce = define(
     "pairwise_ce(Tensor logits, Tensor delta, Tensor? weight, int rows_per_sample, Tensor? other) -> (Tensor, Tensor)",
     _allocate,
-    _launch,
+    partial(launch_rows, "pairwise_ce"),
 )

@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import io
 import json
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +29,10 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import clado
-from bench.harness import machine
+from bench.harness import machine, quiet
+from bench.study.modelopt import integers, searched
 
 BITS = (2, 4, 8)
 
@@ -65,40 +63,14 @@ def net(name: str) -> nn.Module:
     return model
 
 
-def integers(bits: int) -> dict[str, Any]:
-    return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}, "enable": True},
-        ],
-        "algorithm": "mse",
-    }
-
-
 def amax(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in model.state_dict().items() if name.endswith("_amax")}
 
 
 def auto_quantize(model: nn.Module, size: int, batch: int, method: str) -> dict[str, Any]:
-    import modelopt.torch.quantization as mtq
-
     torch.manual_seed(1)
     batches = [(torch.randn(batch, 3, size, size), torch.randint(0, 100, (batch,)))]
-    formats = [integers(bits) for bits in BITS]
-    found, state = mtq.auto_quantize(
-        copy.deepcopy(model),
-        {"effective_bits": 4.0},
-        quantization_formats=formats,
-        module_search_spaces=[
-            {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
-        ],
-        data_loader=batches,
-        forward_step=lambda module, batch: module(batch[0]),
-        loss_func=lambda output, batch: cross_entropy(output, batch[1]),
-        num_calib_steps=1,
-        num_score_steps=1,
-        method=method,
-    )
+    found, state = searched(model, 4.0, list(map(integers, BITS)), batches, method, num_score_steps=1)
     recipe = {name: str(chosen) for name, chosen in state["best"]["recipe"].items()}
     scores = {name: stats["scores"] for name, stats in state["candidate_stats"].items()}
     return {"recipe": recipe, "scores": scores, "scales": amax(found)}
@@ -178,13 +150,10 @@ def timed(parts: dict[str, tuple[str, str]], spent: dict[str, float]) -> Iterato
 def run(row: Row) -> tuple[dict[str, Any], dict[str, float]]:
     """What the call returns; CPU seconds of the whole and of its parts."""
     spent: dict[str, float] = {}
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with timed(row.parts, spent):
-            start = time.process_time()
-            outcome = row.call()
-            spent["whole"] = time.process_time() - start
+    with quiet(), timed(row.parts, spent):
+        start = time.process_time()
+        outcome = row.call()
+        spent["whole"] = time.process_time() - start
     return outcome, spent
 
 

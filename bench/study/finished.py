@@ -9,13 +9,10 @@ killed run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.metadata
-import io
 import itertools
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,11 @@ import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
-from ..harness import machine
+from ..harness import machine, quiet
 from . import modelopt
 from .measure import BITS, BUDGETS, REFINED_TO, SAMPLES, SCALES, Unit, divergence
 from .nets import NETS, load_split, trained
-from .numbers import clustered, compact
+from .numbers import clustered, compact, keep_scores
 from .page import FINISHED
 
 ROUNDINGS = (
@@ -91,8 +88,7 @@ class _Scored:
             "right": found.argmax(1) == self.heldout.labels,
             "kl": divergence(self.float, found),
         }
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, bits=bits, seconds=spent, **{name: s.numpy() for name, s in scores.items()})
+        keep_scores(path, {"bits": bits, "seconds": spent, **{name: s.numpy() for name, s in scores.items()}})
 
     def measure(self) -> None:
         self.keep("float", None, lambda: (self.model, 32.0))
@@ -148,8 +144,7 @@ class _Scored:
             for name, width in bits.items()
         ]
         config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *layers], "algorithm": {"method": rounding}}
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with quiet():
             return mtq.quantize(copy.deepcopy(self.model), config, lambda model: logits(model, self.images)).eval()
 
 

@@ -118,8 +118,7 @@ class Bench:
             f"{share:g}": clado.solve(with_share(sens, share), avg_bits=budget, solver="heuristic") for share in SHARES
         }
         plans |= {name: clado.solve(sens, objective=name, avg_bits=budget, solver="heuristic") for name in OBJECTIVES}
-        short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
-        plans["measured"] = min(short, key=lambda plan: self.losses(sens, plan, folder, "choice").mean())
+        plans["measured"] = self.measured(sens, folder, budget)
         found = {name: self.losses(sens, plan, folder) for name, plan in plans.items()}
         means = {name: float(losses.mean()) for name, losses in found.items()}
         print(self.name, folder.name, budget, {name: round(mean, 4) for name, mean in means.items()}, flush=True)
@@ -131,6 +130,11 @@ class Bench:
             "minus_diagonal": {name: clustered(losses - found["0"], self.shown) for name, losses in found.items()},
             "same_plan": [name for name, plan in plans.items() if plan.schemes == plans["0"].schemes],
         }
+
+    def measured(self, sens: Sensitivity, folder: Path, budget: float) -> Plan:
+        """What ``clado solve`` gives: of the best plans of every objective the one of least loss on photographs that choose."""
+        short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
+        return min(short, key=lambda plan: self.losses(sens, plan, folder, "choice").mean())
 
     def losses(self, sens: Sensitivity, plan: Plan, folder: Path, by: str = "heldout") -> NDArray[np.float64]:
         """KL of every photograph of ``judges`` under the plan."""

@@ -6,17 +6,17 @@ Layers that are not searched stay float and count 16 bits per weight in its budg
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clado.artifacts import Sensitivity
+
+from ..harness import quiet
 
 METHODS = ("gradient", "kl_div")
 BATCH = 32
@@ -32,20 +32,9 @@ def plans(
     checkpoint: Path,
 ) -> Iterator[dict[str, int]]:
     """{layer: bits} for each budget of average bits; the scores are measured once and kept in ``checkpoint``."""
-    import modelopt.torch.quantization as mtq
-
     axis = None if sens.quantizer.group_size == 0 else 0
-    formats = [
-        {
-            "quant_cfg": [
-                {"quantizer_name": "*", "enable": False},
-                {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": axis}, "enable": True},
-            ],
-            "algorithm": "mse",
-        }
-        for bits in sens.bits
-    ]
-    searched = sens.candidates.numel
+    formats = [integers(bits, axis=axis) for bits in sens.bits]
+    searched_weights = sens.candidates.numel
     names = {layer.name for layer in sens.layers}
     float_layers = {
         name: module.weight.numel()
@@ -59,26 +48,15 @@ def plans(
         state_file = checkpoint.with_suffix(".partial")
         state_file.unlink(missing_ok=True)
     for budget in budgets:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            _, state = mtq.auto_quantize(
-                copy.deepcopy(model),
-                {"effective_bits": (budget * searched + 16 * extra) / (searched + extra)},
-                quantization_formats=formats,
-                module_search_spaces=[
-                    {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
-                ],
-                data_loader=batches,
-                forward_step=lambda module, batch: module(batch[0]),
-                loss_func=lambda output, batch: cross_entropy(output, batch[1]),
+        with quiet():
+            _, state = searched(
+                model,
+                (budget * searched_weights + 16 * extra) / (searched_weights + extra),
+                formats,
+                batches,
+                method,
                 disabled_layers=list(float_layers),
-                num_calib_steps=1,
                 num_score_steps=len(batches),
-                method=method,
                 checkpoint=str(state_file),
             )
         recipe = {
@@ -86,3 +64,42 @@ def plans(
         }
         yield {layer.name: recipe[layer.name] for layer in sens.layers}
     state_file.replace(checkpoint)
+
+
+def integers(bits: int, **cfg: Any) -> dict[str, Any]:
+    """ModelOpt's configuration of integer weights of so many bits, scales by squared error; ``cfg``: of the quantizer."""
+    return {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0} | cfg, "enable": True},
+        ],
+        "algorithm": "mse",
+    }
+
+
+def searched(
+    model: nn.Module,
+    effective_bits: float,
+    formats: list[dict[str, Any]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    method: str,
+    **settings: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """``auto_quantize`` of a copy of a classifier over all of its layers, one calibration step: the net, and what it measured."""
+    import modelopt.torch.quantization as mtq
+
+    found: tuple[nn.Module, dict[str, Any]] = mtq.auto_quantize(
+        copy.deepcopy(model),
+        {"effective_bits": effective_bits},
+        quantization_formats=formats,
+        module_search_spaces=[
+            {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
+        ],
+        data_loader=batches,
+        forward_step=lambda module, batch: module(batch[0]),
+        loss_func=lambda output, batch: cross_entropy(output, batch[1]),
+        num_calib_steps=1,
+        method=method,
+        **settings,
+    )
+    return found

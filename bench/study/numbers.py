@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from clado.common import atomic_file
 
 
 def compact(study: dict[str, Any]) -> str:
@@ -28,6 +31,13 @@ def compact(study: dict[str, Any]) -> str:
         )
 
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(value)}" for key, value in rounded(study).items()) + "\n}"
+
+
+def keep_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """As one file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **scores)
 
 
 # ---- scores to results -------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
@@ -26,7 +25,7 @@ from clado.common import atomic_file
 from ..harness import machine
 from .interactions import BITS, Bench, logits
 from .measure import divergence
-from .numbers import clustered, compact
+from .numbers import clustered, compact, keep_scores
 from .page import SHIPPED
 from .real_nets import LITE
 
@@ -87,34 +86,31 @@ class Shipped:
         self.lesson = augmented(bench.sensitivity, AUGMENTED, seed=0)
         self.profiles: dict[str, Sensitivity] = {}
 
+    def folder(self, rounding: str) -> Path:
+        return self.bench.work / rounding
+
     def profile(self, rounding: str) -> Sensitivity:
         if rounding not in self.profiles:
-            folder = self.bench.work / rounding
             self.profiles[rounding] = clado.profile(
                 self.bench.model,
                 [self.sensitivity],
                 BITS,
                 rounding=rounding,
                 num_samples=SAMPLES,
-                output_dir=folder,
+                output_dir=self.folder(rounding) / "run",
                 verbose=False,
             )
         return self.profiles[rounding]
 
     def plan(self, kind: str, budget: float) -> Plan | None:
         """None where a uniform width of that many bits is not to be had."""
-        sens = self.profile("nearest" if kind == "nearest" else "compensated")
+        rounding = "nearest" if kind == "nearest" else "compensated"
+        sens = self.profile(rounding)
         if kind == "uniform":
             return (
                 clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers}) if budget in BITS else None
             )
-        plans = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
-        return min(plans, key=lambda plan: self.divergences(plan, "choice").mean())
-
-    def divergences(self, plan: Plan, by: str) -> NDArray[np.float64]:
-        images, clean = self.bench.judges[by]
-        found: NDArray[np.float64] = divergence(clean, logits(clado.apply(self.bench.model, plan), images)).numpy()
-        return found
+        return self.bench.measured(sens, self.folder(rounding), budget)
 
     def score(self, kind: str, budget: float) -> None:
         plan = self.plan(kind, budget)
@@ -148,9 +144,7 @@ class Shipped:
             "bits": np.float64(plan.avg_bits),
             "seconds": np.float64(seconds),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **scores)
+        keep_scores(path, scores)
         print(kind, budget, stage, f"KL {scores['kl'].mean():.4f}, agrees {scores['agrees'].mean():.1%}", flush=True)
 
     def collected(self) -> dict[str, Any]:

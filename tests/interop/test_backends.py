@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import clado
+from bench.harness import quiet
+from bench.study.modelopt import integers, searched
 from clado import CladoError
 from clado.interop import BACKENDS
 from clado.interop.backends import grid, prefixes
@@ -26,15 +25,6 @@ from clado.interop.backends.patches import Part, Used, put_in
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     mtq = pytest.importorskip("modelopt.torch.quantization", reason="NVIDIA ModelOpt is not installed")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The tools print, warn and show bars."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Small(nn.Module):
@@ -68,37 +58,13 @@ def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(3, 3, 8, 8), torch.randint(0, 10, (3,))) for _ in range(count)]
 
 
-def integers(bits: int, **cfg: Any) -> dict[str, Any]:
-    return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0} | cfg, "enable": True},
-        ],
-        "algorithm": "mse",
-    }
-
-
 def scales(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in model.state_dict().items() if name.endswith("_amax")}
 
 
 def auto_quantize(model: nn.Module, method: str, loader: Any, formats: list[dict[str, Any]]) -> dict[str, Any]:
     with quiet():
-        found, state = mtq.auto_quantize(
-            copy.deepcopy(model),
-            {"effective_bits": 4.0},
-            quantization_formats=formats,
-            module_search_spaces=[
-                {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
-            ],
-            data_loader=loader,
-            forward_step=lambda module, batch: module(batch[0]),
-            loss_func=lambda output, batch: cross_entropy(output, batch[1]),
-            num_calib_steps=1,
-            num_score_steps=2,
-            method=method,
-            verbose=False,
-        )
+        found, state = searched(model, 4.0, formats, loader, method, num_score_steps=2, verbose=False)
     recipe = {name: str(chosen) for name, chosen in state["best"]["recipe"].items()}
     scores = {name: stats["scores"] for name, stats in state["candidate_stats"].items()}
     return {"recipe": recipe, "scores": scores, "scales": scales(found)}

@@ -18,8 +18,11 @@ EXTRAS = {
     "data": "--data with datasets of Hugging Face",
     "hf": "--model hf:FOLDER",
     "onnx": "export --format onnx, and its verification",
-    "tools": "compressed-tensors' verification; recipes for torchao, quanto and ModelOpt, ModelOpt's scores",
+    "modelopt": "clado.backend('modelopt'); ModelOpt's recipes and scores",
+    "brevitas": "clado.backend('brevitas')",
+    "tools": "compressed-tensors' verification; recipes for torchao and quanto; the two above",
 }
+_AGAIN = "pip install --force-reinstall --no-deps ."
 SIMD = ("base", "AVX2", "AVX-512")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za-z0-9_-]+)['\"]")
 
@@ -39,7 +42,7 @@ def report() -> Iterator[str]:
     try:
         import clado_ext
     except ImportError as error:
-        yield f"kernels: the native module does not load ({error}); install again: pip install --force-reinstall clado"
+        yield f"kernels: the native module does not load ({error}); install again, in its folder: {_AGAIN}"
         return
     yield (
         f"kernels: {clado_ext.__version__}, for this processor by {SIMD[clado_ext.simd_level()]}, "
@@ -47,7 +50,7 @@ def report() -> Iterator[str]:
     )
     yield from _gpu(clado_ext.has_cuda)
     for name in ("torch", "timm", "numpy", "scipy", "pyscipopt", "safetensors"):
-        yield f"{name} {_version(name) or 'is missing: pip install --force-reinstall clado'}"
+        yield f"{name} {_version(name) or f'is missing: pip install {name}'}"
     yield from _extras()
 
 
@@ -60,7 +63,7 @@ def _gpu(kernels: bool) -> Iterator[str]:
         names = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
         yield f"GPU: {names}; driver {driver}, torch for CUDA {torch.version.cuda}; {built}"
         if not kernels:
-            yield "     to build them: CLADO_CUDA=ON pip install --no-binary clado --force-reinstall --no-deps clado"
+            yield f"     to build them, in clado's folder: CLADO_CUDA=ON {_AGAIN}"
     elif driver is not None:
         yield f"GPU: driver {driver}, but torch {torch.__version__} does not see a device: is it a build for the CPU?; {built}"
     else:

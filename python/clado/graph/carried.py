@@ -154,19 +154,17 @@ class CarriedExecutor(Executor):
         if product is None or not simple or isinstance(at.d.get(x), Unsplit) or self._rounds(node, {}) is not None:
             return [self._recompute(node, at, own) for own in weights]
         d, out = at.d.get(x), []
-        parts: dict[InputRounding | None, tuple[Tensor, Any]] = {}
+        operands: dict[
+            InputRounding | None, tuple[Any, Any]
+        ] = {}  # what enters, and what the clean weight makes of its change
         for own in weights:
             rounds = self._rounds(node, own)
-            if rounds not in parts:
-                parts[rounds] = self._entry(x, at, rounds)
-                entry, change = parts[rounds]
-                base = (
-                    None
-                    if change is None
-                    else product(node, at, self.precision.operand(change), self._clean.operand(w))
-                )
-                parts[rounds] = self.precision.operand(entry), base
-            entry, base = parts[rounds]
+            if rounds not in operands:
+                total, change = self._entry(x, at, rounds)
+                held = None if change is None else self.precision.operand(change)
+                made = None if held is None else product(node, at, held, self._clean.operand(w))
+                operands[rounds] = self.precision.operand(total), made
+            entry, base = operands[rounds]
             moved = product(node, at, entry, self._change(w, own))
             moved = moved if base is None else moved.add_(base)
             out.append(repeated(moved, node.meta["val"], at.streams) if d is None else moved)

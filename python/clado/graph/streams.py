@@ -69,14 +69,19 @@ def changes(finished: Any, clean: Any) -> Any:
     return pytree.tree_map(change, finished, clean)
 
 
+def check_same_shapes(op: str, first: Any, other: Any) -> None:
+    """Raise unless what a model returned has the shapes that it returned before."""
+    must = "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
+    require(other == first, op, "model", must, f"{other} after {first}")
+
+
 def stacked_outputs(outputs: Sequence[Any], op: str) -> Any:
     """The nest that streams gave, its tensors with the streams in front; what is no tensor as the first stream has it."""
     nests = [pytree.tree_flatten(output) for output in outputs]
     columns = list(zip(*(leaves for leaves, _ in nests), strict=False))
     shapes = [[tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves] for leaves, _ in nests]
-    other = next((own for own in shapes if own != shapes[0]), None)
-    must = "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
-    require(other is None, op, "model", must, f"{other} after {shapes[0]}")
+    for other in shapes:
+        check_same_shapes(op, shapes[0], other)
     leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return pytree.tree_unflatten(leaves, nests[0][1])
 

@@ -20,7 +20,7 @@ from .flops import FlopCounter
 from .forward import ForwardStep, Step, check_eval, generator_states, plain_call
 from .moments import Use
 from .runner import Objective, Runner, Variants
-from .streams import changes, close, stacked_outputs, tensors
+from .streams import changes, check_same_shapes, close, stacked_outputs, tensors
 from .weights import layer_of, unsearched
 
 
@@ -210,10 +210,7 @@ class WholeForwards:
         again = self._forward(batch, {}, 0)
         alone = self._forward(pytree.tree_map(lambda leaf: leaf[:1], batch), {}, 0)
         first, other = ([tuple(t.shape[1:]) for t in tensors(output)] for output in (whole, alone))
-        must = (
-            "return outputs of the same shapes whatever the weights and data (forward_step may return parts that have)"
-        )
-        require(first == other, "capture", "model", must, f"{other} after {first}")
+        check_same_shapes("capture", first, other)
         same = all(
             close(a, b, rtol) and (a.dim() == 0 or close(a[:1], c, rtol))
             for a, b, c in zip(*map(tensors, (whole, again, alone)), strict=True)

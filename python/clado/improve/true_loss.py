@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import repeat, tee
 from typing import Any
 
 import torch
@@ -108,8 +108,11 @@ def evaluate(
     )
     reader = reader_of(model, chosen, device, forward_step, "evaluate")
     losses, hits, hits5 = [], [], []
-    batches = list(data_loader) if reference is not None else data_loader
-    beside = repeat(None) if reference is None else ran(reference, batches, reader)
+    batches = data_loader
+    beside: Iterator[Batch | None] = repeat(None)
+    if reference is not None:
+        batches, again = tee(data_loader)  # both models look at a batch before the next is read
+        beside = ran(reference, again, reader)
     for batch, clean in zip(ran(model, batches, reader), beside, strict=reference is not None):
         if clean is not None and (batch.choice.compares_outputs or not batch.choice.has_values):
             losses.append(batch.loss.increase_over(clean.loss.reference(clean.output), batch.output))

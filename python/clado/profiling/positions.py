@@ -7,6 +7,7 @@ from typing import Any
 from ..graph import Runner, Variants
 from .estimators.base import singles
 from .losses import Loss
+from .probe import nothing
 
 
 def position_noise(runner: Runner, variants: Variants, batch: Any, every: Loss, some: Loss) -> float:
@@ -15,9 +16,5 @@ def position_noise(runner: Runner, variants: Variants, batch: Any, every: Loss, 
     count = runner.num_layers
     chosen = sorted({0, count // 2, count - 1})
     mine = [variants[k][:1] for k in chosen]
-    wanted, got = (singles(runner.only(chosen), mine, batch, loss, _nothing).increase for loss in (every, some))
+    wanted, got = (singles(runner.only(chosen), mine, batch, loss, nothing).increase for loss in (every, some))
     return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-300))
-
-
-def _nothing() -> None:
-    pass

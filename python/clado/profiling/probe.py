@@ -63,8 +63,8 @@ def probe(
         mine = [[variant.to(dtype) for variant in variants[k]] for k in chosen]
         inputs = moved_to(batch, device, dtype)
         loss = make_loss(inputs)
-        delta = singles(twin, mine, inputs, loss, _nothing).delta
-        runs.append((ESTIMATORS[name].run(twin, mine, inputs, loss, _nothing), delta))
+        delta = singles(twin, mine, inputs, loss, nothing).delta
+        runs.append((ESTIMATORS[name].run(twin, mine, inputs, loss, nothing), delta))
     (low, low_delta), (high, high_delta) = runs
     result: dict[str, Any] = {"precision": precision, "layers": len(chosen), "samples": high.samples}
     for item, got, wanted, squares in (
@@ -96,5 +96,5 @@ def _values(delta: Any) -> Tensor:
     return torch.cat([leaf.double().flatten(1) for leaf in leaves], 1)
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Of a pass that shows no progress."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from ..graph import Runner
 from .estimators import ESTIMATORS, Later, Passes
@@ -68,7 +69,7 @@ class Work:
         """Per sample, of the rank that has most to do where so many share them."""
         runner = self.runner
         shares = runner.forward_share, runner.suffix_share
-        slopes = lambda: runner.slope_share(self.counts)  # noqa: E731
+        slopes = partial(runner.slope_share, self.counts)
         passes = Passes(*shares, self.counts, members, self.later, slopes, runner.held)
         return ESTIMATORS[estimator].work(passes)
 

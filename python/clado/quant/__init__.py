@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
-    from .scaling import PACKED, SCALE, ZERO_POINT
+    from .scaling import PACKED, SCALE, ZERO_POINT, stored_nbytes
     from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
@@ -99,6 +99,7 @@ __all__ = [
     "scheme_names",
     "storage",
     "stored_bytes",
+    "stored_nbytes",
     "variants",
     "with_rounded_inputs",
 ]

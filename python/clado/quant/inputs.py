@@ -124,8 +124,12 @@ class DynamicInteger(_Unranged):
 
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         half = 2 ** (self.bits - 1)
-        scale = _scale(x.detach().abs().amax(_token_dims(x, kind), keepdim=True), (2**self.bits - 1) / 2)
+        scale = _token_scale(x, kind, (2**self.bits - 1) / 2)
         return _straight((x / scale).clamp(-half, half - 1), torch.round) * scale
+
+
+def _token_scale(x: Tensor, kind: str, largest: float) -> Tensor:
+    return _scale(x.detach().abs().amax(_token_dims(x, kind), keepdim=True), largest)
 
 
 def _scale(amax: Tensor, largest: float) -> Tensor:
@@ -211,7 +215,7 @@ class DynamicFloat(_Unranged):
         return self.element.bits
 
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
-        scale = _scale(x.detach().abs().amax(_token_dims(x, kind), keepdim=True), self.element.largest)
+        scale = _token_scale(x, kind, self.element.largest)
         return self.element.nearest(x / scale) * scale
 
 

@@ -26,7 +26,20 @@ from torch.nn.modules.conv import _ConvNd
 from clado_ext import pack, packed_columns
 
 from ...common import CladoError, refused, require, users_code
-from ...quant import PACKED, SCALE, TENSOR_SCALE, ZERO_POINT, Blocks, Float8, Integer, Kept, Layer, Number, modules
+from ...quant import (
+    PACKED,
+    SCALE,
+    TENSOR_SCALE,
+    ZERO_POINT,
+    Blocks,
+    Float8,
+    Integer,
+    Kept,
+    Layer,
+    Number,
+    modules,
+    stored_nbytes,
+)
 from ..applied import dequantized
 from . import base
 
@@ -278,7 +291,7 @@ def _layer_bytes(request: Request, layer: Layer) -> int:
     if not isinstance(number, Integer):
         stored = number.stored(layer.shape, request.plan.quantizer)
         held = {SCALE: (stored[SCALE][0], _dtype(request, layer))} if isinstance(number, Float8) else {}
-        return len(layer.names) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in (stored | held).values())
+        return len(layer.names) * stored_nbytes(stored | held)
     bits, scheme = number.bits, _scheme(request, layer)
     groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
     per_tensor = scheme["strategy"] == "tensor"

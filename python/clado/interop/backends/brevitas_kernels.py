@@ -10,11 +10,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clado_ext import has_cuda
-
-from .grid import rated
+from .grid import losses, reachable
 from .patches import Part, Used
 
 
@@ -69,7 +67,7 @@ def _why_not(search: Any, x: Tensor) -> str:
         return "scales along another axis"
     if x.dtype != torch.float32 or not x.numel():
         return "dtype"
-    return "" if x.device.type == "cpu" or (x.is_cuda and has_cuda) else "device"
+    return "" if reachable(x) else "device"
 
 
 def _search(search: Any, x: Tensor) -> Tensor:
@@ -83,17 +81,15 @@ def _search(search: Any, x: Tensor) -> Tensor:
     low, high = (int(f(bit_width)) for f in (whole.int_quant.min_int, whole.int_quant.max_int))
     matrix = x.reshape(1 if search.stats_reduce_dim is None else x.shape[0], -1)
     scales = _scales(search, whole, x, candidates, bit_width).expand(-1, len(matrix))
-    errors, near = rated(matrix, scales, low, high)
-    losses = errors.float()
-    rows = near.any(0).nonzero().flatten()
-    if len(rows):
-        some = matrix[rows]
+
+    def values(k: int, rows: Tensor, some: Tensor) -> Tensor:
         zero = whole.zero_point_impl(some, scales[0], bit_width)
-        for k in near.any(1).nonzero().flatten().tolist():
-            values = whole.int_quant(scales[k, rows, None], zero, bit_width, some)
-            losses[k, rows] = nn.functional.mse_loss(some, values, reduction="none").sum(1)
-    best, least = candidates[0], losses[0].view(init.shape)
-    for candidate, row in zip(candidates[1:], losses[1:], strict=True):  # as the tool has it
+        found: Tensor = whole.int_quant(scales[k, rows, None], zero, bit_width, some)
+        return found
+
+    errors = losses(matrix, scales, low, high, values)
+    best, least = candidates[0], errors[0].view(init.shape)
+    for candidate, row in zip(candidates[1:], errors[1:], strict=True):  # as the tool has it
         loss = row.view(init.shape)
         best = torch.where(loss < least, candidate, best)
         least = torch.min(loss, least)

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clado_ext import has_cuda
-
-from .grid import rated
+from .grid import losses, reachable
 from .patches import Part, Used
 from .prefixes import shared, units
 
@@ -64,7 +62,7 @@ def _why_not(calibrator: Any, x: Tensor) -> str:
         return "scales along another axis"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "dtype"
-    return "" if x.device.type == "cpu" or (x.is_cuda and has_cuda) else "device"
+    return "" if reachable(x) else "device"
 
 
 def _collect(calibrator: Any, x: Tensor) -> None:
@@ -76,19 +74,17 @@ def _collect(calibrator: Any, x: Tensor) -> None:
     candidates = calibrator._generate_candidates(x.device)
     amax = torch.stack([calibrator._compute_candidate_amax(c).float().reshape(-1) for c in candidates])
     high = 2 ** (bits - 1) - 1
-    errors, near = rated(matrix, _scale(amax, high), -high if narrow else -high - 1, high)
-    losses = errors.float()
-    rows = near.any(0).nonzero().flatten()
-    if len(rows):
-        some = matrix[rows].float()
-        for k in near.any(1).nonzero().flatten().tolist():
-            values = _tensor_quant(some, amax[k, rows, None], bits, False, narrow)
-            losses[k, rows] = nn.functional.mse_loss(some, values, reduction="none").sum(1)
+
+    def values(k: int, rows: Tensor, some: Tensor) -> Tensor:
+        found: Tensor = _tensor_quant(some, amax[k, rows, None], bits, False, narrow)
+        return found
+
+    errors = losses(matrix, _scale(amax, high), -high if narrow else -high - 1, high, values)
     if calibrator._candidates is None:
         calibrator._candidates, calibrator._num_steps = candidates, len(candidates)
         calibrator._losses_sum = [None] * len(candidates)
     sums = calibrator._losses_sum
-    for k, loss in enumerate(losses):
+    for k, loss in enumerate(errors):
         own = loss[0] if whole else loss
         sums[k] = own.clone() if sums[k] is None else sums[k] + own
 

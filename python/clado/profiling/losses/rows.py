@@ -120,9 +120,6 @@ class Categorical(Rows):
             residual = residual + ((base.softmax(-1).view(*shape, -1) - wanted) * rest.view(*shape, -1)).sum(-1)
         return self.mean(closed), self.mean(residual)
 
-    def interactions(self, z: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return Loss.interactions(self, z, first, second)
-
     def gradient(self, z: Tensor, delta: Tensor) -> Tensor:
         slope = (z + delta).softmax(-1)
         if self.target is None:

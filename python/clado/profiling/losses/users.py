@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,37 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...common import CladoError, is_out_of_memory, require, said
-from .base import L, Loss, changes
+from .base import Loss, changes
 
 LossFunc = Callable[[Any, Any], Tensor]
 _BYTES = 64 << 20  # of the outputs that are stacked for one call, and of float64 products
 
 
+class _OfBatch(Loss):
+    """A loss that is given the loader's batch as it is."""
+
+    batch: Any
+    samples: int
+
+    def part(self: B, first: int, last: int) -> B:
+        cut = self._rows(self.batch, first, last)
+        return replace(self, batch=cut, samples=last - first)  # type: ignore[type-var]
+
+    def moved(self: B, device: torch.device) -> B:
+        return self
+
+    def _rows(self, nest: Any, first: int, last: int) -> Any:
+        return pytree.tree_map(lambda leaf: leaf[first:last] if self._has_rows(leaf) else leaf, nest)
+
+    def _has_rows(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
+
+
+B = TypeVar("B", bound=_OfBatch)
+
+
 @dataclass(frozen=True)
-class UserLoss(Loss):
+class UserLoss(_OfBatch):
     """``loss_func(output, batch)``: losses ``[N]``, or a mean over the batch, which is then asked sample by sample.
 
     Interactions are those of the function itself on outputs that are added up, or by Gauss–Newton: δ_vᵀ ∇²ℓ δ_w, from
@@ -131,13 +154,6 @@ class UserLoss(Loss):
             row = self._stacked(moved, _cut(others, behind, None)) - base - mine - alone[behind:]
             yield torch.cat([row.new_zeros(behind, self.samples), row])[None]
 
-    def part(self: L, first: int, last: int) -> L:
-        cut = self._rows(self.batch, first, last)  # type: ignore[attr-defined]
-        return replace(self, batch=cut, samples=last - first)  # type: ignore[type-var]
-
-    def moved(self: L, device: torch.device) -> L:
-        return self
-
     def _stacked(self, z: Any, delta: Any) -> Tensor:
         """Losses ``[B, N]`` at z + δ, as many in one call as memory allows, where the function takes any number of samples."""
         ones = list(_streams(delta))
@@ -219,12 +235,6 @@ class UserLoss(Loss):
     def _one(self, nest: Any, n: int) -> Any:
         return self._rows(nest, n, n + 1)
 
-    def _rows(self, nest: Any, first: int, last: int) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[first:last] if self._has_rows(leaf) else leaf, nest)
-
-    def _has_rows(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
-
 
 class ElementCounter(TorchDispatchMode):
     """Counts the values that operators write."""
@@ -240,7 +250,7 @@ class ElementCounter(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class OwnLoss(Loss):
+class OwnLoss(_OfBatch):
     """An object of the user's: ``increase(z, delta)`` gives ``[S, N]``, ``pairs(z, delta)`` the sums over samples of
     interactions and of their squares, ``[S, S]`` each.
 
@@ -270,19 +280,6 @@ class OwnLoss(Loss):
             self._check("pairs", found, (size, size))
         columns = slice(None) if other is None else slice(count, None)
         return total[:count, columns].double(), squares[:count, columns].double()
-
-    def part(self: L, first: int, last: int) -> L:
-        samples = self.samples  # type: ignore[attr-defined]
-
-        def rows(leaf: Any) -> Any:
-            own = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
-            return leaf[first:last] if own else leaf
-
-        cut = pytree.tree_map(rows, self.batch)  # type: ignore[attr-defined]
-        return replace(self, batch=cut, samples=last - first)  # type: ignore[type-var]
-
-    def moved(self: L, device: torch.device) -> L:
-        return self
 
     def value(self, output: Any) -> Tensor:
         raise CladoError(f"{self.op}: loss must know losses of its own here, got an object that knows increases alone")
