@@ -1,5 +1,6 @@
 """Settings every test shares."""
 
+import logging
 import os
 
 import pytest
@@ -10,6 +11,9 @@ settings.register_profile("clado", deadline=None, derandomize=True, max_examples
 settings.load_profile("clado")
 # Workers of pytest-xdist share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# pytest listens to every logger that does not propagate; while anyone listens to this one, torch writes out every graph
+# that it traces, and a failure's report is buried under it.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

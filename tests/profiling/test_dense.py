@@ -213,7 +213,8 @@ def test_a_cap_keeps_fewer_outputs_and_the_plan_says_so() -> None:
         assert tight.pieces.fixed_bytes() + (tight.pieces.chunk_bytes() or 0) <= 0.7 * need
         planned = tight.pieces.chunk_bytes()
         loss = tight.reader.blank(x[:1], 1)
-        with LiveBytes(torch.device("cpu"), (tight.variants, list(model.parameters()))) as live:
+        weights = [variant.weight for own in tight.variants for variant in own]
+        with LiveBytes(torch.device("cpu"), (weights, list(model.parameters()))) as live:
             ESTIMATORS["additive"].run(tight.runner, tight.variants, x[:1], loss, lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
     text = str(plan_run(model, [x], **how, batch_size=1, max_memory=int(0.7 * need)))

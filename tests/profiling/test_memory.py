@@ -46,7 +46,8 @@ def run(net: Any, **arguments: Any) -> Run:
 def test_planned_live_values_are_those_that_live(net: Any, estimator: str) -> None:
     ready = run(net, estimator=estimator, batch_size=SAMPLES)
     planned = ready.pieces.chunk_bytes()
-    with LiveBytes(torch.device("cpu"), (ready.variants, list(net[0].parameters()))) as live:
+    weights = [variant.weight for own in ready.variants for variant in own]
+    with LiveBytes(torch.device("cpu"), (weights, list(net[0].parameters()))) as live:
         ESTIMATORS[estimator].run(ready.runner, ready.variants, net[1], Categorical(), lambda: None)
     assert planned == pytest.approx(live.peak, rel=0.05)
 
