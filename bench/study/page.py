@@ -19,8 +19,8 @@ from .nets import SPLITS, load_split
 from .numbers import clustered, compact, table
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
-FINISHED, STABLE, REAL, SHIPPED = (
-    RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions", "shipped")
+FINISHED, STABLE, REAL, SHIPPED, DENSE = (
+    RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions", "shipped", "dense")
 )
 PAGE, IMAGES = Path("docs/evidence.md"), Path("docs/images")
 RIVALS = ("modelopt gradient", "modelopt kl_div")

@@ -15,7 +15,7 @@ from .base import COUNT, command_line, main, named_folder, new_run
 
 @main.command()
 @click.option("--output-dir", default="run", show_default=True, callback=named_folder, help="Run directory to write.")
-@click.option("--avg-bits", default=2.5, show_default=True, help="Budget: bits per weight.")
+@click.option("--avg-bits", default=2.25, show_default=True, help="Budget: bits per weight.")
 def quickstart(output_dir: str, avg_bits: float) -> None:
     """The whole pipeline on an embedded, trained vision transformer and real digits."""
     from .quickstart import run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .. import apply, evaluate, export, given_plan, load, profile, rerank, shortlist, solve
+from .. import apply, evaluate, export, finish, given_plan, load, profile, rerank, shortlist, solve
 from ..artifacts import ChosenOn, Plan, Sensitivity
 from ..common import CladoError, progress_bar
 from ..improve import Score
@@ -21,18 +21,17 @@ from ..report import write_report
 from ..runs import ModelSpec, load_data, load_model, write_note
 
 BITS = (2, 3, 4, 8)
-PER_TENSOR = 0  # scales as in the paper; per channel 3 bits cost this net little
+UNIFORM = (2, 3, 4)
 HELDOUT = "digits:heldout"
-CHOOSING = 200  # held-out digits that choose among the candidate plans; the others are reported
+CHOOSING = 200  # held-out digits that choose among the candidate plans and judge the finish; the others are reported
 SECONDS = 30.0  # at most, for all plans
 
 
 def run(folder: Path, avg_bits: float) -> None:
-    """Profile, solve, choose, export, load back and report."""
+    """Profile, solve, choose, finish, export, load back and report."""
     model = load_model()
-    sens = profile(
-        model, [load_data("sensitivity")], bits=BITS, num_samples=512, group_size=PER_TENSOR, output_dir=folder
-    )
+    sensitivity = [load_data("sensitivity")]
+    sens = profile(model, sensitivity, bits=BITS, num_samples=512, output_dir=folder)
     command = shlex.join(["clado", *sys.argv[1:]])
     write_note(folder, ModelSpec("digits"), "digits:sensitivity", sens.num_samples, 0, command, heldout=HELDOUT)
 
@@ -43,7 +42,8 @@ def run(folder: Path, avg_bits: float) -> None:
         show(1)
         plans = shortlist(sens, avg_bits=avg_bits, time_limit=SECONDS)
         show(2)
-    plan = rerank(model, choosing, plans)
+    planned = rerank(model, choosing, plans)
+    plan = finish(model, planned, sensitivity, "compensated", heldout=choosing, output_dir=folder)
     plan = replace(plan, chosen_on=ChosenOn(HELDOUT, CHOOSING), info={**plan.info, "command": command})
     plan.save(folder)
     written = export(model, plan, folder / "out")
@@ -51,11 +51,14 @@ def run(folder: Path, avg_bits: float) -> None:
         raise CladoError("quickstart: loaded weights must equal the applied ones bit for bit, got others")
 
     console = Console(highlight=False)
-    console.print(table(model, sens, diagonal, plan, reported))
+    made = {f"uniform {bits}": given_plan(sens, {layer.name: bits for layer in sens.layers}) for bits in UNIFORM}
+    made |= {"diagonal": diagonal, "clado, planned": planned, "clado, finished": plan}
+    rows = {name: measured(model, own, reported) for name, own in made.items()}
+    console.print(table(model, sens, rows, reported))
     console.print(
-        f"chosen by KL on {CHOOSING} other held-out digits among {len(plan.info['rerank'])} distinct plans: "
-        f"{plan.objective_name} objective, {plan.status}, predicted increase {plan.objective:.4f} nats, "
-        f"no plan below {plan.bound:.4f}"
+        f"planned: by KL on {CHOOSING} other held-out digits, of {len(planned.info['rerank'])} distinct plans; "
+        f"{planned.objective_name} objective, {planned.status}, predicted {planned.objective:.4f} nats, "
+        f"no plan below {planned.bound:.4f}"
     )
     console.print(f"loaded back bit for bit; {written.quantized:,} bytes of codes and scales as predicted")
     page = write_report(folder, num_samples=len(reported[0][0]))
@@ -63,35 +66,42 @@ def run(folder: Path, avg_bits: float) -> None:
     console.print(f"next: clado inspect {folder}   clado solve {folder} --avg-bits 3   clado --help")
 
 
-def table(model: nn.Module, sens: Sensitivity, diagonal: Plan, plan: Plan, data: list[Any]) -> Table:
-    """Size, held-out loss and accuracy of the float net, uniform widths, the diagonal plan and ours, all rounded alike."""
-    count = len(data[0][1])
-    title = f"{count} held-out digits that chose nothing; {sens.provenance.rounding}"
+@dataclass(frozen=True)
+class Row:
+    """A plan, and what held-out digits say of it."""
+
+    plan: Plan
+    kl: Score
+    labelled: Score
+
+
+def measured(model: nn.Module, plan: Plan, data: list[Any]) -> Row:
+    """KL to the float net, and accuracy."""
+    rounded = apply(model, plan)
+    return Row(plan, evaluate(rounded, data, loss="kl", reference=model), evaluate(rounded, data))
+
+
+def table(model: nn.Module, sens: Sensitivity, rows: dict[str, Row], data: list[Any]) -> Table:
+    """Size, KL to the float net, its paired difference to the diagonal plan's, and accuracy, all rounded by one profile."""
+    title = f"{len(data[0][1])} held-out digits that chose nothing; {sens.provenance.rounding}; KL to float32 in 1e-3 nats"
     out = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for name in ("weights", "bits", "bytes", "loss", "± s.e.", "vs float", "± s.e.", "accuracy", "± s.e."):
+    for name in ("weights", "bits", "bytes", "KL", "± s.e.", "− diagonal", "± s.e.", "accuracy"):
         out.add_column(name, justify="left" if name == "weights" else "right", no_wrap=True)
-    base = evaluate(model, data)
-    float_bytes = sum(4 * layer.numel for layer in sens.layers)
-    _row(out, "float32", "32", float_bytes, base, base)
-    for bits in BITS:
-        uniform = given_plan(sens, {layer.name: bits for layer in sens.layers})
-        _row(out, f"uniform {bits}", f"{bits}", uniform.size_bytes, evaluate(apply(model, uniform), data), base)
-    _row(
-        out,
-        "diagonal",
-        f"{diagonal.avg_bits:.2f}",
-        diagonal.size_bytes,
-        evaluate(apply(model, diagonal), data),
-        base,
-    )
-    _row(out, "[bold]clado[/]", f"{plan.avg_bits:.2f}", plan.size_bytes, evaluate(apply(model, plan), data), base)
+    accuracy = f"{evaluate(model, data).accuracy:.1%}"
+    out.add_row("float32", "32", f"{sum(4 * layer.numel for layer in sens.layers):,}", "0", "", "", "", accuracy)
+    for name, row in rows.items():
+        gap, error = row.kl.difference(rows["diagonal"].kl)
+        beside = ("", "") if name == "diagonal" else (f"{1e3 * gap:+.1f}", f"{1e3 * error:.1f}")
+        out.add_row(
+            f"[bold]{name}[/]" if name.startswith("clado") else name,
+            f"{row.plan.avg_bits:.2f}",
+            f"{row.plan.size_bytes:,}",
+            f"{1e3 * row.kl.loss:.1f}",
+            f"{1e3 * row.kl.loss_stderr:.1f}",
+            *beside,
+            f"{row.labelled.accuracy:.1%}",
+        )
     return out
-
-
-def _row(out: Table, name: str, bits: str, size: int, score: Score, base: Score) -> None:
-    gap, error = score.difference(base)
-    cells = [f"{score.loss:.3f}", f"{score.loss_stderr:.3f}", f"{gap:+.3f}", f"{error:.3f}"]
-    out.add_row(name, bits, f"{size:,}", *cells, f"{score.accuracy:.1%}", f"{score.accuracy_stderr:.1%}")
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

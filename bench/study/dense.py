@@ -1,0 +1,218 @@
+"""``python -m bench.study.dense PHOTOGRAPHS``: plans for a map and for features of a trained vision transformer.
+
+DINOv2 ViT-S/14 with a saliency decoder, once under binary cross-entropy on its map and once under squared error on its tokens,
+both against the float net. Per budget the plan of the diagonal, of all interactions, the one of least loss on photographs set
+apart, and uniform widths; judged on held-out photographs of other things, paired with the diagonal's, errors clustered by what
+they show. Then what all interactions cost beside the diagonal alone, in turns on the same samples. Profiles and scores are
+files: a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import clado
+from clado.artifacts import Plan, Sensitivity
+from clado.common import atomic_file
+
+from ..harness import machine
+from .numbers import clustered, compact, keep_scores
+from .page import DENSE
+from .photographs import load_photographs, read_photographs
+from .saliency import MEAN, STD, load_saliency
+
+BITS = (2, 3, 4, 8)
+BUDGETS = (2.5, 3.0, 3.5, 4.0)
+LOSSES = {"map": "bce", "tokens": "mse"}
+SAMPLES, HELDOUT, CHOICE = 64, 300, 64
+TIMED = 4  # samples per turn
+TURNS = 3
+PICTURE, PICTURED, PICTURED_BITS = Path("docs/images/dense.png"), 4, 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path, help="folder that bench.study.photographs wrote")
+    parser.add_argument("--work", type=Path, default=Path("build/study/dense"), help="profiles, scores and times")
+    parser.add_argument("--json", type=Path, default=DENSE)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--only", choices=("scores", "times", "picture"), help="one part; by default all")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(options.photographs, options.work)
+    parts: dict[str, Callable[[], object]] = {
+        "scores": bench.score,
+        "times": bench.time,
+        "picture": lambda: bench.draw(options.picture),
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part()
+    with atomic_file(options.json) as temporary:
+        Path(temporary).write_text(compact(bench.collected()) + "\n")
+
+
+class Bench:
+    """The net, its photographs, and a folder for what was measured."""
+
+    def __init__(self, photographs: Path, work: Path) -> None:
+        self.model, self.work = load_saliency(), work
+        self.images = {
+            split: load_photographs(photographs, split, MEAN, STD)[:count]
+            for split, count in (("sensitivity", SAMPLES), ("choice", CHOICE), ("heldout", HELDOUT))
+        }
+        self.shown = read_photographs(photographs, "heldout").picture[:HELDOUT].numpy()
+        self.clean = {split: outputs(self.model, self.images[split]) for split in ("choice", "heldout")}
+
+    def settings(self, output: str) -> dict[str, Any]:
+        return {"loss": {output: LOSSES[output]}, "loss_against": "outputs", "verbose": False}
+
+    def profile(self, output: str) -> Sensitivity:
+        return clado.profile(
+            self.model,
+            [self.images["sensitivity"]],
+            BITS,
+            num_samples=SAMPLES,
+            output_dir=self.work / output / "run",
+            **self.settings(output),
+        )
+
+    def score(self) -> None:
+        for output in LOSSES:
+            sens = self.profile(output)
+            for budget in BUDGETS:
+                for name, plan in self.plans(sens, output, budget).items():
+                    self.keep(output, budget, name, plan)
+
+    def plans(self, sens: Sensitivity, output: str, budget: float) -> dict[str, Plan]:
+        short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
+        plans = {
+            "diagonal": clado.solve(sens, objective="diagonal", avg_bits=budget, solver="heuristic"),
+            "all": clado.solve(sens, objective="original", avg_bits=budget, solver="heuristic"),
+            "measured": min(short, key=lambda plan: self.losses(output, plan, "choice").mean()),
+        }
+        if budget in BITS:
+            plans["uniform"] = clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers})
+        return plans
+
+    def losses(self, output: str, plan: Plan, split: str) -> NDArray[np.float64]:
+        found = outputs(clado.apply(self.model, plan), self.images[split])
+        return DIVERGENCES[output](self.clean[split][output], found[output])
+
+    def path(self, output: str, budget: float, name: str) -> Path:
+        return self.work / output / "scores" / f"{budget}-{name}.npz"
+
+    def keep(self, output: str, budget: float, name: str, plan: Plan) -> None:
+        path = self.path(output, budget, name)
+        if not path.exists():
+            losses = self.losses(output, plan, "heldout")
+            keep_scores(path, {"loss": losses, "bits": np.float64(plan.avg_bits)})
+            print(output, budget, name, f"{losses.mean():.5f}", flush=True)
+
+    def time(self) -> None:
+        """Seconds of a profile from nearest rounding, whose candidates cost next to nothing, in turns."""
+        for output in LOSSES:
+            path = self.work / output / "seconds.npz"
+            if path.exists():
+                continue
+            seconds: dict[str, list[float]] = {"diagonal": [], "additive": []}
+            for estimator in [*seconds, *list(seconds) * TURNS]:  # the first of each warms up
+                start = time.process_time()
+                clado.profile(
+                    self.model,
+                    [self.images["sensitivity"][:TIMED]],
+                    BITS,
+                    estimator=estimator,
+                    rounding="nearest",
+                    scale_steps=1,
+                    num_samples=TIMED,
+                    **self.settings(output),
+                )
+                seconds[estimator].append(time.process_time() - start)
+                print(output, estimator, f"{seconds[estimator][-1]:.1f} s", flush=True)
+            keep_scores(path, {name: values[1:] for name, values in seconds.items()})
+
+    def draw(self, path: Path) -> None:
+        """Maps of some photographs: of the float net, of uniform widths, of the plan."""
+        import matplotlib.pyplot as plt
+
+        sens = self.profile("map")
+        plans = self.plans(sens, "map", PICTURED_BITS)
+        # spread over the pictures, each another
+        chosen = [int(np.flatnonzero(self.shown == s)[0]) for s in np.unique(self.shown)][
+            :: len(np.unique(self.shown)) // PICTURED
+        ]
+        images = self.images["heldout"][chosen[:PICTURED]]
+        nets = {"float": self.model}
+        nets |= {name: clado.apply(self.model, plans[key]) for name, key in PICTURE_OF.items()}
+        figure, axes = plt.subplots(len(nets), len(images), figsize=(1.6 * len(images), 1.6 * len(nets)))
+        for row, (name, net) in zip(axes, nets.items(), strict=True):
+            for axis, shown in zip(row, outputs(net, images)["map"].sigmoid(), strict=True):
+                axis.imshow(shown[0], vmin=0, vmax=1, cmap="magma")
+                axis.set(xticks=[], yticks=[])
+            row[0].set_ylabel(name)
+        figure.tight_layout(pad=0.4)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
+
+    def collected(self) -> dict[str, Any]:
+        settings = {"bits": BITS, "samples": SAMPLES, "heldout": HELDOUT, "choice": CHOICE, "losses": LOSSES}
+        rows = [row for output in LOSSES for budget in BUDGETS if (row := self.row(output, budget))]
+        times = {
+            output: {name: values.tolist() for name, values in np.load(path).items()}
+            for output in LOSSES
+            if (path := self.work / output / "seconds.npz").exists()
+        }
+        return {"benchmark": "dense", "machine": machine(), "settings": settings, "rows": rows, "seconds": times}
+
+    def row(self, output: str, budget: float) -> dict[str, Any]:
+        names = ("diagonal", "all", "measured", "uniform")
+        paths = {name: self.path(output, budget, name) for name in names}
+        held = {name: np.load(path)["loss"] for name, path in paths.items() if path.exists()}
+        if "measured" not in held:
+            return {}
+        return {
+            "output": output,
+            "budget": budget,
+            "loss": {name: clustered(losses, self.shown) for name, losses in held.items()},
+            "minus_diagonal": {name: clustered(losses - held["diagonal"], self.shown) for name, losses in held.items()},
+        }
+
+
+PICTURE_OF = {f"uniform {PICTURED_BITS:g} bits": "uniform", f"plan, {PICTURED_BITS:g} bits": "measured"}
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    parts = [model(part) for part in images.split(10)]
+    return {name: torch.cat([part[name] for part in parts]) for name in LOSSES}
+
+
+def bce(clean: Tensor, found: Tensor) -> NDArray[np.float64]:
+    """KL of yes and no, float net to the other, mean over the map: ``[n]``."""
+    z, other = clean.double(), found.double()
+    p = z.sigmoid()
+    loss = p * (z - other) + nn.functional.softplus(other) - nn.functional.softplus(z)
+    return np.asarray(loss.flatten(1).mean(1))
+
+
+def mse(clean: Tensor, found: Tensor) -> NDArray[np.float64]:
+    """``[n]``"""
+    return np.asarray((clean.double() - found.double()).square().flatten(1).mean(1))
+
+
+DIVERGENCES = {"map": bce, "tokens": mse}
+
+
+if __name__ == "__main__":
+    main()
