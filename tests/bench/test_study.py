@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from bench.study import imagenet
 from bench.study.nets import NETS, SPLITS, load_split
-from bench.study.numbers import clustered
-from bench.study.page import PAGE, STABLE, samples_needed, verdict
+from bench.study.numbers import clustered, verdict
+from bench.study.page import PAGE, STABLE, samples_needed
 from tests.models import timm_model
 
 

