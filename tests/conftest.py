@@ -1,11 +1,14 @@
 """Settings every test shares."""
 
+import importlib
 import logging
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.exported_once import ExportedOnce
 
 settings.register_profile("clado", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("clado")
@@ -14,6 +17,12 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 # pytest listens to every logger that does not propagate; while anyone listens to this one, torch writes out every graph
 # that it traces, and a failure's report is buried under it.
 logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exported_once() -> None:
+    module = importlib.import_module("clado.graph.capture")
+    module._export = ExportedOnce(module._export)
 
 
 @pytest.fixture(autouse=True)
