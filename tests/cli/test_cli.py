@@ -376,7 +376,7 @@ def test_the_smallest_plan_for_a_loss_predicted_or_measured(tmp_path: Path) -> N
 
     result = call("solve", tmp_path, "--max-loss-increase", limit, "--minimize", "avg_bits")
     assert result.exit_code == 0, result.output
-    assert f"least avg_bits with a predicted loss increase of at most {limit:.6g} nats: proven" in result.output
+    assert f"least avg_bits with a predicted loss increase of at most {limit:.6g}: proven" in result.output
     plan = Plan.load(tmp_path)
     assert plan.avg_bits <= 4
     assert plan.info["minimized"]["bound"] == plan.avg_bits

@@ -394,7 +394,7 @@ def test_in_a_real_browser(measured: Path, imported: Path, tmp_path: Path, schem
 def test_what_is_proven_of_a_smallest_plan_is_said() -> None:
     sens = clado.Sensitivity.from_matrix(np.diag([2.0, 1.0, 0.2] * 2), [("a", 100), ("b", 50)], (2, 4, 8))
     plan = clado.solve(sens, max_loss_increase=0.6, minimize="avg_bits")
-    said = "least avg_bits with a predicted loss increase of at most 0.6 nats: "
+    said = "least avg_bits with a predicted loss increase of at most 0.6: "
     assert _proof(plan) == said + "proven"
     open_ = replace(plan, status="feasible", info={**plan.info, "minimized": {**plan.info["minimized"], "bound": 4.5}})
     assert _proof(open_) == said + "no plan below 4.5 is proven"

@@ -37,7 +37,7 @@ class Plan:
         schemes: {layer name: label of its scheme, such as "W4A16"}, or bits for it; empty when infeasible.
         status: "optimal" (the bound closes), "feasible", "infeasible" (proven), or "given" (not solved for, e.g. uniform); where
             ``info["minimized"]`` is there, "optimal" says that no plan of so small a loss takes less (:func:`clado.solve`).
-        objective: predicted loss increase ½xᵀGx in nats under ``objective_name``.
+        objective: predicted loss increase ½xᵀGx under ``objective_name``.
         bound: no plan within the budgets has a lower objective; same units and same objective.
         objective_name: "original", "clipped", "shrunk" or "diagonal": what ``objective`` and ``bound`` belong to.
         values: predicted loss increase of this plan under every objective that can be computed.
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """``objective - bound`` in nats: how much better a plan could be at most."""
+        """``objective - bound``: how much better a plan could be at most."""
         return self.objective - self.bound
 
     @cached_property
@@ -231,7 +231,7 @@ class Plan:
 def minimized_in_words(plan: Plan) -> str:
     """What is proven of a plan that answers the inverse question, ``info["minimized"]``."""
     found = plan.info["minimized"]
-    least = f"least {found['name']} with a predicted loss increase of at most {found['max_loss_increase']:.6g} nats"
+    least = f"least {found['name']} with a predicted loss increase of at most {found['max_loss_increase']:.6g}"
     return least + (": proven" if plan.status == "optimal" else f": no plan below {found['bound']:,.6g} is proven")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from ..quant import RoundedBy
 from .stability import Stability
 
+_ENTROPIES = ("kl", "cross_entropy", "bce")
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -38,6 +40,12 @@ class Provenance:
     stability: Stability | None = None
     loss_options: dict[str, Any] = field(default_factory=dict)
     loss_words: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What losses are counted in, "nats" of divergences and entropies, else "": their own."""
+        parts = [part.partition("=")[2] or part for part in (self.loss or "").split(",")]
+        return "nats" if all(part.rpartition("*")[2] in ("", *_ENTROPIES) for part in parts) else ""
 
     @property
     def known(self) -> bool:

@@ -29,8 +29,8 @@ class Sensitivity:
 
     Attributes:
         candidates: V candidates, layer-major.
-        delta_loss: ``[V]`` float64, single loss increase ΔL in nats.
-        interaction: ``[V, V]`` float64, symmetric Ω in nats; zero within a layer and on the diagonal.
+        delta_loss: ``[V]`` float64, single loss increase ΔL, in ``provenance.unit``.
+        interaction: ``[V, V]`` float64, symmetric Ω; zero within a layer and on the diagonal.
         stderr: ``[V, V]`` float64, standard error of ΔL on the diagonal and of Ω off it; NaN where unknown.
         num_samples: size of the sensitivity set.
         quantizer: the settings under which the weights were perturbed.
@@ -143,7 +143,7 @@ class Sensitivity:
         return self.candidates.one_hot(choice)
 
     def predict(self, choice: Mapping[str, Scheme | str | int]) -> float:
-        """Predicted loss increase ½ xᵀGx of a choice {layer: scheme}, in nats."""
+        """Predicted loss increase ½ xᵀGx of a choice {layer: scheme}."""
         taken = self.candidates.indices(choice)
         # Entries of dropped candidates are NaN: only those that are meant count.
         return float(0.5 * self.matrix[np.ix_(taken, taken)].sum())

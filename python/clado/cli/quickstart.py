@@ -83,7 +83,9 @@ def measured(model: nn.Module, plan: Plan, data: list[Any]) -> Row:
 
 def table(model: nn.Module, sens: Sensitivity, rows: dict[str, Row], data: list[Any]) -> Table:
     """Size, KL to the float net, its paired difference to the diagonal plan's, and accuracy, all rounded by one profile."""
-    title = f"{len(data[0][1])} held-out digits that chose nothing; {sens.provenance.rounding}; KL to float32 in 1e-3 nats"
+    title = (
+        f"{len(data[0][1])} held-out digits that chose nothing; {sens.provenance.rounding}; KL to float32 in 1e-3 nats"
+    )
     out = Table(title=title, title_justify="left", box=None, header_style="bold")
     for name in ("weights", "bits", "bytes", "KL", "± s.e.", "− diagonal", "± s.e.", "accuracy"):
         out.add_column(name, justify="left" if name == "weights" else "right", no_wrap=True)

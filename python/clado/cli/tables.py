@@ -30,9 +30,7 @@ def show_plan(plan: Any) -> None:
     taken = list(plan.chosen.values())
     layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
     click.echo(f"{plan.status}: {layers}; {plan.average_in_words}, {plan.size_bytes:,} bytes")
-    click.echo(
-        f"predicted loss increase {plan.objective:.5f} nats ({plan.objective_name}), no plan below {plan.bound:.5f}"
-    )
+    click.echo(f"predicted loss increase {plan.objective:.5f} ({plan.objective_name}), no plan below {plan.bound:.5f}")
     for name, use in plan.usage.items():
         click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
     if "minimized" in plan.info:
@@ -58,8 +56,7 @@ def show_drop(plan: Plan) -> None:
     """What was measured of a plan that was chosen for its drop."""
     found = plan.info["max_drop"]
     drop, error, limit = (
-        f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f} nats"
-        for key in ("drop", "stderr", "limit")
+        f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f}" for key in ("drop", "stderr", "limit")
     )
     what = "top-1" if found["metric"] == "top1" else found["metric"]
     lead = "exceeds its error" if found["decided"] else "is within its error"
@@ -189,7 +186,7 @@ def layer_table(heads: Sequence[str], rows: Sequence[tuple[str, ...]], left: Seq
 
 
 def loss_alone(sens: Sensitivity, layer: str, scheme: Scheme) -> str:
-    """Loss increase of a candidate in nats; empty where the layer does not have the scheme."""
+    """Loss increase of a candidate; empty where the layer does not have the scheme."""
     known = sens.candidates.has(layer, scheme)
     return f"{sens.delta_loss[sens.index(layer, scheme)]:.1e}" if known else ""
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
 from ..quant import Scheme, all_plain, scheme_names
-from .style import Spec, decades, few_digits, note, rounded, rule
+from .style import Spec, decades, few_digits, in_unit, note, rounded, rule
 
 STEPS = 5  # shades of either sign in the interaction map, each √10 times the one before
 LARGEST_MAP = 160  # layers; beyond, the map shows those that carry the most
@@ -53,7 +53,8 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
         },
         {
             "calculate": "format(datum.value, abs(datum.value) < 0.001 ? '.2e' : '.3~g')"
-            " + (isValid(datum.error) ? ' ± ' + format(datum.error, datum.error < 0.001 ? '.1e' : '.2~g') : '') + ' nats'",
+            " + (isValid(datum.error) ? ' ± ' + format(datum.error, datum.error < 0.001 ? '.1e' : '.2~g') : '')"
+            f" + ' {sens.provenance.unit}'",
             "as": "text",
         },
     ]
@@ -90,7 +91,10 @@ def interaction_figure(sens: Sensitivity, plan: Plan | None = None) -> Spec:
                 "type": "ordinal",
                 "scale": {"domain": list(range(len(colours))), "range": colours},
                 "legend": {
-                    "title": ["what the pair adds to the loss, nats", "(on the diagonal: the layer alone)"],
+                    "title": [
+                        in_unit("what the pair adds to the loss", sens.provenance.unit),
+                        "(on the diagonal: the layer alone)",
+                    ],
                     "values": list(range(len(colours)))[::-1],
                     "labelExpr": f"{step_labels(thresholds)}[datum.value]",
                     "symbolType": "square",
@@ -199,7 +203,7 @@ def eigenvalue_figure(sens: Sensitivity) -> Spec:
                     "type": "quantitative",
                     "scale": {"type": "log"},
                     "axis": {
-                        "title": "|eigenvalue|, nats",
+                        "title": in_unit("|eigenvalue|", sens.provenance.unit),
                         "format": "~e",
                         "values": decades(row["size"] for row in rows),
                     },

@@ -20,7 +20,7 @@ from .contents import Contents, gather
 from .matrix_figures import LARGEST_MAP, eigenvalue_figure, interaction_figure, noise_edge, sampling_figure
 from .measured import agreement
 from .plan_figures import agreement_figure, bits_figure, frontier_figure
-from .style import PALETTES, SUFFIXES, Spec, painted, renderer, save_figure, themed, with_error
+from .style import PALETTES, SUFFIXES, Spec, in_unit, painted, renderer, save_figure, themed, with_error
 
 REPORT_FILE = "report.html"
 
@@ -69,12 +69,12 @@ def write_figures(
 def specs(contents: Contents) -> dict[str, Spec]:
     """The figures that can be drawn, by name."""
     sens, plan = contents.sens, contents.plan
-    has_bits = plan is not None and bool(plan.bits)
+    has_bits, unit = plan is not None and bool(plan.bits), sens.provenance.unit
     drawn = {
         "bits": bits_figure(plan, sens) if plan is not None and has_bits else None,
         "interactions": interaction_figure(sens, plan),
-        "agreement": agreement_figure(contents.measured) if contents.measured else None,
-        "frontier": frontier_figure(contents.front, plan, contents.measured) if contents.front else None,
+        "agreement": agreement_figure(contents.measured, unit) if contents.measured else None,
+        "frontier": frontier_figure(contents.front, plan, contents.measured, unit) if contents.front else None,
         "eigenvalues": eigenvalue_figure(sens) if np.nan_to_num(sens.matrix).any() else None,
         "sampling": sampling_figure(sens),
     }
@@ -149,17 +149,18 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
         }
     )
     predicted = plan.values.get("original", plan.objective)
+    unit = sens.provenance.unit
     out.append(
         {
             "label": "predicted loss increase",
             "value": f"{predicted:.4f}",
-            "detail": f"nats, interactions included; {_proof(plan)} for the {plan.objective_name} objective",
+            "detail": f"{in_unit('interactions included', unit)}; {_proof(plan)} for the {plan.objective_name} objective",
         }
     )
     chosen = next((r for r in contents.measured if r["kind"] == "chosen"), None)
     if chosen is not None:
         error = f"± {chosen['stderr']:.4f}" if chosen["stderr"] is not None else ""
-        detail = f"{error} nats on {chosen['samples']:,} held-out samples"
+        detail = " ".join([error, *unit.split(), f"on {chosen['samples']:,} held-out samples"])
         out.append({"label": "measured loss increase", "value": f"{chosen['increase']:.4f}", "detail": detail})
     return out
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..artifacts import Plan, Sensitivity
 from ..common import require
 from ..quant import all_plain
-from .style import Spec, decades, note, rule, with_error
+from .style import Spec, decades, in_unit, note, rule, with_error
 
 AXES = {  # of the frontier, by the budget that varies
     "avg_bits": "budget: bits per weight on average",
@@ -105,7 +105,9 @@ def colour_of_bits(widths: Sequence[int]) -> Spec:
     }
 
 
-def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured: Sequence[dict[str, Any]] = ()) -> Spec:
+def frontier_figure(
+    plans: Sequence[Plan], chosen: Plan | None = None, measured: Sequence[dict[str, Any]] = (), unit: str = "nats"
+) -> Spec:
     """Predicted loss increase against the budget that varies; what is not yet proven as a bar below each point.
 
     Args:
@@ -153,7 +155,7 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
         "field": "loss",
         "type": "quantitative",
         "scale": {"type": "log"} if logarithmic else {"zero": False},
-        "axis": {"title": "loss increase, nats", "format": "~g"},
+        "axis": {"title": in_unit("loss increase", unit), "format": "~g"},
     }
     if logarithmic:
         spread = [row[key] for row in rows + checks for key in ("loss", "bound", "low", "high") if key in row]
@@ -176,8 +178,8 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
     }
     tooltip = [
         {"field": "budget", "title": AXES.get(axis, axis)},
-        {"field": "loss", "title": "predicted, nats", "format": ".4~g"},
-        {"field": "gap", "title": "gap, nats"},
+        {"field": "loss", "title": in_unit("predicted", unit), "format": ".4~g"},
+        {"field": "gap", "title": in_unit("gap", unit)},
         {"field": "bytes"},
         {"field": "status"},
     ]
@@ -217,7 +219,7 @@ def frontier_figure(plans: Sequence[Plan], chosen: Plan | None = None, measured:
                     "shape": shape,
                     "tooltip": [
                         {"field": "budget", "title": AXES.get(axis, axis)},
-                        {"field": "text", "title": "measured, nats"},
+                        {"field": "text", "title": in_unit("measured", unit)},
                     ],
                 },
             },
@@ -251,7 +253,7 @@ def error_bar(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def agreement_figure(measured: Sequence[dict[str, Any]]) -> Spec:
+def agreement_figure(measured: Sequence[dict[str, Any]], unit: str = "nats") -> Spec:
     """Predicted against measured loss increase of plans that were really run.
 
     Args:
@@ -269,13 +271,13 @@ def agreement_figure(measured: Sequence[dict[str, Any]]) -> Spec:
         "field": "predicted",
         "type": "quantitative",
         "scale": scale,
-        "axis": {"title": "predicted, nats", "format": "~g", **ticks},
+        "axis": {"title": in_unit("predicted", unit), "format": "~g", **ticks},
     }
     y: Spec = {
         "field": "increase",
         "type": "quantitative",
         "scale": scale,
-        "axis": {"title": "measured, nats", "format": "~g", **ticks},
+        "axis": {"title": in_unit("measured", unit), "format": "~g", **ticks},
     }
     kinds = {"random": "$quiet", "uniform": "$bits4", "frontier": "$accent", "chosen": "$warm"}
     shapes = {"random": "circle", "uniform": "square", "frontier": "circle", "chosen": "diamond"}
@@ -314,8 +316,8 @@ def agreement_figure(measured: Sequence[dict[str, Any]]) -> Spec:
                     "tooltip": [
                         {"field": "name", "title": "plan"},
                         {"field": "avg_bits", "title": "bits on average", "format": ".3~f"},
-                        {"field": "predicted", "title": "predicted, nats", "format": ".3~g"},
-                        {"field": "text", "title": "measured, nats"},
+                        {"field": "predicted", "title": in_unit("predicted", unit), "format": ".3~g"},
+                        {"field": "text", "title": in_unit("measured", unit)},
                     ],
                 },
             },

@@ -190,6 +190,11 @@ def rounded(values: NDArray[np.float64]) -> list[float | None]:
     return [few_digits(value, 3) if math.isfinite(value) else None for value in values.ravel().tolist()]
 
 
+def in_unit(words: str, unit: str) -> str:
+    """A title, with the unit where there is one."""
+    return f"{words}, {unit}" if unit else words
+
+
 def with_error(value: float, error: float) -> str:
     """Value and standard error, the latter left out where unknown."""
     if not math.isfinite(value):
