@@ -70,7 +70,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIPVisionModel": ("CLIPVisionConfig", {**_VIT, "patch_size": 16}),
     "SiglipVisionModel": ("SiglipVisionConfig", _VIT),
 }
-TIMEOUT = 600
+TIMEOUT = 1800
 
 
 def families() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from .numbers import MARKS, table, verdict
 
 FOLDER = Path("bench/results/xeon-2core")
-REAL, SHIPPED, DENSE = (FOLDER / f"{name}.json" for name in ("interactions", "shipped", "dense"))
+REAL, WHY, SHIPPED, DENSE = (FOLDER / f"{name}.json" for name in ("interactions", "why", "shipped", "dense"))
 
 
 def interactions_on_real_nets() -> str:
