@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .candidates import KEPT, Candidates, Scheme, all_plain, candidates_of, check_bits, scheme_names, stored_bytes
     from .floats import TENSOR_SCALE, Blocks, Float8, Kept
     from .folding import folded
-    from .inputs import INPUTS, InputFormat, InputRounding, Variant
+    from .inputs import INPUTS, DynamicInteger, InputFormat, InputRounding, StaticInteger, Variant
     from .integers import Integer
     from .layers import (
         Layer,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
-    from .scaling import PACKED, SCALE, ZERO_POINT, stored_nbytes
+    from .scaling import PACKED, SCALE, ZERO_POINT, held_by, stored_nbytes
     from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
@@ -58,6 +58,7 @@ __all__ = [
     "Call",
     "Calls",
     "Candidates",
+    "DynamicInteger",
     "Float8",
     "InputFormat",
     "InputRounding",
@@ -73,6 +74,7 @@ __all__ = [
     "RoundedBy",
     "Rounding",
     "Scheme",
+    "StaticInteger",
     "Variant",
     "all_plain",
     "announce",
@@ -86,6 +88,7 @@ __all__ = [
     "folded",
     "groups_of",
     "has_rows",
+    "held_by",
     "ignored",
     "in_rows",
     "input_rounding",
