@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         calibrate_inputs,
         input_rounding,
         quantize_activations,
+        round_inputs,
         with_rounded_inputs,
     )
     from .calls import Call, Calls, Readers, announce
@@ -98,6 +99,7 @@ __all__ = [
     "parted",
     "positions",
     "quantize_activations",
+    "round_inputs",
     "round_weights",
     "scheme_names",
     "storage",
