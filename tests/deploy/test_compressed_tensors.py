@@ -234,11 +234,6 @@ def test_what_the_reader_cannot_hold_is_said_before_anything_is_written(tmp_path
         for call in (predicted_bytes, clado.export):
             with pytest.raises(clado.CladoError, match=message):
                 call(model, plan, *((folder,) if call is clado.export else ()), NAME)
-    plan = mixed_plan(model, MIXED, Quantizer(-1, 1))
-    with pytest.raises(
-        clado.CladoError, match="recipe: plan must hold integer weights alone for recipes, got 1 as FP8"
-    ):
-        clado.recipes.plain(plan)
     assert not folder.exists()
 
 
