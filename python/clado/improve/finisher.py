@@ -93,7 +93,8 @@ def finish(
         where it is not finite. A plan that nothing made better keeps its weights.
 
     Raises:
-        CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data without two samples or with NaN.
+        CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data without two samples or
+            with NaN.
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
     model = folded(model)
