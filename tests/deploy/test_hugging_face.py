@@ -13,7 +13,7 @@ import transformers
 import clado
 from clado.artifacts import Plan
 from clado.deploy import verify
-from clado.quant import Quantizer
+from clado.quant import Candidates, Quantizer, Scheme, calibrate_inputs
 from clado.runs import ModelSpec, build_model
 from clado.runs.hugging_face import _opening
 from tests.hugging_face import SIZE, save
@@ -46,6 +46,30 @@ def test_transformers_reads_compressed_tensors(name: str, tmp_path: Path, capfd:
     largest = wanted.abs().max()
     assert (found - wanted).abs().max() < 1e-5 * largest
     assert (clean - wanted).abs().max() > 1e-2 * largest
+
+
+@torch.no_grad()
+def test_transformers_rounds_the_inputs_of_schemes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of the classifier are static: of two dimensions the package has one scale for the batch, not per token."""
+    model = build_model(ModelSpec(f"hf:{save(tmp_path, 'vit')}"))
+    plan, x = planned(model, linear=True), torch.randn(4, 3, SIZE, SIZE)
+    labels = ["W8A8_DYNAMIC", "FP8", "W4A8", "FP8_DYNAMIC", "W4A16"]
+    chosen = {layer.name: Scheme.of(labels[k % len(labels)]) for k, layer in enumerate(plan.layers)}
+    chosen[plan.layers[-1].name] = Scheme.of("W8A8")
+    candidates = Candidates(plan.layers, tuple((chosen[layer.name],) for layer in plan.layers))
+    ranges = calibrate_inputs(model, [x], lambda net, batch: net(batch), candidates)
+    schemes = {name: scheme.label for name, scheme in chosen.items()}
+    plan = replace(plan, schemes=schemes, activations=ranges, quantizer=Quantizer(scale_steps=2))
+    clado.export(model, plan, tmp_path / "out", "compressed-tensors")
+    with _opening("out"):
+        read, told = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+        found, wanted, clean = read.eval()(x).logits, clado.apply(model, plan)(x), model(x)
+    capfd.readouterr()  # bars of compressed-tensors
+    assert not any(told.values())
+    # Sums in another order move values beside a tie to the next code, which is far less than rounding the inputs at all.
+    unrounded = clado.apply(model, replace(plan, schemes={n: replace(s, input="").label for n, s in chosen.items()}))(x)
+    assert (found - wanted).abs().max() < 0.1 * (unrounded - wanted).abs().max()
+    assert (clean - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
 @torch.no_grad()

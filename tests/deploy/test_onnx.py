@@ -14,7 +14,7 @@ from torch import nn
 import clado
 from clado.deploy import predicted_bytes, verify
 from clado.deploy.formats import onnx as writer
-from clado.quant import Quantizer, calibrate
+from clado.quant import Candidates, Quantizer, Scheme, calibrate, calibrate_inputs
 from tests.models import lively, random_plan, small_cnn, tiny_vit
 
 onnx = pytest.importorskip("onnx")
@@ -31,7 +31,7 @@ def initializers(folder: Path) -> dict[str, Any]:
 def check(model: nn.Module, plan: clado.Plan, x: torch.Tensor, folder: Path) -> None:
     written = clado.export(model, plan, folder, "onnx", example=x)
     assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, "onnx")
-    parts = ("weight_codes", "weight_scale", "weight_zero_point")
+    parts = ("weight_codes", "weight_scale", "weight_zero_point", "weight_global_scale")
     stored = sum(len(t.raw_data) for name, t in initializers(folder).items() if name.endswith(parts))
     assert written.quantized == stored
     assert sum(f.stat().st_size for f in folder.glob("model.onnx*")) == sum(
@@ -53,6 +53,57 @@ def test_onnxruntime_gives_the_logits_of_apply(name: str, group_size: int, symme
     model, shape = tiny_vit() if name == "vit" else small_cnn()
     x = torch.randn(3, *shape)
     check(model, random_plan(model, Quantizer(group_size, 2, symmetric)), x, tmp_path / "out")
+
+
+def schemed(model: nn.Module, quantizer: Quantizer, *labels: str, x: torch.Tensor | None = None) -> clado.Plan:
+    """Schemes in turn; ``x``: what ranges of inputs are calibrated on."""
+    plan = random_plan(model, quantizer, (8,))
+    schemes = {layer.name: labels[k % len(labels)] for k, layer in enumerate(plan.layers)}
+    if x is None:
+        return replace(plan, schemes=schemes)
+    candidates = Candidates(plan.layers, tuple((Scheme.of(label),) for label in schemes.values()))
+    ranges = calibrate_inputs(model, [x], lambda net, batch: net(batch), candidates)
+    return replace(plan, schemes=schemes, activations=ranges)
+
+
+def of_two_ranks() -> tuple[nn.Module, tuple[int, int]]:
+    """Rows are whole blocks of every format; inputs of rank 3, then of rank 2; with and without bias."""
+    torch.manual_seed(0)
+    behind = [nn.Linear(32, 32), nn.Flatten(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10)]
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32, bias=False), nn.ReLU(), *behind)
+    return lively(net).eval(), (3, 32)
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("ranks", -1), ("ranks", 0), ("ranks", 16), ("cnn", -1)])
+def test_floats_of_8_and_16_bits_have_types_of_their_own(name: str, group_size: int, tmp_path: Path) -> None:
+    model, shape = of_two_ranks() if name == "ranks" else small_cnn()
+    labels = ("FP8A16", "BF16", "MXFP8A16" if name == "ranks" else "FP16", "W4A16", "FP8_E5M2A16")
+    plan = schemed(model, Quantizer(group_size, 2, group_size != 16), *labels)
+    check(model, plan, torch.randn(3, *shape), tmp_path / "out")
+    made, held = onnx.load(tmp_path / "out" / writer.MODEL_FILE), initializers(tmp_path / "out")
+    assert made.opset_import[0].version == 21
+    types = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2", "mxfp8": "FLOAT8E4M3FN", "int4": "INT4"}
+    types |= {"bf16": "BFLOAT16", "fp16": "FLOAT16"}
+    for layer, scheme in plan.chosen.items():
+        kind = getattr(onnx.TensorProto, types[scheme.weight])
+        assert held[f"{layer}.weight_codes"].data_type == kind
+        assert (f"{layer}.weight_scale" in held) == (scheme.bits < 16)
+
+
+def test_floats_of_4_bits_are_read_by_the_reference(tmp_path: Path) -> None:
+    """onnxruntime has no fp4 on the CPU. Scales of nvfp4 are float8 and have a DequantizeLinear of their own."""
+    model, shape = of_two_ranks()
+    x = torch.randn(2, *shape)
+    for labels, opset in ((("NVFP4A16", "MXFP4A16", "FP8A16"), 23), (("NVFP4A16", "W2A16"), 25)):
+        plan = schemed(model, Quantizer(16 if opset == 23 else 0, 2), *labels)
+        check(model, plan, x, tmp_path / "out")
+        made, held = onnx.load(tmp_path / "out" / writer.MODEL_FILE), initializers(tmp_path / "out")
+        assert made.opset_import[0].version == opset
+        fours = [name for name, scheme in plan.chosen.items() if scheme.weight in ("nvfp4", "mxfp4")]
+        assert {held[f"{name}.weight_codes"].data_type for name in fours} == {onnx.TensorProto.FLOAT4E2M1}
+        double = [n for n in made.graph.node if n.op_type == "DequantizeLinear" and "global" in n.input[1]]
+        assert len(double) == sum(scheme.weight == "nvfp4" for scheme in plan.chosen.values())
+    assert "onnx's reference gives the logits" in verify(model, plan, tmp_path / "out", "onnx", example=x)
 
 
 class Awkward(nn.Module):
@@ -348,3 +399,50 @@ def test_integer_products_are_exact_on_processors_without_vnni(bits: int, tmp_pa
             signed = (codes.astype(np.int16) - 128).astype(np.int8)
             exact = inputs.astype(np.int32) @ signed.astype(np.int32)
             assert np.abs(product_without_vnni(inputs, signed) - exact).max() > 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    "labels", [("W8A8", "W4A8", "W4A16"), ("FP8", "W4AFP8_STATIC", "FP8_E5M2"), ("BF16A8", "FP8A8", "BF16A8")]
+)
+def test_inputs_of_schemes(labels: tuple[str, ...], tmp_path: Path) -> None:
+    """Static integers and fp8, mixed from layer to layer. By itself onnxruntime would take a Relu before float8 codes for part of
+    the rounding, and quantize weights that are kept."""
+    torch.manual_seed(0)
+    model = lively(Chained()).eval()
+    x = torch.randn(8, 3, 9, 9)
+    plan = schemed(model, Quantizer(-1, 2), *labels, x=x)
+    if "BF16A8" in labels:  # the only rows that are whole blocks
+        plan = replace(plan, schemes={**plan.schemes, "first": "MXFP8A8"})
+    written = clado.export(model, plan, tmp_path / "out", "onnx", example=x)
+    assert (written.quantized, written.leftovers) == predicted_bytes(model, plan, "onnx")
+    rounded = [name for name, scheme in plan.chosen.items() if scheme.input]
+    said = verify(model, plan, tmp_path / "out", "onnx", example=x)
+    assert said.endswith(f"where the inputs of {len(rounded)} layers are rounded")
+    made = [node.op_type for node in onnx.load(tmp_path / "out" / writer.MODEL_FILE).graph.node]
+    assert made.count("QuantizeLinear") == len(rounded)
+    with torch.no_grad():
+        wanted = clado.apply(model, plan)(x).numpy()
+        plain = clado.apply(model, writer._weights_alone(plan))(x).numpy()
+    found = writer.run(tmp_path / "out", x)
+    assert np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - plain).mean()
+    held = initializers(tmp_path / "out")
+    kinds = {"int8": onnx.TensorProto.UINT8, "fp8_e4m3": onnx.TensorProto.FLOAT8E4M3FN}
+    kinds["fp8_e5m2"] = onnx.TensorProto.FLOAT8E5M2
+    assert all(held[f"{n}.input_zero_point"].data_type == kinds[plan.chosen[n].input] for n in rounded)
+
+
+def test_inputs_that_a_graph_does_not_hold_are_named_before_it_is_made(tmp_path: Path) -> None:
+    model, x = lively(Chained()).eval(), torch.randn(8, 3, 9, 9)
+    plan = schemed(model, Quantizer(), "W8A8_DYNAMIC", "W8A8", "FP8_DYNAMIC", "W4A4", "W8A16", "W4AMXFP8", x=x)
+    base = replace(rounded_plan(model, x, Quantizer(), 8))
+    assert base.activations is not None
+    base = replace(base, activations=replace(base.activations, formats={"int4": base.activations.ranges}))
+    must = r"plan must round inputs to 8 bits with one range per tensor \(A8, fp8\), or not at all, for onnx, got "
+    for own, got in (
+        (plan, "W8A8_DYNAMIC of stem, FP8_DYNAMIC of first, W4A4 of second and 1 more"),
+        (base, "int4 of stem, int4 of conv, int4 of first and 3 more"),
+    ):
+        for call in (predicted_bytes, clado.export):
+            with pytest.raises(clado.CladoError, match=must + got):
+                call(model, own, *((tmp_path / "out",) if call is clado.export else ()), "onnx", example=x)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clado.improve import finish_progress, finisher, loss_increases
 from clado.improve.compensation import Finished, _Inputs
 from clado.improve.learning import Pace, learn_block
 from clado.quant import LearnedWeight, Quantizer, codes
-from tests.models import small_cnn, tiny_vit
+from tests.models import random_plan, small_cnn, tiny_vit
 
 
 def data(shape: tuple[int, ...], count: int = 96) -> Tensor:
@@ -367,6 +368,16 @@ class Again(nn.Module):
         for layer in self.middle:
             y = layer(y.relu())
         return self.head(self.first(y))
+
+
+def test_codes_of_floats_are_not_learned_and_it_is_said_before_anything_is_run() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))).eval()
+    plan = random_plan(model, Quantizer(), (4,))
+    labels = ("FP8A16", "W4A16", "NVFP4A16", "BF16", "W8A16", "MXFP8A16")
+    plan = replace(plan, schemes=dict(zip(plan.schemes, labels, strict=True)))
+    must = "finish: plan must hold integer weights for method 'learned', got FP8A16 of 0, NVFP4A16 of 2, BF16 of 3 and 1 more"
+    with pytest.raises(clado.CladoError, match=f"^{must}$"):
+        clado.finish(model, plan, iter([]))
 
 
 def test_a_weight_that_is_used_again_is_its_rounded_one_while_a_later_block_is_learned() -> None:

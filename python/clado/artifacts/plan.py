@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import CladoError, atomic_file, refused, require
-from ..quant import KEPT, ActivationRanges, Integer, Layer, Quantizer, Rounded, RoundedBy, Scheme, stored_bytes
+from ..quant import KEPT, ActivationRanges, Layer, Quantizer, Rounded, RoundedBy, Scheme, stored_bytes
 from .rounded_file import Held, RoundedFile, discard, held_weights, rounded_path, save_held
 from .sensitivity import Sensitivity
 
@@ -85,11 +85,6 @@ class Plan:
     def bits(self) -> dict[str, int]:
         """{layer name: bits of its weight's codes}; empty when infeasible."""
         return {name: scheme.bits for name, scheme in self.chosen.items()}
-
-    def check_integers(self, op: str, reader: str) -> None:
-        """Raise ``CladoError`` unless every weight is an integer, as a reader takes them alone."""
-        others = [f"{n} as {s.label}" for n, s in self.chosen.items() if not isinstance(s.number, Integer)]
-        require(not others, op, "plan", f"hold integer weights alone for {reader}", ", ".join(others[:3]))
 
     @property
     def base_rounds_inputs(self) -> bool:

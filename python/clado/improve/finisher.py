@@ -27,7 +27,7 @@ from ..common import (
 from ..deploy import adapted, check_fit
 from ..graph import Blocks, ForwardStep, Live, Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, LossChoice, LossFunc, Reader, SampleStream, all_finite, alone, sample_digests
-from ..quant import Rounded, codes, folded, with_rounded_inputs
+from ..quant import Integer, Rounded, codes, folded, with_rounded_inputs
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
 from .learning import Pace, gap
@@ -93,11 +93,16 @@ def finish(
         where it is not finite. A plan that nothing made better keeps its weights.
 
     Raises:
-        CladoError: a plan for other weights, a model that is no graph, data without two samples or with NaN.
+        CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data without two samples or
+            with NaN.
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
     model = folded(model)
     check_fit(model, plan, "finish")
+    if method == "learned":
+        floats = [f"{own.label} of {name}" for name, own in plan.chosen.items() if not isinstance(own.number, Integer)]
+        shown = ", ".join(floats[:3]) + (f" and {len(floats) - 3} more" if len(floats) > 3 else "")
+        require(not floats, "finish", "plan", "hold integer weights for method 'learned'", shown)
     for name, number, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
         whole = isinstance(number, int) and number >= least
         require(whole, "finish", name, f"be a whole number from {least} up", repr(number))

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
         calibrate_inputs,
         input_rounding,
         quantize_activations,
+        round_inputs,
         with_rounded_inputs,
     )
     from .calls import Call, Calls, Readers, announce
     from .candidates import KEPT, Candidates, Scheme, all_plain, candidates_of, check_bits, scheme_names, stored_bytes
     from .floats import TENSOR_SCALE, Blocks, Float8, Kept
     from .folding import folded
-    from .inputs import INPUTS, InputFormat, InputRounding, Variant
+    from .inputs import INPUTS, DynamicInteger, InputFormat, InputRounding, StaticInteger, Variant
     from .integers import Integer
     from .layers import (
         Layer,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
-    from .scaling import PACKED, SCALE, ZERO_POINT, stored_nbytes
+    from .scaling import PACKED, SCALE, ZERO_POINT, held_by, stored_nbytes
     from .weights import codes, compensated, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
@@ -58,6 +59,7 @@ __all__ = [
     "Call",
     "Calls",
     "Candidates",
+    "DynamicInteger",
     "Float8",
     "InputFormat",
     "InputRounding",
@@ -73,6 +75,7 @@ __all__ = [
     "RoundedBy",
     "Rounding",
     "Scheme",
+    "StaticInteger",
     "Variant",
     "all_plain",
     "announce",
@@ -86,6 +89,7 @@ __all__ = [
     "folded",
     "groups_of",
     "has_rows",
+    "held_by",
     "ignored",
     "in_rows",
     "input_rounding",
@@ -95,6 +99,7 @@ __all__ = [
     "parted",
     "positions",
     "quantize_activations",
+    "round_inputs",
     "round_weights",
     "scheme_names",
     "storage",

@@ -42,6 +42,11 @@ class InputFormat(Protocol):
         """(lowest, highest), zero inside, for what was seen of an input."""
         ...
 
+    def constants(self, pair: Pair) -> tuple[float, ...]:
+        """What is computed once of a range: the scale first, 0 where the range is empty; of integers then the code of zero, from
+        0 on."""
+        ...
+
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         """``x`` rounded, of its shape and dtype; ``kind``: what applies the weight to it (:class:`~clado.quant.Layer`)."""
         ...
@@ -52,14 +57,20 @@ def _straight(steps: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
     return steps + (code(steps) - steps).detach()
 
 
-def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
-    """``x`` on the 2^bits levels of a range; beyond it the ends. An empty range leaves ``x`` as it is."""
+def scale_zero(pair: Pair, bits: int) -> tuple[float, int]:
+    """Of the 2^bits levels of a range: the step between two, and the code of zero, from 0 on."""
+    low, high = pair
     levels = 2**bits - 1
     scale = (high - low) / levels
+    return scale, min(levels, max(0, round(-low / scale))) if scale else 0
+
+
+def rounded(x: Tensor, low: float, high: float, bits: int) -> Tensor:
+    """``x`` on the 2^bits levels of a range; beyond it the ends. An empty range leaves ``x`` as it is."""
+    scale, zero = scale_zero((low, high), bits)
     if scale == 0:
         return x
-    zero = min(levels, max(0, round(-low / scale)))
-    steps = (x / scale).clamp(-zero, levels - zero)
+    steps = (x / scale).clamp(-zero, 2**bits - 1 - zero)
     found: Tensor = _straight(steps, torch.round) * scale
     return found
 
@@ -98,6 +109,9 @@ class StaticInteger:
     def range_of(self, x: Tensor) -> Pair:
         return best_range(x, self.bits)
 
+    def constants(self, pair: Pair) -> tuple[float, int]:
+        return scale_zero(pair, self.bits)
+
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         assert pair is not None
         return rounded(x, *pair, self.bits)
@@ -110,6 +124,9 @@ class _Unranged:
 
     def range_of(self, x: Tensor) -> Pair:
         raise AssertionError("no range is needed")
+
+    def constants(self, pair: Pair) -> tuple[float, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -194,9 +211,12 @@ class StaticFloat:
     def range_of(self, x: Tensor) -> Pair:
         return _extremes(x)
 
+    def constants(self, pair: Pair) -> tuple[float]:
+        return (_largest(pair) / self.element.largest,)
+
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         assert pair is not None
-        scale = _largest(pair) / self.element.largest
+        (scale,) = self.constants(pair)
         return x if scale == 0 else self.element.nearest(x / scale) * scale
 
 
@@ -259,9 +279,12 @@ class NvFloat:
     def range_of(self, x: Tensor) -> Pair:
         return _extremes(x)
 
+    def constants(self, pair: Pair) -> tuple[float]:
+        return (_largest(pair) / (E2M1.largest * E4M3.largest),)
+
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         assert pair is not None
-        whole = _largest(pair) / (E2M1.largest * E4M3.largest)
+        (whole,) = self.constants(pair)
         if whole == 0:
             return x
         blocks, back = _in_blocks(x, kind, 16)

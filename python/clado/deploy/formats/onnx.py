@@ -1,7 +1,8 @@
-"""ONNX with integer weights: DequantizeLinear before every planned weight, per channel or blocked, run by onnxruntime.
+"""ONNX with quantized weights: DequantizeLinear before every planned weight, per channel or blocked, run by onnxruntime.
 
-The graph comes from torch's exporter; its weights are quantized by name. 2, 4 and 8 bits have types of their own, the
-other widths are stored as int8.
+The graph comes from torch's exporter; its weights are quantized by name. Integers of 2, 4 and 8 bits, fp8 and fp4 have types of
+their own, the other widths are stored as int8. Scales of blocks are float32, those of nvfp4 float8 with a DequantizeLinear of
+their own; weights that are kept in 16 bits are cast. onnxruntime has no fp4 on the CPU, where onnx's reference runs such graphs.
 
 Behind rounded inputs onnxruntime (1.32) puts integer kernels in the place of float ones. Without VNNI those for int8 weights
 add two products in 16 bits, which 255 · 128 + 255 · 128 overflows: codes of 8 bits lie 128 higher there, as uint8, whose kernels
@@ -28,19 +29,44 @@ from torch.overrides import TorchFunctionMode
 
 from ...artifacts import Plan
 from ...common import CladoError, require, said
-from ...quant import ActivationRanges, Layer, Quantized, modules, quantize_activations
+from ...quant import (
+    INPUTS,
+    TENSOR_SCALE,
+    Blocks,
+    InputRounding,
+    Integer,
+    Kept,
+    Layer,
+    Number,
+    Quantized,
+    input_rounding,
+    modules,
+    round_inputs,
+)
 from ..applied import dequantized
 from ..flat import INPUT, LOGITS, Face, face_of
 from . import base
 
 MODEL_FILE = "model.onnx"
 _DATA_FILE = f"{MODEL_FILE}.data"
-OPSET, OPSET_INT2 = 21, 25  # int4 came with 21 (IR 10), int2 with 25 (IR 13)
-_IR_VERSION, _IR_VERSION_INT2 = 10, 13
+OPSET, OPSET_FP4, OPSET_INT2 = 21, 23, 25  # int4 came with 21, fp8 before it
+_IR_VERSIONS = {OPSET: 10, OPSET_FP4: 11, OPSET_INT2: 13}
 _LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, beyond this the weights lie beside the graph
 _TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 _TOLERANCE_ACTIVATIONS = 5e-2  # a value beside a tie may take the next of 255 steps, and the layers behind it see that
+_CODES = ".weight_codes"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
+# Static formats of inputs, by the type of their codes.
+_INPUTS = {"int8": "UINT8", "fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
+_FLOATS = {
+    "fp8_e4m3": "FLOAT8E4M3FN",
+    "fp8_e5m2": "FLOAT8E5M2",
+    "mxfp8": "FLOAT8E4M3FN",
+    "mxfp4": "FLOAT4E2M1",
+    "nvfp4": "FLOAT4E2M1",
+    "bf16": "BFLOAT16",
+    "fp16": "FLOAT16",
+}
 
 
 @dataclass(frozen=True)
@@ -63,20 +89,22 @@ class Options:
 
 Request = base.Request[Options]
 Arrays = dict[str, np.ndarray[Any, Any]]
+Ranges = dict[str, tuple[Layer, InputRounding]]  # by layer
 
 
 def write(request: Request, folder: Path) -> tuple[int, int]:
     ir = _import_ir()
-    request.plan.check_integers("export", "onnx")
+    ranges = _ranges(request)
     for layer in request.plan.layers:
         dtype = request.state[layer.names[0]].dtype
         require(dtype == torch.float32, "export", f"layer {layer.name}", "be float32 for onnx", dtype)
     model = _export(request)
     _inline(model)
     quantized: set[str] = set()
-    ranges = _ranges(request)
-    for layer, low, high in ranges.values():
-        _quantize_inputs(ir, model.graph, layer, low, high)
+    for layer, rounding in ranges.values():
+        planned = request.plan.chosen.get(layer.name)
+        dequantized = planned is not None and not isinstance(planned.number, Kept)
+        _quantize_inputs(ir, model.graph, layer, rounding, dequantized)
     for layer in request.plan.layers:
         quantized |= _quantize(ir, model.graph, request, layer, layer.name in ranges)
     leftovers = sum(request.state[name].nbytes for name in model.graph.initializers if name in _floating(request))
@@ -84,7 +112,7 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     for value in list(model.graph.inputs):
         if not value.uses():  # such as labels that came with the example
             model.graph.inputs.remove(value)
-    model.ir_version = _IR_VERSION_INT2 if _holds_int2(request) else _IR_VERSION
+    model.ir_version = _IR_VERSIONS[_opset(request)]
     model.producer_name = "clado"
     written = sum(model.graph.initializers[name].const_value.nbytes for name in quantized), leftovers
     ir.save(model, folder / MODEL_FILE, external_data=_DATA_FILE if sum(written) > _LARGEST_FILE else None)
@@ -92,7 +120,6 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
 
 
 def predict(request: Request) -> tuple[int, int]:
-    request.plan.check_integers("export", "onnx")
     ranges = _ranges(request)
     counted = sum(_layer_bytes(request, layer, layer.name in ranges) for layer in request.plan.layers)
     return counted, sum(request.state[name].nbytes for name in _floating(request))
@@ -115,13 +142,14 @@ def verify(request: Request, folder: Path) -> str:
     shown = ", ".join(batches[0].outputs)
     must = "equal those of clado.apply"
     require(error <= _TOLERANCE, "verify", shown, f"{must} within {_TOLERANCE:g}", f"{error:.1e}")
-    said = f"onnxruntime gives {'the logits' if shown == LOGITS else shown} of clado.apply within {error:.1e} of the largest"
+    reader = "onnx's reference" if _holds_fp4(folder) else "onnxruntime"
+    said = (
+        f"{reader} gives {'the logits' if shown == LOGITS else shown} of clado.apply within {error:.1e} of the largest"
+    )
     if not ranges:
         return said
-    pairs = {name: (low, high) for name, (_, low, high) in ranges.items()}
-    rounding = quantize_activations(
-        model, ActivationRanges.of_width(8, pairs), [layer for layer, _, _ in ranges.values()]
-    )
+    roundings = {name: rounding for name, (_, rounding) in ranges.items()}
+    rounding = round_inputs(model, roundings, [layer for layer, _ in ranges.values()])
     rounded = [_outputs(rounding, face) for face in batches]
     whole = _gap([outputs_of(folder, face.inputs) for face in batches], rounded)
     allowed = max(_TOLERANCE_ACTIVATIONS, _gap(plain, rounded))
@@ -182,19 +210,19 @@ def _off(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     return float(np.nan_to_num(difference / (finite or 1.0), nan=math.inf))
 
 
-def _check_rounding(folder: Path, ranges: Mapping[str, tuple[Layer, float, float]]) -> None:
+def _check_rounding(folder: Path, ranges: Ranges) -> None:
     """Raise unless the roundings of a graph are those of the ranges."""
     values = _import_ir("verify").load(folder / MODEL_FILE).graph.initializers
     held = {
-        name.removesuffix(_INPUT_SCALE): tuple(
-            values[name.removesuffix(_INPUT_SCALE) + part].const_value.numpy().item()
-            for part in (_INPUT_SCALE, _INPUT_ZERO)
-        )
+        name.removesuffix(_INPUT_SCALE): [
+            values[name.removesuffix(_INPUT_SCALE) + part].const_value for part in (_INPUT_SCALE, _INPUT_ZERO)
+        ]
         for name in values
         if name.endswith(_INPUT_SCALE)
     }
-    wanted = {name: tuple(part.item() for part in _scale_zero(low, high)) for name, (_, low, high) in ranges.items()}
-    other = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
+    found = {name: (zero.dtype.name, scale.numpy().item(), float(zero.numpy())) for name, (scale, zero) in held.items()}
+    wanted = {name: _scale_zero(rounding) for name, (_, rounding) in ranges.items()}
+    other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     require(
         not other, "verify", "inputs", "be rounded to the ranges of the plan or of activations", f"other {other[:3]}"
     )
@@ -222,7 +250,8 @@ def run(folder: Path, inputs: Tensor) -> np.ndarray[Any, Any]:
 
 
 def outputs_of(folder: Path, inputs: Mapping[str, Tensor]) -> Arrays:
-    """Outputs of an exported folder by name in onnxruntime on the CPU, activations kept in float32.
+    """Outputs of an exported folder by name in onnxruntime on the CPU, activations kept in float32; with fp4, which that has not,
+    in onnx's reference evaluator.
 
     Without ``session.qdq_matmulnbits_accuracy_level=1`` onnxruntime quantizes the activations of MatMuls it fuses with their
     weights to int8: faster, and off by up to 1 % of the largest logit.
@@ -238,19 +267,32 @@ def outputs_of(folder: Path, inputs: Mapping[str, Tensor]) -> Arrays:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    path = str(folder / MODEL_FILE)
     try:
-        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
-        session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
-        read = [value.name for value in session.get_inputs()]
+        onnx.checker.check_model(path, full_check=True)
+        if _holds_fp4(folder):
+            from onnx.reference import ReferenceEvaluator
+
+            session = ReferenceEvaluator(path)
+            read, names = session.input_names, session.output_names
+        else:
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            read, names = ([value.name for value in face] for face in (session.get_inputs(), session.get_outputs()))
         missing = [name for name in read if name not in inputs]
         require(not missing, "verify", "example", "hold what the graph takes", f"no {', '.join(missing)}")
         fed = {name: inputs[name].detach().cpu().numpy() for name in read}
-        names = [value.name for value in session.get_outputs()]
         return dict(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
     except CladoError:
         raise
-    except Exception as error:  # the checker and onnxruntime have their own
+    except Exception as error:  # the checker and both readers have their own
         raise CladoError(f"verify: onnxruntime must run the graph, got {' '.join(said(error).split())}") from error
+
+
+def _holds_fp4(folder: Path) -> bool:
+    """Whether a graph has weights of four bits that are floats."""
+    ir = _import_ir("verify")
+    values = ir.load(folder / MODEL_FILE).graph.initializers.values()
+    return any(value.dtype == ir.DataType.FLOAT4E2M1 for value in values)
 
 
 def _import_ir(op: str = "export") -> Any:
@@ -287,7 +329,7 @@ def _program(request: Request, face: Face, free: bool) -> Any:
                 tuple(face.inputs.values()),
                 dynamo=True,
                 dynamic_shapes={"tensors": (batch,) * len(face.inputs)} if free else None,
-                opset_version=OPSET_INT2 if _holds_int2(request) else OPSET,
+                opset_version=_opset(request),
                 input_names=list(face.inputs),
                 output_names=list(face.outputs),
                 optimize=False,
@@ -347,33 +389,62 @@ def _floating(request: Request) -> set[str]:
     return {name for name, value in request.state.items() if name not in covered and value.is_floating_point()}
 
 
-def _holds_int2(request: Request) -> bool:
-    return 2 in request.plan.bits.values()
+def _opset(request: Request) -> int:
+    """The least that has the types of the weights."""
+    numbers = [scheme.number for scheme in request.plan.chosen.values()]
+    if any(isinstance(number, Integer) and number.bits == 2 for number in numbers):
+        return OPSET_INT2
+    return OPSET_FP4 if any(_FLOATS.get(number.name) == "FLOAT4E2M1" for number in numbers) else OPSET
 
 
-def _container(bits: int) -> int:
+def _number(request: Request, layer: Layer) -> Number:
+    return request.plan.chosen[layer.name].number
+
+
+def _container(number: Number) -> int:
     """Bits an element takes."""
-    return bits if bits in (2, 4, 8) else 8
+    return number.bits if number.bits in (2, 4, 8, 16) else 8
+
+
+def _groups(request: Request, layer: Layer) -> tuple[int, int]:
+    """Elements of an output channel that share a scale, and the scales of a row; fp8 has one, as all integers of a row may."""
+    number, quantizer = _number(request, layer), request.plan.quantizer
+    columns = math.prod(layer.shape[1:])
+    if isinstance(number, Blocks):
+        return number.block, columns // number.block
+    if isinstance(number, Integer) and quantizer.groups(layer.shape) > 1:
+        return quantizer.group_size, quantizer.groups(layer.shape)
+    return columns, 1
 
 
 def _blocked(request: Request, layer: Layer) -> bool:
     """More than one scale in a row."""
-    return request.plan.quantizer.groups(layer.shape) > 1
+    return _groups(request, layer)[1] > 1
+
+
+def _scales(request: Request, layer: Layer) -> int:
+    """Scales of a weight: one, or so many per output channel."""
+    whole = request.plan.quantizer.group_size == 0 and not isinstance(_number(request, layer), Blocks)
+    return 1 if whole else layer.shape[0] * _groups(request, layer)[1]
 
 
 def _unsigned(request: Request, layer: Layer, rounded: bool) -> bool:
     """Whether codes lie 128 higher: all matrices that a kernel might take, so that shapes alone give the bytes."""
-    wide = request.plan.bits[layer.name] == 8
+    wide = _number(request, layer).name == "int8"
     return rounded and wide and len(layer.shape) == 2 and not _blocked(request, layer)
 
 
 def _layer_bytes(request: Request, layer: Layer, rounded: bool) -> int:
     """Codes, scales and zero points; elements below a byte are packed without gaps, tensors end on a whole byte."""
-    rows, groups = request.plan.quantizer.rows_columns(layer.shape)[0], request.plan.quantizer.groups(layer.shape)
-    width = _container(request.plan.bits[layer.name])
-    has_zeros = not request.plan.quantizer.symmetric or _unsigned(request, layer, rounded)
-    zeros = math.ceil(rows * groups * width / 8) if has_zeros else 0
-    return math.ceil(layer.numel * width / 8) + 4 * rows * groups + zeros
+    number, scales = _number(request, layer), _scales(request, layer)
+    codes = math.ceil(layer.numel * _container(number) / 8)
+    if isinstance(number, Kept):
+        return codes
+    if number.name == "nvfp4":
+        return codes + scales + 4
+    symmetric = request.plan.quantizer.symmetric or not isinstance(number, Integer)
+    has_zeros = not symmetric or _unsigned(request, layer, rounded)
+    return codes + 4 * scales + (math.ceil(scales * _container(number) / 8) if has_zeros else 0)
 
 
 def _quantize(ir: Any, graph: Any, request: Request, layer: Layer, rounded: bool) -> set[str]:
@@ -391,10 +462,11 @@ def _quantize(ir: Any, graph: Any, request: Request, layer: Layer, rounded: bool
         return _quantize_turned(ir, graph, request, layer)
     turned = [use.node for use in uses if _feeds_matmul_alone(use.node)]
     products = [use.node for use in uses if layer.kind == "matmul" and use.node.op_type == "MatMul" and use.idx == 1]
-    bits = request.plan.bits[layer.name]
+    number = _number(request, layer)
     alone = 0 < len(turned) + len(products) == len(uses)
-    transposed = alone and (bits != 2 or layer.shape[0] % 4 == 0)
-    apart = rounded and not (transposed and _container(bits) == 8 and not _blocked(request, layer))
+    transposed = alone and (number.bits != 2 or layer.shape[0] % 4 == 0)
+    whole = isinstance(number, Integer) and _container(number) == 8
+    apart = rounded and not (transposed and whole and not _blocked(request, layer))
     found = request.codes[layer.name]
     found = _shifted(found) if _unsigned(request, layer, rounded) else found
     value, made = _dequantized(ir, graph, request, layer, found, transposed, apart)
@@ -444,28 +516,39 @@ def _behind(ir: Any, graph: Any, value: Any, node: Any, shape: tuple[int, ...]) 
     return node.outputs[0]
 
 
-def _ranges(request: Request) -> dict[str, tuple[Layer, float, float]]:
+def _ranges(request: Request) -> Ranges:
     """Layers whose inputs are quantized, by name, with the range given for each, or else calibrated with the plan."""
     plan, planned = request.plan, {layer.name: layer for layer in request.plan.layers}
     if request.options.activations is not None:
         unknown = sorted(set(request.options.activations) - set(planned))
         require(not unknown, "export", "activations", "name layers of the plan", unknown[:3])
-        return {name: (planned[name], *_with_zero(name, pair)) for name, pair in request.options.activations.items()}
-    other = [f"{scheme.label} of {name}" for name, scheme in plan.chosen.items() if scheme.input not in ("", "int8")]
-    must = "round inputs to 8 bits with one range per tensor (A8), or not at all, for onnx"
-    require(not other, "export", "plan", must, ", ".join(other[:3]))
-    if not plan.activations:
-        return {}
+        given = {name: _with_zero(name, pair) for name, pair in request.options.activations.items()}
+        return {name: (planned[name], InputRounding("int8", pair, planned[name].kind)) for name, pair in given.items()}
+    found = _ranges_of_base(plan) if plan.base_rounds_inputs else {}
+    for layer in plan.layers if not plan.base_rounds_inputs else ():
+        rounding = input_rounding(layer, plan.chosen[layer.name], plan.activations)
+        if rounding is not None:
+            found[layer.name] = layer, rounding
+    labels = {} if plan.base_rounds_inputs else plan.schemes
+    other = [f"{labels.get(name, own.input)} of {name}" for name, (_, own) in found.items() if own.input not in _INPUTS]
+    must = "round inputs to 8 bits with one range per tensor (A8, fp8), or not at all, for onnx"
+    shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+    require(not other, "export", "plan", must, shown)
+    return {name: own for name, own in found.items() if _scale_zero(own[1])[1] > 0}
+
+
+def _ranges_of_base(plan: Plan) -> Ranges:
+    """Of all layers of a model that rounds its inputs; a layer that is not planned has its module's name."""
+    assert plan.activations is not None
+    planned = {layer.name: layer for layer in plan.layers}
     owner = {module: layer for layer in plan.layers for module in modules(layer)}
-    found: dict[str, tuple[Layer, float, float]] = {}
-    for module, (low, high) in plan.activations.ranges.items():
-        layer = planned.get(module) or owner.get(module) or Layer(module, "", (), 0, (f"{module}.weight",))
-        same = layer.name not in found or found[layer.name][1:] == (low, high)
-        require(
-            same, "export", f"layer {layer.name}", "have one range for onnx", "a weight shared by modules of several"
-        )
-        if high > low:
-            found[layer.name] = (layer, low, high)
+    found: Ranges = {}
+    for module, pair in plan.activations.ranges.items():
+        layer = planned.get(module) or owner.get(module) or Layer(module, "linear", (), 0, (f"{module}.weight",))
+        same = layer.name not in found or found[layer.name][1].pair == pair
+        several = "a weight shared by modules of several"
+        require(same, "export", f"layer {layer.name}", "have one range for onnx", several)
+        found[layer.name] = layer, InputRounding(f"int{plan.activations.bits}", pair, layer.kind)
     return found
 
 
@@ -489,23 +572,39 @@ def _weight(graph: Any, layer: Layer) -> Any:
     return graph.initializers[name]
 
 
-def _quantize_inputs(ir: Any, graph: Any, layer: Layer, low: float, high: float) -> None:
-    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over [low, high]."""
-    scale, zero = _scale_zero(low, high)
-    parts = {_INPUT_SCALE: np.array(scale), _INPUT_ZERO: np.array(zero)}
-    settings = [_initializer(ir, graph, ir.Tensor(array, name=f"{layer.name}{part}")) for part, array in parts.items()]
+def _quantize_inputs(ir: Any, graph: Any, layer: Layer, rounding: InputRounding, dequantized: bool) -> None:
+    """Put QuantizeLinear → DequantizeLinear before the input of every use of a weight: uint8 over a range, or float8.
+
+    A Sum of one value, which changes nothing, keeps two passes of onnxruntime (1.32) away. One takes a Relu for part of any
+    rounding whose code of zero is 0, which is right of uint8 alone; the other quantizes float weights behind rounded inputs,
+    unless they are ``dequantized``.
+    """
+    kind, scale, zero = _scale_zero(rounding)
+    codes_type, floats = ir.DataType[kind], kind != "UINT8"
+    parts = {
+        _INPUT_SCALE: ir.Tensor(np.array(scale, np.float32), name=f"{layer.name}{_INPUT_SCALE}"),
+        _INPUT_ZERO: ir.Tensor(
+            np.array(zero).astype(codes_type.numpy()), codes_type, name=f"{layer.name}{_INPUT_ZERO}"
+        ),
+    }
+    settings = [_initializer(ir, graph, part) for part in parts.values()]
     for node in _products(_weight(graph, layer)):
         x = node.inputs[0]
-        codes = ir.Node("", "QuantizeLinear", [x, *settings])
-        again = ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])
-        again.outputs[0].shape, again.outputs[0].type = x.shape, x.type
-        graph.insert_before(node, [codes, again])
-        node.replace_input_with(0, again.outputs[0])
+        before = [ir.Node("", "Sum", [x])] if floats else []
+        codes = ir.Node("", "QuantizeLinear", [before[0].outputs[0] if before else x, *settings])
+        again = [ir.Node("", "DequantizeLinear", [codes.outputs[0], *settings])]
+        again += [] if dequantized else [ir.Node("", "Sum", [again[0].outputs[0]])]
+        for made in [*before, *again]:
+            made.outputs[0].shape, made.outputs[0].type = x.shape, x.type
+        graph.insert_before(node, [*before, codes, *again])
+        node.replace_input_with(0, again[-1].outputs[0])
 
 
-def _scale_zero(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """The step of 255 over [low, high], and the code of zero."""
-    return np.float32((high - low) / 255), np.uint8(min(255, max(0, round(-low / ((high - low) / 255)))))
+def _scale_zero(rounding: InputRounding) -> tuple[str, float, float]:
+    """The type of an input's codes, what they are multiples of, as float32 has it, and the code of zero."""
+    assert rounding.pair is not None
+    scale, *zero = INPUTS[rounding.input].constants(rounding.pair)
+    return _INPUTS[rounding.input], float(np.float32(scale)), zero[0] if zero else 0.0
 
 
 _PARTS = ("Gather", "Identity", "Reshape", "SequenceAt", "Slice", "Split", "SplitToSequence", "Squeeze", "Transpose")
@@ -551,7 +650,7 @@ def _shifted(found: Quantized) -> Quantized:
 def _dequantized(
     ir: Any, graph: Any, request: Request, layer: Layer, found: Quantized, transposed: bool, apart: bool
 ) -> tuple[Any, set[str]]:
-    """The output of a DequantizeLinear that gives a layer's weight, and the names of its initializers.
+    """What gives a layer's weight from its codes, and the names of the initializers that it reads.
 
     Codes lie as [out, …], or as [in, out] when ``transposed``. Groups of a convolution run over its flattened inputs: they are
     dequantized as [out, inputs] and reshaped. ``apart``: through a Flatten of two axes, which changes nothing and stops fusion.
@@ -559,12 +658,22 @@ def _dequantized(
     blocked = _blocked(request, layer)
     matrix = transposed or blocked or apart
     shape = (layer.shape[0], math.prod(layer.shape[1:])) if matrix else layer.shape
-    values = [_initializer(ir, graph, part) for part in _parts(ir, request, layer, found, shape, transposed)]
+    parts = _parts(ir, request, layer, found, shape, transposed)
+    values = {name: _initializer(ir, graph, part) for name, part in parts.items()}
     axis = int(transposed) if not blocked else int(not transposed)
     attributes = [ir.Attr("axis", ir.AttributeType.INT, axis)]
     if blocked:
-        attributes.append(ir.Attr("block_size", ir.AttributeType.INT, request.plan.quantizer.group_size))
-    nodes = [ir.Node("", "DequantizeLinear", values, attributes)]
+        attributes.append(ir.Attr("block_size", ir.AttributeType.INT, _groups(request, layer)[0]))
+    nodes, made = [], {value.name for value in values.values()}
+    if isinstance(found.number, Kept):
+        whole = ir.Attr("to", ir.AttributeType.INT, int(ir.DataType.FLOAT))
+        nodes.append(ir.Node("", "Cast", [values["weight_codes"]], [whole]))
+    else:
+        below = values.pop(TENSOR_SCALE, None)
+        if below is not None:
+            nodes.append(ir.Node("", "DequantizeLinear", [values["weight_scale"], below]))
+            values["weight_scale"] = nodes[-1].outputs[0]
+        nodes.append(ir.Node("", "DequantizeLinear", list(values.values()), attributes))
     if apart:
         nodes.append(ir.Node("", "Flatten", [nodes[-1].outputs[0]]))
     if len(shape) < len(layer.shape):
@@ -574,31 +683,50 @@ def _dequantized(
         node.outputs[0].dtype = ir.DataType.FLOAT
     nodes[-1].outputs[0].shape = ir.Shape(tuple(reversed(layer.shape)) if transposed else layer.shape)
     graph.insert_before(graph[0], nodes)
-    return nodes[-1].outputs[0], {value.name for value in values}
+    return nodes[-1].outputs[0], made
 
 
 def _parts(
     ir: Any, request: Request, layer: Layer, found: Quantized, shape: tuple[int, ...], transposed: bool
-) -> list[Any]:
-    """Codes, scales and zero points as DequantizeLinear wants them.
+) -> dict[str, Any]:
+    """Codes, scales and zero points as DequantizeLinear wants them, in its order.
 
-    Scales and zero points: a scalar, one per row, or [rows, groups].
+    Scales and zero points: a scalar, one per row, or [rows, groups]. Scales of nvfp4 are float8; the scalar that they are
+    multiples of comes last.
     """
-    blocked, per_tensor = _blocked(request, layer), request.plan.quantizer.group_size == 0
+    blocked, per_tensor = _blocked(request, layer), _scales(request, layer) == 1
 
-    def placed(part: Tensor) -> np.ndarray[Any, Any]:
-        shaped = part if blocked else part.view(()) if per_tensor else part.view(-1)
-        return (shaped.T if transposed and blocked else shaped).contiguous().numpy()
+    def placed(part: Tensor) -> Tensor:
+        shaped = part.view(layer.shape[0], -1) if blocked else part.view(()) if per_tensor else part.view(-1)
+        return shaped.T if transposed and blocked else shaped
 
-    signed = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[_container(request.plan.bits[layer.name])]
-    container = ir.DataType.UINT8 if found.codes.dtype == torch.uint8 else signed
+    def tensor(part: str, value: Tensor, kind: Any) -> Any:
+        own, integers = value.contiguous(), kind.name.startswith(("INT", "UINT"))
+        same = own if integers else own.view({1: torch.int8, 2: torch.int16, 4: torch.float32}[own.element_size()])
+        array = same.numpy().astype(kind.numpy()) if integers else same.numpy().view(kind.numpy())
+        return ir.Tensor(array, dtype=kind, name=f"{layer.name}.{part}")
+
+    kinds = ir.DataType
     codes = found.codes.view(shape)
-    arrays = {"weight_codes": (codes.T if transposed else codes).contiguous().numpy().astype(container.numpy())}
-    arrays["weight_scale"] = placed(found.scale)
+    codes = codes.T if transposed else codes
+    if not isinstance(found.number, Integer):
+        parts = {"weight_codes": tensor("weight_codes", codes, kinds[_FLOATS[found.number.name]])}
+        if isinstance(found.number, Kept):
+            return parts
+        if found.scales.tensor_scale is None:
+            return parts | {"weight_scale": tensor("weight_scale", placed(found.scale), kinds.FLOAT)}
+        packed = found.packed()
+        parts["weight_scale"] = tensor("weight_scale", placed(packed["weight_scale"]), kinds.FLOAT8E4M3FN)
+        return parts | {TENSOR_SCALE: tensor(TENSOR_SCALE, 1 / packed[TENSOR_SCALE].view(()), kinds.FLOAT)}
+    signed = {2: kinds.INT2, 4: kinds.INT4, 8: kinds.INT8}[_container(found.number)]
+    container = kinds.UINT8 if found.codes.dtype == torch.uint8 else signed
+    parts = {
+        "weight_codes": tensor("weight_codes", codes, container),
+        "weight_scale": tensor("weight_scale", placed(found.scale), kinds.FLOAT),
+    }
     if found.zero_point is not None:
-        arrays["weight_zero_point"] = placed(found.zero_point).astype(container.numpy())
-    kinds = {name: ir.DataType.FLOAT if name == "weight_scale" else container for name in arrays}
-    return [ir.Tensor(array, dtype=kinds[name], name=f"{layer.name}.{name}") for name, array in arrays.items()]
+        parts["weight_zero_point"] = tensor("weight_zero_point", placed(found.zero_point), container)
+    return parts
 
 
 def _initializer(ir: Any, graph: Any, tensor: Any) -> Any:
@@ -615,14 +743,17 @@ def _inline(model: Any) -> None:
 
 
 def _clean(model: Any) -> None:
-    """Fold constants, and drop what the exporter notes about the machine: stack traces with paths.
+    """Fold constants other than stored weights, and drop what the exporter notes about the machine: stack traces with paths.
 
     No other pass of the optimizer runs: fusing and sharing would change tensors whose bytes were promised.
     """
     import onnxscript.optimizer
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    onnxscript.optimizer.fold_constants(model)
+    def stored(node: Any) -> bool | None:
+        return False if any(value is not None and value.name.endswith(_CODES) for value in node.inputs) else None
+
+    onnxscript.optimizer.fold_constants(model, should_fold=stored)
     onnxscript.optimizer.remove_unused_nodes(model)
     ClearMetadataAndDocStringPass()(model)
 
