@@ -101,8 +101,8 @@ def finish(
     check_fit(model, plan, "finish")
     if method == "learned":
         floats = [f"{own.label} of {name}" for name, own in plan.chosen.items() if not isinstance(own.number, Integer)]
-        shown = ", ".join(floats[:3]) + (f" and {len(floats) - 3} more" if len(floats) > 3 else "")
-        require(not floats, "finish", "plan", "hold integer weights for method 'learned'", shown)
+        some = ", ".join(floats[:3]) + (f" and {len(floats) - 3} more" if len(floats) > 3 else "")
+        require(not floats, "finish", "plan", "hold integer weights for method 'learned'", some)
     for name, number, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
         whole = isinstance(number, int) and number >= least
         require(whole, "finish", name, f"be a whole number from {least} up", repr(number))
