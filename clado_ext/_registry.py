@@ -22,7 +22,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # Memory for an output: (tensor on whose device it lies, shape, dtype) -> tensor.
 Empty = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
-_INTO: dict[Any, Any] = {}  # an op -> the same op into tensors of the caller
+_INTO: dict[Any, Any] = {}  # an op -> the same into tensors of the caller: as a function, as an op
 
 
 def define(
@@ -55,13 +55,14 @@ def define(
 
     def run_into(*args: Any) -> None:
         inputs, outputs = taken(args)
-        launch(*inputs, *outputs)
-        _written(outputs)
-
-    def run_into_by_host(*args: Any) -> None:
-        inputs, outputs = taken(args)
-        by_host(launch, inputs, outputs)
-        _written(outputs)
+        tensors = _tensors(outputs)
+        if here or not tensors[0].is_cuda:
+            launch(*inputs, *outputs)
+        else:
+            by_host(launch, inputs, outputs)
+        for tensor in tensors:  # so that a backward pass that needs what stood there raises
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
     def check_into(*args: Any) -> None:
         taken(args)
@@ -70,7 +71,7 @@ def define(
     op: Callable[_P, _R] = _register(schema, run_new, run_new if here else run_by_host, partial(allocate, _new))
     targets = ", ".join(f"Tensor({chr(97 + k)}!){kind.removeprefix('Tensor')} out{k}" for k, kind in enumerate(kinds))
     into_schema = f"{head[:-1].replace('(', '_into(', 1)}, {targets}) -> ()"
-    _INTO[op] = _register(into_schema, run_into, run_into if here else run_into_by_host, check_into)
+    _INTO[op] = run_into, _register(into_schema, run_into, run_into, check_into)
     return op
 
 
@@ -91,30 +92,23 @@ class _Given:
     """Hands out the caller's tensors one after the other, each checked."""
 
     def __init__(self, op: str, outputs: tuple[Any, ...]) -> None:
-        self.op = op
-        labels = [f"out[{k}]" for k in range(len(outputs))] if len(outputs) > 1 else ["out"]
-        self.left = iter([pair for own, label in zip(outputs, labels, strict=True) for pair in _labelled(own, label)])
+        self.op, self.outputs, self.taken = op, outputs, 0
+        self.tensors = _tensors(outputs)
 
     def __call__(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        got, name = next(self.left)
-        shape = tuple(shape)
+        got = self.tensors[self.taken]
         if got.shape != shape or got.dtype != dtype or got.device != like.device or not got.is_contiguous():
             apart = "" if got.is_contiguous() else " of other strides"
-            must = f"be contiguous {dtype} {shape} on {like.device}"
-            raise refusal(self.op, name, must, f"{got.dtype} {tuple(got.shape)} on {got.device}{apart}")
+            must = f"be contiguous {dtype} {tuple(shape)} on {like.device}"
+            raise refusal(self.op, self._name(), must, f"{got.dtype} {tuple(got.shape)} on {got.device}{apart}")
+        self.taken += 1
         return got
 
-
-def _written(outputs: tuple[Any, ...]) -> None:
-    """Tell autograd, so that a backward pass that needs what stood there raises."""
-    for tensor in _tensors(outputs):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-
-
-def _labelled(given: Any, label: str) -> list[tuple[Tensor, str]]:
-    """Tensors of a list go by their place in it."""
-    return [(x, f"out[{k}]") for k, x in enumerate(given)] if isinstance(given, (list, tuple)) else [(given, label)]
+    def _name(self) -> str:
+        """A tensor of a list goes by its place there, another by its place among several."""
+        if isinstance(self.outputs[0], (list, tuple)):
+            return f"out[{self.taken % len(self.outputs[0])}]"
+        return f"out[{self.taken}]" if len(self.outputs) > 1 else "out"
 
 
 def run(op: Callable[..., _R], args: tuple[Any, ...], out: _R | None) -> _R:
@@ -124,8 +118,26 @@ def run(op: Callable[..., _R], args: tuple[Any, ...], out: _R | None) -> _R:
     outputs = out if isinstance(out, tuple) else (out,)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(outputs)):
         raise refusal(str(op).split(".")[1], "out", "not require gradients", "one that does")
-    _INTO[op](*args, *outputs)
+    given = (*args, *outputs)
+    direct, dispatched = _INTO[op]
+    # Torch's dispatcher takes longer than a small kernel; graphs, fake and meta tensors need it.
+    (dispatched if torch.compiler.is_compiling() or not _lie_in_memory(given) else direct)(*given)
     return out
+
+
+def _lie_in_memory(given: Sequence[Any]) -> bool:
+    """Whether all tensors, in lists too, are plain ones on a real device."""
+    for value in given:  # isinstance would take longer than the rest
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_meta:
+                return False
+        elif kind is list:
+            if not _lie_in_memory(value):
+                return False
+        elif hasattr(value, "is_meta"):
+            return False
+    return True
 
 
 def given_or_new(op: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
