@@ -39,6 +39,10 @@ def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "same"
 
 
+def _times_ours(row: dict[str, Any], rival: str) -> float:
+    return float(row["rivals_s"][rival] / row["median_s"])
+
+
 def main(arguments: list[str]) -> int:
     """Print the table; 1 when a row is slower."""
     parser = argparse.ArgumentParser("python -m bench compare", description=__doc__)
@@ -50,9 +54,22 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     if old_device != new_device:
-        print(f"warning: measured on {old_device} and on {new_device}")
+        print(
+            f"warning: measured on {old_device} and on {new_device}: compare shares of the ceiling and rivals, not times"
+        )
     table = Table(box=None, header_style="bold")
-    for name in ("op", "shape", "dtype", "threads", "old ms", "new ms", "old / new", "of ceiling", "verdict"):
+    for name in (
+        "op",
+        "shape",
+        "dtype",
+        "threads",
+        "old ms",
+        "new ms",
+        "old / new",
+        "of ceiling",
+        "verdict",
+        "rivals, times ours",
+    ):
         table.add_column(name)
     verdicts = []
     for key in (k for k in new if k in old):
@@ -60,7 +77,9 @@ def main(arguments: list[str]) -> int:
         verdicts.append(verdict(a, b))
         times = (f"{a['median_s'] * 1e3:.3f}", f"{b['median_s'] * 1e3:.3f}", f"{a['median_s'] / b['median_s']:.2f}")
         shares = f"{a['share_of_ceiling']:.0%} to {b['share_of_ceiling']:.0%}"
-        table.add_row(*key[:3], str(key[3]), *times, shares, verdicts[-1])
+        both = [name for name in a.get("rivals_s", {}) if name in b.get("rivals_s", {})]
+        rivals = ", ".join(f"{n} {_times_ours(a, n):.1f} to {_times_ours(b, n):.1f}" for n in both)
+        table.add_row(*key[:3], str(key[3]), *times, shares, verdicts[-1], rivals)
     Console(width=150, highlight=False).print(table)
     only = len(old.keys() ^ new.keys())
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("faster", "slower", "same"))

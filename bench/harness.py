@@ -23,6 +23,10 @@ ROUNDS = 5  # of ours, the ceiling and the rivals in turn, so that all see the s
 SLOW = 2.0  # seconds: on a CPU, of a rival that takes longer the first call counts and is the only one
 
 
+Works = dict[str, Callable[[], Any]]  # by name
+Outside = dict[str, dict[str, Callable[..., Any]]]  # functions by op and name
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of a benchmark.
@@ -30,24 +34,30 @@ class Case:
     Attributes:
         op, shape, dtype: what is run, for the table.
         run: the work; it is called many times.
-        check: compares ``run()`` with the plain-torch twin and raises when they differ.
+        judge: raises where what ``run()`` gave is not what the plain-torch twin gives.
         bytes: read and written by the work at least, each input and output once.
         flops: done by the work at least.
         rivals: other ways to the same result, by name.
         compare: takes what the rivals returned, by name, and gives figures of each beside ours; raises where ours falls behind.
         copy: moves the same bytes by ``copy_``, the ceiling; None: a plain copy of as many bytes.
+        given: arguments of ``clado_ext.<op>``, which a rival from outside is called with; None: the row takes no such rival.
     """
 
     op: str
     shape: str
     dtype: str
     run: Callable[[], Any]
-    check: Callable[[], None]
+    judge: Callable[[Any], None]
     bytes: int = 0
     flops: int = 0
-    rivals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    rivals: Works = field(default_factory=dict)
     compare: Callable[[dict[str, Any]], dict[str, list[float]]] | None = None
     copy: Callable[[], Any] | None = None
+    given: tuple[Any, ...] | None = None
+
+
+class Wrong(ValueError):
+    """A rival's result is not what the plain-torch twin gives."""
 
 
 class Unfit(ValueError):
@@ -144,19 +154,25 @@ def product(device: str) -> tuple[Callable[[], Any], int]:
     return (lambda: left @ right), 2 * size**3
 
 
-def measure(cases: Iterable[Case], device: str, seconds: float = 0.5) -> list[dict[str, Any]]:
-    """Check every case, then time it in rounds with its ceiling and its rivals; a rival that raises is named and left out."""
+def measure(
+    cases: Iterable[Case], device: str, seconds: float = 0.5, outside: Outside | None = None
+) -> list[dict[str, Any]]:
+    """Check every case, then time it in rounds with its ceiling and its rivals; a rival that raises is named and left out.
+
+    ``outside`` holds further rivals by op and name; each is called with what the case is ``given`` and judged as ours is.
+    """
     multiply, multiply_flops = product(device)
     rows = []
     for case in cases:
-        case.check()
+        case.judge(case.run())
         copy = case.copy or copy_of(case.bytes, device)
-        tried, failed = running(case.rivals)
-        figures = case.compare({name: result for name, (result, _) in tried.items()}) if case.compare else {}
+        theirs = case.rivals | guests(case, outside or {})
+        tried, failed = running(theirs)
+        figures = case.compare({name: tried[name][0] for name in case.rivals if name in tried}) if case.compare else {}
         first = {name: took for name, (_, took) in tried.items()}
         del tried  # what they returned may be large
         slow = {name: [took] for name, took in first.items() if device == "cpu" and took > SLOW}
-        rivals = {name: case.rivals[name] for name in first if name not in slow}
+        rivals = {name: theirs[name] for name in first if name not in slow}
         works = {"ours": case.run, "copy": copy, "product": multiply, **rivals}
         taken: dict[str, list[float]] = {name: [] for name in works} | slow
         for _ in range(ROUNDS):
@@ -199,10 +215,48 @@ def running(rivals: dict[str, Callable[[], Any]]) -> tuple[dict[str, tuple[Any, 
         try:
             start = clock()
             fine[name] = (work(), clock() - start)
+        except Wrong as error:
+            failed[name] = str(error)
         except Exception as error:  # another package's code: anything may come
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if name in failed:
             print(f"{name} is left out: {failed[name]}")
     return fine, failed
+
+
+def guests(case: Case, outside: Outside) -> Works:
+    """Rivals from outside on a case, by name; each is judged by its first call."""
+    if case.given is None:
+        return {}
+    return {name: Guest(case, function) for name, function in outside.get(case.op, {}).items()}
+
+
+class Guest:
+    """A function from outside on what a case is given. The first call raises :class:`Wrong` where its result is not right."""
+
+    def __init__(self, case: Case, function: Callable[..., Any]) -> None:
+        self.case, self.function, self.judged = case, function, False
+        self.given = case.given or ()
+
+    def __call__(self) -> Any:
+        if self.judged:
+            return self.function(*self.given)
+        before = [value.clone() if isinstance(value, torch.Tensor) else value for value in self.given]
+        result = self.function(*self.given)
+        self.judged = True
+        kept = [a.equal(b) for a, b in zip(before, self.given, strict=True) if isinstance(a, torch.Tensor)]
+        if not all(kept):
+            for a, b in zip(before, self.given, strict=True):
+                if isinstance(a, torch.Tensor):
+                    b.copy_(a)  # for those that follow
+            raise Wrong("wrong: it writes to its arguments")
+        try:
+            self.case.judge(result)
+        except Exception as error:  # whatever is returned, down to another type
+            raise Wrong(
+                f"wrong on {self.case.shape} {self.case.dtype}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        return result
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -211,7 +265,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for name in (*left[:3], "threads", "ms", "± %", "GB/s", "GFLOP/s", "of ceiling", left[3]):
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
-        rivals = ", ".join(f"{name} {t / row['median_s']:.1f}" for name, t in row["rivals_s"].items())
+        timed = [f"{name} {t / row['median_s']:.1f}" for name, t in row["rivals_s"].items()]
+        failed = row.get("rivals_failed", {}).items()
+        rivals = ", ".join(
+            timed + [f"{name} {'wrong' if why.startswith('wrong') else 'fails'}" for name, why in failed]
+        )
         table.add_row(
             row["op"],
             row["shape"],

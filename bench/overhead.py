@@ -48,8 +48,8 @@ def measure(device: str = "cpu") -> list[dict[str, Any]]:
             lambda: clado_ext.fake_quant(weight, scale, bits),
             lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), formats, v, e, 1),
         ),
-        "fake_quant_into": (
-            lambda: clado_ext.fake_quant_into(weight, scale, bits, values, sqerr),
+        "fake_quant out=": (
+            lambda: clado_ext.fake_quant(weight, scale, bits, out=(values, sqerr)),
             lambda: _native.fake_quant_cpu((w, _native.FLOAT32, 4, 32, 32, 32), formats, v, e, 1),
         ),
         "scale_search": (

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Works = dict[str, Callable[[], Any]]
+from .harness import Works
+
 _COMPRESSED = (
     "compressed_tensors.compressors.pack_quantized.helpers",
     "compressed_tensors.compressors.quantized_compressors.pack_quantized",

@@ -6,7 +6,7 @@ from ._formats import FormatScale
 from ._native import has_cuda, set_simd, simd_level
 from ._native import version as __version__
 from .batched_ce import batched_ce
-from .bitpack import pack, pack_into, packed_columns, unpack, unpack_into
+from .bitpack import pack, packed_columns, unpack
 from .carried import carried_add_layer_norm, carried_gelu, carried_layer_norm, carried_softmax
 from .compensate import compensate, compensate_format
 from .fake_quant import (
@@ -15,8 +15,6 @@ from .fake_quant import (
     dequantize_formats,
     fake_quant,
     fake_quant_formats,
-    fake_quant_formats_into,
-    fake_quant_into,
     quantize,
     quantize_formats,
     quantize_weight,
@@ -45,14 +43,11 @@ __all__ = [
     "dequantize_formats",
     "fake_quant",
     "fake_quant_formats",
-    "fake_quant_formats_into",
-    "fake_quant_into",
     "format_search",
     "has_cuda",
     "iqp_prove",
     "iqp_search",
     "pack",
-    "pack_into",
     "packed_columns",
     "pairwise_bce",
     "pairwise_ce",
@@ -68,5 +63,4 @@ __all__ = [
     "straight_through",
     "tensor_scale",
     "unpack",
-    "unpack_into",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _native
 from ._losses import DTYPES, check_changes, computed
-from ._registry import call, refusal
+from ._registry import Empty, call, refusal
 
 
 def check_weight(op: str, weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
@@ -23,7 +23,13 @@ def check_weight(op: str, weight: Tensor | None, shape: tuple[int, ...], device:
 
 
 def allocate_rows(
-    op: str, logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
+    op: str,
+    empty: Empty,
+    logits: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    rows_per_sample: int,
+    other: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of an op over rows of logits, whose ``logits`` and ``delta`` have been looked at."""
     rows = logits.shape[0]
@@ -32,13 +38,13 @@ def allocate_rows(
     check_weight(op, weight, logits.shape[:1], logits.device)
     if rows_per_sample < 1 or rows % rows_per_sample:
         raise refusal(op, "rows_per_sample", f"be at least 1 and divide the {rows} rows", rows_per_sample)
-    return empty_sums(delta, other)
+    return empty_sums(empty, delta, other)
 
 
-def empty_sums(delta: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_sums(empty: Empty, delta: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
     """The outputs of an op of all pairs: float64 ``[V, W]``, twice."""
     shape = (delta.shape[0], delta.shape[0] if other is None else other.shape[0])
-    return delta.new_empty(shape, dtype=torch.float64), delta.new_empty(shape, dtype=torch.float64)
+    return empty(delta, shape, torch.float64), empty(delta, shape, torch.float64)
 
 
 def launch_rows(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,40 +20,129 @@ LIBRARY = _library.Library("clado", "DEF")
 _CPU = torch.device("cpu")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+# Memory for an output: (tensor on whose device it lies, shape, dtype) -> tensor.
+Empty = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
+_INTO: dict[Any, Any] = {}  # an op -> the same into tensors of the caller: as a function, as an op
 
 
-def define(schema: str, allocate: Callable[_P, _R], launch: Callable[..., None]) -> Callable[_P, _R]:
+def define(
+    schema: str, allocate: Callable[Concatenate[Empty, _P], _R], launch: Callable[..., None]
+) -> Callable[_P, _R]:
     """Register ``clado::<name>`` for CPU, CUDA and fake tensors; returns the op (a call of it costs less than by its name).
 
-    ``allocate(*args)`` checks the arguments and returns the empty output(s); it runs under fake tensors too, so it may
-    look at shapes, dtypes and devices but never at values. ``launch(*args, *outputs)`` fills them.
-    """
-    name = schema.split("(", 1)[0]
+    ``allocate(empty, *args)`` checks the arguments and returns the output(s), each from ``empty`` and in order; it runs under
+    fake tensors too, so it may look at shapes, dtypes and devices but never at values. ``launch(*args, *outputs)`` fills them.
 
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        outputs = allocate(*args, **kwargs)
+    ``clado::<name>_into(args, outputs) -> ()`` is the same op with ``empty`` handing out the caller's tensors (see :func:`run`).
+    """
+    head, _, results = schema.rpartition(" -> ")
+    name, kinds = head.partition("(")[0], results.strip("()").split(", ")
+
+    def run_new(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        outputs = allocate(_new, *args, **kwargs)
         launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)), **kwargs)
         return outputs
 
     def run_by_host(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        outputs = allocate(*args, **kwargs)
+        outputs = allocate(_new, *args, **kwargs)
         by_host(partial(launch, **kwargs), args, outputs if isinstance(outputs, tuple) else (outputs,))
         return outputs
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run if _native.has_cuda else run_by_host, "CUDA")
-    _library.register_fake(f"clado::{name}", allocate, lib=LIBRARY)
-    op: Callable[_P, _R] = getattr(torch.ops.clado, name).default
+    def taken(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        inputs, outputs = args[: -len(kinds)], args[-len(kinds) :]
+        allocate(_Given(name, outputs), *inputs)  # type: ignore[call-arg]
+        return inputs, outputs
+
+    def run_into(*args: Any) -> None:
+        inputs, outputs = taken(args)
+        tensors = _tensors(outputs)
+        if here or not tensors[0].is_cuda:
+            launch(*inputs, *outputs)
+        else:
+            by_host(launch, inputs, outputs)
+        for tensor in tensors:  # so that a backward pass that needs what stood there raises
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+    def check_into(*args: Any) -> None:
+        taken(args)
+
+    here = _native.has_cuda
+    op: Callable[_P, _R] = _register(schema, run_new, run_new if here else run_by_host, partial(allocate, _new))
+    targets = ", ".join(f"Tensor({chr(97 + k)}!){kind.removeprefix('Tensor')} out{k}" for k, kind in enumerate(kinds))
+    into_schema = f"{head[:-1].replace('(', '_into(', 1)}, {targets}) -> ()"
+    _INTO[op] = run_into, _register(into_schema, run_into, run_into, check_into)
     return op
 
 
-def fill(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """``launch(*inputs, *outputs)``, by way of the CPU where an output lies on a GPU and the build has no kernels for it."""
-    if _native.has_cuda or not outputs[0].is_cuda:
-        launch(*inputs, *outputs)
-    else:
-        by_host(launch, inputs, outputs)
+def _register(schema: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    _library.register_fake(f"clado::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.clado, name).default
+
+
+def _new(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+class _Given:
+    """Hands out the caller's tensors one after the other, each checked."""
+
+    def __init__(self, op: str, outputs: tuple[Any, ...]) -> None:
+        self.op, self.outputs, self.taken = op, outputs, 0
+        self.tensors = _tensors(outputs)
+
+    def __call__(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        got = self.tensors[self.taken]
+        if got.shape != shape or got.dtype != dtype or got.device != like.device or not got.is_contiguous():
+            apart = "" if got.is_contiguous() else " of other strides"
+            must = f"be contiguous {dtype} {tuple(shape)} on {like.device}"
+            raise refusal(self.op, self._name(), must, f"{got.dtype} {tuple(got.shape)} on {got.device}{apart}")
+        self.taken += 1
+        return got
+
+    def _name(self) -> str:
+        """A tensor of a list goes by its place there, another by its place among several."""
+        if isinstance(self.outputs[0], (list, tuple)):
+            return f"out[{self.taken % len(self.outputs[0])}]"
+        return f"out[{self.taken}]" if len(self.outputs) > 1 else "out"
+
+
+def run(op: Callable[..., _R], args: tuple[Any, ...], out: _R | None) -> _R:
+    """``op(*args)``, into the caller's tensors where they are given: of the structure and shapes that the op gives."""
+    if out is None:
+        return op(*args)
+    outputs = out if isinstance(out, tuple) else (out,)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(outputs)):
+        raise refusal(str(op).split(".")[1], "out", "not require gradients", "one that does")
+    given = (*args, *outputs)
+    direct, dispatched = _INTO[op]
+    # Torch's dispatcher takes longer than a small kernel; graphs, fake and meta tensors need it.
+    (dispatched if torch.compiler.is_compiling() or not _lie_in_memory(given) else direct)(*given)
+    return out
+
+
+def _lie_in_memory(given: Sequence[Any]) -> bool:
+    """Whether all tensors, in lists too, are plain ones on a real device."""
+    for value in given:  # isinstance would take longer than the rest
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_meta:
+                return False
+        elif kind is list:
+            if not _lie_in_memory(value):
+                return False
+        elif hasattr(value, "is_meta"):
+            return False
+    return True
+
+
+def given_or_new(op: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The caller's tensor, checked, or a new one, for what torch's own ops compute."""
+    return _new(like, shape, dtype) if out is None else _Given(op, (out,))(like, shape, dtype)
 
 
 def by_host(launch: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -111,17 +200,6 @@ def refusal(op: str, argument: str, must: str, got: object) -> ValueError:
     return ValueError(f"{op}: {argument} must {must}, got {got}")
 
 
-def check_output(op: str, name: str, got: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise unless an output that the caller owns is a contiguous tensor of that shape and dtype on the device of ``like``."""
-    if not (got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == like.device):
-        raise refusal(
-            op,
-            name,
-            f"be contiguous {dtype} {shape} on {like.device}",
-            f"{got.dtype} {tuple(got.shape)} on {got.device}",
-        )
-
-
 def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A public function whose arguments of a wrong type are refused in one line, where torch's own text has many.
 
@@ -147,6 +225,11 @@ def _dense(x: Any) -> bool:
 
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Tensor": ("be a dense tensor on cpu or cuda", _dense),
+    "tuple[Tensor, Tensor]": (
+        "be a tuple of 2 dense tensors",
+        lambda x: isinstance(x, tuple) and len(x) == 2 and all(_dense(y) for y in x),
+    ),
+    "QuantizedWeight": ("be a QuantizedWeight", lambda x: hasattr(x, "zero_point")),
     "Sequence[int]": (
         "be a sequence of integers",
         lambda x: isinstance(x, Sequence) and all(isinstance(y, Integral) for y in x),

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ._losses import check_logits, computed, numbers
-from ._registry import call, checked, define, refusal
+from ._registry import Empty, call, checked, define, refusal, run
 
 
 @checked
-def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> Tensor:
+def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Loss increase of every perturbation on every sample, from clean logits z and logit changes δ.
 
     With p = softmax(z): without ``target`` the KL divergence to the clean softmax, ``log E_p[e^δ] - E_p[δ]``; with it the
@@ -22,6 +22,7 @@ def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> T
             not count.
         delta: ``[V, N, C]``, same dtype and device.
         target: int64 ``[N]`` labels, or None for the KL divergence.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         float64 ``[V, N]`` in nats; NaN where a row of z or δ holds NaN.
@@ -29,10 +30,10 @@ def batched_ce(logits: Tensor, delta: Tensor, target: Tensor | None = None) -> T
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label outside [0, C) (CUDA: NaN).
     """
-    return _batched_ce(logits, delta, target)
+    return run(_batched_ce, (logits, delta, target), out)
 
 
-def _allocate(logits: Tensor, delta: Tensor, target: Tensor | None) -> Tensor:
+def _allocate(empty: Empty, logits: Tensor, delta: Tensor, target: Tensor | None) -> Tensor:
     check_logits("batched_ce", logits, delta)
     if target is not None:
         if target.dtype != torch.int64:
@@ -41,7 +42,7 @@ def _allocate(logits: Tensor, delta: Tensor, target: Tensor | None) -> Tensor:
             raise refusal("batched_ce", "target", f"have shape {tuple(logits.shape[:1])}", tuple(target.shape))
         if target.device != logits.device:
             raise refusal("batched_ce", "target", f"be on {logits.device}", target.device)
-    return delta.new_empty(delta.shape[:2], dtype=torch.float64)
+    return empty(delta, delta.shape[:2], torch.float64)
 
 
 def _launch(logits: Tensor, delta: Tensor, target: Tensor | None, out: Tensor) -> None:

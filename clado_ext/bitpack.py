@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ._native import LEAST_BITS, MOST_BITS
-from ._registry import call, check_output, checked, define, fill, refusal, require
+from ._registry import Empty, call, checked, define, refusal, require, run
 
 
 @checked
-def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
+def pack(codes: Tensor, bits: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
     """Pack signed codes into dense int32 words along one dimension.
 
     Stored is ``code + 2**(bits-1)``, least significant bit first, without gaps; every row ends on a whole word. For 2,
@@ -23,6 +23,7 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
         codes: int8 ``[..., K]`` (K at ``dim``), each in ``[-2**(bits-1), 2**(bits-1) - 1]``.
         bits: width, 2 to 8.
         dim: the dimension that is packed.
+        out: to write into instead of new memory: contiguous, as returned; along the last dimension alone.
 
     Returns:
         contiguous int32 ``[..., ceil(K * bits / 32)]`` on the same device, the words at ``dim``.
@@ -30,11 +31,13 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or width; on the CPU also a code outside its range (CUDA keeps its low bits).
     """
-    return _along(codes, dim, "pack", "codes", lambda c: _pack(c, bits))
+    if dim == -1:
+        return run(_pack, (codes, bits), out)
+    return _along(codes, dim, "pack", "codes", lambda c: _pack(c, bits), out)
 
 
 @checked
-def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
+def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
     """Inverse of :func:`pack`.
 
     Args:
@@ -42,6 +45,7 @@ def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
         bits: width, 2 to 8.
         columns: number of codes per row, K.
         dim: the dimension that was packed.
+        out: to write into instead of new memory: contiguous, as returned; along the last dimension alone.
 
     Returns:
         contiguous int8 ``[..., columns]`` on the same device, the codes at ``dim``.
@@ -49,30 +53,9 @@ def unpack(packed: Tensor, bits: int, columns: int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank, width, or a last dimension that does not fit ``columns``.
     """
-    return _along(packed, dim, "unpack", "packed", lambda p: _unpack(p, bits, columns))
-
-
-@checked
-def pack_into(codes: Tensor, bits: int, packed: Tensor) -> None:
-    """:func:`pack` along the last dimension into words the caller owns, of the shape given there and contiguous.
-
-    Raises:
-        ValueError: as :func:`pack` (``packed`` is then unspecified), or an output of another shape, dtype, device or layout.
-    """
-    check_output("pack_into", "packed", packed, codes, _packed_shape("pack_into", codes, bits), torch.int32)
-    fill(_launch_pack, (codes, bits), (packed,))
-
-
-@checked
-def unpack_into(packed: Tensor, bits: int, codes: Tensor) -> None:
-    """:func:`unpack` along the last dimension into codes the caller owns: contiguous int8 ``[..., columns]``.
-
-    Raises:
-        ValueError: as :func:`unpack`, or an output of another shape, dtype, device or layout.
-    """
-    columns = codes.shape[-1] if codes.dim() else 0
-    check_output("unpack_into", "codes", codes, packed, _codes_shape("unpack_into", packed, bits, columns), torch.int8)
-    fill(_launch_unpack, (packed, bits, columns), (codes,))
+    if dim == -1:
+        return run(_unpack, (packed, bits, columns), out)
+    return _along(packed, dim, "unpack", "packed", lambda p: _unpack(p, bits, columns), out)
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -80,13 +63,12 @@ def packed_columns(columns: int, bits: int) -> int:
     return (columns * bits + 31) // 32
 
 
-def _along(x: Tensor, dim: int, op: str, name: str, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """``run`` on ``x`` with ``dim`` moved to the end, and back."""
-    if dim == -1:
-        return run(x)
+def _along(x: Tensor, dim: int, op: str, name: str, work: Callable[[Tensor], Tensor], out: Tensor | None) -> Tensor:
+    """``work`` on ``x`` with ``dim`` moved to the end, and back."""
+    require(out is None, op, "out", "be None where dim is not -1, since the kernel writes rows alone", "a tensor")
     require(x.dim() >= 1, op, name, "have at least one dimension", "0")
     require(-x.dim() <= dim < x.dim(), op, "dim", f"lie in {-x.dim()}..{x.dim() - 1}", dim)
-    return run(x.movedim(dim, -1)).movedim(-1, dim).contiguous()
+    return work(x.movedim(dim, -1)).movedim(-1, dim).contiguous()
 
 
 def _check_bits(op: str, bits: int) -> None:
@@ -94,15 +76,11 @@ def _check_bits(op: str, bits: int) -> None:
         raise refusal(op, "bits", f"lie in {LEAST_BITS}..{MOST_BITS}", bits)
 
 
-def _packed_shape(op: str, codes: Tensor, bits: int) -> tuple[int, ...]:
-    require(codes.dtype == torch.int8, op, "codes", "be int8", codes.dtype)
-    require(codes.dim() >= 1, op, "codes", "have at least one dimension", "0")
-    _check_bits(op, bits)
-    return (*codes.shape[:-1], packed_columns(codes.shape[-1], bits))
-
-
-def _allocate_pack(codes: Tensor, bits: int) -> Tensor:
-    return codes.new_empty(_packed_shape("pack", codes, bits), dtype=torch.int32)
+def _allocate_pack(empty: Empty, codes: Tensor, bits: int) -> Tensor:
+    require(codes.dtype == torch.int8, "pack", "codes", "be int8", codes.dtype)
+    require(codes.dim() >= 1, "pack", "codes", "have at least one dimension", "0")
+    _check_bits("pack", bits)
+    return empty(codes, (*codes.shape[:-1], packed_columns(codes.shape[-1], bits)), torch.int32)
 
 
 def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
@@ -115,7 +93,8 @@ def _launch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
         raise refusal("pack", "codes", f"lie in [{low}, {high}]", "a code outside")
 
 
-def _codes_shape(op: str, packed: Tensor, bits: int, columns: int) -> tuple[int, ...]:
+def _allocate_unpack(empty: Empty, packed: Tensor, bits: int, columns: int) -> Tensor:
+    op = "unpack"
     require(packed.dtype == torch.int32, op, "packed", "be int32", packed.dtype)
     require(packed.dim() >= 1, op, "packed", "have at least one dimension", "0")
     _check_bits(op, bits)
@@ -123,11 +102,7 @@ def _codes_shape(op: str, packed: Tensor, bits: int, columns: int) -> tuple[int,
     words = packed_columns(columns, bits)
     if packed.shape[-1] != words:
         raise refusal(op, "packed", f"have {words} words per row", packed.shape[-1])
-    return (*packed.shape[:-1], columns)
-
-
-def _allocate_unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    return packed.new_empty(_codes_shape("unpack", packed, bits, columns), dtype=torch.int8)
+    return empty(packed, (*packed.shape[:-1], columns), torch.int8)
 
 
 def _launch_unpack(packed: Tensor, bits: int, columns: int, out: Tensor) -> None:

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._registry import call, checked, define, refusal
+from ._registry import Empty, call, checked, define, refusal, run
 
 _HALF = (torch.float32, torch.bfloat16)
 
 
 @checked
-def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor:
+def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False, out: Tensor | None = None) -> Tensor:
     """gelu(x + d) − gelu(x), the exact GELU x·Φ(x), as d·Φ(x + d) + x·(Φ(x + d) − Φ(x)).
 
     Args:
         clean: x, float32 ``[N, …]``.
         delta: d, ``[S·N, …]`` of S streams, float32 or bfloat16.
         bfloat16: give bfloat16, what the next product takes, instead of float32.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         ``[S·N, …]``; relative error near 1e-5 of the difference in float32 (Φ: Abramowitz and Stegun 7.1.26).
@@ -30,12 +31,17 @@ def carried_gelu(clean: Tensor, delta: Tensor, bfloat16: bool = False) -> Tensor
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _carried_gelu(clean, delta, bfloat16)
+    return run(_carried_gelu, (clean, delta, bfloat16), out)
 
 
 @checked
 def carried_layer_norm(
-    clean: Tensor, delta: Tensor, weight: Tensor | None = None, eps: float = 1e-5, bfloat16: bool = False
+    clean: Tensor,
+    delta: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    bfloat16: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Layer norm over the last dimension: LN(x + d) − LN(x), from the change of the variance; a bias would drop out.
 
@@ -45,6 +51,7 @@ def carried_layer_norm(
         weight: float32 ``[C]`` or None.
         eps: added to the variance.
         bfloat16: give bfloat16 instead of float32.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         ``[S·N, …, C]``.
@@ -52,7 +59,7 @@ def carried_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _carried_layer_norm(clean, delta, weight, eps, bfloat16)
+    return run(_carried_layer_norm, (clean, delta, weight, eps, bfloat16), out)
 
 
 @checked
@@ -63,6 +70,7 @@ def carried_add_layer_norm(
     weight: Tensor | None = None,
     eps: float = 1e-5,
     bfloat16: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of two differences, and :func:`carried_layer_norm` of it, in one pass: a residual connection and its norm.
 
@@ -73,6 +81,7 @@ def carried_add_layer_norm(
         weight: float32 ``[C]`` or None.
         eps: added to the variance.
         bfloat16: give the second result in bfloat16 instead of float32.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         d = residual + branch, float32, and layer_norm(x + d) − layer_norm(x), both ``[S·N, …, C]``.
@@ -80,11 +89,18 @@ def carried_add_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _carried_add_layer_norm(clean, residual, branch, weight, eps, bfloat16)
+    return run(_carried_add_layer_norm, (clean, residual, branch, weight, eps, bfloat16), out)
 
 
 @checked
-def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float = 1.0, bfloat16: bool = False) -> Tensor:
+def carried_softmax(
+    scores: Tensor,
+    clean: Tensor,
+    delta: Tensor,
+    scale: float = 1.0,
+    bfloat16: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Softmax over the last dimension of s + scale·d: its change against p = softmax(s), and itself.
 
     Args:
@@ -93,6 +109,7 @@ def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float =
         delta: d, ``[S·N, …, K]``, float32 or bfloat16.
         scale: factor on d alone.
         bfloat16: give bfloat16 instead of float32.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         ``[S·N, …, 2K]``: softmax(s + scale·d) − p, then softmax(s + scale·d), side by side as attention multiplies them by v
@@ -101,7 +118,7 @@ def carried_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float =
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _carried_softmax(scores, clean, delta, scale, bfloat16)
+    return run(_carried_softmax, (scores, clean, delta, scale, bfloat16), out)
 
 
 def _check(op: str, clean: Tensor, delta: Tensor, name: str = "delta") -> None:
@@ -132,9 +149,9 @@ def _streams(clean: Tensor, delta: Tensor, bfloat16: bool) -> _native.Streams:
     return delta.shape[0] // max(1, clean.shape[0]), rows, columns, delta.dtype == torch.bfloat16, bfloat16
 
 
-def _allocate_gelu(clean: Tensor, delta: Tensor, bfloat16: bool) -> Tensor:
+def _allocate_gelu(empty: Empty, clean: Tensor, delta: Tensor, bfloat16: bool) -> Tensor:
     _check("carried_gelu", clean, delta)
-    return delta.new_empty(delta.shape, dtype=_dtype(bfloat16))
+    return empty(delta, delta.shape, _dtype(bfloat16))
 
 
 def _launch_gelu(clean: Tensor, delta: Tensor, bfloat16: bool, out: Tensor) -> None:
@@ -143,10 +160,12 @@ def _launch_gelu(clean: Tensor, delta: Tensor, bfloat16: bool, out: Tensor) -> N
     call("carried_gelu", x.device, *addresses, _streams(clean, delta, bfloat16))
 
 
-def _allocate_layer_norm(clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool) -> Tensor:
+def _allocate_layer_norm(
+    empty: Empty, clean: Tensor, delta: Tensor, weight: Tensor | None, eps: float, bfloat16: bool
+) -> Tensor:
     _check("carried_layer_norm", clean, delta)
     _check_weight("carried_layer_norm", clean, weight)
-    return delta.new_empty(delta.shape, dtype=_dtype(bfloat16))
+    return empty(delta, delta.shape, _dtype(bfloat16))
 
 
 def _launch_layer_norm(
@@ -158,14 +177,20 @@ def _launch_layer_norm(
 
 
 def _allocate_add_layer_norm(
-    clean: Tensor, residual: Tensor, branch: Tensor, weight: Tensor | None, eps: float, bfloat16: bool
+    empty: Empty,
+    clean: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bfloat16: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "carried_add_layer_norm"
     _check(op, clean, branch, "branch")
     _check_weight(op, clean, weight)
     if residual.dtype != torch.float32 or residual.shape != branch.shape or residual.device != branch.device:
         raise refusal(op, "residual", f"be float32 {tuple(branch.shape)}", f"{residual.dtype} {tuple(residual.shape)}")
-    return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=_dtype(bfloat16))
+    return empty(residual, residual.shape, torch.float32), empty(residual, residual.shape, _dtype(bfloat16))
 
 
 def _launch_add_layer_norm(
@@ -184,11 +209,13 @@ def _launch_add_layer_norm(
     call("carried_add_layer_norm", x.device, *addresses, _streams(clean, branch, bfloat16), eps)
 
 
-def _allocate_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool) -> Tensor:
+def _allocate_softmax(
+    empty: Empty, scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool
+) -> Tensor:
     _check("carried_softmax", clean, delta)
     if scores.dtype != torch.float32 or scores.shape != clean.shape or scores.device != clean.device:
         raise refusal("carried_softmax", "scores", "be as clean", f"{scores.dtype} {tuple(scores.shape)}")
-    return delta.new_empty((*delta.shape[:-1], 2 * delta.shape[-1]), dtype=_dtype(bfloat16))
+    return empty(delta, (*delta.shape[:-1], 2 * delta.shape[-1]), _dtype(bfloat16))
 
 
 def _launch_softmax(scores: Tensor, clean: Tensor, delta: Tensor, scale: float, bfloat16: bool, out: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _native
 from ._formats import FormatScale, check_formats, format_of
-from ._registry import call, checked, define, refusal
+from ._registry import Empty, call, checked, define, refusal, run
 from ._weights import address, check_like, check_scales, given, matrix_shape
 
 
@@ -22,6 +22,7 @@ def compensate(
     group_size: int = -1,
     zero_point: Tensor | None = None,
     order: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Round column by column at every bit-width, so that the layer loss ``tr((W - Q) H (W - Q)ᵀ)`` stays small.
 
@@ -40,6 +41,7 @@ def compensate(
         zero_point: int8 like ``scale`` for asymmetric quantization; None for symmetric.
         order: int64 ``[G, K]``: row and column i of the factor are column ``order[i]`` of the weight, and columns are rounded in
             that order; None: as they stand.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         int8 codes ``[B, N, …]`` in the weight's own order, and float64 ``[B, N]`` the layer loss of each row. What is not finite
@@ -49,18 +51,24 @@ def compensate(
         ValueError: shapes, dtypes, devices, widths or group size that do not fit; on the CPU also an order that is no permutation
             (CUDA: a number that is no column makes losses NaN, and a column that is not named gets an arbitrary code).
     """
-    return _compensate(weight.detach(), factor.detach(), scale.detach(), zero_point, order, bits, group_size)
+    given = (weight.detach(), factor.detach(), scale.detach(), zero_point, order, bits, group_size)
+    return run(_compensate, given, out)
 
 
 @checked
 def compensate_format(
-    weight: Tensor, factor: Tensor, scale: FormatScale, order: Tensor | None = None
+    weight: Tensor,
+    factor: Tensor,
+    scale: FormatScale,
+    order: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`compensate` in one number format of any kind, under scales that are fixed beforehand.
 
     Args:
         weight, factor, order: as :func:`compensate`.
         scale: the format and its scales, as :func:`format_search` gives them.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         codes int8 ``[N, …]`` as :func:`quantize_formats` has them, and float64 ``[N]`` the layer loss of each row.
@@ -70,10 +78,11 @@ def compensate_format(
     """
     element = format_of("compensate_format", scale.format).element
     given = (weight.detach(), factor.detach(), scale.scale.detach(), scale.zero_point, order)
-    return _compensate_format(*given, element, scale.group_size)
+    return run(_compensate_format, (*given, element, scale.group_size), out)
 
 
 def _allocate_format(
+    empty: Empty,
     weight: Tensor,
     factor: Tensor,
     scale: Tensor,
@@ -85,7 +94,7 @@ def _allocate_format(
     op = "compensate_format"
     check_formats(op, weight, [scale], [zero_point], [element], [group_size])
     _check_factor(op, weight, factor, order)
-    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[0], dtype=torch.float64)
+    return empty(weight, weight.shape, torch.int8), empty(weight, weight.shape[:1], torch.float64)
 
 
 def _launch_format(
@@ -113,6 +122,7 @@ def _check_factor(op: str, weight: Tensor, factor: Tensor, order: Tensor | None)
 
 
 def _allocate(
+    empty: Empty,
     weight: Tensor,
     factor: Tensor,
     scale: Tensor,
@@ -123,8 +133,8 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     check_scales("compensate", weight, scale, zero_point, bits, group_size)
     _check_factor("compensate", weight, factor, order)
-    codes = weight.new_empty((len(bits), *weight.shape), dtype=torch.int8)
-    return codes, weight.new_empty((len(bits), weight.shape[0]), dtype=torch.float64)
+    codes = empty(weight, (len(bits), *weight.shape), torch.int8)
+    return codes, empty(weight, (len(bits), weight.shape[0]), torch.float64)
 
 
 def _launch(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _native
 from ._formats import FormatScale, check_formats, element_values, format_of, native_formats, native_widths
-from ._registry import call, check_output, checked, define, fill, require
+from ._registry import Empty, call, checked, define, given_or_new, require, run
 from ._weights import check_scales, check_steps, check_weight, given, matrix_shape
 
 
@@ -25,7 +25,12 @@ class QuantizedWeight(NamedTuple):
 
 @checked
 def fake_quant(
-    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+    weight: Tensor,
+    scale: Tensor,
+    bits: Sequence[int],
+    group_size: int = -1,
+    zero_point: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize and dequantize at every bit-width, reading the weight once.
 
@@ -38,6 +43,7 @@ def fake_quant(
         bits: distinct ascending widths, 2 to 8; B of them.
         group_size: -1 one scale per row, g > 0 one per g consecutive columns.
         zero_point: int8 like ``scale`` for asymmetric quantization; None for symmetric.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         values ``[B, N, …]`` in the weight's dtype; float64 ``[B, N]`` squared error of each row, Σ (value - w)². NaN gives NaN.
@@ -46,43 +52,27 @@ def fake_quant(
     Raises:
         ValueError: wrong dtype, rank, widths, group size, or a scale or zero point of another shape or device.
     """
-    values, sqerr = _fake_quant(weight, scale, zero_point, bits, group_size)
+    values, sqerr = run(_fake_quant, (weight, scale, zero_point, bits, group_size), out)
     if values.requires_grad:
         _stop_gradients("fake_quant", values)
     return values, sqerr
 
 
 @checked
-def fake_quant_into(
+def quantize(
     weight: Tensor,
     scale: Tensor,
     bits: Sequence[int],
-    values: Tensor,
-    sqerr: Tensor,
     group_size: int = -1,
     zero_point: Tensor | None = None,
-) -> None:
-    """:func:`fake_quant` into outputs the caller owns: contiguous ``values`` and ``sqerr`` of the shapes given there.
-
-    Raises:
-        ValueError: as :func:`fake_quant`, or outputs of another shape, dtype, device or layout.
-    """
-    check_scales("fake_quant_into", weight, scale, zero_point, bits, group_size)
-    check_output("fake_quant_into", "values", values, weight, (len(bits), *weight.shape), weight.dtype)
-    check_output("fake_quant_into", "sqerr", sqerr, weight, (len(bits), weight.shape[0]), torch.float64)
-    fill(_launch_fake_quant, (weight, scale, zero_point, bits, group_size), (values, sqerr))
-
-
-@checked
-def quantize(
-    weight: Tensor, scale: Tensor, bits: Sequence[int], group_size: int = -1, zero_point: Tensor | None = None
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Integer codes at every bit-width; arguments as :func:`fake_quant`.
+    """Integer codes at every bit-width; arguments as :func:`fake_quant`, ``out`` the codes alone.
 
     Returns:
         int8 ``[B, N, …]``, ``step + zero_point``, each in ``[-2**(bits-1), 2**(bits-1) - 1]``; NaN gives 0.
     """
-    return _quantize(weight, scale, zero_point, bits, group_size)
+    return run(_quantize, (weight, scale, zero_point, bits, group_size), out)
 
 
 @checked
@@ -92,6 +82,7 @@ def dequantize(
     group_size: int = -1,
     dtype: torch.dtype = torch.float32,
     zero_point: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``(codes - zero_point) * scale`` in float32, rounded to ``dtype``: bit for bit the values of :func:`fake_quant`.
 
@@ -101,6 +92,7 @@ def dequantize(
         group_size: as :func:`fake_quant`.
         dtype: of the result.
         zero_point: int8 like ``scale``, or None.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         ``[B, N, …]``.
@@ -116,14 +108,16 @@ def dequantize(
     require(scale.shape == shape, "dequantize", "scale", f"have shape {shape}", tuple(scale.shape))
     if zero_point is not None:
         require(zero_point.shape == shape, "dequantize", "zero_point", f"have shape {shape}", tuple(zero_point.shape))
+    values = given_or_new("dequantize", codes, codes.shape, dtype, out)
     steps = (codes.flatten(2) if codes.dim() > 2 else codes.unsqueeze(-1)).float()
-    if zero_point is not None:
-        steps = steps - _spread(zero_point.float(), size, columns)
-    return (steps * _spread(scale.float(), size, columns)).to(dtype).view(codes.shape)
+    _scaled(steps, scale, zero_point, size, columns, values.view(steps.shape))
+    return values
 
 
 @checked
-def fake_quant_formats(weight: Tensor, scales: Sequence[FormatScale]) -> tuple[Tensor, Tensor]:
+def fake_quant_formats(
+    weight: Tensor, scales: Sequence[FormatScale], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`fake_quant` in any number formats, integers and floats mixed, each with scales and groups of its own.
 
     The weight is read once. A float element becomes the value nearest to ``w / scale`` (ties to the even code, saturated: no
@@ -132,6 +126,7 @@ def fake_quant_formats(weight: Tensor, scales: Sequence[FormatScale]) -> tuple[T
     Args:
         weight: float32, float16 or bfloat16 ``[N, …]``, seen as ``[N, K]``.
         scales: F formats with their scales, as :func:`clado_ext.format_search` gives them, in any order.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         values ``[F, N, …]`` in the weight's dtype; float64 ``[F, N]`` squared error of each row. NaN gives NaN.
@@ -139,45 +134,34 @@ def fake_quant_formats(weight: Tensor, scales: Sequence[FormatScale]) -> tuple[T
     Raises:
         ValueError: wrong dtype or rank, an unknown format, more than 16, or a scale of another shape or device.
     """
-    values, sqerr = _fake_quant_formats(weight, *_parts("fake_quant_formats", scales))
+    values, sqerr = run(_fake_quant_formats, (weight, *_parts("fake_quant_formats", scales)), out)
     if values.requires_grad:
         _stop_gradients("fake_quant_formats", values)
     return values, sqerr
 
 
 @checked
-def fake_quant_formats_into(weight: Tensor, scales: Sequence[FormatScale], values: Tensor, sqerr: Tensor) -> None:
-    """:func:`fake_quant_formats` into outputs the caller owns: contiguous ``values`` and ``sqerr`` of the shapes given there.
-
-    Raises:
-        ValueError: as :func:`fake_quant_formats`, or outputs of another shape, dtype, device or layout.
-    """
-    parts = _parts("fake_quant_formats_into", scales)
-    check_formats("fake_quant_formats_into", weight, *parts)
-    check_output("fake_quant_formats_into", "values", values, weight, (len(scales), *weight.shape), weight.dtype)
-    check_output("fake_quant_formats_into", "sqerr", sqerr, weight, (len(scales), weight.shape[0]), torch.float64)
-    fill(_launch_fake_quant_formats, (weight, *parts), (values, sqerr))
-
-
-@checked
-def quantize_formats(weight: Tensor, scales: Sequence[FormatScale]) -> Tensor:
-    """Codes in any number formats; arguments and errors as :func:`fake_quant_formats`.
+def quantize_formats(weight: Tensor, scales: Sequence[FormatScale], out: Tensor | None = None) -> Tensor:
+    """Codes in any number formats; arguments and errors as :func:`fake_quant_formats`, ``out`` the codes alone.
 
     Returns:
         int8 ``[F, N, …]``: integers as :func:`quantize` has them; an fp8 element's bits, as ``.view(torch.float8_e4m3fn)`` reads
         them; of fp4 (e2m1) the four bits, 0 to 15. NaN gives 0.
     """
-    return _quantize_formats(weight, *_parts("quantize_formats", scales))
+    return run(_quantize_formats, (weight, *_parts("quantize_formats", scales)), out)
 
 
 @checked
-def dequantize_formats(codes: Tensor, scales: Sequence[FormatScale], dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_formats(
+    codes: Tensor, scales: Sequence[FormatScale], dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
     """Element values times scales in float32, rounded to ``dtype``: bit for bit the values of :func:`fake_quant_formats`.
 
     Args:
         codes: int8 ``[F, N, …]`` of :func:`quantize_formats`.
         scales: F formats with their scales.
         dtype: of the result.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         ``[F, N, …]``.
@@ -188,21 +172,24 @@ def dequantize_formats(codes: Tensor, scales: Sequence[FormatScale], dtype: torc
     op = "dequantize_formats"
     sound = codes.dtype == torch.int8 and codes.dim() >= 2 and len(codes) == len(scales)
     require(sound, op, "codes", f"be int8 [{len(scales)}, N, …]", f"{codes.dtype} {tuple(codes.shape)}")
-    values = []
-    for own, to in zip(codes, scales, strict=True):
+    values = given_or_new(op, codes, codes.shape, dtype, out)
+    for own, to, plane in zip(codes, scales, values, strict=True):
         rows, columns, size, groups = matrix_shape(own, to.group_size)
         got = tuple(to.scale.shape)
         require(got == (rows, groups), op, "scale", f"have shape {(rows, groups)}", got)
         steps = element_values(own.flatten(1) if own.dim() > 1 else own.unsqueeze(-1), format_of(op, to.format).element)
-        if to.zero_point is not None:
-            steps = steps - _spread(to.zero_point.float(), size, columns)
-        values.append((steps * _spread(to.scale.float(), size, columns)).to(dtype).view(own.shape))
-    return torch.stack(values)
+        _scaled(steps, to.scale, to.zero_point, size, columns, plane.view(steps.shape))
+    return values
 
 
 @checked
 def quantize_weight(
-    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, symmetric: bool = True
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int = -1,
+    steps: int = 95,
+    symmetric: bool = True,
+    out: QuantizedWeight | None = None,
 ) -> QuantizedWeight:
     """Search the scales and quantize in one pass, row by row: what a post-training quantizer does to a weight.
 
@@ -212,6 +199,7 @@ def quantize_weight(
         weight, bits, group_size: as :func:`fake_quant`.
         steps: shrink factors tried, 1 (absmax) to 99.
         symmetric: False searches zero points too.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         values ``[B, N, …]``, sqerr ``[B, N]``, scale ``[B, N, groups]`` and zero_point (None when symmetric).
@@ -219,7 +207,11 @@ def quantize_weight(
     Raises:
         ValueError: wrong dtype, rank, widths, group size or steps.
     """
-    values, sqerr, scale, zero_point = _quantize_weight(weight, bits, group_size, steps, symmetric)
+    target = None
+    if out is not None:
+        none = weight.new_empty(0, dtype=torch.int8)
+        target = (*out[:3], none if out.zero_point is None else out.zero_point)
+    values, sqerr, scale, zero_point = run(_quantize_weight, (weight, bits, group_size, steps, symmetric), target)
     if values.requires_grad:
         _stop_gradients("quantize_weight", values)
     return QuantizedWeight(values, sqerr, scale, None if symmetric else zero_point)
@@ -278,21 +270,30 @@ def _stop_gradients(op: str, output: Tensor) -> None:
         output.grad_fn.register_prehook(refuse)
 
 
+def _scaled(steps: Tensor, scale: Tensor, zero_point: Tensor | None, size: int, columns: int, values: Tensor) -> None:
+    """Write (steps - zero point) * scale, products in float32, into ``values``."""
+    if zero_point is not None:
+        steps = steps - _spread(zero_point.float(), size, columns)
+    with torch.no_grad():
+        torch.mul(steps, _spread(scale.float(), size, columns), out=values)
+
+
 def _spread(values: Tensor, size: int, columns: int) -> Tensor:
     """``[..., groups]`` -> one per column ``[..., columns]``, or ``[..., 1]`` where one group covers the row."""
     return values.repeat_interleave(size, -1)[..., :columns] if values.shape[-1] > 1 else values
 
 
 def _allocate_fake_quant(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+    empty: Empty, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> tuple[Tensor, Tensor]:
     check_scales("fake_quant", weight, scale, zero_point, bits, group_size)
-    return _values_and_errors(weight, len(bits))
+    return _values_and_errors(empty, weight, len(bits))
 
 
-def _values_and_errors(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _values_and_errors(empty: Empty, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values ``[count, N, …]`` and their squared errors ``[count, N]``, yet to be computed."""
-    return weight.new_empty((count, *weight.shape)), weight.new_empty((count, weight.shape[0]), dtype=torch.float64)
+    values = empty(weight, (count, *weight.shape), weight.dtype)
+    return values, empty(weight, (count, weight.shape[0]), torch.float64)
 
 
 def _launch_fake_quant(
@@ -334,14 +335,14 @@ def _run_fake_quant(weight: Tensor, formats: list[_native.Format], values: Tenso
 
 
 def _allocate_quantize_weight(
-    weight: Tensor, bits: Sequence[int], group_size: int, steps: int, symmetric: bool
+    empty: Empty, weight: Tensor, bits: Sequence[int], group_size: int, steps: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_weight("quantize_weight", weight, bits, group_size)
     check_steps("quantize_weight", steps)
     rows, _, _, groups = matrix_shape(weight, group_size)
-    scale = weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
-    zero_point = scale.new_empty(0 if symmetric else scale.shape, dtype=torch.int8)
-    return *_values_and_errors(weight, len(bits)), scale, zero_point
+    values, sqerr = _values_and_errors(empty, weight, len(bits))
+    scale = empty(weight, (len(bits), rows, groups), torch.float32)
+    return values, sqerr, scale, empty(weight, (0,) if symmetric else scale.shape, torch.int8)
 
 
 def _launch_quantize_weight(
@@ -369,10 +370,10 @@ def _launch_quantize_weight(
 
 
 def _allocate_quantize(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
+    empty: Empty, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: Sequence[int], group_size: int
 ) -> Tensor:
     check_scales("quantize", weight, scale, zero_point, bits, group_size)
-    return weight.new_empty((len(bits), *weight.shape), dtype=torch.int8)
+    return empty(weight, (len(bits), *weight.shape), torch.int8)
 
 
 def _launch_quantize(
@@ -385,6 +386,7 @@ def _launch_quantize(
 
 
 def _allocate_fake_quant_formats(
+    empty: Empty,
     weight: Tensor,
     scales: Sequence[Tensor],
     zero_points: Sequence[Tensor | None],
@@ -392,10 +394,11 @@ def _allocate_fake_quant_formats(
     group_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     check_formats("fake_quant_formats", weight, scales, zero_points, elements, group_sizes)
-    return _values_and_errors(weight, len(scales))
+    return _values_and_errors(empty, weight, len(scales))
 
 
 def _allocate_quantize_formats(
+    empty: Empty,
     weight: Tensor,
     scales: Sequence[Tensor],
     zero_points: Sequence[Tensor | None],
@@ -403,7 +406,7 @@ def _allocate_quantize_formats(
     group_sizes: Sequence[int],
 ) -> Tensor:
     check_formats("quantize_formats", weight, scales, zero_points, elements, group_sizes)
-    return weight.new_empty((len(scales), *weight.shape), dtype=torch.int8)
+    return empty(weight, (len(scales), *weight.shape), torch.int8)
 
 
 def _launch_quantize_formats(

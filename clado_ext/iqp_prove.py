@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _native
 from ._program import check_program, check_values, numbers
-from ._registry import checked, define, require
+from ._registry import Empty, checked, define, require
 
 
 @checked
@@ -62,6 +62,7 @@ def iqp_prove(
 
 
 def _allocate(
+    empty: Empty,
     matrix: Tensor,
     starts: Tensor,
     rows: Tensor,
@@ -93,7 +94,8 @@ def _allocate(
     require(start.shape == (layers,), "iqp_prove", "start", f"have shape {(layers,)}", tuple(start.shape))
     require(slack >= 0 and tolerance >= 0, "iqp_prove", "slack and tolerance", "not be negative", (slack, tolerance))
     require(seconds >= 0, "iqp_prove", "seconds", "not be negative", seconds)
-    return start.new_empty(layers), start.new_empty(size, dtype=torch.uint8), matrix.new_empty(3)
+    choice = empty(start, (layers,), torch.int64)
+    return choice, empty(start, (size,), torch.uint8), empty(matrix, (3,), torch.float64)
 
 
 def _launch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _native
 from ._program import check_program, check_values, numbers
-from ._registry import checked, define, require
+from ._registry import Empty, checked, define, require
 
 
 @checked
@@ -54,6 +54,7 @@ def iqp_search(
 
 
 def _allocate(
+    empty: Empty,
     matrix: Tensor,
     starts: Tensor,
     rows: Tensor,
@@ -70,7 +71,7 @@ def _allocate(
     require(start.shape == (layers,), "iqp_search", "start", f"have shape {(layers,)}", tuple(start.shape))
     require(seconds >= 0, "iqp_search", "seconds", "not be negative", seconds)
     require(not math.isnan(target), "iqp_search", "target", "be a number", target)
-    return start.new_empty(layers), start.new_empty(1, dtype=torch.bool)
+    return empty(start, (layers,), torch.int64), empty(start, (1,), torch.bool)
 
 
 def _launch(

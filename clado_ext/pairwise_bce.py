@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._losses import DTYPES, check_changes
 from ._pairs import allocate_rows, launch_rows
-from ._registry import checked, define, refusal
+from ._registry import Empty, checked, define, refusal, run
 
 
 @checked
@@ -18,6 +18,7 @@ def pairwise_bce(
     weight: Tensor | None = None,
     rows_per_sample: int = 1,
     other: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Interactions of every pair of perturbations of single logits under binary cross-entropy, summed over samples.
 
@@ -36,6 +37,7 @@ def pairwise_bce(
         weight: of each row, ``[R]``, floating-point, at least 0; None: 1. A row of weight 0 counts nothing whatever it holds.
         rows_per_sample: rows that are one sample, one after the other; divides R.
         other: changes ``[W, R]`` of a second set of perturbations; None: ``delta`` again.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         (Σ_n a, Σ_n a²) over the R / rows_per_sample samples, float64 ``[V, W]`` each, in nats and nats². Without ``other``
@@ -45,18 +47,23 @@ def pairwise_bce(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _pairwise_bce(logits, delta, weight, rows_per_sample, other)
+    return run(_pairwise_bce, (logits, delta, weight, rows_per_sample, other), out)
 
 
 def _allocate(
-    logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
+    empty: Empty,
+    logits: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    rows_per_sample: int,
+    other: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if logits.dim() != 1:
         raise refusal("pairwise_bce", "logits", "have shape [R]", tuple(logits.shape))
     if logits.dtype not in DTYPES:
         raise refusal("pairwise_bce", "logits", "be a floating-point tensor", logits.dtype)
     check_changes("pairwise_bce", "delta", delta, "V", logits, "the logits")
-    return allocate_rows("pairwise_bce", logits, delta, weight, rows_per_sample, other)
+    return allocate_rows("pairwise_bce", empty, logits, delta, weight, rows_per_sample, other)
 
 
 _pairwise_bce = define(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._losses import check_logits
 from ._pairs import allocate_rows, launch_rows
-from ._registry import checked, define
+from ._registry import Empty, checked, define, run
 
 
 @checked
@@ -18,6 +18,7 @@ def pairwise_ce(
     weight: Tensor | None = None,
     rows_per_sample: int = 1,
     other: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Interactions of every pair of perturbations if their logit changes add, summed over samples.
 
@@ -37,6 +38,7 @@ def pairwise_ce(
         rows_per_sample: rows that are one sample, one after the other; divides R.
         other: changes ``[W, R, C]`` of a second set of perturbations; None: ``delta`` again. So V perturbations may come in
             blocks, each pair of blocks in a call.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         (Σ_n a, Σ_n a²) over the R / rows_per_sample samples, float64 ``[V, W]`` each, in nats and nats². Without ``other``
@@ -46,14 +48,19 @@ def pairwise_ce(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _pairwise_ce(logits, delta, weight, rows_per_sample, other)
+    return run(_pairwise_ce, (logits, delta, weight, rows_per_sample, other), out)
 
 
 def _allocate(
-    logits: Tensor, delta: Tensor, weight: Tensor | None, rows_per_sample: int, other: Tensor | None
+    empty: Empty,
+    logits: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    rows_per_sample: int,
+    other: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_logits("pairwise_ce", logits, delta)
-    return allocate_rows("pairwise_ce", logits, delta, weight, rows_per_sample, other)
+    return allocate_rows("pairwise_ce", empty, logits, delta, weight, rows_per_sample, other)
 
 
 _pairwise_ce = define(

@@ -8,11 +8,16 @@ from torch import Tensor
 from . import _native
 from ._losses import DTYPES, check_changes, computed
 from ._pairs import address, check_weight, empty_sums, given, nothing_to_do, numbers
-from ._registry import call, checked, define, refusal
+from ._registry import Empty, call, checked, define, refusal, run
 
 
 @checked
-def pairwise_mse(delta: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pairwise_mse(
+    delta: Tensor,
+    weight: Tensor | None = None,
+    other: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Interactions of every pair of perturbations under squared error if their changes of the output add, summed over samples.
 
     With L(y) = Σ_m weight_m (y_m - t_m)² the second difference of the loss is, whatever the output y and the target t,
@@ -27,6 +32,7 @@ def pairwise_mse(delta: Tensor, weight: Tensor | None = None, other: Tensor | No
         weight: of each element, ``[N, M]``, floating-point, at least 0: 1/M for a mean. None: 1. An element of weight 0
             counts nothing whatever it holds.
         other: changes ``[W, N, M]`` of a second set of perturbations; None: ``delta`` again.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         (Σ_n a, Σ_n a²), float64 ``[V, W]`` each, in units of the loss and their square. Without ``other`` ``[V, V]``, symmetric;
@@ -35,10 +41,10 @@ def pairwise_mse(delta: Tensor, weight: Tensor | None = None, other: Tensor | No
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    return _pairwise_mse(delta, weight, other)
+    return run(_pairwise_mse, (delta, weight, other), out)
 
 
-def _allocate(delta: Tensor, weight: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor]:
+def _allocate(empty: Empty, delta: Tensor, weight: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor]:
     if delta.dim() != 3:
         raise refusal("pairwise_mse", "delta", "have shape [V, N, M]", tuple(delta.shape))
     if delta.dtype not in DTYPES:
@@ -49,7 +55,7 @@ def _allocate(delta: Tensor, weight: Tensor | None, other: Tensor | None) -> tup
         like = delta[0] if len(delta) else delta.new_empty(delta.shape[1:])
         check_changes("pairwise_mse", "other", other, "W", like, "delta")
     check_weight("pairwise_mse", weight, delta.shape[1:], delta.device)
-    return empty_sums(delta, other)
+    return empty_sums(empty, delta, other)
 
 
 def _launch(delta: Tensor, weight: Tensor | None, other: Tensor | None, total: Tensor, squares: Tensor) -> None:

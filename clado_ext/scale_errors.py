@@ -7,12 +7,14 @@ from torch import Tensor
 
 from . import _native
 from ._native import MOST_STEP
-from ._registry import call, checked, define, refusal, require
+from ._registry import Empty, call, checked, define, refusal, require, run
 from ._weights import check_like, check_weight, given, matrix_shape
 
 
 @checked
-def scale_errors(weight: Tensor, scale: Tensor, low: int, high: int, group_size: int = -1) -> Tensor:
+def scale_errors(
+    weight: Tensor, scale: Tensor, low: int, high: int, group_size: int = -1, out: Tensor | None = None
+) -> Tensor:
     """Rate candidate scales by squared error, all of them in one read of the weight.
 
     ``error = Σ (round_half_even(clamp(w / scale, low, high)) * scale - w)²`` over the group, in float32, the quotient as a
@@ -26,6 +28,7 @@ def scale_errors(weight: Tensor, scale: Tensor, low: int, high: int, group_size:
         low, high: the least and the largest step, ``-65536 ≤ low ≤ 0 ≤ high ≤ 65536``: -8 and 7 for four bits, -7 and 7 for their
             narrow range, 0 and 15 unsigned, ``-zero_point`` and ``15 - zero_point`` with an integer zero point.
         group_size: -1 one scale per row, g > 0 one per g consecutive columns (the last group may be shorter).
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         float64 ``[S, N, groups]``; NaN where the group holds NaN or its scale is not finite.
@@ -33,10 +36,10 @@ def scale_errors(weight: Tensor, scale: Tensor, low: int, high: int, group_size:
     Raises:
         ValueError: shapes, dtypes, devices, steps or group size that do not fit.
     """
-    return _scale_errors(weight, scale, low, high, group_size)
+    return run(_scale_errors, (weight, scale, low, high, group_size), out)
 
 
-def _allocate(weight: Tensor, scale: Tensor, low: int, high: int, group_size: int) -> Tensor:
+def _allocate(empty: Empty, weight: Tensor, scale: Tensor, low: int, high: int, group_size: int) -> Tensor:
     op = "scale_errors"
     check_weight(op, weight, (4,), group_size)
     require(-MOST_STEP <= low <= 0, op, "low", f"lie in {-MOST_STEP}..0", low)
@@ -45,7 +48,7 @@ def _allocate(weight: Tensor, scale: Tensor, low: int, high: int, group_size: in
         raise refusal(op, "scale", "be [S, N, groups]", tuple(scale.shape))
     rows, _, _, groups = matrix_shape(weight, group_size)
     check_like(op, "scale", scale, torch.float32, (scale.shape[0], rows, groups), weight)
-    return weight.new_empty(scale.shape, dtype=torch.float64)
+    return empty(weight, scale.shape, torch.float64)
 
 
 def _launch(weight: Tensor, scale: Tensor, low: int, high: int, group_size: int, errors: Tensor) -> None:

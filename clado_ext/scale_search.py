@@ -17,7 +17,7 @@ from ._formats import (
     check_matrix,
     format_of,
 )
-from ._registry import call, checked, define, refusal
+from ._registry import Empty, call, checked, define, refusal, run
 from ._weights import address, check_like, check_steps, check_weight, given, matrix_shape
 
 # So that no scale of nvfp4 is below the least normal float32: 2^-9 / 2^117 = 2^-126.
@@ -26,7 +26,12 @@ _MOST_TENSOR_SCALE = 2.0**117
 
 @checked
 def scale_search(
-    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, importance: Tensor | None = None
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int = -1,
+    steps: int = 95,
+    importance: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Find one scale per output channel, or per group of inputs, for every bit-width.
 
@@ -46,6 +51,7 @@ def scale_search(
         steps: shrink factors tried, 1 (absmax) to 99.
         importance: float32 ``[K]``, or ``[G, K]`` with a row for each N/G consecutive rows (a grouped convolution has one per
             group), finite and not negative; None: all count alike.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         float32 ``[B, N, groups]``: positive; 1 for a group of zeros; NaN for a group that holds NaN or infinity.
@@ -54,17 +60,23 @@ def scale_search(
         ValueError: shapes, dtypes, devices, widths, group size or steps that do not fit; on the CPU also an importance that is
             negative or not finite (CUDA: the scales of the groups that it counts in are NaN).
     """
-    return _scale_search(weight, bits, group_size, steps, importance)
+    return run(_scale_search, (weight, bits, group_size, steps, importance), out)
 
 
 @checked
 def range_search(
-    weight: Tensor, bits: Sequence[int], group_size: int = -1, steps: int = 95, importance: Tensor | None = None
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int = -1,
+    steps: int = 95,
+    importance: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`scale_search` for asymmetric quantization: the range [min(w, 0), max(w, 0)] is shrunk from both ends.
 
     Args:
         weight, bits, group_size, steps, importance: as :func:`scale_search`.
+        out: to write into instead of new memory: contiguous, as returned.
 
     Returns:
         scale, float32 ``[B, N, groups]``, and zero_point, int8 of the same shape in ``[-2**(bits-1), 2**(bits-1) - 1]``:
@@ -73,7 +85,7 @@ def range_search(
     Raises:
         ValueError: as :func:`scale_search`.
     """
-    return _range_search(weight, bits, group_size, steps, importance)
+    return run(_range_search, (weight, bits, group_size, steps, importance), out)
 
 
 @checked
@@ -85,6 +97,7 @@ def format_search(
     symmetric: bool = True,
     importance: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    out: Sequence[FormatScale] | None = None,
 ) -> list[FormatScale]:
     """Scales of a weight in any number formats, integers and floats mixed, from one read of it.
 
@@ -103,6 +116,7 @@ def format_search(
         symmetric: whether integers have no zero point.
         importance: as :func:`scale_search`.
         tensor_scale: of nvfp4, float32 ``[1]``; None: :func:`tensor_scale` of this weight.
+        out: what an earlier call gave: its scales and zero points are written to, nothing else of it is read.
 
     Returns:
         F scales. Groups of zeros: 1, for nvfp4 the least that it stores; groups that hold NaN or infinity: NaN.
@@ -113,7 +127,14 @@ def format_search(
     known = [format_of("format_search", name) for name in formats]
     if tensor_scale is None and any(own.rule == _native.E4M3_SCALE for own in known):
         tensor_scale = _tensor_scale(weight)
-    scales, zeros = _format_search(weight, formats, group_size, steps, symmetric, importance, tensor_scale)
+    target = None
+    if out is not None:
+        if len(out) != len(formats):
+            raise refusal("format_search", "out", f"be {len(formats)} FormatScale", len(out))
+        none = weight.new_empty(0, dtype=torch.int8)
+        target = ([to.scale for to in out], [none if to.zero_point is None else to.zero_point for to in out])
+    given = (weight, formats, group_size, steps, symmetric, importance, tensor_scale)
+    scales, zeros = run(_format_search, given, target)
     return [
         FormatScale(
             name,
@@ -157,6 +178,7 @@ def _group_of(name: str, group_size: int) -> int:
 
 
 def _allocate(
+    empty: Empty,
     weight: Tensor,
     bits: Sequence[int],
     group_size: int,
@@ -168,7 +190,7 @@ def _allocate(
     check_steps(op, steps)
     _check_importance(op, weight, importance)
     rows, _, _, groups = matrix_shape(weight, group_size)
-    return weight.new_empty((len(bits), rows, groups), dtype=torch.float32)
+    return empty(weight, (len(bits), rows, groups), torch.float32)
 
 
 def _check_importance(op: str, weight: Tensor, importance: Tensor | None) -> None:
@@ -183,10 +205,10 @@ def _check_importance(op: str, weight: Tensor, importance: Tensor | None) -> Non
 
 
 def _allocate_range(
-    weight: Tensor, bits: Sequence[int], group_size: int, steps: int, importance: Tensor | None
+    empty: Empty, weight: Tensor, bits: Sequence[int], group_size: int, steps: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scale = _allocate(weight, bits, group_size, steps, importance, "range_search")
-    return scale, torch.empty_like(scale, dtype=torch.int8)
+    scale = _allocate(empty, weight, bits, group_size, steps, importance, "range_search")
+    return scale, empty(weight, scale.shape, torch.int8)
 
 
 def _launch(
@@ -227,6 +249,7 @@ def _run(op: str, weight: Tensor, targets: list[_native.Target], steps: int, imp
 
 
 def _allocate_formats(
+    empty: Empty,
     weight: Tensor,
     formats: Sequence[str],
     group_size: int,
@@ -244,13 +267,11 @@ def _allocate_formats(
     _check_importance(op, weight, importance)
     if tensor_scale is not None:
         check_like(op, "tensor_scale", tensor_scale, torch.float32, (1,), weight)
-    scales, zeros = [], []
-    for name in formats:
-        own = format_of(op, name)
-        rows, _, _, groups = matrix_shape(weight, _group_of(name, group_size))
-        scales.append(weight.new_empty((rows, groups), dtype=torch.float32))
-        zeros.append(weight.new_empty(0 if symmetric or own.is_float else (rows, groups), dtype=torch.int8))
-    return scales, zeros
+    floats = [format_of(op, name).is_float for name in formats]
+    shapes = [matrix_shape(weight, _group_of(name, group_size))[::3] for name in formats]
+    scales = [empty(weight, shape, torch.float32) for shape in shapes]
+    without = [symmetric or is_float for is_float in floats]
+    return scales, [empty(weight, (0,) if no else shape, torch.int8) for no, shape in zip(without, shapes, strict=True)]
 
 
 def _launch_formats(

@@ -22,7 +22,7 @@ OLDEST, NEWEST = (
 )  # CUDA releases to fetch: PyPI has no whole compiler before; the newest that was tried
 # What nvcc calls, in its own release: left to themselves they would come in the newest.
 PACKAGES = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
-MEGABYTES = 150  # of downloads
+MEGABYTES = 105  # of downloads
 
 
 def wanted(settings: Mapping[str, Any] | None = None) -> str:

@@ -31,6 +31,7 @@ TESTS = (
     "tests/artifacts",
 )
 SOURCES = ("tests", "bench", "pyproject.toml")  # what the tests themselves read
+NEEDED = ("pytest", "hypothesis", "pytest-xdist", "scikit-learn")  # by them; scikit-learn holds the digits
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def smoke(wheel: Path) -> None:
     """Installed where no compiler is: the self-test, the doctor and the tests that need no source."""
     with tempfile.TemporaryDirectory() as folder:
         python = environment(Path(folder) / "venv")
-        run(python, "-m", "pip", "install", "--quiet", str(wheel), "pytest", "hypothesis", "pytest-xdist")
+        run(python, "-m", "pip", "install", "--quiet", str(wheel), *NEEDED)
         for name in SOURCES:
             copied = ROOT / name
             (shutil.copytree if copied.is_dir() else shutil.copy)(copied, Path(folder) / name)

@@ -5,6 +5,7 @@ out of the cache; "copy, new output" is the copy of as many bytes into such memo
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,14 @@ def cases(grid: Grid) -> Iterator[Case]:
             half = 2 ** (bits - 1)
             codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=grid.device)
             packed = clado_ext.pack(codes, bits)
-
             words, back = torch.empty_like(packed), torch.empty_like(codes)
 
-            def check(
-                c: torch.Tensor = codes,
-                p: torch.Tensor = packed,
-                bits: int = bits,
-                w: torch.Tensor = words,
-                k: torch.Tensor = back,
-            ) -> None:
-                clado_ext.pack_into(c, bits, w)
-                clado_ext.unpack_into(w, bits, k)
-                torch.testing.assert_close(w, p, rtol=0, atol=0)
-                torch.testing.assert_close(p[:8], oracle.pack(c[:8], bits), rtol=0, atol=0)
-                torch.testing.assert_close(k, c, rtol=0, atol=0)
+            def packs(got: torch.Tensor, c: torch.Tensor = codes, bits: int = bits) -> None:
+                torch.testing.assert_close(got[:8], oracle.pack(c[:8], bits), rtol=0, atol=0)
+                unpacks(clado_ext.unpack(got, bits, c.shape[1]), c)
+
+            def unpacks(got: torch.Tensor, c: torch.Tensor = codes) -> None:
+                torch.testing.assert_close(got, c, rtol=0, atol=0)
 
             size, shape = codes.nbytes + packed.nbytes, f"{rows}x{columns} {bits} bit"
             half_of_them = torch.ones(size // 2, dtype=torch.uint8, device=grid.device)
@@ -47,10 +41,11 @@ def cases(grid: Grid) -> Iterator[Case]:
                     **rivals.unpack(codes, bits),
                 },
             }
-            ours: dict[str, Callable[[], Any]] = {
-                "pack": lambda c=codes, b=bits, w=words: clado_ext.pack_into(c, b, w),
-                "unpack": lambda p=packed, b=bits, k=back: clado_ext.unpack_into(p, b, k),
+            ours: dict[str, tuple[Callable[..., Any], tuple[Any, ...], torch.Tensor, Callable[..., None]]] = {
+                "pack": (clado_ext.pack, (codes, bits), words, packs),
+                "unpack": (clado_ext.unpack, (packed, bits, columns), back, unpacks),
             }
-            for op, run in ours.items():
-                theirs = {"copy, new output": lambda x=half_of_them: x.clone(), **others[op]}
-                yield Case(op, shape, "int8", run, check, size, 0, theirs)
+            for op, (call, given, out, judge) in ours.items():
+                theirs = {"copy, new output": half_of_them.clone, **others[op]}
+                run = partial(call, *given, out=out)
+                yield Case(op, shape, "int8", run, judge, size, 0, theirs, given=given)

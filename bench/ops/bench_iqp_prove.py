@@ -20,12 +20,12 @@ def cases(grid: Grid) -> Iterator[Case]:
         given = {**tensors, **convex(tensors), "start": start, "tolerance": 1e-6 * abs(value)}
         nodes = int(clado_ext.iqp_prove(**given)[2][1])
 
-        def check(given: dict[str, Tensor] = given, value: float = value) -> None:
-            _, _, outcome = clado_ext.iqp_prove(**given)
+        def judge(got: tuple[Tensor, ...], value: float = value) -> None:
+            _, _, outcome = got
             assert outcome[2] == 1
             torch.testing.assert_close(float(outcome[0]), value, rtol=1e-5, atol=0)
 
         size = len(tensors["matrix"])
         shape = f"{name} V={size} {nodes} nodes"
         work = nodes * size * size
-        yield Case("iqp_prove", shape, "float64", lambda g=given: clado_ext.iqp_prove(**g), check, 8 * work, 2 * work)
+        yield Case("iqp_prove", shape, "float64", lambda g=given: clado_ext.iqp_prove(**g), judge, 8 * work, 2 * work)

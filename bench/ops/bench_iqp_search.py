@@ -36,8 +36,8 @@ def cases(grid: Grid) -> Iterator[Case]:
         tensors = program(name, bits, avg_bits=4.0)
         size = len(tensors["matrix"])
 
-        def check(tensors: dict[str, Tensor] = tensors) -> None:
-            choice, feasible = clado_ext.iqp_search(**tensors, work=WORK * len(tensors["matrix"]))
+        def judge(got: tuple[Tensor, Tensor], tensors: dict[str, Tensor] = tensors) -> None:
+            choice, feasible = got
             value = float(tensors["matrix"][choice][:, choice].sum() / 2)
             assert bool(feasible)
             assert value <= numpy_descent(**tensors) + 1e-12
@@ -47,7 +47,7 @@ def cases(grid: Grid) -> Iterator[Case]:
             f"{name} V={size} {WORK} V rows",
             "float64",
             lambda t=tensors, n=size: clado_ext.iqp_search(**t, work=WORK * n),
-            check,
+            judge,
             WORK * size * size * 8,
             WORK * size * size,
             {"one numpy descent": lambda t=tensors: numpy_descent(**t)},

@@ -4,11 +4,13 @@ Shapes are V x N x M: perturbations, samples, logits of a sample.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 import clado_ext
 from bench.harness import Case, Grid
+from bench.ops.bench_pairwise_ce import Sums, within
 from clado_ext.reference import pairwise_bce as oracle
 
 
@@ -31,10 +33,9 @@ def cases(grid: Grid) -> Iterator[Case]:
     for v, n, m in grid.shapes_or((50, 4, 50176), (196, 1, 50176), *large):
         logits, delta = 3 * torch.randn(n * m, device=grid.device), 0.1 * torch.randn(v, n * m, device=grid.device)
 
-        def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta, per: int = m) -> None:
+        def judge(got: Sums, logits: torch.Tensor = logits, delta: torch.Tensor = delta, per: int = m) -> None:
             some = torch.linspace(0, len(delta) - 1, 5, device=delta.device).long()  # of all that the case computes
-            got = [x[some][:, some] for x in clado_ext.pairwise_bce(logits, delta, None, per)]
-            for x, wanted in zip(got, oracle.pairwise_bce(logits, delta[some], None, per), strict=True):
+            for x, wanted in zip(within(got, some), oracle.pairwise_bce(logits, delta[some], None, per), strict=True):
                 # rows right to 1e-6 of themselves, whose sums stand on the diagonal
                 torch.testing.assert_close(x, wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
 
@@ -42,9 +43,10 @@ def cases(grid: Grid) -> Iterator[Case]:
             "pairwise_bce",
             f"V={v} N={n} M={m}",
             "float32",
-            lambda z=logits, d=delta, per=m: clado_ext.pairwise_bce(z, d, None, per),
-            check,
+            partial(clado_ext.pairwise_bce, logits, delta, None, m),
+            judge,
             logits.nbytes + delta.nbytes,
             0,
             {"torch log1p": lambda z=logits, d=delta, per=m: torch_rows(z, d, per)},
+            given=(logits, delta, None, m),
         )

@@ -5,12 +5,15 @@ Shapes are V x N x C. The last of the default ones, one sample of ImageNet-21k's
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 import clado_ext
 from bench.harness import Case, Grid
 from clado_ext.reference import pairwise_ce as oracle
+
+Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +31,13 @@ def torch_chunks(logits: torch.Tensor, delta: torch.Tensor, chunk: int) -> tuple
     return total, squares
 
 
-def close(got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+def within(sums: Sums, some: torch.Tensor) -> Sums:
+    """The pairs among some of the perturbations."""
+    total, squares = sums
+    return total[some][:, some], squares[some][:, some]
+
+
+def close(got: Sums, wanted: Sums) -> None:
     for x, y in zip(got, wanted, strict=True):
         # float32 products: 1e-6 of the norms of their rows, which stand on the diagonal
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6 * y.abs().max().item())
@@ -42,21 +51,20 @@ def dense(device: str, v: int = 200, n: int = 2, positions: int = 1024, c: int =
     )
     weight = torch.randint(0, 3, (n * positions,), device=device).clamp(max=1) / positions
 
-    def check() -> None:
-        some = delta[:: v // 8]
-        close(
-            clado_ext.pairwise_ce(logits, some, weight, positions), oracle.pairwise_ce(logits, some, weight, positions)
-        )
+    def judge(got: Sums) -> None:
+        some = torch.arange(0, v, v // 8, device=device)
+        close(within(got, some), oracle.pairwise_ce(logits, delta[some], weight, positions))
 
     return Case(
         "pairwise_ce",
         f"V={v} N={n} rows={positions} C={c}",
         "float32",
-        lambda: clado_ext.pairwise_ce(logits, delta, weight, positions),
-        check,
+        partial(clado_ext.pairwise_ce, logits, delta, weight, positions),
+        judge,
         logits.nbytes + delta.nbytes,
         v * (v + 1) * c * n * positions,
         {"a sample per row": lambda: clado_ext.pairwise_ce(logits, delta)},
+        given=(logits, delta, weight, positions),
     )
 
 
@@ -67,10 +75,9 @@ def cases(grid: Grid) -> Iterator[Case]:
     for v, n, c in grid.shapes_or((50, 64, 1000), (150, 256, 1000), *large, (2000, 1, 21843)):
         logits, delta = 3 * torch.randn(n, c, device=grid.device), 0.1 * torch.randn(v, n, c, device=grid.device)
 
-        def check(logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
+        def judge(got: Sums, logits: torch.Tensor = logits, delta: torch.Tensor = delta) -> None:
             some = torch.linspace(0, len(delta) - 1, 8, device=delta.device).long()  # of all that the case computes
-            got = [x[some][:, some] for x in clado_ext.pairwise_ce(logits, delta)]
-            close((got[0], got[1]), oracle.pairwise_ce(logits, delta[some]))
+            close(within(got, some), oracle.pairwise_ce(logits, delta[some]))
 
         chunks = [k for k in (8, 16, 32) if k <= max(n, 8)]
         rivals = {f"torch bmm by {k}": lambda z=logits, d=delta, k=k: torch_chunks(z, d, k) for k in chunks}
@@ -78,9 +85,10 @@ def cases(grid: Grid) -> Iterator[Case]:
             "pairwise_ce",
             f"V={v} N={n} C={c}",
             "float32",
-            lambda z=logits, d=delta: clado_ext.pairwise_ce(z, d),
-            check,
+            partial(clado_ext.pairwise_ce, logits, delta),
+            judge,
             logits.nbytes + delta.nbytes,
             v * (v + 1) * c * n,
             rivals,
+            given=(logits, delta),
         )

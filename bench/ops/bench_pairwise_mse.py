@@ -4,11 +4,13 @@ Shapes are V x N x M: perturbations, samples, elements of the output.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 import clado_ext
 from bench.harness import Case, Grid
+from bench.ops.bench_pairwise_ce import Sums, within
 from clado_ext.reference import pairwise_mse as oracle
 
 
@@ -23,10 +25,9 @@ def cases(grid: Grid) -> Iterator[Case]:
     for v, n, m in grid.shapes_or((50, 16, 50176), (196, 4, 98304), *large):
         delta = torch.randn(v, n, m, device=grid.device)
 
-        def check(delta: torch.Tensor = delta) -> None:
+        def judge(got: Sums, delta: torch.Tensor = delta) -> None:
             some = torch.linspace(0, len(delta) - 1, 8, device=delta.device).long()  # of all that the case computes
-            got = [x[some][:, some] for x in clado_ext.pairwise_mse(delta)]
-            for x, wanted in zip(got, oracle.pairwise_mse(delta[some]), strict=True):
+            for x, wanted in zip(within(got, some), oracle.pairwise_mse(delta[some]), strict=True):
                 # float32 products: 1e-6 of the norms of what is multiplied, which stand on the diagonal
                 torch.testing.assert_close(x, wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
 
@@ -34,9 +35,10 @@ def cases(grid: Grid) -> Iterator[Case]:
             "pairwise_mse",
             f"V={v} N={n} M={m}",
             "float32",
-            lambda d=delta: clado_ext.pairwise_mse(d),
-            check,
+            partial(clado_ext.pairwise_mse, delta),
+            judge,
             delta.nbytes,
             v * (v + 1) * m * n,
             {"torch bmm": lambda d=delta: torch_product(d)},
+            given=(delta,),
         )

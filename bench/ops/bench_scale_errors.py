@@ -4,6 +4,7 @@ Flops are nine per element and candidate: multiply, clamp, round, multiply, subt
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,18 +32,19 @@ def cases(grid: Grid) -> Iterator[Case]:
         weight = torch.randn(rows, columns, device=grid.device)
         first = weight.abs().amax(1, keepdim=True) / HIGH
         scale = first * MULTIPLES.to(grid.device).view(-1, 1, 1)
+        given = (weight, scale, -HIGH - 1, HIGH)
 
-        def check(weight: Tensor = weight, scale: Tensor = scale) -> None:
-            got = clado_ext.scale_errors(weight, scale, -HIGH - 1, HIGH)
+        def judge(got: Tensor, weight: Tensor = weight, scale: Tensor = scale) -> None:
             torch.testing.assert_close(got[::19], oracle(weight, scale[::19], -HIGH - 1, HIGH), rtol=1e-5, atol=0)
 
         yield Case(
             "scale_errors",
             f"{rows}x{columns} 4 bit, {len(scale)} candidates",
             "float32",
-            lambda w=weight, s=scale: clado_ext.scale_errors(w, s, -HIGH - 1, HIGH),
-            check,
+            partial(clado_ext.scale_errors, *given),
+            judge,
             weight.nbytes + 3 * scale.nbytes,
             9 * weight.numel() * len(scale),
             {"torch loop": lambda w=weight, s=scale: torch_loop(w, s)},
+            given=given,
         )

@@ -1,14 +1,17 @@
 """The benchmark's own behaviour: it checks before it times, judges by noise, and plots."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import clado_ext
 from bench import compare
-from bench.__main__ import OPS, main
+from bench.__main__ import OPS, SIGNATURES, main
 from bench.harness import Case, Grid, measure
 from bench.ops import bench_compensate
 
@@ -34,7 +37,7 @@ def test_a_rival_that_raises_is_named_and_left_out() -> None:
     def broken() -> None:
         raise RuntimeError("not on this machine\nmore")
 
-    case = Case("x", "1", "float32", lambda: None, lambda: None, 8, rivals={"theirs": broken, "other": lambda: None})
+    case = Case("x", "1", "float32", lambda: None, lambda _: None, 8, rivals={"theirs": broken, "other": lambda: None})
     [row] = measure([case], "cpu", 0.001)
     assert list(row["rivals_s"]) == ["other"]
     assert row["rivals_failed"] == {"theirs": "RuntimeError: not on this machine"}
@@ -44,7 +47,7 @@ def test_rivals_results_are_compared_and_a_slow_one_is_called_once(monkeypatch: 
     calls = []
     monkeypatch.setattr("bench.harness.SLOW", -1.0)
     case = Case(
-        "x", "1", "float32", lambda: None, lambda: None, 8,
+        "x", "1", "float32", lambda: None, lambda _: None, 8,
         rivals={"theirs": lambda: calls.append(1) or 3.0},
         compare=lambda results: {f"half of {name}": [result / 2] for name, result in results.items()},
     )  # fmt: skip
@@ -73,13 +76,83 @@ def test_gptq_of_others_is_the_same_rounding() -> None:
 
 
 def test_nothing_is_timed_before_it_is_right() -> None:
-    def wrong() -> None:
+    def wrong(_: Any) -> None:
         raise AssertionError("differs")
 
-    timed = []
+    called: list[int] = []
     with pytest.raises(AssertionError, match="differs"):
-        measure([Case("x", "1", "float32", lambda: timed.append(1), wrong, 8)], "cpu")
-    assert not timed
+        measure([Case("x", "1", "float32", lambda: called.append(1), wrong, 8)], "cpu")
+    assert called == [1]  # to be judged
+
+
+def right(weight: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """scale_errors in plain torch."""
+    values = (weight / scale).round().clamp(low, high) * scale
+    return (values - weight).double().square().sum(-1, keepdim=True)
+
+
+def coarse(weight: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return right(weight, scale * 1.01, low, high)
+
+
+def careless(weight: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return right(weight.add_(1), scale, low, high)
+
+
+def other(weight: torch.Tensor) -> None: ...
+
+
+def test_a_rival_from_outside_is_judged_then_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.json"
+    names = [f"{__name__}:{function.__name__}" for function in (right, careless, coarse, other)]
+    given = [word for name in names for word in ("--rival", name)]
+    assert main(["scale_errors", *SMALL, "--json", str(path), *given]) == 0
+    [row] = compare.rows_of(path).values()
+    assert {"torch loop", names[0]} == row["rivals_s"].keys()
+    failed = row["rivals_failed"]
+    assert failed[names[1]] == "wrong: it writes to its arguments"
+    assert failed[names[2]].startswith(
+        "wrong on 16x96 4 bit, 39 candidates float32: Tensor-likes are not close! Mismatched"
+    )
+    assert failed[names[3]].startswith("TypeError: other() takes 1 positional argument")
+    lines = capsys.readouterr().out
+    assert f"{names[2]} is left out: wrong on" in lines
+    table = "".join(lines.split())
+    assert f"{names[2]}wrong" in table
+    assert f"{names[3]}fails" in table
+    assert main(["compare", str(path), str(path)]) == 0
+    assert names[0] in "".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages, when they are imported
+@pytest.mark.parametrize("name", OPS)
+def test_what_a_rival_is_given_is_what_our_op_takes(name: str) -> None:
+    grid = Grid() if name.startswith(("carried", "iqp")) else Grid(shapes=((8, 64), (3, 4, 10)))
+    with torch.inference_mode():
+        for case in importlib.import_module(f"bench.ops.bench_{name}").cases(grid):
+            assert (case.op in SIGNATURES) == (case.given is not None)
+            if case.given is not None:
+                case.judge(getattr(clado_ext, case.op)(*case.given))
+            if name.startswith("iqp"):
+                break
+
+
+def test_a_rival_is_needed_by_name_and_by_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["bitpack", "--rival", "a:b"], "rival must be OP=a:b with OP among batched_ce, carried_add_layer_norm"),
+        (["fake_quant", "--rival", "nowhere"], "rival must be MODULE:FUNCTION, got nowhere"),
+        (["fake_quant", "--rival", "no.where:f"], "got no.where:f: ModuleNotFoundError: No module named 'no'"),
+        (
+            ["fake_quant", "--rival", f"{__name__}:SMALL"],
+            f"rival must be a function, got {__name__}:SMALL, of type list",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(["batched_ce", *SMALL, "--rival", f"pack={__name__}:right"]) == 2
+    assert f"{__name__}:right is left out: no row of pack was timed" in capsys.readouterr().err
 
 
 def test_grid_keeps_shapes_of_the_right_rank_and_known_dtypes() -> None:

@@ -75,9 +75,6 @@ def test_mixed_formats_match_the_oracle(shape: tuple[int, ...], dtype: torch.dty
     assert same_bits(clado_ext.dequantize_formats(codes, scales, dtype), values)
     # Lanes add up to 32 squares in float32 before they meet float64: relative error below 40 roundings.
     torch.testing.assert_close(sqerr, errors, rtol=40 * 2**-24, atol=0)
-    mine = torch.empty_like(values), torch.empty_like(sqerr)
-    clado_ext.fake_quant_formats_into(weight, scales, *mine)
-    assert same_bits(mine, (values, sqerr))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

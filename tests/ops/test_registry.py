@@ -46,12 +46,12 @@ def test_results_come_by_way_of_the_cpu_and_once_with_a_warning() -> None:
     outputs: Any = Elsewhere(torch.zeros(3)), Elsewhere(torch.zeros(()))
     x = torch.arange(3.0).expand(2, 3)[0]  # an input is not written to: it may overlap itself
     with pytest.warns(UserWarning, match="built without CUDA kernels.*clado doctor"):
-        _registry.fill(doubled, (x, 2.0), outputs)
+        _registry.by_host(doubled, (x, 2.0), outputs)
     assert outputs[0].held.tolist() == [0.0, 2.0, 4.0]
     assert outputs[1].held.item() == 6.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _registry.fill(doubled, (x, 3.0), outputs)
+        _registry.by_host(doubled, (x, 3.0), outputs)
     assert outputs[1].held.item() == 9.0
 
 
@@ -61,9 +61,3 @@ def test_lists_of_tensors_go_the_same_way() -> None:
     outputs: Any = [Elsewhere(torch.zeros(2)), Elsewhere(torch.zeros(()))]
     _registry.by_host(listed, ([torch.ones(2), torch.tensor(4.0)], [None]), (outputs,))
     assert [output.held.tolist() for output in outputs] == [[2.0, 2.0], 5.0]
-
-
-def test_tensors_on_the_cpu_are_filled_in_place() -> None:
-    out, total = torch.zeros(3), torch.zeros(())
-    _registry.fill(doubled, (torch.arange(3.0), 2.0), (out, total))
-    assert (out.tolist(), total.item()) == ([0.0, 2.0, 4.0], 6.0)

@@ -243,7 +243,6 @@ WEIGHT, SCALE, CODES = torch.ones(2, 4), torch.ones(2, 2, 1), torch.zeros(2, 4, 
 VALUES, SQERR, WORDS = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.float64), clado_ext.pack(CODES, 4)
 GOOD: dict[str, dict[str, Any]] = {
     "fake_quant": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
-    "fake_quant_into": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4), "values": VALUES, "sqerr": SQERR},
     "quantize": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
     "compensate": {"weight": WEIGHT, "factor": torch.eye(4)[None], "scale": SCALE, "bits": (2, 4)},
     "quantize_weight": {"weight": WEIGHT, "bits": (2, 4)},
@@ -253,9 +252,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "straight_through": {"weight": WEIGHT, "scale": SCALE, "bits": (2, 4)},
     "dequantize": {"codes": CODES[None], "scale": SCALE[:1]},
     "pack": {"codes": CODES, "bits": 4},
-    "pack_into": {"codes": CODES, "bits": 4, "packed": WORDS},
     "unpack": {"packed": WORDS, "bits": 4, "columns": 4},
-    "unpack_into": {"packed": WORDS, "bits": 4, "codes": CODES.clone()},
     "batched_ce": {"logits": WEIGHT, "delta": VALUES},
     "pairwise_bce": {"logits": WEIGHT[0], "delta": WEIGHT, "weight": WEIGHT[0], "rows_per_sample": 2, "other": WEIGHT},
     "pairwise_ce": {"logits": WEIGHT, "delta": VALUES, "rows_per_sample": 2, "other": VALUES},
@@ -277,6 +274,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "importance": ([1.0] * 4, np.ones(4, np.float32), WEIGHT.to_sparse()),
     "bfloat16": ("yes",),
     "rows_per_sample": (0, 3, 1.5, None),
+    "out": ([1.0], np.ones((2, 2, 4), np.float32), WEIGHT.to_sparse(), (WEIGHT, [1.0])),
     "other": (np.ones((2, 2, 4), np.float32), torch.ones(2, 2, 4, dtype=torch.float64), [1.0], WEIGHT.to_sparse()),
 }
 
