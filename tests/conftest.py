@@ -1,6 +1,5 @@
 """Settings every test shares."""
 
-import importlib
 import logging
 import os
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.exported_once import ExportedOnce
+from tests import exported_once
 
 settings.register_profile("clado", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("clado")
@@ -21,8 +20,7 @@ logging.getLogger("torch.__trace").propagate = True
 
 @pytest.fixture(autouse=True, scope="session")
 def _exported_once() -> None:
-    module = importlib.import_module("clado.graph.capture")
-    module._export = ExportedOnce(module._export)
+    exported_once.install()
 
 
 @pytest.fixture(autouse=True)

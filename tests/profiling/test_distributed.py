@@ -23,7 +23,10 @@ import json, os, sys, time, torch
 torch.set_num_threads(1)
 from clado.improve import correct
 from clado.profiling import Run, profile, torchrun_group
+from tests import exported_once
 from tests.profiling.test_distributed import data, SETTINGS, STABLE, WISHES
+
+exported_once.install()
 
 folder, runs, last = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 with torchrun_group() as device:
@@ -76,7 +79,7 @@ def torchrun(folder: Path, ranks: int, runs: list[tuple[str, int]], last: int = 
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     (folder / "script.py").write_text(SCRIPT)
     command += [str(folder / "script.py"), str(folder), json.dumps(runs), str(last)]
-    return subprocess.run(command, capture_output=True, timeout=300, check=False, text=True)
+    return subprocess.run(command, capture_output=True, timeout=900, check=False, text=True)
 
 
 def one_rank(estimator: str, samples: int, output_dir: Path | None = None) -> Sensitivity:
