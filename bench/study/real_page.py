@@ -52,6 +52,51 @@ within that. So the product measures a few plans before it chooses; `--no-measur
 """
 
 
+def where_predictions_fail() -> str:
+    """Predicted, added and measured losses of plans, and single interactions beside exact ones."""
+    found = json.loads(WHY.read_text())
+    settings = found["settings"]
+    plans = [
+        [
+            f"{row['budget']:g}",
+            *(f"{row[name]:.4f}" for name in ("alone", "pairs")),
+            *(f"{value:.4f}" for value in (row["alone"] + row["pairs"], row["added"], row["measured"])),
+            f"{row['pairs'] / (row['alone'] + row['pairs']):+.0%}",
+        ]
+        for row in found["plans"]
+    ]
+    pairs = [
+        [
+            f"{row['bits'][0]} and {row['bits'][1]}",
+            f"{row['rms']:.1e}",
+            f"{row['error']:.0%}",
+            *(f"{row[name]:.2f}" for name in ("slope", "correlation")),
+        ]
+        for row in found["pairs"]
+    ]
+    off = [abs(row["alone"] + row["pairs"] - row["added"]) for row in found["plans"]]
+    missed = [abs(row["added"] - row["measured"]) for row in found["plans"]]
+    head = ["bits", "layers alone", "pairs", "predicted", "if changes added up", "measured", "share of pairs"]
+    return f"""
+### Why: changes do not add up in the net
+
+The same net ({settings["net"]}), matrix, plans and losses on one set of {settings["samples"]} photographs, so that nothing is sampling noise. The matrix predicts
+by layers alone and pairs. "If changes added up" takes the sum of the logits' changes of every layer rounded alone and applies
+the loss to it once: what it has beyond the prediction are terms of three layers and more, {sum(off):.2f} over the rows; what the measured loss has
+beyond it is how layers act on each other inside the net, {sum(missed):.2f}. So the sum over pairs is a fair stand-in for the loss, and the additive outputs are
+not one for the net: errors of one layer drown in those of others, and measured losses lie below.
+
+{table(head, plans)}
+
+Single interactions of every {settings["every"]}th layer with each other, beside `exact` ones on the same photographs: root mean square of the exact, error
+relative to it, slope of additive over exact, correlation.
+
+{table(["bits of the two", "root mean square", "error", "slope", "correlation"], pairs)}
+
+`python -m bench.study.why PHOTOGRAPHS` writes `{WHY}`.
+"""
+
+
 def finished_real_nets() -> str:
     """Plans that are finished, beside the plan made under nearest rounding and uniform widths."""
     found = json.loads(SHIPPED.read_text())
