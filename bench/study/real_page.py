@@ -174,3 +174,7 @@ def _ratio(seconds: dict[str, list[float]]) -> float:
     """Additive to diagonal, median of the turns."""
     ratios = sorted(own / other for own, other in zip(seconds["additive"], seconds["diagonal"], strict=True))
     return ratios[len(ratios) // 2]
+
+
+# {results: the section that tells them}; what was not measured yet is left out.
+ON_REAL_NETS = {WHY: where_predictions_fail, SHIPPED: finished_real_nets, DENSE: maps_and_tokens}
