@@ -35,7 +35,7 @@ class ExportedOnce:
             if len(self.known) >= KEPT:
                 self.known, self.alive = {}, []
                 return self(model, example)
-            self.known[key] = self.export(model, example)
+            self.known[key] = _kept(self.export(model, example), model)
         return _handed_out(self.known[key], model)
 
     def _tree(self, model: nn.Module) -> Hashable:
@@ -78,16 +78,32 @@ def install() -> None:
     module._export = ExportedOnce(module._export)  # type: ignore[attr-defined]
 
 
-def _handed_out(program: Any, model: nn.Module) -> Any:
-    """What ``capture`` reads of an exported program, the graph free to be changed."""
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    graph = copy.deepcopy(program.graph)
-    for node, copied in zip(program.graph.nodes, graph.nodes, strict=True):
+def _kept(program: Any, model: nn.Module) -> Any:
+    """What ``capture`` reads of an exported program, without the tensors of the module it was made of."""
+    own = _tensors_of(model)
+    return SimpleNamespace(
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        call_spec=program.call_spec,
+        state=list(program.state_dict),
+        constants={name: None if name in own else value for name, value in program.constants.items()},
+    )
+
+
+def _handed_out(known: Any, model: nn.Module) -> Any:
+    """The same of another module, the graph free to be changed."""
+    own = _tensors_of(model)
+    graph = copy.deepcopy(known.graph)
+    for node, copied in zip(known.graph.nodes, graph.nodes, strict=True):
         copied.name = node.name  # the signature goes by names, and a copy is named anew
     return SimpleNamespace(
         graph=graph,
-        graph_signature=program.graph_signature,
-        call_spec=program.call_spec,
-        state_dict={name: own.get(name, value) for name, value in program.state_dict.items()},
-        constants={name: own.get(name, value) for name, value in program.constants.items()},
+        graph_signature=known.graph_signature,
+        call_spec=known.call_spec,
+        state_dict={name: own[name] for name in known.state},
+        constants={name: own.get(name, value) for name, value in known.constants.items()},
     )
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
