@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def check_weight(op: str, weight: Tensor | None, shape: tuple[int, ...], device:
 
 def allocate_rows(
     op: str,
+    check: Callable[[str, Tensor, Tensor], None],
     empty: Empty,
     logits: Tensor,
     delta: Tensor,
@@ -31,7 +34,8 @@ def allocate_rows(
     rows_per_sample: int,
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of an op over rows of logits, whose ``logits`` and ``delta`` have been looked at."""
+    """The outputs of an op over rows of logits; ``check`` raises unless ``logits`` and ``delta`` are what it takes."""
+    check(op, logits, delta)
     rows = logits.shape[0]
     if other is not None:
         check_changes(op, "other", other, "W", logits, "the logits")

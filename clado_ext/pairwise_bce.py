@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._losses import DTYPES, check_changes
 from ._pairs import allocate_rows, launch_rows
-from ._registry import Empty, checked, define, refusal, run
+from ._registry import checked, define, refusal, run
 
 
 @checked
@@ -50,24 +50,16 @@ def pairwise_bce(
     return run(_pairwise_bce, (logits, delta, weight, rows_per_sample, other), out)
 
 
-def _allocate(
-    empty: Empty,
-    logits: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    rows_per_sample: int,
-    other: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _check(op: str, logits: Tensor, delta: Tensor) -> None:
     if logits.dim() != 1:
-        raise refusal("pairwise_bce", "logits", "have shape [R]", tuple(logits.shape))
+        raise refusal(op, "logits", "have shape [R]", tuple(logits.shape))
     if logits.dtype not in DTYPES:
-        raise refusal("pairwise_bce", "logits", "be a floating-point tensor", logits.dtype)
-    check_changes("pairwise_bce", "delta", delta, "V", logits, "the logits")
-    return allocate_rows("pairwise_bce", empty, logits, delta, weight, rows_per_sample, other)
+        raise refusal(op, "logits", "be a floating-point tensor", logits.dtype)
+    check_changes(op, "delta", delta, "V", logits, "the logits")
 
 
 _pairwise_bce = define(
     "pairwise_bce(Tensor logits, Tensor delta, Tensor? weight, int rows_per_sample, Tensor? other) -> (Tensor, Tensor)",
-    _allocate,
+    partial(allocate_rows, "pairwise_bce", _check),
     partial(launch_rows, "pairwise_bce"),
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._losses import check_logits
 from ._pairs import allocate_rows, launch_rows
-from ._registry import Empty, checked, define, run
+from ._registry import checked, define, run
 
 
 @checked
@@ -51,20 +51,8 @@ def pairwise_ce(
     return run(_pairwise_ce, (logits, delta, weight, rows_per_sample, other), out)
 
 
-def _allocate(
-    empty: Empty,
-    logits: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    rows_per_sample: int,
-    other: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_logits("pairwise_ce", logits, delta)
-    return allocate_rows("pairwise_ce", empty, logits, delta, weight, rows_per_sample, other)
-
-
 _pairwise_ce = define(
     "pairwise_ce(Tensor logits, Tensor delta, Tensor? weight, int rows_per_sample, Tensor? other) -> (Tensor, Tensor)",
-    _allocate,
+    partial(allocate_rows, "pairwise_ce", check_logits),
     partial(launch_rows, "pairwise_ce"),
 )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
     from .batches import moved_to, sample_count, shown_shapes, split_batch, two_samples
     from .devices import USABLE, usable
-    from .errors import CladoError, FileError, here, is_out_of_memory, require, said, users_code
+    from .errors import CladoError, FileError, here, is_out_of_memory, require, said, some, users_code
     from .files import atomic_file, atomic_folder, read_safetensors, refused, write_json
     from .fingerprint import code_digest, data_digest, digest, tensor_digest, weights_digest
     from .locks import locked
@@ -47,6 +47,7 @@ __all__ = [
     "said",
     "sample_count",
     "shown_shapes",
+    "some",
     "split_batch",
     "takes",
     "tensor_digest",

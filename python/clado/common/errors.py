@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,11 @@ def require(condition: bool, op: str, argument: str, must: str, got: object) -> 
     """Raise :class:`CladoError` ``"op: argument must …, got …"`` unless ``condition`` holds."""
     if not condition:
         raise CladoError(f"{op}: {argument} must {must}, got {got}")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from ..common import (
     progress_bar,
     require,
     sample_count,
+    some,
     users_code,
     weights_digest,
 )
@@ -101,8 +102,7 @@ def finish(
     check_fit(model, plan, "finish")
     if method == "learned":
         floats = [f"{own.label} of {name}" for name, own in plan.chosen.items() if not isinstance(own.number, Integer)]
-        some = ", ".join(floats[:3]) + (f" and {len(floats) - 3} more" if len(floats) > 3 else "")
-        require(not floats, "finish", "plan", "hold integer weights for method 'learned'", some)
+        require(not floats, "finish", "plan", "hold integer weights for method 'learned'", some(floats))
     for name, number, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
         whole = isinstance(number, int) and number >= least
         require(whole, "finish", name, f"be a whole number from {least} up", repr(number))

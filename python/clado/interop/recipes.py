@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..artifacts import Plan
-from ..common import CladoError, require
+from ..common import CladoError, require, some
 from ..quant import Integer, Kept, Layer, all_plain, modules
 
 
@@ -217,8 +217,7 @@ def quanto(plan: Plan) -> list[dict[str, Any]]:
 
 def _refuse(refused: list[str], must: str) -> None:
     """Raise for what a tool has no word for."""
-    shown = ", ".join(refused[:3]) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
-    require(not refused, "recipe", "plan", must, shown)
+    require(not refused, "recipe", "plan", must, some(refused))
 
 
 def _layers(plan: Plan) -> tuple[Layer, ...]:

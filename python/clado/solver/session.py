@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import Plan, Sensitivity
-from ..common import CladoError, check_known, require, takes
+from ..common import CladoError, check_known, require, some, takes
 from ..quant import Scheme
 from . import scip
 from .budgets import Budget, allowed_candidates, check_minimum, layer_groups, make_budgets
@@ -421,10 +421,9 @@ def _not_finite(sens: Sensitivity, keep: Choice) -> NDArray[np.bool_]:
         worst = own if len(own) else keep[inner.any(axis=1)]
         flat, layer = sens.candidates.flat, sens.candidates.layer_of
         names = [f"({sens.layers[layer[v]].name}, {flat[v].bits if flat[v].plain else flat[v].label})" for v in worst]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CladoError(
             f"solve: matrix must be finite at every allowed candidate, got NaN or infinity at (layer, bits) "
-            f"{', '.join(names[:5])}{more}; measure them again or forbid them"
+            f"{some(names, 5)}; measure them again or forbid them"
         )
     dropped: NDArray[np.bool_] = np.asarray(bad.any(axis=1))
     dropped[keep] = False

@@ -27,7 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from clado_ext import pack, packed_columns
 
-from ...common import CladoError, refused, require, users_code
+from ...common import CladoError, refused, require, some, users_code
 from ...quant import (
     INPUTS,
     PACKED,
@@ -108,7 +108,8 @@ def write(request: Request, folder: Path) -> tuple[int, int]:
     for layer in quantized:
         parts = _parts(request, layer) | _input_parts(request, layer)
         tensors |= {f"{module}.{part}": value.clone() for module in modules(layer) for part, value in parts.items()}
-        layout, scheme, rounds = _layout(request, layer), _scheme(request, layer), _input_scheme(request, layer)
+        layout, rounds = _layout(request, layer), _input_scheme(request, layer)
+        scheme = None if isinstance(_number(request, layer), Kept) else _scheme(request, layer)
         if scheme or rounds:
             group = groups.setdefault(str((layout, scheme, rounds)), _group(layout, scheme, rounds))
             group["targets"] += modules(layer)
@@ -145,12 +146,12 @@ def notes(request: Request, folder: Path) -> tuple[str, ...]:
     lines = []
     left = [layer.name for layer in stays if _rounding(request, layer) is not None] + _rounded_elsewhere(request)
     if left:
-        lines.append(f"inputs stay float, those of {_some(left)} too, which the plan rounds")
+        lines.append(f"inputs stay float, those of {some(left)} too, which the plan rounds")
     wide = [
         layer.name for layer in held if _layout(request, layer) == "int-quantized" and _number(request, layer).bits < 8
     ]
     if wide:
-        lines.append(f"codes take a byte each where integers multiply integers: those of {_some(wide)}")
+        lines.append(f"codes take a byte each where integers multiply integers: those of {some(wide)}")
     halves = {_dtype(request, layer) for layer in held if _INPUT_SCALE in _input_parts(request, layer)} - {
         torch.float32
     }
@@ -158,10 +159,6 @@ def notes(request: Request, folder: Path) -> tuple[str, ...]:
         named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
         lines.append(f"scales of inputs are rounded to {named}, as its readers hold them")
     return tuple(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _rounded_elsewhere(request: Request) -> list[str]:
@@ -301,11 +298,11 @@ def _check_inputs(request: Request, layers: list[Layer]) -> None:
     labels = {layer: request.plan.chosen[layer.name].label for layer in rounded}
     other = [layer for layer, rounding in rounded.items() if _known_input(rounding.input) is None]
     must = f"round inputs to integers of 2 to 8 bits, {', '.join(_INPUTS)}, or not at all, for compressed-tensors"
-    require(not other, "export", "plan", must, _some([f"{labels[layer]} of {layer.name}" for layer in other]))
+    require(not other, "export", "plan", must, some([f"{labels[layer]} of {layer.name}" for layer in other]))
     sizes = {layer: _INPUTS.get(rounding.input, {}).get("group_size") or 1 for layer, rounding in rounded.items()}
     odd = [layer for layer, size in sizes.items() if layer.shape[1] % size]
     must = "round inputs in blocks that divide them for compressed-tensors"
-    require(not odd, "export", "plan", must, _some([f"{labels[layer]} of {layer.name}" for layer in odd]))
+    require(not odd, "export", "plan", must, some([f"{labels[layer]} of {layer.name}" for layer in odd]))
 
 
 def _known_input(name: str) -> dict[str, Any] | None:
@@ -348,12 +345,9 @@ def _layout(request: Request, layer: Layer) -> str:
     return "int-quantized" if integers else "pack-quantized"
 
 
-def _scheme(request: Request, layer: Layer) -> dict[str, Any] | None:
-    """The ``weights`` entry of a layer, None of a kept one. Groups that do not divide the row are cut to their greatest common
-    divisor with it."""
+def _scheme(request: Request, layer: Layer) -> dict[str, Any]:
+    """The ``weights`` entry of a layer. Groups that do not divide the row are cut to their greatest common divisor with it."""
     number, columns, size = _number(request, layer), layer.shape[1], request.plan.quantizer.group_size
-    if isinstance(number, Kept):
-        return None
     strategy = "tensor" if size == 0 else "channel" if size == -1 or size >= columns else "group"
     known: dict[str, Any] = {"type": "float", "symmetric": True}
     if isinstance(number, Integer):
@@ -400,7 +394,7 @@ def _held(request: Request, layer: Layer, scale: Tensor) -> Tensor:
 def _integer_parts(request: Request, layer: Layer, bits: int) -> dict[str, Tensor]:
     found, quantizer = request.codes[layer.name], request.plan.quantizer
     codes, scale, zero_point = found.codes.view(layer.shape), found.scale, found.zero_point
-    scheme = _scheme(request, layer) or {}
+    scheme = _scheme(request, layer)
     if scheme["strategy"] == "tensor":
         scale, zero_point = scale.view(1), None if zero_point is None else zero_point.view(1)
     elif scheme["strategy"] == "group":
@@ -434,7 +428,7 @@ def _weight_bytes(request: Request, layer: Layer) -> int:
         stored = number.stored(layer.shape, request.plan.quantizer)
         held = {SCALE: (stored[SCALE][0], _dtype(request, layer))} if isinstance(number, Float8) else {}
         return stored_nbytes(stored | held)
-    bits, scheme = number.bits, _scheme(request, layer) or {}
+    bits, scheme = number.bits, _scheme(request, layer)
     groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
     per_tensor = scheme["strategy"] == "tensor"
     scales = _dtype(request, layer).itemsize * (1 if per_tensor else rows * groups)

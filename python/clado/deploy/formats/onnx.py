@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...artifacts import Plan
-from ...common import CladoError, require, said
+from ...common import CladoError, require, said, some
 from ...quant import (
     INPUTS,
     TENSOR_SCALE,
@@ -532,8 +532,7 @@ def _ranges(request: Request) -> Ranges:
     labels = {} if plan.base_rounds_inputs else plan.schemes
     other = [f"{labels.get(name, own.input)} of {name}" for name, (_, own) in found.items() if own.input not in _INPUTS]
     must = "round inputs to 8 bits with one range per tensor (A8, fp8), or not at all, for onnx"
-    shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
-    require(not other, "export", "plan", must, shown)
+    require(not other, "export", "plan", must, some(other))
     return {name: own for name, own in found.items() if _scale_zero(own[1])[1] > 0}
 
 
