@@ -1,7 +1,7 @@
 """Input formats: what a layer's input is rounded to before its weight is applied. A new one is a class and a line of ``INPUTS``.
 
-All of them are plain operators, which every torch exports. Gradients pass straight through: a code is ``s + (code(s) − s)``,
-whose difference is detached and exact (Sterbenz), so that the sum is the code itself.
+All of them are plain operators, which every torch exports. Where gradients are asked for they pass straight through: a code is
+``s + (code(s) − s)``, whose difference is detached and exact (Sterbenz), so that the sum is the code itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class InputFormat(Protocol):
 
 def _straight(steps: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
     """``code(steps)``, whose gradient is that of ``steps``."""
-    return steps + (code(steps) - steps).detach()
+    found = code(steps.detach())
+    if not (torch.is_grad_enabled() and steps.requires_grad):
+        return found
+    return steps + (found - steps).detach()
 
 
 def scale_zero(pair: Pair, bits: int) -> tuple[float, int]:
@@ -161,32 +164,35 @@ class Element:
 
     Attributes:
         name: of the format; ``bits`` stored, ``largest`` value.
-        code: the nearest value, ties to even, of numbers that are no larger than ``largest``.
+        mantissa: stored bits of it.
+        smallest: normal value; below it values lie as far apart as right above it.
     """
 
     name: str
     bits: int
     largest: float
-    code: Callable[[Tensor], Tensor]
+    mantissa: int
+    smallest: float
 
     def nearest(self, steps: Tensor) -> Tensor:
-        return _straight(steps.clamp(-self.largest, self.largest), self.code)
+        """The nearest value, ties to even; beyond the largest one that."""
+        return _straight(steps.clamp(-self.largest, self.largest), self._code)
+
+    def _code(self, steps: Tensor) -> Tensor:
+        """By a multiple of the distance that values have here, a power of two: exact, where torch's casts are slow."""
+        wide = steps.float()
+        apart = _power_below(wide).clamp_(min=self.smallest).mul_(2.0**-self.mantissa)
+        return (wide / apart).round_().mul_(apart).to(steps.dtype)
 
 
-def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda steps: steps.float().to(dtype).to(steps.dtype)
+def _power_below(x: Tensor) -> Tensor:
+    """The power of two at or below the magnitude of float32."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def _e2m1(steps: Tensor) -> Tensor:
-    """0, ½, 1, 1½, 2, 3, 4, 6: multiples of ½ below 2, of 1 below 4, of 2 above."""
-    size = steps.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(steps.dtype)
-    return (steps / step).round() * step
-
-
-E4M3 = Element("e4m3", 8, 448.0, _cast(torch.float8_e4m3fn))
-E5M2 = Element("e5m2", 8, 57344.0, _cast(torch.float8_e5m2))
-E2M1 = Element("e2m1", 4, 6.0, _e2m1)
+E4M3 = Element("e4m3", 8, 448.0, 3, 2.0**-6)
+E5M2 = Element("e5m2", 8, 57344.0, 2, 2.0**-14)
+E2M1 = Element("e2m1", 4, 6.0, 1, 1.0)
 
 
 def _largest(pair: Pair) -> float:
@@ -263,8 +269,7 @@ class Microscaled(_Unranged):
     def apply(self, x: Tensor, pair: Pair | None, kind: str) -> Tensor:
         blocks, back = _in_blocks(x, kind, 32)
         amax = blocks.detach().abs().amax(-1, keepdim=True).float()
-        power = (amax.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below it
-        scale = _scale(power, 2.0 ** math.floor(math.log2(self.element.largest))).to(x.dtype)
+        scale = _scale(_power_below(amax), 2.0 ** math.floor(math.log2(self.element.largest))).to(x.dtype)
         return back(self.element.nearest(blocks / scale) * scale)
 
 
