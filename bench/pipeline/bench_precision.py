@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from bench.harness import machine
 from bench.pipeline.bench_profile import build
+from clado.common import heap
 from clado.graph import Runner, full_precision
 from clado.graph.capture import Captured, capture
 from clado.graph.carried import CarriedExecutor
 from clado.graph.executor import Executor
 from clado.profiling.estimators.base import singles
-from clado.profiling.heap import heap
 from clado.profiling.losses import Categorical
 from clado.quant import Candidates, Quantizer, Variant
 from clado.quant import variants as variants_of

@@ -40,10 +40,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import clado
 from bench.harness import machine, times
 from clado.artifacts import Sensitivity
+from clado.common import heap
 from clado.graph import full_precision, open_runner
 from clado.graph.cuts import Cuts
 from clado.profiling import Run
-from clado.profiling.heap import heap
 
 # Relative errors of losses, which are quadratic in δ: twice what is asked of δ.
 LIMITS = {"float32": 1e-3, "tf32": 6e-3, "bfloat16": 4e-2}

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import clado
+from clado.common import heap
 from clado.graph.capture import Captured, capture
 from clado.graph.rehearsal import LiveBytes
 from clado.profiling import ESTIMATORS, Options, Run, open_run, plan_run, profile
-from clado.profiling.heap import heap
 from clado.profiling.losses import Categorical
 from tests.models import tiny_vit
 
@@ -67,6 +67,9 @@ def test_freed_memory_is_kept_while_it_is_measured_and_given_back_under_a_cap() 
         assert min(faults() for _ in range(5)) < 1000  # 128 MiB are 32768 pages; holes may take a while to meet
     with heap(keep=False):
         assert faults() > 30000
+        with heap(keep=True):  # a stage inside another
+            assert faults() > 30000
+        assert faults() > 30000
     assert faults() > 10000
 
 
@@ -74,7 +77,7 @@ GROWTH = """
 import torch
 from pathlib import Path
 from clado.profiling import open_run, Options
-from clado.profiling.heap import heap
+from clado.common import heap
 from torch.nn import GELU, Linear, Sequential
 
 def resident(line):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .doors import door
 
 if TYPE_CHECKING:
+    from .allocator import heap
     from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
     from .batches import moved_to, sample_count, shown_shapes, split_batch, two_samples
     from .devices import USABLE, usable
@@ -35,6 +36,7 @@ __all__ = [
     "data_digest",
     "digest",
     "door",
+    "heap",
     "here",
     "is_out_of_memory",
     "locked",

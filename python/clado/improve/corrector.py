@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
-from ..common import require
+from ..common import heap, require
 from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
 from ..profiling import (
@@ -131,7 +131,12 @@ def correct(
     alike = Plan(sens.layers, first, "given", fingerprint=sens.fingerprint, activations=sens.activations_of(first))
     check_fit(model, alike, "correct")
     folder = None if output_dir is None else Path(output_dir)
-    with alone(folder if is_writer() else None, "correct"), full_precision(), torch.no_grad():
+    with (
+        alone(folder if is_writer() else None, "correct"),
+        heap(keep=max_memory is None),
+        full_precision(),
+        torch.no_grad(),
+    ):
         run = open_run(model, [held], options, task=PairTask(sens.candidates, sens.activations, sens.rounded))
         return _correct(run, held, sens, rounds, folder, verbose, arguments)
 

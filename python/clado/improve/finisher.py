@@ -18,6 +18,7 @@ from ..common import (
     code_digest,
     data_digest,
     digest,
+    heap,
     progress_bar,
     require,
     sample_count,
@@ -126,7 +127,7 @@ def finish(
     reader = Reader(place, common_dtype(model), chosen, forward_step, "finish")
     (learn, _), (judge, targets) = (reader.parts(batch) for batch in (held, judges))
     weights = weights_digest(model)
-    with alone(folder, "finish"), torch.no_grad(), full_precision():
+    with alone(folder, "finish"), heap(), torch.no_grad(), full_precision():
         ground = _Ground(model, plan, (learn, judge), targets, reader, batch_size, named)
         settings = digest(
             {

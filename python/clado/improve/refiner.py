@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..artifacts import Plan, Sensitivity
-from ..common import progress_bar, require, sample_count
+from ..common import heap, progress_bar, require, sample_count
 from ..deploy import check_fit
 from ..graph import ForwardStep, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader, SampleStream, Sums, entries, joined, loss_arguments
@@ -98,7 +98,7 @@ def refine(
     place = torch.device(device) if device is not None else first.device
     reader = Reader(place, common_dtype(model), chosen, forward_step, "refine")
     held = SampleStream(data_loader, count, seed).peek(count)
-    with torch.no_grad(), full_precision():
+    with heap(), torch.no_grad(), full_precision():
         ground = _Ground(model, sens, held, reader, batch_size)
         starts = [{layer.name: plan.schemes[layer.name] for layer in sens.layers} for plan in plans]
         known = {tuple(schemes.values()): ground.loss(schemes) for schemes in starts} if len(starts) > 1 else {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Plan
-from ..common import CladoError, progress_bar, require, sample_count
+from ..common import CladoError, heap, progress_bar, require, sample_count
 from ..deploy import adapted, apply, check_fit
 from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision, open_runner
 from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader
@@ -79,6 +79,7 @@ def standard_error(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
 
 
+@heap()
 def evaluate(
     model: nn.Module,
     data_loader: Iterable[Any],
@@ -209,7 +210,7 @@ def loss_increases(
     batches, model = list(heldout), folded(model)
     for plan in plans:
         check_fit(model, plan, "rerank")
-    with torch.inference_mode(), full_precision():
+    with heap(), torch.inference_mode(), full_precision():
         clean = []
         for batch in ran(model, batches, reader):
             clean.append(batch.loss.reference(batch.output))

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from ..artifacts import Sensitivity
-from ..common import takes
+from ..common import heap, takes
 from ..graph import full_precision
 from .checkpoint import alone
 from .distributed import is_writer
-from .heap import heap
 from .open import open_run
 from .options import Options
 from .work import RunPlan
