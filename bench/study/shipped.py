@@ -1,9 +1,11 @@
-"""``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside two others.
+"""``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside others.
 
 At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
 under nearest rounding, and uniform widths where there are such; all three finished on the same augmented photographs of the
-sensitivity set. Photographs of other things choose, a third set judges: KL to the float net, agreement of the first class,
-paired, with errors clustered by what a photograph shows. Every score is a file, so a killed run goes on where it stopped.
+sensitivity set. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least
+squared error, MCT's plans with its own weights, without and with its learning (on the augmented photographs, too). Photographs of
+other things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what
+a photograph shows. Every score is a file, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
+from . import mct, modelopt
 from .interactions import BITS, Bench, logits
 from .measure import divergence
 from .numbers import clustered, compact, keep_scores
@@ -32,6 +35,10 @@ from .real_page import SHIPPED
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500
 STAGES = ("planned", "compensated", "learned")
+OURS = ("measured", "nearest", "uniform")
+MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
+MCT_EPOCHS = 30  # of its learning, over the augmented photographs
+KINDS = (*OURS, *MODELOPT, "mct")
 
 
 def main() -> None:
@@ -40,7 +47,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/study/shipped"), help="profiles, plans and scores")
     parser.add_argument("--net", default=LITE[0], choices=LITE)
     parser.add_argument("--budgets", default=",".join(f"{budget:g}" for budget in BUDGETS))
-    parser.add_argument("--plans", default="measured,nearest,uniform")
+    parser.add_argument("--plans", default=",".join(OURS), help=f"of {', '.join(KINDS)}")
     parser.add_argument("--json", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,6 +82,9 @@ def augmented(images: Tensor, count: int, seed: int) -> Tensor:
         top, left = (int(torch.randint(s, (1,), generator=draw)) for s in (height - tall, width - wide))
         found[k, :, top : top + tall, left : left + wide] = found[k - 1, :, top : top + tall, left : left + wide]
     return found
+
+
+Shipment = tuple[nn.Module, float]  # a net and the average bits of its searched weights
 
 
 class Shipped:
@@ -113,12 +123,41 @@ class Shipped:
         return self.bench.measured(sens, self.folder(rounding), budget)
 
     def score(self, kind: str, budget: float) -> None:
-        plan = self.plan(kind, budget)
+        if kind == "mct":
+            for stage, epochs in (("planned", 0), ("learned", MCT_EPOCHS)):
+                self.keep(kind, budget, stage, lambda epochs=epochs: self.by_mct(budget, epochs))
+            return
+        plan = self.by_modelopt(MODELOPT[kind], budget) if kind in MODELOPT else self.plan(kind, budget)
         if plan is None:
             return
-        self.keep(kind, budget, "planned", lambda: plan)
-        for method in STAGES[1:]:
-            self.keep(kind, budget, method, lambda method=method: self.finished(plan, kind, budget, method))
+        self.keep(kind, budget, "planned", lambda: self.applied(plan))
+        for method in STAGES[1:] if kind in OURS else ():
+            self.keep(
+                kind, budget, method, lambda method=method: self.applied(self.finished(plan, kind, budget, method))
+            )
+
+    def applied(self, plan: Plan) -> Shipment:
+        return clado.apply(self.bench.model, plan), plan.avg_bits
+
+    def by_modelopt(self, method: str, budget: float) -> Plan:
+        """Labels are the float net's classes."""
+        sens, images = self.profile("nearest"), self.sensitivity
+        classes = logits(self.bench.model, images).argmax(1)
+        scores = self.bench.work / f"modelopt-{method}.pt"
+        (bits,) = modelopt.plans(self.bench.model, sens, images, classes, method, [budget], scores)
+        return clado.given_plan(sens, bits)
+
+    def by_mct(self, budget: float, epochs: int) -> Shipment:
+        sens, model = self.profile("nearest"), self.bench.model
+        names, weights = {layer.name for layer in sens.layers}, sens.candidates.numel
+        ends = {
+            name: module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in names
+        }
+        images = self.lesson if epochs else self.sensitivity
+        net, taken = mct.quantized(model, images, BITS, budget * weights / 8, ends, epochs)
+        return net, 8 * taken / weights
 
     def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
         folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
@@ -129,19 +168,19 @@ class Shipped:
     def path(self, kind: str, budget: float, stage: str) -> Path:
         return self.bench.work / "scores" / f"{kind}-{budget}-{stage}.npz"
 
-    def keep(self, kind: str, budget: float, stage: str, make: Callable[[], Plan]) -> None:
-        """Score a plan; a score that is there is not made again."""
+    def keep(self, kind: str, budget: float, stage: str, make: Callable[[], Shipment]) -> None:
+        """Score what was made; a score that is there is not made again."""
         path, start = self.path(kind, budget, stage), time.process_time()
         if path.exists():
             return
-        plan = make()
+        net, bits = make()
         seconds = time.process_time() - start
         images, clean = self.bench.judges["heldout"]
-        found = logits(clado.apply(self.bench.model, plan), images)
+        found = logits(net, images)
         scores = {
             "kl": divergence(clean, found).numpy(),
             "agrees": (found.argmax(1) == clean.argmax(1)).double().numpy(),
-            "bits": np.float64(plan.avg_bits),
+            "bits": np.float64(bits),
             "seconds": np.float64(seconds),
         }
         keep_scores(path, scores)
@@ -162,12 +201,17 @@ class Shipped:
         """Every plan at every stage that was scored, and ours learned against the others learned."""
         read = {
             (kind, stage): dict(np.load(path))
-            for kind in ("measured", "nearest", "uniform")
+            for kind in KINDS
             for stage in STAGES
             if (path := self.path(kind, budget, stage)).exists()
         }
         if ("measured", "learned") not in read:
             return {}
+        best = {
+            kind: [stage for stage in STAGES if (kind, stage) in read][-1]
+            for kind in KINDS
+            if (kind, "planned") in read
+        }
         shown, ours = self.bench.shown, read["measured", "learned"]["kl"]
         scores = {
             f"{kind} {stage}": {
@@ -178,8 +222,9 @@ class Shipped:
             }
             for (kind, stage), held in read.items()
         }
-        others = [kind for kind in ("nearest", "uniform") if (kind, "learned") in read]
-        minus = {kind: clustered(ours - read[kind, "learned"]["kl"], shown) for kind in others}
+        minus = {
+            kind: clustered(ours - read[kind, stage]["kl"], shown) for kind, stage in best.items() if kind != "measured"
+        }
         return {"budget": budget, "scores": scores, "minus": minus}
 
 
