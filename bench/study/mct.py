@@ -1,6 +1,6 @@
-"""The rival: Sony's MCT, weights only, of the same widths on the same layers and photographs (``pip install model-compression-toolkit``).
+"""The rival: Sony's MCT, weights only, of the same widths on the same layers and photographs.
 
-Its search (mixed precision by the distance of inner outputs) and its rounding: by squared error with its correction of biases, or
+Needs ``pip install model-compression-toolkit``. Its search (mixed precision by the distance of inner outputs) and its rounding: by squared error with its correction of biases, or
 by gradients (its GPTQ: soft rounding, weighted by attention to samples and layers). It has no layer without quantization; those
 that are not searched here are held at eight bits, which cost next to nothing, and its budget is raised by that much.
 """
@@ -48,10 +48,8 @@ def quantized(
     for name in ends:
         (name,) = (n for n, m in model.named_modules() if n.startswith(name) and hasattr(m, "weight"))
         held.set_manual_weights_bit_width(NodeNameScopeFilter(name.replace(".", "_")), 8, "weight")
-    core = mct.core.CoreConfig(
-        mixed_precision_config=mct.core.MixedPrecisionQuantizationConfig(num_of_images=len(images)),
-        bit_width_config=held,
-    )
+    search = mct.core.MixedPrecisionQuantizationConfig()
+    core = mct.core.CoreConfig(mixed_precision_config=search, bit_width_config=held)
     settings: dict[str, Any] = {
         "core_config": core,
         "target_platform_capabilities": _platform(sorted({*bits, 8}, reverse=True)),
