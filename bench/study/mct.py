@@ -1,8 +1,9 @@
 """The rival: Sony's MCT, weights only, of the same widths on the same layers and photographs.
 
-Needs ``pip install model-compression-toolkit``. Its search (mixed precision by the distance of inner outputs) and its rounding: by squared error with its correction of biases, or
-by gradients (its GPTQ: soft rounding, weighted by attention to samples and layers). It has no layer without quantization; those
-that are not searched here are held at eight bits, which cost next to nothing, and its budget is raised by that much.
+Needs ``pip install model-compression-toolkit``. Its search (mixed precision by the distance of inner outputs) and its rounding:
+by squared error with its correction of biases, or by gradients (its GPTQ: soft rounding, weighted by attention to samples and
+layers). It has no layer without quantization; those that are not searched here are held at eight bits, which cost next to
+nothing, and its budget is raised by that much.
 """
 
 from __future__ import annotations
