@@ -68,7 +68,7 @@ def where_predictions_fail() -> str:
     pairs = [
         [
             f"{row['bits'][0]} and {row['bits'][1]}",
-            f"{row['rms']:.1e}",
+            *(f"{row[name]:.1e}" for name in ("exact", "additive", "rms")),
             f"{row['error']:.0%}",
             *(f"{row[name]:.2f}" for name in ("slope", "correlation")),
         ]
@@ -88,10 +88,10 @@ not one for the net: errors of one layer drown in those of others, and measured 
 
 {table(head, plans)}
 
-Single interactions of every {settings["every"]}th layer with each other, beside `exact` ones on the same photographs: root mean square of the exact, error
+Single interactions of every {settings["every"]}th layer with each other, beside `exact` ones on the same photographs: means, root mean square of the exact, error
 relative to it, slope of additive over exact, correlation.
 
-{table(["bits of the two", "root mean square", "error", "slope", "correlation"], pairs)}
+{table(["bits of the two", "mean of the exact", "of the additive", "root mean square", "error", "slope", "correlation"], pairs)}
 
 `python -m bench.study.why PHOTOGRAPHS` writes `{WHY}`.
 """

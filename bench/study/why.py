@@ -30,7 +30,7 @@ from .photographs import load_photographs
 from .real_nets import LITE, load_net
 from .real_page import WHY
 
-SAMPLES, EVERY = 96, 6  # photographs; one layer in so many has its interactions measured exactly
+SAMPLES, EVERY = 96, 7  # photographs; one layer in so many, of all kinds, has its interactions measured exactly
 
 
 def main() -> None:
@@ -96,8 +96,8 @@ def changes(model: nn.Module, plan: Plan, images: Tensor, clean: Tensor) -> Tens
 
 
 def of_pairs(additive: Sensitivity, exact: Sensitivity) -> list[dict[str, Any]]:
-    """By pair of widths: how far the additive interactions are from the exact ones, relative to their root mean square, and
-    the slope of a line through the origin."""
+    """By pair of widths: the means of both, how far the additive interactions are from the exact ones, relative to their root
+    mean square, and the slope of a line through the origin."""
     rows = []
     for a, b in combinations_with_replacement(BITS, 2):
         ours, theirs = [], []
@@ -110,6 +110,8 @@ def of_pairs(additive: Sensitivity, exact: Sensitivity) -> list[dict[str, Any]]:
         rows.append(
             {
                 "bits": [a, b],
+                "exact": float(x.mean()),
+                "additive": float(y.mean()),
                 "rms": float(np.sqrt((x**2).mean())),
                 "error": float(np.sqrt(((y - x) ** 2).mean() / (x**2).mean())),
                 "slope": float(x @ y / (x @ x)),
