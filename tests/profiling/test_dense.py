@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ class Map(Segmenter):
         return super().forward(x)["out"]
 
 
+WEIGHTS = [1.0, 0.5, 0.0, 3.0]  # of classes
+
+
 def net(kind: type[nn.Module] = Map) -> nn.Module:
     torch.manual_seed(0)
     return lively(kind()).eval()
@@ -67,8 +71,9 @@ def kl(z: Tensor, clean: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(1).flatten(1).mean(1)
 
 
-def ce(z: Tensor, y: Tensor) -> Tensor:
-    rows = F.cross_entropy(z, y, ignore_index=255, reduction="none").flatten(1)
+def ce(z: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    weights = None if weights is None else weights.to(z.dtype)
+    rows = F.cross_entropy(z, y, weights, ignore_index=255, reduction="none").flatten(1)
     return rows.sum(1) / (y != 255).flatten(1).sum(1)
 
 
@@ -108,6 +113,10 @@ def by_loops(model: nn.Module, sens: Sensitivity, x: Tensor, loss: Any, additive
 DENSE = {
     "kl": ({"loss_dim": 1}, lambda z, clean, y: kl(z, clean)),
     "cross_entropy": ({"loss": "cross_entropy", "ignore_index": 255}, lambda z, clean, y: ce(z, y)),
+    "weighted classes": (
+        {"loss": "cross_entropy", "ignore_index": 255, "class_weights": WEIGHTS},
+        lambda z, clean, y: ce(z, y, torch.tensor(WEIGHTS)),
+    ),
     "mse": ({"loss": "mse", "loss_against": "outputs"}, lambda z, clean, y: squared(z, clean)),
     "function": ({"loss_func": lambda z, batch: ce(z, batch[1])}, lambda z, clean, y: ce(z, y)),
 }
@@ -130,7 +139,7 @@ def test_a_map_under_every_kind_of_loss(name: str, estimator: str) -> None:
     wanted = omega.std(2, ddof=1) / SAMPLES**0.5
     off = ~sens.candidates.same_layer
     np.testing.assert_allclose(sens.stderr[off], wanted[off], rtol=1e-5, atol=1e-6 * wanted.max())
-    assert sens.provenance.loss == ("user" if name == "function" else name)
+    assert sens.provenance.loss == asked.get("loss", "user" if name == "function" else "kl")
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "corrected", "diagonal"])
@@ -237,6 +246,38 @@ def test_a_run_is_gone_on_with_and_another_loss_is_refused(tmp_path: Path) -> No
     for other in ({**asked, "positions": 5}, {"loss": "kl", "loss_dim": 1, "ignore_index": 255}):
         with pytest.raises(clado.CladoError, match="be new or hold the same run"):
             run(model, (x, y), **other, output_dir=tmp_path)
+
+
+def test_later_stages_weigh_classes_as_the_matrix_does() -> None:
+    model, (x, y) = net(), data()
+    asked = DENSE["weighted classes"][0]
+    sens = run(model, (x, y), **asked)
+    assert "labels count by class_weights" in sens.provenance.loss_words
+    plan = clado.solve(sens, avg_bits=3)
+    score = clado.evaluate(clado.apply(model, plan), [(x, y)], **asked)
+    wanted = ce(clado.apply(model, plan)(x), y, torch.tensor(WEIGHTS)).detach()
+    np.testing.assert_allclose(score.losses, wanted, rtol=1e-5)
+    before = ce(model(x), y, torch.tensor(WEIGHTS)).detach()
+    ranked = clado.rerank(model, [(x, y)], [plan], **asked)
+    assert ranked.info["rerank"][0]["loss_increase"] == pytest.approx((wanted - before).mean().item(), rel=1e-3)
+    by_matrix, by_name = (clado.refine(model, [(x, y)], sens, plan, rounds=1, avg_bits=3, **how) for how in ({}, asked))
+    assert by_matrix.info["refine"] == by_name.info["refine"]
+    assert by_name.info["refine"][0]["loss_increase"] == pytest.approx((wanted - before).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "must"),
+    [
+        ({"loss": "mse"}, "class_weights must go with cross_entropy, got 'mse'"),
+        ({"loss": "cross_entropy", "class_weights": [1.0, 2.0]}, "class_weights must be 4, one per class, got 2"),
+        ({"loss": "cross_entropy", "class_weights": [0, 0, 0, 0]}, "one above 0 at least, got"),
+        ({"loss": "cross_entropy", "class_weights": [1, 1, 1, -1]}, "be numbers from 0 up"),
+        ({"loss": "cross_entropy", "class_weights": "abc"}, "class_weights must be a sequence of numbers, got 'abc'"),
+    ],
+)
+def test_class_weights_that_do_not_fit_are_one_line(options: dict[str, Any], must: str) -> None:
+    with pytest.raises(clado.CladoError, match=re.escape(must)):
+        run(net(), data(), **{"class_weights": WEIGHTS, "ignore_index": 255, **options})
 
 
 def test_positions_are_those_of_a_sample_whatever_the_chunks() -> None:

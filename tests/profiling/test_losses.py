@@ -69,6 +69,7 @@ def masks() -> Tensor:
 
 
 MAP, TOKENS = (4, 3, 5), (6, 4)
+WEIGHTS = [1.0, 0.5, 0.0, 3.0]
 CASES = {
     "kl": Case({}, (4,), kl),
     "kl of a map": Case({"dim": 1}, MAP, kl),
@@ -81,6 +82,21 @@ CASES = {
         {"loss": "cross_entropy", "ignore_index": 255},
         MAP,
         lambda z, c, y: F.cross_entropy(z[None], y[None], ignore_index=255).nan_to_num(),
+        with_void,
+    ),
+    "cross-entropy with weighted classes": Case(
+        {"loss": "cross_entropy", "class_weights": WEIGHTS},
+        (4,),
+        lambda z, c, y: F.cross_entropy(z, y, torch.tensor(WEIGHTS).double(), reduction="sum"),
+        labels(),
+    ),
+    "cross-entropy of a map with void pixels and weighted classes": Case(
+        {"loss": "cross_entropy", "class_weights": WEIGHTS, "ignore_index": 255},
+        MAP,
+        lambda z, c, y: (
+            F.cross_entropy(z[None], y[None], torch.tensor(WEIGHTS).double(), ignore_index=255, reduction="sum")
+            / (y != 255).sum().clamp(min=1)
+        ),
         with_void,
     ),
     "bce of outputs": Case({"loss": "bce"}, (1, 3, 5), binary),

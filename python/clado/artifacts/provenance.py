@@ -18,7 +18,8 @@ class Provenance:
     Attributes:
         estimator: its name; None for scores from elsewhere.
         loss: name of the loss, {key: name} written as "key=name,key=0.5*name", or "user" for a function or object of the user's.
-        loss_options: {"loss_dim", "loss_against", "ignore_index", "positions": as they were given}, those that were.
+        loss_options: {"loss_dim", "loss_against", "ignore_index", "class_weights", "positions": as they were given}, those
+            that were.
         loss_words: what the loss was, in a line.
         precision: of the matrix products.
         float_layers: {layer, module or parameter of two or more dimensions that was kept in float: why}.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def finish(
     loss_dim: int | None = None,
     loss_against: str | None = None,
     ignore_index: int = IGNORED,
+    class_weights: Sequence[float] | None = None,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
     device: str | torch.device | None = None,
@@ -81,8 +82,9 @@ def finish(
         heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
-        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; the loss judges, and is not what weights are
-            learned by. None: the KL divergence of logits ``[N, C]``, of others the squared error relative to their squares.
+        loss, loss_dim, loss_against, ignore_index, class_weights: as for :func:`clado.profile`; the loss judges, and
+            is not what weights are learned by. None: the KL divergence of logits ``[N, C]``, of others the squared error
+            relative to their squares.
         forward_step, loss_func: as for :func:`clado.profile`.
         device: where to run; None: where the model is.
         seed: of the order of samples.
@@ -123,7 +125,9 @@ def finish(
     if heldout is None:
         held = pytree.tree_map(lambda t: t[: -sample_count(judges)], held)
     named = any(given is not None for given in (loss, loss_func, loss_dim, loss_against))
-    chosen = LossChoice("kl" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, op="finish")
+    chosen = LossChoice(
+        "kl" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op="finish"
+    )
     reader = Reader(place, common_dtype(model), chosen, forward_step, "finish")
     (learn, _), (judge, targets) = (reader.parts(batch) for batch in (held, judges))
     weights = weights_digest(model)

@@ -39,6 +39,7 @@ def refine(
     loss_dim: int | None = None,
     loss_against: str | None = None,
     ignore_index: int = IGNORED,
+    class_weights: Sequence[float] | None = None,
     num_samples: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -60,8 +61,8 @@ def refine(
         sens: the matrix the plans were solved from: its widths and its quantizer.
         plans: where to begin: one plan, or several (see :func:`clado.shortlist`) of which the best measured one is taken.
         rounds: how many matrices to measure at most.
-        loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``; None: the KL divergence to
-            the float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
+        loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against``, ``ignore_index`` and ``class_weights``; None:
+            the KL divergence to the float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
         num_samples: how many samples of the loader to use; None: as many as ``sens``.
         batch_size: samples that advance together.
         device: where to run; None: where the model is.
@@ -91,7 +92,13 @@ def refine(
     named = {"objective", "start"} & set(arguments)
     require(not named, "refine", "arguments", "leave objective and start out", sorted(named))
     forward_step = forward_step or sens.functions.get("forward_step")
-    given = {"loss_dim": loss_dim, "loss_against": loss_against, "ignore_index": ignore_index, "loss_func": loss_func}
+    given = {
+        "loss_dim": loss_dim,
+        "loss_against": loss_against,
+        "ignore_index": ignore_index,
+        "class_weights": class_weights,
+        "loss_func": loss_func,
+    }
     chosen = _loss(sens, loss, **given)
     count = num_samples or sens.num_samples
     first = next(model.parameters())

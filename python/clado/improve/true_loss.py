@@ -89,6 +89,7 @@ def evaluate(
     loss_dim: int | None = None,
     loss_against: str | None = None,
     ignore_index: int = IGNORED,
+    class_weights: Sequence[float] | None = None,
     reference: nn.Module | None = None,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
@@ -96,8 +97,8 @@ def evaluate(
     """Cross-entropy and accuracy of a model in eval mode on batches of (inputs, targets), or another loss.
 
     Args:
-        loss, loss_dim, loss_against, ignore_index: as for :func:`clado.profile`; None: the cross-entropy, with accuracies.
-            Under any other the score has losses alone.
+        loss, loss_dim, loss_against, ignore_index, class_weights: as for :func:`clado.profile`; None: the
+            cross-entropy, with accuracies. Under any other the score has losses alone.
         reference: the float model, for losses that compare with its outputs: those over its own.
         forward_step, loss_func: as for :func:`clado.profile`. Under ``loss_func`` the score has losses alone.
 
@@ -105,7 +106,13 @@ def evaluate(
         CladoError: no data, no targets, labels that are no classes, or outputs that do not suit the loss.
     """
     chosen = LossChoice(
-        "cross_entropy" if loss is None else loss, loss_func, loss_dim, loss_against, ignore_index, op="evaluate"
+        "cross_entropy" if loss is None else loss,
+        loss_func,
+        loss_dim,
+        loss_against,
+        ignore_index,
+        class_weights,
+        op="evaluate",
     )
     reader = reader_of(model, chosen, device, forward_step, "evaluate")
     losses, hits, hits5 = [], [], []
@@ -138,6 +145,7 @@ def rerank(
     loss_dim: int | None = None,
     loss_against: str | None = None,
     ignore_index: int = IGNORED,
+    class_weights: Sequence[float] | None = None,
     forward_step: ForwardStep | None = None,
     loss_func: LossFunc | None = None,
 ) -> Plan:
@@ -148,7 +156,7 @@ def rerank(
         heldout: batches of inputs or (inputs, targets) that did not enter the matrix; read once.
         plans: at least one plan with bits; equal ones are evaluated once.
         loss: "kl" to the float model's outputs (no labels, and far less noise between plans), or another one as for
-            :func:`clado.profile`, with ``loss_dim``, ``loss_against`` and ``ignore_index``.
+            :func:`clado.profile`, with ``loss_dim``, ``loss_against``, ``ignore_index`` and ``class_weights``.
         device: where to run; None: where the model is.
         forward_step, loss_func: as for :func:`clado.profile`.
 
@@ -162,7 +170,7 @@ def rerank(
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
-    chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, op="rerank")
+    chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op="rerank")
     increases = loss_increases(model, heldout, distinct, chosen, device, forward_step=forward_step)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     best = order[0]

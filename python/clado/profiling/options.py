@@ -178,6 +178,17 @@ class Options(Arguments):
         check=Check(lambda value: _whole(value, -(2**63), 2**63 - 1), "be a whole number", str),
         kept=operator.index,
     )
+    class_weights: Sequence[float] | None = argument(
+        None,
+        "of the cross-entropy with labels: a position's loss is multiplied by the number of its label's class (and divided by "
+        "how many positions count, not by the sum of these numbers).",
+        Line("--class-weights", "numbers", "What each class counts in the cross-entropy, such as 1,1,2.5."),
+        check=Check(
+            lambda value: _listed(value) and all(isinstance(weight, numbers.Real) for weight in value),
+            "be a sequence of numbers",
+        ),
+        kept=lambda value: tuple(map(float, value)),
+    )
     positions: int | None = argument(
         None,
         "of a large output at most so many positions (values, where the loss takes each by itself) are looked at, others for "
@@ -407,8 +418,8 @@ class Options(Arguments):
         """Which loss."""
         from .losses import LossChoice
 
-        names = {"dim": self.loss_dim, "against": self.loss_against, "ignore_index": self.ignore_index}
-        return LossChoice(self.loss, self.loss_func, positions=self.positions, op=self.op, **names)  # type: ignore[arg-type]
+        how = (self.loss_dim, self.loss_against, self.ignore_index, self.class_weights, self.positions)
+        return LossChoice(self.loss, self.loss_func, *how, op=self.op)
 
     def _check_precision(self) -> None:
         from ..graph import LOW_PRECISIONS

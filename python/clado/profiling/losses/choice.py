@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -101,6 +102,7 @@ class LossChoice:
         dim: dimension of the output that holds the classes.
         against: "outputs" or "targets"; None: targets where there are some.
         ignore_index: label that counts nothing.
+        class_weights: of the cross-entropy with labels; None: all classes alike.
         positions: at most so many positions of a sample are looked at; None: all.
         hessian: whether a function's interactions are by Gauss–Newton.
         op: what is said to need the loss.
@@ -114,6 +116,7 @@ class LossChoice:
     dim: int | None = None
     against: str | None = None
     ignore_index: int = IGNORED
+    class_weights: Sequence[float] | None = None
     positions: int | None = None
     hessian: bool = False
     op: str = "profile"
@@ -130,17 +133,30 @@ class LossChoice:
         loss_dim: int | None = None,
         loss_against: str | None = None,
         ignore_index: int = IGNORED,
+        class_weights: Sequence[float] | None = None,
     ) -> LossChoice:
         """From the arguments of a stage."""
-        return LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, op=op)
+        return LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op=op)
 
     def __post_init__(self) -> None:
+        if self.class_weights is not None:
+            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
         if self.named:
             object.__setattr__(self, "terms", self.terms or tuple(self._terms()))
+            self._check_class_weights()
             return
-        given = [("loss_dim", self.dim), ("loss_against", self.against), ("positions", self.positions)]
-        extra = [name for name, value in given if value is not None]
+        given = {"loss_dim": self.dim, "loss_against": self.against, "class_weights": self.class_weights}
+        extra = [name for name, value in {**given, "positions": self.positions}.items() if value is not None]
         require(not extra, self.op, "loss", f"be a named one with {', '.join(extra)}", self.name)
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if weights is None:
+            return
+        labelled = any(LOSSES[term.name].labels for term in self.terms)
+        require(labelled, self.op, "class_weights", "go with cross_entropy", repr(self.name))
+        numbers = all(0 <= weight < math.inf for weight in weights) and any(weights)
+        require(numbers, self.op, "class_weights", "be numbers from 0 up, one above 0 at least", list(weights))
 
     @property
     def named(self) -> bool:
@@ -297,7 +313,7 @@ class LossChoice:
         enough = place.positions > 0 and place.vector >= 1 + classes
         require(enough, self.op, "model", must, tuple(own.shape))
         if against == TARGETS:
-            self._check_targets(term, replace(place, ignore_index=self.ignore_index), targets)
+            self._check_targets(term, self._counting(term), targets)
         return term
 
     def _own(self, term: Term, output: Any) -> Tensor:
@@ -373,7 +389,7 @@ class LossChoice:
         return replace(self, ignore_index=IGNORED).on(batch, targets, samples, device, range(samples))
 
     def _of_term(self, term: Term, targets: Any, seeds: Any) -> Loss:
-        place = replace(term.place, ignore_index=self.ignore_index)
+        place = self._counting(term)
         if self.positions is not None and seeds is not None and place.positions > self.positions:
             place = replace(place, chosen=chosen_positions(place.positions, self.positions, seeds))
         against = term.against or (self.against or next(iter(LOSSES[term.name].makes)))
@@ -383,6 +399,14 @@ class LossChoice:
         elif labelled and self.plain and term.shape is not None:  # labels of other classes are another model's data
             self._check_targets(replace(term, name="cross_entropy"), place, targets)
         return LOSSES[term.name].makes[against](place, targets)
+
+    def _counting(self, term: Term) -> Place:
+        """Its place, which knows what labels count."""
+        weights = tuple(self.class_weights) if self.class_weights and LOSSES[term.name].labels else None
+        if weights is not None and term.shape is not None:
+            classes = term.place.vector
+            require(len(weights) == classes, self.op, "class_weights", f"be {classes}, one per class", len(weights))
+        return replace(term.place, ignore_index=self.ignore_index, class_weights=weights)
 
     def _check_targets(self, term: Term, place: Place, targets: Any) -> None:
         must = f"yield (inputs, targets) for {term.name} (images: in one subfolder per class)"
@@ -430,6 +454,8 @@ class LossChoice:
             some = (
                 f"; {self.positions:,} of them are looked at, drawn anew for every sample: standard errors count that"
             )
+        if self.class_weights is not None:
+            some = "; labels count by class_weights" + some
         return " + ".join(term.words() for term in self.terms) + some
 
     def settings(self) -> dict[str, Any]:
@@ -438,6 +464,7 @@ class LossChoice:
             "loss_dim": self.dim,
             "loss_against": self.against,
             "ignore_index": None if self.ignore_index == IGNORED else self.ignore_index,
+            "class_weights": None if self.class_weights is None else list(self.class_weights),
             "positions": self.positions,
         }
         return {name: value for name, value in found.items() if value is not None}

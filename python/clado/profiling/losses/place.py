@@ -18,12 +18,14 @@ class Place:
         shape: of the output of a sample.
         dim: of the output with the samples in front, holds classes or what is one vector; 0: every value is by itself.
         ignore_index: label that counts nothing.
+        class_weights: what a position counts by its label; None: all alike.
         chosen: int64 ``[N, P]``, the positions that are looked at; None: all.
     """
 
     shape: tuple[int, ...]
     dim: int = 0
     ignore_index: int = -100
+    class_weights: tuple[float, ...] | None = None
     chosen: Tensor | None = None
 
     @property
@@ -44,9 +46,13 @@ class Place:
     def counted(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """``[N, R]`` with zero where they are to be ignored, and what each counts in a sample's mean; None: all alike."""
         valid = targets != self.ignore_index
-        if bool(valid.all()):
+        if self.class_weights is None and bool(valid.all()):
             return targets, None
-        return torch.where(valid, targets, 0), valid.double() / valid.sum(1, keepdim=True).clamp(min=1)
+        labels = torch.where(valid, targets, 0)
+        share = valid.double() / valid.sum(1, keepdim=True).clamp(min=1)
+        if self.class_weights is not None:
+            share = share * share.new_tensor(self.class_weights)[labels]
+        return labels, share
 
     def of_positions(self, values: Tensor) -> Tensor:
         """Of ``[N, R]`` those that are looked at."""
