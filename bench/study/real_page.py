@@ -114,7 +114,7 @@ def finished_real_nets() -> str:
 EfficientNet-{settings["net"].capitalize()}, a profile of {settings["samples"]} photographs; every plan finished in the order of the forward ("compensated") and by
 learning on {settings["augmented"]} crops, mirror images and mixtures of the sensitivity photographs (on average {_minutes(found, "measured learned")}); {settings["heldout"]}
 photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "nearest" the same from a
-profile under nearest rounding; uniform where such a width exists. ModelOpt searches the same widths, layers and bytes by its two
+profile under nearest rounding; "zero points" the same from an asymmetric one; uniform where such a width exists. ModelOpt searches the same widths, layers and bytes by its two
 methods, with weights by least squared error; MCT searches and rounds by itself, at last by its own learning on the same crops
 ({_minutes(found, "mct learned")}). Ours, learned, is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than
 two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.

@@ -1,8 +1,8 @@
 """``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside others.
 
 At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
-under nearest rounding, and uniform widths where there are such; all three finished on the same augmented photographs of the
-sensitivity set. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least
+under nearest rounding, the plan of a profile with zero points, and uniform widths where there are such; all finished on the same
+augmented photographs of the sensitivity set. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least
 squared error, MCT's plans with its own weights, without and with its learning (on the augmented photographs, too). Photographs of
 other things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what
 a photograph shows. Every score is a file, so a killed run goes on where it stopped.
@@ -35,7 +35,7 @@ from .real_page import SHIPPED
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500
 STAGES = ("planned", "compensated", "learned")
-OURS = ("measured", "nearest", "uniform")
+OURS = ("measured", "zero points", "nearest", "uniform")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
 MCT_EPOCHS = 30  # of its learning, over the augmented photographs
 KINDS = (*OURS, *MODELOPT, "mct")
@@ -100,12 +100,15 @@ class Shipped:
         return self.bench.work / rounding
 
     def profile(self, rounding: str) -> Sensitivity:
+        """Under a rounding, or "zero points" for the compensated one with them."""
         if rounding not in self.profiles:
+            symmetric = rounding != "zero points"
             self.profiles[rounding] = clado.profile(
                 self.bench.model,
                 [self.sensitivity],
                 BITS,
-                rounding=rounding,
+                rounding=rounding if symmetric else "compensated",
+                symmetric=symmetric,
                 num_samples=SAMPLES,
                 output_dir=self.folder(rounding) / "run",
                 verbose=False,
@@ -114,7 +117,7 @@ class Shipped:
 
     def plan(self, kind: str, budget: float) -> Plan | None:
         """None where a uniform width of that many bits is not to be had."""
-        rounding = "nearest" if kind == "nearest" else "compensated"
+        rounding = kind if kind in ("nearest", "zero points") else "compensated"
         sens = self.profile(rounding)
         if kind == "uniform":
             return (
