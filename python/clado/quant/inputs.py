@@ -55,8 +55,8 @@ class InputFormat(Protocol):
 def _straight(steps: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
     """``code(steps)``, whose gradient is that of ``steps``."""
     found = code(steps.detach())
-    if not (torch.is_grad_enabled() and steps.requires_grad):
-        return found
+    if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and steps.requires_grad):
+        return found  # a graph that is made without gradients may be run with them
     return steps + (found - steps).detach()
 
 
