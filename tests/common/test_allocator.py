@@ -47,9 +47,10 @@ def test_a_stage_inside_another_changes_nothing(library: Library, outer: bool) -
 def test_what_fails_inside_leaves_the_allocator_as_it_was(library: Library) -> None:
     def fails() -> Any:
         with heap():
-            raise ValueError
+            raise ValueError("inside")
 
     for _ in range(2):
         library.told.clear()
-        pytest.raises(ValueError, fails)
+        with pytest.raises(ValueError, match="inside"):
+            fails()
         assert len(library.told) == 5
