@@ -7,6 +7,7 @@ Layers that are not searched stay float and count 16 bits per weight in its budg
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,22 @@ def plans(
     """{layer: bits} for each budget of average bits; the scores are measured once and kept in ``checkpoint``."""
     axis = None if sens.quantizer.group_size == 0 else 0
     formats = [integers(bits, axis=axis) for bits in sens.bits]
+    for _, chosen in nets(model, sens, formats, images, labels, method, budgets, checkpoint):
+        yield {layer: sens.bits[k] for layer, k in chosen.items()}
+
+
+def nets(
+    model: nn.Module,
+    sens: Sensitivity,
+    formats: list[dict[str, Any]],
+    images: Tensor,
+    labels: Tensor,
+    method: str,
+    budgets: Sequence[float],
+    checkpoint: Path,
+    **settings: Any,
+) -> Iterator[tuple[nn.Module, dict[str, int]]]:
+    """(its quantized net, {layer: place of its format; -1: none}) for each budget, as :func:`plans`."""
     searched_weights = sens.candidates.numel
     names = {layer.name for layer in sens.layers}
     float_layers = {
@@ -49,7 +66,7 @@ def plans(
         state_file.unlink(missing_ok=True)
     for budget in budgets:
         with quiet():
-            _, state = searched(
+            net, state = searched(
                 model,
                 (budget * searched_weights + 16 * extra) / (searched_weights + extra),
                 formats,
@@ -58,12 +75,21 @@ def plans(
                 disabled_layers=list(float_layers),
                 num_score_steps=len(batches),
                 checkpoint=str(state_file),
+                **settings,
             )
         recipe = {
-            name.removesuffix(".quant_recipe"): chosen.num_bits for name, chosen in state["best"]["recipe"].items()
+            name.removesuffix(".quant_recipe"): _place(str(chosen)) for name, chosen in state["best"]["recipe"].items()
         }
-        yield {layer.name: recipe[layer.name] for layer in sens.layers}
+        yield net, {layer.name: recipe[layer.name] for layer in sens.layers}
     state_file.replace(checkpoint)
+
+
+def _place(recipe: str) -> int:
+    """Of CUSTOM_MODULE_0_2(effective-bits: 8.0) 2; of NONE -1."""
+    found = re.match(r"CUSTOM\w*_(\d+)\(", recipe)
+    if not found and not recipe.startswith("NONE"):
+        raise ValueError(f"ModelOpt names a recipe {recipe!r}")
+    return int(found[1]) if found else -1
 
 
 def integers(bits: int, **cfg: Any) -> dict[str, Any]:
@@ -83,9 +109,13 @@ def searched(
     formats: list[dict[str, Any]],
     batches: Iterable[tuple[Tensor, Tensor]],
     method: str,
+    allow_none: bool = False,
     **settings: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """``auto_quantize`` of a copy of a classifier over all of its layers, one calibration step: the net, and what it measured."""
+    """``auto_quantize`` of a copy of a classifier over all of its layers: the net, and what it measured.
+
+    One calibration step unless said. ``allow_none``: a layer may be left as it is.
+    """
     import modelopt.torch.quantization as mtq
 
     found: tuple[nn.Module, dict[str, Any]] = mtq.auto_quantize(
@@ -93,13 +123,12 @@ def searched(
         {"effective_bits": effective_bits},
         quantization_formats=formats,
         module_search_spaces=[
-            {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": False}
+            {"module_name_patterns": ["*"], "quantization_formats": formats, "allow_no_quant": allow_none}
         ],
         data_loader=batches,
         forward_step=lambda module, batch: module(batch[0]),
         loss_func=lambda output, batch: cross_entropy(output, batch[1]),
-        num_calib_steps=1,
         method=method,
-        **settings,
+        **{"num_calib_steps": 1, **settings},
     )
     return found
