@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ def plans(
     method: str,
     budgets: Sequence[float],
     checkpoint: Path,
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, int]]:
-    """{layer: bits} for each budget of average bits; the scores are measured once and kept in ``checkpoint``."""
+    """{layer: bits} for each budget of average bits; the scores are measured once and kept in ``checkpoint``.
+
+    ``names``: {layer: module}, where the model's modules are called otherwise.
+    """
     axis = None if sens.quantizer.group_size == 0 else 0
     formats = [integers(bits, axis=axis) for bits in sens.bits]
-    for _, chosen in nets(model, sens, formats, images, labels, method, budgets, checkpoint):
+    for _, chosen in nets(model, sens, formats, images, labels, method, budgets, checkpoint, names):
         yield {layer: sens.bits[k] for layer, k in chosen.items()}
 
 
@@ -48,15 +52,16 @@ def nets(
     method: str,
     budgets: Sequence[float],
     checkpoint: Path,
+    names: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[nn.Module, dict[str, int]]]:
     """(its quantized net, {layer: place of its format; -1: none}) for each budget, as :func:`plans`."""
     searched_weights = sens.candidates.numel
-    names = {layer.name for layer in sens.layers}
+    modules = {layer.name: (names or {}).get(layer.name, layer.name) for layer in sens.layers}
     float_layers = {
         name: module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in names
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in modules.values()
     }
     extra = sum(float_layers.values())
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
@@ -80,7 +85,7 @@ def nets(
         recipe = {
             name.removesuffix(".quant_recipe"): _place(str(chosen)) for name, chosen in state["best"]["recipe"].items()
         }
-        yield net, {layer.name: recipe[layer.name] for layer in sens.layers}
+        yield net, {layer: recipe[module] for layer, module in modules.items()}
     state_file.replace(checkpoint)
 
 

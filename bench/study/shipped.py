@@ -143,11 +143,14 @@ class Shipped:
         return clado.apply(self.bench.model, plan), plan.avg_bits
 
     def by_modelopt(self, method: str, budget: float) -> Plan:
-        """Labels are the float net's classes."""
+        """Labels are the float net's classes. It does not know timm's convolutions with "same" padding, and gets plain ones."""
         sens, images = self.profile("nearest"), self.sensitivity
         classes = logits(self.bench.model, images).argmax(1)
         scores = self.bench.work / f"modelopt-{method}.pt"
-        (bits,) = modelopt.plans(self.bench.model, sens, images, classes, method, [budget], scores)
+        plain = mct.padded_first(self.bench.model, images[:1])
+        modules = dict(plain.named_modules())
+        names = {n: n if hasattr(modules[n], "weight") else f"{n}.1" for n in (layer.name for layer in sens.layers)}
+        (bits,) = modelopt.plans(plain, sens, images, classes, method, [budget], scores, names)
         return clado.given_plan(sens, bits)
 
     def by_mct(self, budget: float, epochs: int) -> Shipment:
