@@ -261,18 +261,26 @@ def test_later_stages_weigh_classes_as_the_matrix_does() -> None:
     ranked = clado.rerank(model, [(x, y)], [plan], **asked)
     assert ranked.info["rerank"][0]["loss_increase"] == pytest.approx((wanted - before).mean().item(), rel=1e-3)
     by_matrix, by_name = (clado.refine(model, [(x, y)], sens, plan, rounds=1, avg_bits=3, **how) for how in ({}, asked))
-    assert by_matrix.info["refine"] == by_name.info["refine"]
+    as_array = clado.refine(
+        model, [(x, y)], sens, plan, rounds=1, avg_bits=3, **{**asked, "class_weights": np.array(WEIGHTS)}
+    )
+    assert by_matrix.info["refine"] == by_name.info["refine"] == as_array.info["refine"]
     assert by_name.info["refine"][0]["loss_increase"] == pytest.approx((wanted - before).mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("options", "must"),
     [
-        ({"loss": "mse"}, "class_weights must go with cross_entropy, got 'mse'"),
+        ({"loss": "mse"}, "class_weights must go with one cross_entropy, got 'mse'"),
         ({"loss": "cross_entropy", "class_weights": [1.0, 2.0]}, "class_weights must be 4, one per class, got 2"),
         ({"loss": "cross_entropy", "class_weights": [0, 0, 0, 0]}, "one above 0 at least, got"),
         ({"loss": "cross_entropy", "class_weights": [1, 1, 1, -1]}, "be numbers from 0 up"),
         ({"loss": "cross_entropy", "class_weights": "abc"}, "class_weights must be a sequence of numbers, got 'abc'"),
+        (
+            {"loss": "cross_entropy", "class_weights": {0: 5.0}},
+            "class_weights must be a sequence of numbers, got {0: 5.0}",
+        ),
+        ({"loss": {"a": "cross_entropy", "b": "cross_entropy"}}, "class_weights must go with one cross_entropy"),
     ],
 )
 def test_class_weights_that_do_not_fit_are_one_line(options: dict[str, Any], must: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clado import CladoError
 from clado.quant import INPUTS, InputRounding, Scheme
-from clado.quant.inputs import E2M1, Pair
+from clado.quant.inputs import E2M1, E4M3, E5M2, Element, Pair
 from tests.quant.test_candidates import LABELS
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -78,6 +78,50 @@ def test_every_element_is_that_of_a_dull_twin(name: str, columns: int, seed: int
     got = InputRounding(name, pair, "linear")(x)
     wanted = torch.tensor([dull_row(row, name, pair) for row in x.tolist()])
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("element", [E4M3, E5M2], ids=lambda element: element.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_elements_are_those_of_torchs_casts(element: Element, dtype: torch.dtype) -> None:
+    """Every value of 16 bits, ties, subnormal numbers, infinity and NaN among them; float32 between them, too."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x = every.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).to(dtype)
+    x = torch.cat([x, x * (1 + 2**-12), x * (1 - 2**-12)]) if dtype == torch.float32 else x
+    cast = CASTS[element.name][0]
+    wanted = x.float().clamp(-element.largest, element.largest).to(cast).to(dtype)
+    assert torch.equal(element.nearest(x).nan_to_num(1e4), wanted.nan_to_num(1e4))
+
+
+def test_float64_is_rounded_once() -> None:
+    x = torch.tensor([0.25 + 1e-10, 0.75 - 1e-10, 2.5 + 1e-9, 5 - 1e-9, 4 - 1e-15, 2 - 1e-12], dtype=torch.float64)
+    assert E2M1.nearest(x).tolist() == [0.5, 0.5, 3, 4, 4, 2]
+
+
+@pytest.mark.parametrize("name", ["int8_dynamic", "fp8_e4m3_dynamic", "mxfp8", "mxfp4", "nvfp4"])
+def test_graphs_see_the_same_and_gradients_pass(name: str) -> None:
+    rounding = InputRounding(name, (-3.0, 3.0), "linear")
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = x[1] = 0
+    with torch.no_grad():
+        wanted = rounding(x)
+        exported = torch.export.export(Rounds(rounding), (x,)).module()
+    for run in (rounding, exported):
+        leaf = x.clone().requires_grad_()
+        found = run(leaf)
+        assert torch.equal(found, wanted)
+        (slope,) = torch.autograd.grad(found.sum(), leaf)
+        assert (slope != 0).float().mean() > 0.9
+    _, tangent = torch.func.jvp(rounding, (x,), (torch.ones_like(x),))
+    assert (tangent != 0).float().mean() > 0.9
+
+
+class Rounds(nn.Module):
+    def __init__(self, rounding: InputRounding) -> None:
+        super().__init__()
+        self.rounding = rounding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rounding(x)
 
 
 def test_codes_agree_with_other_packages() -> None:

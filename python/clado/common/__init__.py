@@ -9,7 +9,7 @@ from .doors import door
 
 if TYPE_CHECKING:
     from .allocator import heap
-    from .arguments import About, Arguments, Check, Line, argument, check_known, one_of, takes
+    from .arguments import About, Arguments, Check, Line, argument, check_known, number_list, one_of, takes
     from .batches import moved_to, sample_count, shown_shapes, split_batch, two_samples
     from .devices import USABLE, usable
     from .errors import CladoError, FileError, here, is_out_of_memory, require, said, some, users_code
@@ -41,6 +41,7 @@ __all__ = [
     "is_out_of_memory",
     "locked",
     "moved_to",
+    "number_list",
     "one_of",
     "progress_bar",
     "read_safetensors",

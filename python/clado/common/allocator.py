@@ -6,11 +6,12 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 # Of glibc's mallopt: what is free at the heap's end before it is given back; the block from which it is mapped by itself.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MIB = 1 << 20
-_inside = False  # the outermost decides
+_outermost = Lock()  # held by the stage that others are inside of, in whatever thread
 
 
 @contextmanager
@@ -19,20 +20,18 @@ def heap(keep: bool = True) -> Iterator[None]:
 
     What is given back costs a fault for every page when it returns (up to 30 % of a run's time); what is kept lies in pieces
     that nothing fits into later (a process grew by three times its live values), so that a cap on memory would not hold.
-    Afterwards the thresholds are those that glibc itself comes to where blocks of 32 MiB are freed.
+    The outermost decides. Afterwards the thresholds are those that glibc itself comes to where blocks of 32 MiB are freed.
     """
-    global _inside
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if _inside or libc is None or not hasattr(libc, "mallopt"):
+    if libc is None or not hasattr(libc, "mallopt") or not _outermost.acquire(blocking=False):
         yield
         return
     libc.mallopt(_MMAP_THRESHOLD, 32 * _MIB if keep else _MIB)  # 32 MiB is the most that it takes
     libc.mallopt(_TRIM_THRESHOLD, 1024 * _MIB if keep else _MIB)
-    _inside = True
     try:
         yield
     finally:
-        _inside = False
         libc.mallopt(_MMAP_THRESHOLD, 32 * _MIB)
         libc.mallopt(_TRIM_THRESHOLD, 64 * _MIB)
         libc.malloc_trim(0)
+        _outermost.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import numbers
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -35,6 +36,13 @@ class Check:
     holds: Callable[[Any], bool]
     must: str | Callable[[], str]
     got: Callable[[Any], object] = repr
+
+
+def number_list(value: Any) -> tuple[float, ...] | None:
+    """Of a list, a tuple, an array or a tensor of numbers; None where it is none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    good = isinstance(value, (list, tuple)) and all(isinstance(number, numbers.Real) for number in value)
+    return tuple(map(float, value)) if good else None
 
 
 def one_of(known: Callable[[], Iterable[str]], must: Callable[[], str] | None = None) -> Check:

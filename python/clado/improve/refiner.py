@@ -62,7 +62,8 @@ def refine(
         plans: where to begin: one plan, or several (see :func:`clado.shortlist`) of which the best measured one is taken.
         rounds: how many matrices to measure at most.
         loss: as for :func:`clado.profile`, with ``loss_dim``, ``loss_against``, ``ignore_index`` and ``class_weights``; None:
-            the KL divergence to the float model's logits ``[N, C]``, of other outputs the loss that ``sens`` was measured under.
+            the KL divergence to the float model's logits ``[N, C]``, of other outputs or with class weights the loss of
+            ``sens``.
         num_samples: how many samples of the loader to use; None: as many as ``sens``.
         batch_size: samples that advance together.
         device: where to run; None: where the model is.
@@ -136,7 +137,8 @@ def refine(
 
 def _loss(sens: Sensitivity, loss: Any, **given: Any) -> LossChoice:
     """What is asked for; where that is nothing, the loss of the matrix unless that is one of plain logits."""
-    given = {name: value for name, value in given.items() if value not in (None, IGNORED)}
+    said = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in said.items() if name != "ignore_index" or value != IGNORED}
     if loss is None and "loss_func" not in given:
         known = loss_arguments(sens)
         plain = known.get("loss", "kl") in ("kl", "cross_entropy") and len(known) <= 1

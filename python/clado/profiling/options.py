@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..common import Arguments, Check, Line, argument, one_of, require
+from ..common import Arguments, Check, Line, argument, number_list, one_of, require
 
 if TYPE_CHECKING:
     import torch
@@ -183,11 +183,8 @@ class Options(Arguments):
         "of the cross-entropy with labels: a position's loss is multiplied by the number of its label's class (and divided by "
         "how many positions count, not by the sum of these numbers).",
         Line("--class-weights", "numbers", "What each class counts in the cross-entropy, such as 1,1,2.5."),
-        check=Check(
-            lambda value: _listed(value) and all(isinstance(weight, numbers.Real) for weight in value),
-            "be a sequence of numbers",
-        ),
-        kept=lambda value: tuple(map(float, value)),
+        check=Check(lambda value: number_list(value) is not None, "be a sequence of numbers"),
+        kept=number_list,
     )
     positions: int | None = argument(
         None,

@@ -55,7 +55,7 @@ class InputFormat(Protocol):
 def _straight(steps: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
     """``code(steps)``, whose gradient is that of ``steps``."""
     found = code(steps.detach())
-    if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and steps.requires_grad):
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return found  # a graph that is made without gradients may be run with them
     return steps + (found - steps).detach()
 
@@ -180,13 +180,13 @@ class Element:
 
     def _code(self, steps: Tensor) -> Tensor:
         """By a multiple of the distance that values have here, a power of two: exact, where torch's casts are slow."""
-        wide = steps.float()
-        apart = _power_below(wide).clamp_(min=self.smallest).mul_(2.0**-self.mantissa)
+        wide = steps if steps.dtype == torch.float64 else steps.float()
+        apart = _power_below(steps.float()).clamp(min=self.smallest).mul_(2.0**-self.mantissa)
         return (wide / apart).round_().mul_(apart).to(steps.dtype)
 
 
 def _power_below(x: Tensor) -> Tensor:
-    """The power of two at or below the magnitude of float32."""
+    """The power of two at or below the magnitude of float32; infinity where that is not finite."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 

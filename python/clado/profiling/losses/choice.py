@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...artifacts import Sensitivity
-from ...common import CladoError, require, sample_count
+from ...common import CladoError, number_list, require, sample_count
 from .base import Loss, changes
 from .nest import Nest, Part, field_of, keys_of
 from .place import Place, chosen_positions
@@ -140,7 +140,9 @@ class LossChoice:
 
     def __post_init__(self) -> None:
         if self.class_weights is not None:
-            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
+            weights = number_list(self.class_weights)
+            require(weights is not None, self.op, "class_weights", "be a sequence of numbers", repr(self.class_weights))
+            object.__setattr__(self, "class_weights", weights)
         if self.named:
             object.__setattr__(self, "terms", self.terms or tuple(self._terms()))
             self._check_class_weights()
@@ -153,8 +155,8 @@ class LossChoice:
         weights = self.class_weights
         if weights is None:
             return
-        labelled = any(LOSSES[term.name].labels for term in self.terms)
-        require(labelled, self.op, "class_weights", "go with cross_entropy", repr(self.name))
+        labelled = sum(LOSSES[term.name].labels for term in self.terms)
+        require(labelled == 1, self.op, "class_weights", "go with one cross_entropy", repr(self.name))
         numbers = all(0 <= weight < math.inf for weight in weights) and any(weights)
         require(numbers, self.op, "class_weights", "be numbers from 0 up, one above 0 at least", list(weights))
 
