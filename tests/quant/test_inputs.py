@@ -97,6 +97,7 @@ def test_float64_is_rounded_once() -> None:
     assert E2M1.nearest(x).tolist() == [0.5, 0.5, 3, 4, 4, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in jvp
 @pytest.mark.parametrize("name", ["int8_dynamic", "fp8_e4m3_dynamic", "mxfp8", "mxfp4", "nvfp4"])
 def test_graphs_see_the_same_and_gradients_pass(name: str) -> None:
     rounding = InputRounding(name, (-3.0, 3.0), "linear")
