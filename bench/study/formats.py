@@ -88,8 +88,8 @@ class Bench:
         return min(short, key=lambda plan: self.judged(clado.apply(self.model, plan), "choice").mean())
 
     def theirs(self, sens: Sensitivity, method: str) -> list[NDArray[np.float64]]:
-        integers = [rounded(bits, 8, axis=0) for bits in (2, 4, 8)]
-        formats = [*integers, rounded((4, 3), (4, 3), axis=None)]
+        integers = [modelopt.rounded(bits, 8) for bits in (2, 4, 8)]
+        formats = [*integers, modelopt.rounded((4, 3), (4, 3), axis=None)]
         calibrated = {"allow_none": True, "num_calib_steps": SAMPLES // modelopt.BATCH}
         data = (self.images, self.labels)
         nets = modelopt.nets(
@@ -110,18 +110,6 @@ class Bench:
         }
         print(self.name, budget, {name: round(float(own.mean()), 5) for name, own in losses.items()}, flush=True)
         return row
-
-
-def rounded(weight: Any, inputs: Any, axis: int | None) -> dict[str, Any]:
-    """ModelOpt's configuration of weights and inputs, one range per tensor for inputs, scales of weights by squared error."""
-    return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": weight, "axis": axis}, "enable": True},
-            {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": inputs, "axis": None}, "enable": True},
-        ],
-        "algorithm": "mse",
-    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def quantized(
 
     Args:
         images: the representative dataset.
-        bits: that a layer chooses among; one alone: all layers have it.
+        bits: that a layer chooses among, beside 8.
         searched_bytes: for the weights that are searched.
         ends: {module that is not searched: weights}.
         epochs: of learning; 0: none.
@@ -46,8 +46,8 @@ def quantized(
 
     model = padded_first(model, images[:1])
     target, held = mct.core.ResourceUtilization(searched_bytes + sum(ends.values())), mct.core.BitWidthConfig()
-    for name in ends:
-        (name,) = (n for n, m in model.named_modules() if n.startswith(name) and hasattr(m, "weight"))
+    for end in ends:
+        (name,) = (n for n, m in model.named_modules() if n.startswith(end) and hasattr(m, "weight"))
         held.set_manual_weights_bit_width(NodeNameScopeFilter(name.replace(".", "_")), 8, "weight")
     search = mct.core.MixedPrecisionQuantizationConfig()
     core = mct.core.CoreConfig(mixed_precision_config=search, bit_width_config=held)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,7 @@ def nets(
     """(its quantized net, {layer: place of its format; -1: none}) for each budget, as :func:`plans`."""
     searched_weights = sens.candidates.numel
     modules = {layer.name: (names or {}).get(layer.name, layer.name) for layer in sens.layers}
-    float_layers = {
-        name: module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in modules.values()
-    }
+    float_layers = unsearched(model, modules.values())
     extra = sum(float_layers.values())
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
     state_file = checkpoint
@@ -89,6 +85,15 @@ def nets(
     state_file.replace(checkpoint)
 
 
+def unsearched(model: nn.Module, names: Collection[str]) -> dict[str, int]:
+    """{module: weights} of the layers that are not among ``names``."""
+    return {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in names
+    }
+
+
 def _place(recipe: str) -> int:
     """Of CUSTOM_MODULE_0_2(effective-bits: 8.0) 2; of NONE -1."""
     found = re.match(r"CUSTOM\w*_(\d+)\(", recipe)
@@ -99,13 +104,22 @@ def _place(recipe: str) -> int:
 
 def integers(bits: int, **cfg: Any) -> dict[str, Any]:
     """ModelOpt's configuration of integer weights of so many bits, scales by squared error; ``cfg``: of the quantizer."""
-    return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0} | cfg, "enable": True},
-        ],
-        "algorithm": "mse",
-    }
+    return rounded(bits, **cfg)
+
+
+def rounded(weight: Any, inputs: Any = None, **cfg: Any) -> dict[str, Any]:
+    """ModelOpt's configuration of weights, scales by squared error, and of inputs with a range per tensor; None: as they are.
+
+    Numbers are bits, or (exponent, mantissa); ``cfg``: of the weights' quantizer.
+    """
+    quantizers = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": weight, "axis": 0} | cfg, "enable": True},
+    ]
+    if inputs is not None:
+        own = {"num_bits": inputs, "axis": None}
+        quantizers.append({"quantizer_name": "*input_quantizer", "cfg": own, "enable": True})
+    return {"quant_cfg": quantizers, "algorithm": "mse"}
 
 
 def searched(

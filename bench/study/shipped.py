@@ -155,12 +155,7 @@ class Shipped:
 
     def by_mct(self, budget: float, epochs: int) -> Shipment:
         sens, model = self.profile("nearest"), self.bench.model
-        names, weights = {layer.name for layer in sens.layers}, sens.candidates.numel
-        ends = {
-            name: module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in names
-        }
+        weights, ends = sens.candidates.numel, modelopt.unsearched(model, {layer.name for layer in sens.layers})
         images = self.lesson if epochs else self.sensitivity
         net, taken = mct.quantized(model, images, BITS, budget * weights / 8, ends, epochs)
         return net, 8 * taken / weights
