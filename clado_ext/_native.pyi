@@ -236,6 +236,7 @@ def iqp_prove_cpu(
     tolerance: float,
     nodes: int,
     seconds: float,
+    threads: int,
     /,
 ) -> None: ...
 

@@ -176,7 +176,7 @@ def _warn_slow() -> None:
     )
 
 
-def call(name: str, device: torch.device, *args: float | Sequence[int] | Sequence[tuple[int, ...]]) -> Any:
+def call(name: str, device: torch.device, *args: float | Sequence[float] | Sequence[tuple[int, ...]]) -> Any:
     """Run native ``<name>_cpu`` on torch's thread count, or ``<name>_cuda`` on torch's current stream of ``device``."""
     if device == _CPU or device.type == "cpu":  # the first test is a tenth of the second
         return getattr(_native, f"{name}_cpu")(*args, torch.get_num_threads())

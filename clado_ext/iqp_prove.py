@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
 from ._program import check_program, check_values, numbers
-from ._registry import Empty, checked, define, require
+from ._registry import Empty, call, checked, define, require
 
 
 @checked
@@ -129,7 +128,7 @@ def _launch(
     program = numbers(matrix, starts, rows, limits)
     addresses = (quadratic.data_ptr(), linear.data_ptr(), multipliers.data_ptr(), taken, point.data_ptr())
     out = (choice.data_ptr(), alive.data_ptr(), outcome.data_ptr())
-    _native.iqp_prove_cpu(program, (*addresses, constant, slack), *out, tolerance, nodes, seconds)
+    call("iqp_prove", matrix.device, program, (*addresses, constant, slack), *out, tolerance, nodes, seconds)
     if int(choice[0]) < 0:
         choice.fill_(-1)
 

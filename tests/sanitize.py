@@ -345,7 +345,7 @@ def programs(native: ModuleType | AsNative, draw: np.random.Generator) -> Iterat
             found = native.iqp_search_cpu(program, at(choice), 1, 2000, 60.0, -np.inf)
             form = (at(quadratic), at(linear), at(multipliers), at(removed), at(point), 0.0, 1e-9)
             start = choice.copy() if found else np.full(layers, -1)
-            native.iqp_prove_cpu(program, form, at(start), at(alive), at(outcome), 1e-6, 200, 60.0)
+            native.iqp_prove_cpu(program, form, at(start), at(alive), at(outcome), 1e-6, 200, 60.0, threads)
             return [choice, start, alive, outcome]
 
         yield run

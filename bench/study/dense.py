@@ -3,7 +3,8 @@
 DINOv2 ViT-S/14 with a saliency decoder, once under binary cross-entropy on its map and once under squared error on its tokens,
 both against the float net. Per budget the plan of the diagonal, of all interactions, the one of least loss on photographs set
 apart, and uniform widths; judged on held-out photographs of other things, paired with the diagonal's, errors clustered by what
-they show. Then what all interactions cost beside the diagonal alone, in turns on the same samples. Profiles and scores are
+they show. Then what all interactions cost beside the diagonal alone and beside a forward for every pair, in turns on the same
+samples. Profiles and scores are
 files: a killed run goes on where it stopped.
 """
 
@@ -34,7 +35,7 @@ BITS = (2, 3, 4, 8)
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 LOSSES = {"map": "bce", "tokens": "mse"}
 SAMPLES, HELDOUT, CHOICE = 64, 300, 64
-TIMED = 4  # samples per turn
+TIMED = 2  # samples per turn
 TURNS = 3
 PICTURE, PICTURED, PICTURED_BITS = Path("docs/images/dense.png"), 4, 3.0
 
@@ -119,27 +120,31 @@ class Bench:
             print(output, budget, name, f"{losses.mean():.5f}", flush=True)
 
     def time(self) -> None:
-        """Seconds of a profile from nearest rounding, whose candidates cost next to nothing, in turns."""
+        """CPU seconds of a profile from nearest rounding, whose candidates cost next to nothing, and of a forward, in turns."""
         for output in LOSSES:
             path = self.work / output / "seconds.npz"
             if path.exists():
                 continue
-            seconds: dict[str, list[float]] = {"diagonal": [], "additive": []}
-            for estimator in [*seconds, *list(seconds) * TURNS]:  # the first of each warms up
+            calls = self.calls(output)
+            seconds: dict[str, list[float]] = {what: [] for what in calls}
+            results = {}
+            for what in [*calls, *list(calls) * TURNS]:  # the first of each warms up
                 start = time.process_time()
-                clado.profile(
-                    self.model,
-                    [self.images["sensitivity"][:TIMED]],
-                    BITS,
-                    estimator=estimator,
-                    rounding="nearest",
-                    scale_steps=1,
-                    num_samples=TIMED,
-                    **self.settings(output),
-                )
-                seconds[estimator].append(time.process_time() - start)
-                print(output, estimator, f"{seconds[estimator][-1]:.1f} s", flush=True)
-            keep_scores(path, {name: values[1:] for name, values in seconds.items()})
+                results[what] = calls[what]()
+                seconds[what].append(time.process_time() - start)
+                print(output, what, f"{seconds[what][-1]:.2f} s", flush=True)
+            pairs = (~results["additive"].candidates.same_layer).sum() / 2
+            keep_scores(path, {what: values[1:] for what, values in seconds.items()} | {"pairs": [pairs]})
+
+    def calls(self, output: str) -> dict[str, Callable[[], Any]]:
+        """What is timed: profiles of some samples by two estimators, and their forward."""
+        images = self.images["sensitivity"][:TIMED]
+        how: dict[str, Any] = {"rounding": "nearest", "scale_steps": 1, "num_samples": TIMED, **self.settings(output)}
+        return {
+            "diagonal": lambda: clado.profile(self.model, [images], BITS, estimator="diagonal", **how),
+            "additive": lambda: clado.profile(self.model, [images], BITS, estimator="additive", **how),
+            "forward": lambda: outputs(self.model, images),
+        }
 
     def draw(self, path: Path) -> None:
         """Maps of some photographs: of the float net, of uniform widths, of the plan."""
@@ -152,7 +157,7 @@ class Bench:
             :: len(np.unique(self.shown)) // PICTURED
         ]
         images = self.images["heldout"][chosen[:PICTURED]]
-        nets = {"float": self.model}
+        nets: dict[str, nn.Module] = {"float": self.model}
         nets |= {name: clado.apply(self.model, plans[key]) for name, key in PICTURE_OF.items()}
         figure, axes = plt.subplots(len(nets), len(images), figsize=(1.6 * len(images), 1.6 * len(nets)))
         for row, (name, net) in zip(axes, nets.items(), strict=True):

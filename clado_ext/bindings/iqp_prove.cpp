@@ -17,9 +17,9 @@ clado::IqpForm form_of(const Form& numbers) {
 
 void bind_iqp_prove(py::module_& m) {
   m.def("iqp_prove_cpu", [](const Program& program, const Form& form, Address choice, Address alive, Address outcome, double tolerance,
-                            int64_t nodes, double seconds) {
+                            int64_t nodes, double seconds, int threads) {
     const clado::IqpProof proof = clado::iqp_prove_cpu(program_of(program), form_of(form), as<int64_t>(choice), as<uint8_t>(alive),
-                                                       tolerance, nodes, seconds);
+                                                       tolerance, nodes, seconds, threads);
     double* out = as<double>(outcome);
     out[0] = proof.bound, out[1] = static_cast<double>(proof.nodes), out[2] = proof.finished;
   }, NoGil());

@@ -26,4 +26,16 @@ void parallel_for(int64_t n, int threads, Fn fn) {
   for (int64_t i = 0; i < n; ++i) fn(i);
 }
 
+// fn(i, thread) for i in [0, n), for items of unequal work: whichever of up to `threads` threads is free takes the next one.
+template <class Fn>
+void parallel_uneven(int64_t n, int threads, Fn fn) {
+  if (threads > n) threads = static_cast<int>(n);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) fn(i, 0);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
+}
+
 }  // namespace clado

@@ -11,7 +11,7 @@
 
 namespace clado {
 
-// ½ xᵀQx + cᵀx + constant: convex up to `slack`, and at most ½ xᵀGx wherever x has one candidate per layer.
+// ½ xᵀQx + cᵀx + constant: convex up to `slack`, and at most ½ xᵀGx wherever x has one candidate per layer, within the budgets.
 struct IqpForm {
   const double* quadratic;    // [V, V] symmetric
   const double* linear;       // [V]
@@ -31,8 +31,8 @@ struct IqpProof {
 
 // `choice`: an incumbent when choice[0] >= 0; overwritten with the best feasible choice found (choice[0] = -1: none).
 // Nodes that cannot beat the incumbent by more than `tolerance` are closed. `alive` ([V]): set to 0 for candidates that the
-// root proved to be in no choice better than that. Deterministic unless `seconds` ends the search.
+// root proved to be in no choice better than that. The same at every number of threads unless `seconds` ends the search.
 IqpProof iqp_prove_cpu(const IqpProgram& program, const IqpForm& form, int64_t* choice, uint8_t* alive, double tolerance,
-                       int64_t nodes, double seconds);
+                       int64_t nodes, double seconds, int threads);
 
 }  // namespace clado

@@ -1,10 +1,12 @@
 #include "iqp_prove/iqp_prove.h"
 
+#include <deque>
 #include <limits>
 #include <memory>
 #include <queue>
 
 #include "common/local_search.h"
+#include "common/parallel.h"
 
 namespace clado {
 namespace {
@@ -259,69 +261,43 @@ class Relaxation {
   double bound_ = -kInfinity, last_ = -kInfinity, gap_ = 0;
 };
 
-class Tree {
- public:
-  Tree(const IqpProgram& program, const IqpForm& form, double tolerance, int64_t nodes, double seconds)
-      : p_(program), form_(form), size_(program.starts[program.layers]), end_(after(seconds)), relaxation_(program, form, end_),
-        local_(program, end_), tolerance_(tolerance), most_(nodes) {}
+// What became of a node: its children, none where it was closed, and the best feasible choice met on the way, if any.
+struct Grown {
+  std::vector<std::unique_ptr<Node>> children;
+  std::vector<int64_t> choice;
+  double value = kInfinity;
+};
 
-  IqpProof run(int64_t* choice, uint8_t* alive) {
-    if (choice[0] >= 0) {
-      local_.set(std::vector<int64_t>(choice, choice + p_.layers));
-      offer();
-    }
-    auto root = std::make_unique<Node>();
-    root->bound = -kInfinity, root->order = 0;
-    root->alive.assign(size_, 1);
-    root->x.assign(form_.point, form_.point + size_);
-    for (int64_t r = 0; r < p_.budgets; ++r) root->multipliers.push_back(form_.multipliers[r] * relaxation_.unit(r));
-    std::vector<uint8_t> left = root->alive;
-    expand(*root, &left);
-    std::copy(left.begin(), left.end(), alive);
-    while (!empty() && count_ < most_ && !local_.late()) {
-      std::unique_ptr<Node> node = take();
-      if (node->bound < cutoff()) expand(*node, nullptr);
-    }
-    double bound = best_.empty() ? kInfinity : best_value_ - tolerance_;
-    const bool finished = empty();
-    for (const auto& node : heap_) bound = std::min(bound, node->bound);
-    for (const auto& node : stack_) bound = std::min(bound, node->bound);
-    if (best_.empty()) choice[0] = -1;
-    else std::copy(best_.begin(), best_.end(), choice);
-    return {bound, count_, finished};
+// Everything one thread needs to expand nodes.
+class Expansion {
+ public:
+  Expansion(const IqpProgram& program, const IqpForm& form, double tolerance, Clock::time_point end)
+      : p_(program), size_(program.starts[program.layers]), relaxation_(program, form, end), local_(program, end), tolerance_(tolerance) {}
+
+  double unit(int64_t r) const { return relaxation_.unit(r); }
+
+  // A choice from outside.
+  Grown given(const int64_t* choice) {
+    grown_ = Grown();
+    local_.set(std::vector<int64_t>(choice, choice + p_.layers));
+    offer();
+    return std::move(grown_);
+  }
+
+  // Bounds the node, removes candidates that are in no choice below `cutoff`, and branches. `rounded`: looks for a choice near
+  // the relaxation's; `left`: of the root, receives what is alive.
+  Grown expand(Node& node, double cutoff, bool rounded, std::vector<uint8_t>* left) {
+    grown_ = Grown(), given_ = cutoff;
+    grow(node, rounded, left);
+    if (left) *left = node.alive;
+    return std::move(grown_);
   }
 
  private:
-  double cutoff() const { return best_.empty() ? kInfinity : best_value_ - tolerance_; }
-  bool empty() const { return heap_.empty() && stack_.empty(); }
+  double cutoff() const { return std::min(given_, grown_.value - tolerance_); }
 
   void offer() {
-    if (local_.feasible() && (best_.empty() || local_.value() < best_value_)) {
-      best_ = local_.choice(), best_value_ = local_.value();
-    }
-  }
-
-  void put(std::unique_ptr<Node> node) {
-    const size_t bytes = static_cast<size_t>(size_) * (sizeof(float) + 1) + 128;
-    if (heap_.size() * bytes > kQueueBytes) {
-      stack_.push_back(std::move(node));
-    } else {
-      heap_.push_back(std::move(node));
-      std::push_heap(heap_.begin(), heap_.end(), Later());
-    }
-  }
-
-  std::unique_ptr<Node> take() {
-    std::unique_ptr<Node> node;
-    if (!stack_.empty()) {
-      node = std::move(stack_.back());
-      stack_.pop_back();
-    } else {
-      std::pop_heap(heap_.begin(), heap_.end(), Later());
-      node = std::move(heap_.back());
-      heap_.pop_back();
-    }
-    return node;
+    if (local_.feasible() && local_.value() < grown_.value) grown_.choice = local_.choice(), grown_.value = local_.value();
   }
 
   // Removes candidates that overrun a budget beside the cheapest of all other layers; false when a layer runs empty.
@@ -362,37 +338,26 @@ class Tree {
     offer();
   }
 
-  // Bounds the node, removes candidates, and puts its children on the queue; `left` receives what the root keeps alive.
-  void expand(Node& node, std::vector<uint8_t>* left) {
-    ++count_;
+  void grow(Node& node, bool rounded, bool root) {
     std::vector<uint8_t>& alive = node.alive;
     std::vector<double> x(node.x.begin(), node.x.end());
     double bound = node.bound;
-    for (int pass = 0; pass < (left ? 6 : 3); ++pass) {
-      if (!every_layer(alive) || !reach(alive)) {
-        if (left) *left = alive;
-        return;
-      }
+    for (int pass = 0; pass < (root ? 6 : 3); ++pass) {
+      if (!every_layer(alive) || !reach(alive)) return;
       relaxation_.set(alive, x, pass == 0 ? node.multipliers : relaxation_.multipliers());
-      if (left) relaxation_.ascend(cutoff(), 1000, 0.01, 30);
+      if (root) relaxation_.ascend(cutoff(), 1000, 0.01, 30);
       else relaxation_.ascend(cutoff(), 40, 0.3, 8);
       bound = std::max(bound, relaxation_.bound());
       x = relaxation_.x();
-      if (left || (pass == 0 && count_ % 50 == 0)) round();
-      if (relaxation_.active().empty()) {
-        round();
-        if (left) *left = alive;
-        return;
-      }
+      if (root || (pass == 0 && rounded)) round();
+      if (relaxation_.active().empty()) return round();
       bool removed = false;
       for (int64_t v = 0; v < size_; ++v)
         if (alive[v] && relaxation_.bound() + relaxation_.reduced_cost(v) >= cutoff()) alive[v] = 0, removed = true;
-      if (left) *left = alive;
       if (bound >= cutoff()) return;
       if (!removed) break;
     }
-    if (!every_layer(alive) || !reach(alive)) return;
-    branch(alive, x, bound);
+    if (every_layer(alive) && reach(alive)) branch(alive, x, bound);
   }
 
   void branch(const std::vector<uint8_t>& alive, const std::vector<double>& x, double bound) {
@@ -404,20 +369,16 @@ class Tree {
       const double score = relaxation_.promise(i);
       if (count > 1 && score > most) pick = i, most = score;
     }
-    if (pick < 0) {  // everything became fixed by the last removal
-      leaf(alive);
-      return;
-    }
+    if (pick < 0) return leaf(alive);  // everything became fixed by the last removal
     for (int64_t v = p_.starts[pick]; v < p_.starts[pick + 1]; ++v) {
       if (!alive[v]) continue;
       auto child = std::make_unique<Node>();
       child->bound = std::max(bound, relaxation_.bound() + relaxation_.reduced_cost(v));
-      child->order = ++made_;
       child->alive = alive;
       for (int64_t w = p_.starts[pick]; w < p_.starts[pick + 1]; ++w) child->alive[w] = w == v;
       child->x.assign(x.begin(), x.end());
       child->multipliers = relaxation_.multipliers();
-      put(std::move(child));
+      grown_.children.push_back(std::move(child));
     }
   }
 
@@ -430,15 +391,106 @@ class Tree {
   }
 
   IqpProgram p_;
+  int64_t size_;
+  Relaxation relaxation_;
+  LocalSearch local_;
+  std::vector<int64_t> least_;
+  Grown grown_;
+  double tolerance_, given_ = kInfinity;
+};
+
+// The open nodes and the best choice. Nodes are expanded so many at a time, whatever the number of threads, and what becomes of
+// them is taken in their order: the tree is the same on any machine.
+class Tree {
+ public:
+  Tree(const IqpProgram& program, const IqpForm& form, double tolerance, int64_t nodes, double seconds, int threads)
+      : p_(program), form_(form), size_(program.starts[program.layers]), end_(after(seconds)), tolerance_(tolerance), most_(nodes) {
+    for (int k = 0; k < std::max(1, std::min(threads, kTogether)); ++k) workers_.emplace_back(program, form, tolerance, end_);
+  }
+
+  IqpProof run(int64_t* choice, uint8_t* alive) {
+    if (choice[0] >= 0) take(workers_[0].given(choice));
+    auto root = std::make_unique<Node>();
+    root->bound = -kInfinity, root->order = 0;
+    root->alive.assign(size_, 1);
+    root->x.assign(form_.point, form_.point + size_);
+    for (int64_t r = 0; r < p_.budgets; ++r) root->multipliers.push_back(form_.multipliers[r] * workers_[0].unit(r));
+    std::vector<uint8_t> left;
+    ++count_;
+    take(workers_[0].expand(*root, cutoff(), true, &left));
+    std::copy(left.begin(), left.end(), alive);
+    while (!empty() && count_ < most_ && Clock::now() < end_) expand_some();
+    double bound = best_.empty() ? kInfinity : best_value_ - tolerance_;
+    const bool finished = empty();
+    for (const auto& node : heap_) bound = std::min(bound, node->bound);
+    for (const auto& node : stack_) bound = std::min(bound, node->bound);
+    if (best_.empty()) choice[0] = -1;
+    else std::copy(best_.begin(), best_.end(), choice);
+    return {bound, count_, finished};
+  }
+
+ private:
+  static constexpr int kTogether = 32;  // nodes; more would be taken before better ones are known
+
+  double cutoff() const { return best_.empty() ? kInfinity : best_value_ - tolerance_; }
+  bool empty() const { return heap_.empty() && stack_.empty(); }
+
+  void expand_some() {
+    std::vector<std::unique_ptr<Node>> nodes;
+    const auto room = static_cast<size_t>(std::min<int64_t>(kTogether, most_ - count_));
+    while (nodes.size() < room && !empty()) {
+      std::unique_ptr<Node> node = next();
+      if (node->bound < cutoff()) nodes.push_back(std::move(node));
+    }
+    std::vector<Grown> grown(nodes.size());
+    const double limit = cutoff();
+    parallel_uneven(static_cast<int64_t>(nodes.size()), static_cast<int>(workers_.size()), [&](int64_t k, int thread) {
+      grown[k] = workers_[thread].expand(*nodes[k], limit, (count_ + k + 1) % 50 == 0, nullptr);
+    });
+    count_ += static_cast<int64_t>(nodes.size());
+    for (Grown& one : grown) take(std::move(one));
+  }
+
+  void take(Grown grown) {
+    if (!grown.choice.empty() && (best_.empty() || grown.value < best_value_)) best_ = grown.choice, best_value_ = grown.value;
+    for (auto& child : grown.children) {
+      child->order = ++made_;
+      put(std::move(child));
+    }
+  }
+
+  void put(std::unique_ptr<Node> node) {
+    const size_t bytes = static_cast<size_t>(size_) * (sizeof(float) + 1) + 128;
+    if (heap_.size() * bytes > kQueueBytes) {
+      stack_.push_back(std::move(node));
+    } else {
+      heap_.push_back(std::move(node));
+      std::push_heap(heap_.begin(), heap_.end(), Later());
+    }
+  }
+
+  std::unique_ptr<Node> next() {
+    std::unique_ptr<Node> node;
+    if (!stack_.empty()) {
+      node = std::move(stack_.back());
+      stack_.pop_back();
+    } else {
+      std::pop_heap(heap_.begin(), heap_.end(), Later());
+      node = std::move(heap_.back());
+      heap_.pop_back();
+    }
+    return node;
+  }
+
+  IqpProgram p_;
   IqpForm form_;
   int64_t size_;
   Clock::time_point end_;
-  Relaxation relaxation_;
-  LocalSearch local_;
+  std::deque<Expansion> workers_;
   double tolerance_;
   int64_t most_;
   std::vector<std::unique_ptr<Node>> heap_, stack_;
-  std::vector<int64_t> best_, least_;
+  std::vector<int64_t> best_;
   double best_value_ = kInfinity;
   int64_t count_ = 0, made_ = 0;
 };
@@ -446,8 +498,8 @@ class Tree {
 }  // namespace
 
 IqpProof iqp_prove_cpu(const IqpProgram& program, const IqpForm& form, int64_t* choice, uint8_t* alive, double tolerance,
-                       int64_t nodes, double seconds) {
-  return Tree(program, form, tolerance, nodes, seconds).run(choice, alive);
+                       int64_t nodes, double seconds, int threads) {
+  return Tree(program, form, tolerance, nodes, seconds, threads).run(choice, alive);
 }
 
 }  // namespace clado

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..common import require
 from . import native, scip
-from .products import without_products
+from .products import Products
 from .program import Program, within_reach, worth_keeping
 from .shift import ConvexForm, convex_form, iteration_seconds, linear_form, spectral_form
 
@@ -20,8 +20,10 @@ SOLVERS = ("auto", "bnb", "scip", "heuristic")
 LARGE = 1500  # candidates beyond which dropping the hopeless ones first takes longer than it saves
 CLOSED = 1e-6  # gap at which a choice counts as optimal
 ROUNDS = 3  # of tightening before branch and bound goes to the end
-ITERATIONS = 100  # of the search for a tighter form
-NODES_WORK = 100_000_000  # nodes x V² before a tighter form is sought: about half of what one costs at V = 150
+ITERATIONS = 100  # of the search for a tighter form; in each round twice as many
+NODES_WORK = 400_000_000  # nodes x V² before a tighter form is sought: about half of what one costs; as above
+NEAR_END = 0.5  # of what was missing at the root is missing still: more nodes will do, where a tighter form was tried
+FEWER = 0.9  # of the candidates left: worth a program of their own
 Choice = NDArray[np.int64]
 
 
@@ -173,37 +175,57 @@ def _prove(
 def _branch_and_bound(
     whole: Program, form: ConvexForm, incumbent: Choice, effort: Effort, tolerance: float
 ) -> tuple[Choice, float]:
-    """A few nodes with the form at hand; then with tighter ones over the candidates that are left; then to the end."""
+    """Some nodes with the form at hand; while they do not come near the end, more with a tighter form; then to the end."""
     program, choice, where, bound = whole, incumbent, np.arange(whole.size), -math.inf
-    last = False
-    for k in range(ROUNDS + 1):
-        if time.monotonic() > effort.deadline:
-            break
-        nodes = 2**62 if last or k == ROUNDS else 1 if k else max(1, NODES_WORK // program.size**2)
+    products: Products | None = None
+    for k in range(ROUNDS):
+        nodes = max(1, 2**k * NODES_WORK // program.size**2)
         found, proven, done, alive = native.prove(program, form, choice, effort.deadline, tolerance, nodes)
         assert found is not None
         choice, bound = found, max(bound, proven)
-        if done or nodes == 2**62:
+        if done or time.monotonic() > effort.deadline:
+            return where[choice], bound
+        near = program.value(choice) - proven < NEAR_END * (program.value(choice) - form.bound)
+        if products is not None and near:
             break
         # What was dropped is in no choice below the incumbent less the tolerance, which no bound here exceeds.
         keep = np.union1d(alive, choice)
-        last = k > 0 and len(keep) > 0.9 * program.size
-        if not last:
-            if len(keep) < program.size:
-                program, choice, where = program.restricted(keep), np.searchsorted(keep, choice), where[keep]
-                form = shifted(program, effort.share(0.5))
-            form = tightened(program, form, effort)
-    return where[choice], bound
+        if len(keep) < FEWER * program.size:
+            program, choice, where = program.restricted(keep), np.searchsorted(keep, choice), where[keep]
+            form, products = shifted(program, effort.share(0.5)), None
+        if products is None and _tightens(program, form, effort):
+            products = Products(program, form)
+        if products is None:
+            break
+        tight = _tighter(products, ITERATIONS << k, effort)
+        form = tight if tight.bound > form.bound else form
+    found, proven, _, _ = native.prove(program, form, choice, effort.deadline, tolerance)
+    assert found is not None
+    return where[found], max(bound, proven)
 
 
-def tightened(program: Program, form: ConvexForm, effort: Effort) -> ConvexForm:
-    """A form of a lower objective with a better bound; ``form`` itself where none was found in time."""
-    left = effort.deadline - time.monotonic()
-    if form.moments is None or not form.quadratic.any() or left < 20 * iteration_seconds(program):
+def tightened(program: Program, form: ConvexForm, effort: Effort, spare: bool = True) -> ConvexForm:
+    """A form of a lower objective with a better bound; ``form`` itself where none was found in time.
+
+    Args:
+        spare: the form may be one for the program's limits, or lower ones, alone.
+    """
+    if not _tightens(program, form, effort):
         return form
-    lower = without_products(program, form, ITERATIONS, effort.share(0.4))
-    tight = replace(convex_form(lower, deadline=effort.share(0.8)), removed=program.matrix - lower.matrix)
+    tight = _tighter(Products(program, form, spare), ITERATIONS, effort)
     return tight if tight.bound > form.bound else form
+
+
+def _tightens(program: Program, form: ConvexForm, effort: Effort) -> bool:
+    """Whether there is anything to tighten, and the time for it."""
+    left = effort.deadline - time.monotonic()
+    return form.moments is not None and bool(form.quadratic.any()) and left > 20 * iteration_seconds(program)
+
+
+def _tighter(products: Products, iterations: int, effort: Effort) -> ConvexForm:
+    products.search(iterations, effort.share(0.4))
+    lower, removed = products.lower()
+    return replace(convex_form(lower, deadline=effort.share(0.8)), removed=removed)
 
 
 def _better(program: Program, incumbent: Choice, other: Choice | None) -> Choice:

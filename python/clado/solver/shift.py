@@ -31,7 +31,8 @@ _LOOSE, _DENSE = 1e9, 1e10  # operations a second that a core does entry by entr
 
 @dataclass(frozen=True)
 class ConvexForm:
-    """½ xᵀQx + cᵀx + constant: convex, and at most ½ xᵀGx on every one-hot x (equal, unless products were taken off).
+    """½ xᵀQx + cᵀx + constant: convex, and at most ½ xᵀGx on every one-hot x within the budgets (equal on any, unless
+    products were taken off).
 
     Attributes:
         quadratic: Q, ``[V, V]``, positive semidefinite up to ``slack``.
@@ -42,7 +43,7 @@ class ConvexForm:
         multipliers: ``[rows]``, non-negative, one per budget, in units of objective per unit of the budget row.
         moments: ``[1 + W, 1 + W]``, W the free candidates: (1, y)(1, y)ᵀ on average at the relaxation's solution, nearly;
             None where no semidefinite program was solved.
-        removed: ``[V, V]`` non-negative R: the form equals ½ xᵀ(G − R)x on one-hot x; None for zero.
+        removed: ``[V, V]`` non-negative R: the form is at most ½ xᵀ(G − R)x on one-hot x within the budgets; None for zero.
     """
 
     quadratic: Array
