@@ -56,7 +56,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for budget in BUDGETS:
         size = int(budget * sum(layer.numel for layer in sens.layers) / 8)
-        plan, wall, cpu = timed(lambda size=size: clado.solve(sens, size_bytes=size, time_limit=options.seconds))
+        plan, wall, cpu = timed(partial(clado.solve, sens, size_bytes=size, time_limit=options.seconds))
         rows.append(
             {
                 "avg_bits": budget,

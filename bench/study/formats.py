@@ -1,69 +1,107 @@
 """``python -m bench.study.formats``: integers alone and integers with fp8 and kept layers, inputs rounded too, beside ModelOpt's.
 
-Two nets trained on digits (bench/study/nets.py). A candidate is a weight in 2, 4 or 8 bits or fp8 together with its layer's input
-in 8 bits (fp8 with fp8), or the layer kept in 16 bits. At each budget of bits per weight: the plan of `clado solve` over all
-of them (measured: of the shortlist the least KL on digits set apart), the same without fp8 and kept layers, the same of a
-profile under nearest rounding, which is ModelOpt's, and ModelOpt's `auto_quantize` over the same formats by both of its scorings,
-its own net with its own ranges and scales (by squared error), on the same images. Judged by the KL to the float net on held-out
-digits, paired, clustered by digit. On a CPU ModelOpt has no blocks (nvfp4, mx), so there are none here.
+Two nets trained on digits (bench/study/nets.py), and with ``--photographs`` EfficientNet-Lite0 with ImageNet weights. A
+candidate is a weight in 2, 4 or 8 bits or fp8 together with its layer's input in 8 bits (fp8 with fp8), or the layer kept in 16
+bits. At each budget of bits per weight: the plan of `clado solve` over all of them (measured: of the shortlist the least KL on
+images set apart), the same without fp8 and kept layers, the same of a profile under nearest rounding, which is ModelOpt's, and
+ModelOpt's `auto_quantize` over the same formats by both of its scorings, its own net with its own ranges and scales (by squared
+error), on the same images. Judged by the KL to the float net on held-out images, paired, clustered by digit or by what a
+photograph shows. On a CPU ModelOpt has no blocks (nvfp4, mx), so there are none here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
-from . import modelopt
+from . import mct, modelopt
 from .interactions import logits
 from .measure import divergence
 from .nets import load_split, trained
 from .numbers import clustered, compact
+from .photographs import load_photographs, read_photographs
+from .real_nets import LITE, load_net
 from .real_page import FORMATS
 
 SCHEMES = ("W2A8", "W4A8", "W8A8", "FP8", "BF16")
 FLOATS = ("FP8", "BF16")
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
-SAMPLES = 256
+DIGITS, PHOTOGRAPHS = 256, 128  # that are measured on
+JUDGES = (128, 500)  # photographs that choose, and that judge
 NETS = ("vit", "resnet")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/study"), help="trained nets, profiles and scores")
-    parser.add_argument("--json", type=Path, default=FORMATS)
+    parser.add_argument("--photographs", type=Path, help="folder that bench.study.photographs wrote")
+    parser.add_argument("--nets", help=f"of {', '.join((*NETS, *LITE))}; by default all there is data for")
+    parser.add_argument("--json", type=Path, default=FORMATS, help="rows of other nets in it stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in NETS for row in Bench(name, options.work).rows()]
-    settings = {"schemes": SCHEMES, "samples": SAMPLES}
-    found = {"benchmark": "formats", "machine": machine(), "settings": settings, "rows": rows}
-    with atomic_file(options.json) as temporary:
-        Path(temporary).write_text(compact(found) + "\n")
+    every = (*NETS, LITE[0]) if options.photographs else NETS
+    for name in options.nets.split(",") if options.nets else every:
+        bench = of_digits(name, options.work) if name in NETS else of_photographs(name, options)
+        found = bench.rows()
+        known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+        rows = [row for row in known if row["net"] != name] + found
+        out = {"benchmark": "formats", "machine": machine(), "settings": {"schemes": SCHEMES}, "rows": rows}
+        with atomic_file(options.json) as temporary:
+            Path(temporary).write_text(compact(out) + "\n")
+
+
+def of_digits(name: str, work: Path) -> Bench:
+    data = load_split("sensitivity a")
+    judges = {split: load_split(split) for split in ("choice", "heldout")}
+    images = {split: own.images for split, own in judges.items()}
+    model = trained(name, 0, work / "nets")
+    shown = judges["heldout"].digit.numpy()
+    return Bench(name, model, (data.images[:DIGITS], data.labels[:DIGITS]), images, shown, work / "formats" / name)
+
+
+def of_photographs(name: str, options: argparse.Namespace) -> Bench:
+    """Labels are the float net's classes."""
+    model, mean, std = load_net(name)
+    sets = ("sensitivity", "choice", "heldout")
+    images = {split: load_photographs(options.photographs, split, mean, std) for split in sets}
+    measured = images.pop("sensitivity")[:PHOTOGRAPHS]
+    images = {"choice": images["choice"][: JUDGES[0]], "heldout": images["heldout"][: JUDGES[1]]}
+    shown = read_photographs(options.photographs, "heldout").picture[: JUDGES[1]].numpy()
+    data = (measured, logits(model, measured).argmax(1))
+    return Bench(name, model, data, images, shown, options.work / "formats" / name)
 
 
 class Bench:
-    """A trained net, the digits that it is measured on and those that choose and judge."""
+    """A net, the images and labels that it is measured on, images that choose and judge, and what those that judge show."""
 
-    def __init__(self, name: str, work: Path) -> None:
-        self.name, self.model, self.work = name, trained(name, 0, work / "nets"), work / "formats" / name
-        data = load_split("sensitivity a")
-        self.images, self.labels = data.images[:SAMPLES], data.labels[:SAMPLES]
-        self.judges = {split: load_split(split) for split in ("choice", "heldout")}
-        self.clean = {split: logits(self.model, data.images) for split, data in self.judges.items()}
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        data: tuple[Tensor, Tensor],
+        judges: dict[str, Tensor],
+        shown: NDArray[np.int64],
+        work: Path,
+    ) -> None:
+        self.name, self.model, self.data, self.judges, self.shown, self.work = name, model, data, judges, shown, work
+        self.clean = {split: logits(model, images) for split, images in judges.items()}
 
     def profile(self, rounding: str) -> Sensitivity:
-        how: dict[str, Any] = {"num_samples": SAMPLES, "output_dir": self.work / rounding, "verbose": False}
-        return clado.profile(self.model, [self.images], schemes=SCHEMES, rounding=rounding, **how)
+        images = self.data[0]
+        how: dict[str, Any] = {"num_samples": len(images), "output_dir": self.work / rounding, "verbose": False}
+        return clado.profile(self.model, [images], schemes=SCHEMES, rounding=rounding, **how)
 
     def rows(self) -> list[dict[str, Any]]:
         sens, nearest = self.profile("compensated"), self.profile("nearest")
@@ -90,23 +128,26 @@ class Bench:
     def theirs(self, sens: Sensitivity, method: str) -> list[NDArray[np.float64]]:
         integers = [modelopt.rounded(bits, 8) for bits in (2, 4, 8)]
         formats = [*integers, modelopt.rounded((4, 3), (4, 3), axis=None)]
-        calibrated = {"allow_none": True, "num_calib_steps": SAMPLES // modelopt.BATCH}
-        data = (self.images, self.labels)
+        images, labels = self.data
+        calibrated = {"allow_none": True, "num_calib_steps": len(images) // modelopt.BATCH}
+        plain, names = mct.padded(self.model, sens, images[:1])
         nets = modelopt.nets(
-            self.model, sens, formats, *data, method, BUDGETS, self.work / f"{method}.pt", **calibrated
+            plain, sens, formats, images, labels, method, BUDGETS, self.work / f"{method}.pt", names, **calibrated
         )
         return [self.judged(net, "heldout") for net, _ in nets]
 
     def judged(self, net: nn.Module, split: str) -> NDArray[np.float64]:
-        return divergence(self.clean[split], logits(net, self.judges[split].images)).numpy()
+        return divergence(self.clean[split], logits(net, self.judges[split])).numpy()
 
     def row(self, budget: float, losses: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
-        digit = self.judges["heldout"].digit.numpy()
         row = {
             "net": self.name,
+            "samples": len(self.data[0]),
             "budget": budget,
-            "kl": {name: clustered(own, digit) for name, own in losses.items()},
-            "minus": {name: clustered(losses["all"] - own, digit) for name, own in losses.items() if name != "all"},
+            "kl": {name: clustered(own, self.shown) for name, own in losses.items()},
+            "minus": {
+                name: clustered(losses["all"] - own, self.shown) for name, own in losses.items() if name != "all"
+            },
         }
         print(self.name, budget, {name: round(float(own.mean()), 5) for name, own in losses.items()}, flush=True)
         return row

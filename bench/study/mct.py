@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clado.artifacts import Sensitivity
+
 from ..harness import quiet
 
 BATCH = 16
@@ -63,6 +65,13 @@ def quantized(
         else:
             net, info = mct.ptq.pytorch_post_training_quantization(model, batches, target, **settings)
     return net, info.final_resource_utilization.weights_memory - sum(ends.values())
+
+
+def padded(model: nn.Module, sens: Sensitivity, example: Tensor) -> tuple[nn.Module, dict[str, str]]:
+    """:func:`padded_first`, and {searched layer: its module there}."""
+    plain = padded_first(model, example)
+    modules = dict(plain.named_modules())
+    return plain, {n: n if hasattr(modules[n], "weight") else f"{n}.1" for n in (layer.name for layer in sens.layers)}
 
 
 def padded_first(model: nn.Module, example: Tensor) -> nn.Module:

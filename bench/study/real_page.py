@@ -209,12 +209,14 @@ def formats_and_inputs() -> str:
     rivals = [gap for row in found["rows"] for name, gap in row["minus"].items() if name.startswith("ModelOpt")]
     below = sum(gap["mean"] < 0 for gap in rivals)
     sure = sum(gap["mean"] < -2 * gap["stderr"] for gap in rivals)
-    settings = found["settings"]
+    samples = ", ".join(
+        f"{net} {count}" for net, count in {row["net"]: row["samples"] for row in found["rows"]}.items()
+    )
     return f"""
 ## Number formats, and inputs too
 
-Two nets of the first study; {settings["samples"]} images; every layer takes one of
-{", ".join(settings["schemes"])}: a weight, and its input in 8 bits, or the layer in 16. Bits are of weights. KL to the float net on held-out digits,
+Nets of the first study and one with ImageNet weights ({samples} images); every layer takes one of
+{", ".join(found["settings"]["schemes"])}: a weight, and its input in 8 bits, or the layer in 16. Bits are of weights. KL to the float net on held-out images,
 in thousandths, and ours minus the others', paired. "Integers" is `clado solve` without fp8 and kept layers, "nearest" with them
 but from a profile under nearest rounding, as ModelOpt rounds. ModelOpt searches the same formats and may leave layers as they are, with its
 own ranges and scales. Ours is below it in {below} of {len(rivals)} comparisons, in {sure} of them

@@ -147,9 +147,7 @@ class Shipped:
         sens, images = self.profile("nearest"), self.sensitivity
         classes = logits(self.bench.model, images).argmax(1)
         scores = self.bench.work / f"modelopt-{method}.pt"
-        plain = mct.padded_first(self.bench.model, images[:1])
-        modules = dict(plain.named_modules())
-        names = {n: n if hasattr(modules[n], "weight") else f"{n}.1" for n in (layer.name for layer in sens.layers)}
+        plain, names = mct.padded(self.bench.model, sens, images[:1])
         (bits,) = modelopt.plans(plain, sens, images, classes, method, [budget], scores, names)
         return clado.given_plan(sens, bits)
 
