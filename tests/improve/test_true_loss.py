@@ -50,6 +50,16 @@ def test_rerank_takes_the_least_true_loss_and_says_by_how_much(loss: str) -> Non
     assert all(row["stderr"] > 0 for row in compared[1:])
 
 
+def test_accuracies_come_with_every_cross_entropy_of_logits() -> None:
+    model, data = labelled()
+    plain = clado.evaluate(model, data)
+    classes = model(data[0][0]).shape[1]
+    weighted = clado.evaluate(model, data, loss="cross_entropy", class_weights=range(1, classes + 1))
+    assert weighted.correct is not None and plain.correct is not None
+    assert torch.equal(weighted.correct, plain.correct)
+    assert not torch.equal(weighted.losses, plain.losses)
+
+
 def test_bad_input() -> None:
     model, data = labelled()
     with pytest.raises(clado.CladoError, match="yield at least one sample"):

@@ -11,7 +11,7 @@ import functools
 import inspect
 import numbers
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import Parameter
 from typing import Any, ClassVar, TypeVar
@@ -39,9 +39,9 @@ class Check:
 
 
 def number_list(value: Any) -> tuple[float, ...] | None:
-    """Of a list, a tuple, an array or a tensor of numbers; None where it is none."""
+    """Of a sequence, an array or a tensor of numbers; None where it is none."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    good = isinstance(value, (list, tuple)) and all(isinstance(number, numbers.Real) for number in value)
+    good = isinstance(value, Sequence) and all(isinstance(number, numbers.Real) for number in value)
     return tuple(map(float, value)) if good else None
 
 

@@ -98,7 +98,7 @@ def evaluate(
 
     Args:
         loss, loss_dim, loss_against, ignore_index, class_weights: as for :func:`clado.profile`; None: the
-            cross-entropy, with accuracies. Under any other the score has losses alone.
+            cross-entropy. That of logits ``[n, C]`` comes with accuracies, any other loss alone.
         reference: the float model, for losses that compare with its outputs: those over its own.
         forward_step, loss_func: as for :func:`clado.profile`. Under ``loss_func`` the score has losses alone.
 
@@ -128,7 +128,7 @@ def evaluate(
         must = "be given for a loss that compares with the float model's outputs"
         require(not batch.choice.compares_outputs, "evaluate", "reference", must, "none")
         losses.append(batch.loss.value(batch.output).cpu())
-        if loss is None and loss_func is None:
+        if loss_func is None and loss in (None, "cross_entropy") and batch.output.dim() == 2:
             logits, labels = batch.output.double().cpu(), batch.targets.cpu().long()
             hits.append(logits.argmax(1) == labels)
             hits5 += [(logits.topk(5).indices == labels[:, None]).any(1)] if logits.shape[1] > 5 else []
