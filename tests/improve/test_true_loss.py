@@ -55,7 +55,8 @@ def test_accuracies_come_with_every_cross_entropy_of_logits() -> None:
     plain = clado.evaluate(model, data)
     classes = model(data[0][0]).shape[1]
     weighted = clado.evaluate(model, data, loss="cross_entropy", class_weights=range(1, classes + 1))
-    assert weighted.correct is not None and plain.correct is not None
+    assert weighted.correct is not None
+    assert plain.correct is not None
     assert torch.equal(weighted.correct, plain.correct)
     assert not torch.equal(weighted.losses, plain.losses)
 
