@@ -28,7 +28,9 @@ def iqp_prove(
     nodes: int = 10_000_000,
     seconds: float = 60.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prove how good the best choice is, with a convex form ½ xᵀQx + cᵀx + constant that is at most ½ xᵀGx on choices.
+    """Prove how good the best choice is, with a convex form ½ xᵀQx + cᵀx + constant that is at most ½ xᵀGx on feasible choices.
+
+    Long proofs run on torch's threads; the result is the same at any number of them unless ``seconds`` ends it.
 
     Args:
         matrix, starts, rows, limits: as in :func:`clado_ext.iqp_search`.
@@ -37,8 +39,8 @@ def iqp_prove(
         multipliers: float64 ``[P]``, non-negative, objective per unit of a row; where the dual ascent starts.
         start: int64 ``[L]``, an incumbent.
         point: float64 ``[V]``, non-negative; where the descent starts, best a minimizer of the form within the budgets.
-        removed: R, float64 ``[V, V]``, symmetric, non-negative, zero within layers: where given, the form lies below
-            ½ xᵀ(G − R)x, and what R holds of candidates that a node has fixed is put back there.
+        removed: R, float64 ``[V, V]``, symmetric, non-negative, zero within layers: where given, the form is at most
+            ½ xᵀ(G − R)x on feasible choices, and what R holds of candidates that a node has fixed is put back there.
         constant: a number.
         slack: taken off every bound.
         tolerance: nodes that cannot beat the incumbent by more than this are closed.
@@ -121,8 +123,8 @@ def _launch(
     quadratic, linear, multipliers = (tensor.contiguous() for tensor in (quadratic, linear, multipliers))
     point, removed = point.contiguous(), removed.contiguous()
     check_values("iqp_prove", matrix, starts, start)
-    finite = all(bool(t.isfinite().all()) for t in (quadratic, linear, point, removed))
-    require(finite, "iqp_prove", "quadratic, linear, point and removed", "be finite", "NaN or infinity")
+    finite = all(bool(t.isfinite().all()) for t in (quadratic, linear, multipliers, point, removed))
+    require(finite, "iqp_prove", "quadratic, linear, multipliers, point and removed", "be finite", "NaN or infinity")
     choice.copy_(start)
     taken = removed.data_ptr() if removed.numel() else 0
     program = numbers(matrix, starts, rows, limits)

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <exception>
 
 namespace clado {
 
@@ -26,7 +27,8 @@ void parallel_for(int64_t n, int threads, Fn fn) {
   for (int64_t i = 0; i < n; ++i) fn(i);
 }
 
-// fn(i, thread) for i in [0, n), for items of unequal work: whichever of up to `threads` threads is free takes the next one.
+// fn(i, thread) for i in [0, n), for items of unequal work: whichever of up to `threads` threads is free takes the next one. What
+// fn throws (it may allocate) is thrown here, after all have come to an end.
 template <class Fn>
 void parallel_uneven(int64_t n, int threads, Fn fn) {
   if (threads > n) threads = static_cast<int>(n);
@@ -34,8 +36,17 @@ void parallel_uneven(int64_t n, int threads, Fn fn) {
     for (int64_t i = 0; i < n; ++i) fn(i, 0);
     return;
   }
+  std::exception_ptr thrown;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
+  for (int64_t i = 0; i < n; ++i) {
+    try {
+      fn(i, omp_get_thread_num());
+    } catch (...) {
+#pragma omp critical
+      thrown = std::current_exception();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace clado

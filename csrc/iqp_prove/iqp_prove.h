@@ -16,8 +16,8 @@ struct IqpForm {
   const double* quadratic;    // [V, V] symmetric
   const double* linear;       // [V]
   const double* multipliers;  // [budgets] >= 0, objective per unit of a budget row; where the ascent starts
-  const double* removed;      // [V, V] symmetric, >= 0, zero inside layers, or null: ½ xᵀRx that the form lies below ½ xᵀGx;
-                              // put back for candidates that a node has fixed, where it is linear
+  const double* removed;      // [V, V] symmetric, >= 0, zero inside layers, or null: the form is at most ½ xᵀ(G − R)x there;
+                              // R is put back for candidates that a node has fixed, where it is linear
   const double* point;        // [V] >= 0, where the descent starts; a layer without any of it starts spread evenly
   double constant;
   double slack;

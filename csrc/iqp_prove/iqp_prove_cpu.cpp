@@ -3,7 +3,6 @@
 #include <deque>
 #include <limits>
 #include <memory>
-#include <queue>
 
 #include "common/local_search.h"
 #include "common/parallel.h"
@@ -12,6 +11,8 @@ namespace clado {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int kTogether = 32;  // nodes expanded at a time; more would be taken before better ones are known
+constexpr int64_t kAlone = int64_t{1} << 25;  // nodes x V² that stay on the caller's thread: some tens of milliseconds
 constexpr size_t kQueueBytes = size_t{512} << 20;  // beyond this much, the newest node is taken instead of the best
 
 // out[v] += s * a[v]
@@ -266,6 +267,7 @@ struct Grown {
   std::vector<std::unique_ptr<Node>> children;
   std::vector<int64_t> choice;
   double value = kInfinity;
+  bool late = false;  // there was no time to expand it
 };
 
 // Everything one thread needs to expand nodes.
@@ -288,7 +290,8 @@ class Expansion {
   // the relaxation's; `left`: of the root, receives what is alive.
   Grown expand(Node& node, double cutoff, bool rounded, std::vector<uint8_t>* left) {
     grown_ = Grown(), given_ = cutoff;
-    grow(node, rounded, left);
+    grown_.late = !left && local_.late();
+    if (!grown_.late) grow(node, rounded, left);
     if (left) *left = node.alive;
     return std::move(grown_);
   }
@@ -430,8 +433,6 @@ class Tree {
   }
 
  private:
-  static constexpr int kTogether = 32;  // nodes; more would be taken before better ones are known
-
   double cutoff() const { return best_.empty() ? kInfinity : best_value_ - tolerance_; }
   bool empty() const { return heap_.empty() && stack_.empty(); }
 
@@ -444,11 +445,14 @@ class Tree {
     }
     std::vector<Grown> grown(nodes.size());
     const double limit = cutoff();
-    parallel_uneven(static_cast<int64_t>(nodes.size()), static_cast<int>(workers_.size()), [&](int64_t k, int thread) {
+    const int threads = count_ * size_ * size_ < kAlone ? 1 : static_cast<int>(workers_.size());
+    parallel_uneven(static_cast<int64_t>(nodes.size()), threads, [&](int64_t k, int thread) {
       grown[k] = workers_[thread].expand(*nodes[k], limit, (count_ + k + 1) % 50 == 0, nullptr);
     });
-    count_ += static_cast<int64_t>(nodes.size());
-    for (Grown& one : grown) take(std::move(one));
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      if (grown[k].late) put(std::move(nodes[k]));
+      else take(std::move(grown[k])), ++count_;
+    }
   }
 
   void take(Grown grown) {

@@ -83,8 +83,11 @@ def test_bound_of_an_open_tree_is_never_above_the_optimum(seed: int, nodes: int)
 
 
 def test_same_tree_at_every_cpu_setting() -> None:
-    program = random_program(1, layers=12, tightness=0.4)
-    results = at_every_cpu_setting(lambda: clado_ext.iqp_prove(**program, **convex(program), nodes=300))
+    """Of a program so large that its later nodes are shared out."""
+    program = random_program(1, layers=60, tightness=0.4)
+    form, nodes = convex(program), 300 + 2**25 // len(program["matrix"]) ** 2
+    results = at_every_cpu_setting(lambda: clado_ext.iqp_prove(**program, **form, nodes=nodes))
+    assert results[0][2][1] == nodes
     assert all(same_bits(result, results[0]) for result in results)
 
 
@@ -104,7 +107,7 @@ def test_time_limit() -> None:
         ({"linear": torch.zeros(3)}, "linear must be float64"),
         (
             {"linear": torch.full((3,), math.nan, dtype=torch.float64)},
-            "quadratic, linear, point and removed must be finite",
+            "quadratic, linear, multipliers, point and removed must be finite",
         ),
         ({"multipliers": torch.zeros(2, dtype=torch.float64)}, "multipliers must have shape"),
         ({"point": torch.zeros(2, dtype=torch.float64)}, "point must have shape"),

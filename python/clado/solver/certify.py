@@ -20,10 +20,10 @@ SOLVERS = ("auto", "bnb", "scip", "heuristic")
 LARGE = 1500  # candidates beyond which dropping the hopeless ones first takes longer than it saves
 CLOSED = 1e-6  # gap at which a choice counts as optimal
 ROUNDS = 3  # of tightening before branch and bound goes to the end
-ITERATIONS = 100  # of the search for a tighter form; in each round twice as many
-NODES_WORK = 400_000_000  # nodes x V² before a tighter form is sought: about half of what one costs; as above
-NEAR_END = 0.5  # of what was missing at the root is missing still: more nodes will do, where a tighter form was tried
-FEWER = 0.9  # of the candidates left: worth a program of their own
+ITERATIONS = 100  # of the first search for a tighter form; each round has twice as many as the one before
+NODES_WORK = 400_000_000  # nodes x V² before that, about half of what it costs; twice as many in each round too
+NEAR_END = 0.5  # if nodes leave less than this share of what a tighter form leaves open, they go on to the end
+FEWER = 0.9  # if less than this share of the candidates is left, they get a program of their own
 Choice = NDArray[np.int64]
 
 
@@ -163,7 +163,7 @@ def _prove(
     if form.bound >= value - tolerance:
         return incumbent, form.bound, "heuristic"
     if effort.solver == "heuristic":
-        return incumbent, max(form.bound, tightened(program, form, effort).bound), "heuristic"
+        return incumbent, max(form.bound, tightened(program, form, effort, spare=True).bound), "heuristic"
     # Without interactions it is an integer linear program with many ties: SCIP's ground.
     if effort.solver == "scip" or (effort.solver == "auto" and not form.quadratic.any()):
         best, bound, _ = scip.exact(program, form, incumbent, effort.deadline, tolerance, effort.seed)
@@ -204,7 +204,7 @@ def _branch_and_bound(
     return where[found], max(bound, proven)
 
 
-def tightened(program: Program, form: ConvexForm, effort: Effort, spare: bool = True) -> ConvexForm:
+def tightened(program: Program, form: ConvexForm, effort: Effort, spare: bool = False) -> ConvexForm:
     """A form of a lower objective with a better bound; ``form`` itself where none was found in time.
 
     Args:

@@ -226,8 +226,13 @@ class SolveOptions(Arguments):
     )
     threads: int = argument(
         1,
-        "of the dense linear algebra behind the bound; one is fastest up to a few hundred candidates.",
-        Line("--threads", "count", "Of the linear algebra behind the bound."),
+        "of the dense linear algebra behind the bound; one is fastest up to a few hundred candidates. The search tree runs on "
+        "torch's threads (torch.set_num_threads, OMP_NUM_THREADS), with the same result at any number of them.",
+        Line(
+            "--threads",
+            "count",
+            "Of the linear algebra behind the bound; OMP_NUM_THREADS are those of the search tree.",
+        ),
         check=Check(lambda value: _whole(value) and value >= 1, "be a whole number from 1 up", str),
         kept=operator.index,
         group="effort",

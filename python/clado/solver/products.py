@@ -26,9 +26,7 @@ from .shift import ConvexForm, one_hot_map
 Array = NDArray[np.float64]
 _PENALTY = 0.3  # of X − WRWᵀ, relative to |C| / L; a factor of three up or down changes little
 _STRIDE = 1.6  # of the multipliers; below the golden ratio it converges
-_FLAT = (
-    1e-2  # least mean square of what is left of a budget, relative to the limit's, by which its row is scaled to one
-)
+_FLAT = 1e-2  # what is left of a budget is scaled to a mean square of one, or by this where it is less, relative to the limit²
 
 
 class Products:
@@ -47,9 +45,7 @@ class Products:
         ones = np.vstack([np.eye(1, len(form.moments)), one_hot_map(program)])
         rest = np.hstack([limits[:, None], -self.use])[: len(limits) if spare else 0]
         mean_square = np.einsum("pi,ij,pj->p", rest @ ones, form.moments, rest @ ones)
-        self.rest = (
-            rest / np.sqrt(np.maximum(_FLAT, mean_square))[:, None]
-        )  # of (1, x): what is left of the budgets, near one
+        self.rest = rest / np.sqrt(np.maximum(_FLAT, mean_square))[:, None]  # times (1, x): what is left of the budgets
         lift = np.vstack([ones, self.rest @ ones])
         self.basis = np.linalg.qr(lift)[0]
         self.least_price = -form.multipliers * program.row_scale
@@ -65,7 +61,7 @@ class Products:
         self.limits, self.price = limits, np.zeros(len(limits))
 
     def search(self, iterations: int, deadline: float) -> None:
-        """Go on with the alternating directions until ``time.monotonic()`` is ``deadline``."""
+        """So many more alternating directions; fewer where ``time.monotonic()`` comes to ``deadline``."""
         took = 0.0
         for _ in range(iterations):
             began = time.monotonic()

@@ -330,7 +330,7 @@ def _what_if(
         start = answer.choice
     if len(within_reach(program, np.arange(program.size))) == program.size:
         plain = shifted(program, effort.share(0.5), tolerance=ROUGH if known else EXACT)
-        forms[program.limits.tobytes()] = [plain] if known else [plain, tightened(program, plain, effort, spare=False)]
+        forms[program.limits.tobytes()] = [plain] if known else [plain, tightened(program, plain, effort)]
         for old in list(forms)[:-MOST_FORMS]:
             del forms[old]
     return certify(program, keep, effort, start, [form for pair in forms.values() for form in pair])

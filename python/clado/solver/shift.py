@@ -76,7 +76,8 @@ class ConvexForm:
         )
 
     def restricted(self, keep: NDArray[np.int64], multipliers: Array) -> ConvexForm:
-        """The form over the candidates ``keep`` for other budgets, whose bound is then unknown."""
+        """The form over the candidates ``keep`` for other budgets, whose bound is then unknown; not of one that is for its
+        own budgets alone (``Products(spare=True)``)."""
         quadratic = self.quadratic[np.ix_(keep, keep)]
         removed = None if self.removed is None else self.removed[np.ix_(keep, keep)]
         linear = self.linear[keep]
