@@ -196,7 +196,15 @@ class Bench:
         plt.close(figure)
 
     def collected(self) -> dict[str, Any]:
-        settings = {"bits": BITS, "samples": SAMPLES, "heldout": HELDOUT, "choice": CHOICE, "losses": LOSSES}
+        settings = {
+            "bits": BITS,
+            "samples": SAMPLES,
+            "heldout": HELDOUT,
+            "choice": CHOICE,
+            "losses": LOSSES,
+            "every": EVERY,
+            "exact": EXACT,
+        }
         rows = [row for output in LOSSES for budget in BUDGETS if (row := self.row(output, budget))]
         times = {
             output: {name: values.tolist() for name, values in np.load(path).items()}

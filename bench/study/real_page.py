@@ -82,15 +82,7 @@ def where_predictions_fail() -> str:
         ]
         for row in found["plans"]
     ]
-    pairs = [
-        [
-            f"{row['bits'][0]} and {row['bits'][1]}",
-            *(f"{row[name]:.1e}" for name in ("exact", "additive", "rms")),
-            f"{row['error']:.0%}",
-            *(f"{row[name]:.2f}" for name in ("slope", "correlation")),
-        ]
-        for row in found["pairs"]
-    ]
+    pairs = [_beside_exact(row) for row in found["pairs"]]
     off = [abs(row["alone"] + row["pairs"] - row["added"]) for row in found["plans"]]
     missed = [abs(row["added"] - row["measured"]) for row in found["plans"]]
     low = [row for row in found["pairs"] if max(row["bits"]) <= 3]
@@ -111,10 +103,30 @@ Single interactions of every {settings["every"]}th layer with each other, beside
 relative to it, slope of additive over exact, correlation. Up to three bits the additive ones are on average {min(ratios):.1f} to {max(ratios):.1f} times the exact,
 which a share below one makes up for, and correlate at {min(row["correlation"] for row in low):.2f} to {max(row["correlation"] for row in low):.2f}, which nothing makes up for.
 
-{table(["bits of the two", "mean of the exact", "of the additive", "root mean square", "error", "slope", "correlation"], pairs)}
+{table(_BESIDE_EXACT, pairs)}
 
 `python -m bench.study.why PHOTOGRAPHS` writes `{WHY}`.
 """
+
+
+_BESIDE_EXACT = [
+    "bits of the two",
+    "mean of the exact",
+    "of the additive",
+    "root mean square",
+    "error",
+    "slope",
+    "correlation",
+]
+
+
+def _beside_exact(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['bits'][0]} and {row['bits'][1]}",
+        *(f"{row[name]:.1e}" for name in ("exact", "additive", "rms")),
+        f"{row['error']:.0%}",
+        *(f"{row[name]:.2f}" for name in ("slope", "correlation")),
+    ]
 
 
 def finished_real_nets() -> str:
@@ -198,6 +210,23 @@ by binary cross-entropy of the map (16,384 places an image) and once by squared 
 as long (counted from the time of one). `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
+{_dense_pairs(found)}"""
+
+
+def _dense_pairs(found: dict[str, Any]) -> str:
+    if "pairs" not in found:
+        return ""
+    settings = found["settings"]
+    rows = [
+        [output, *_beside_exact(row)]
+        for output, every in found["pairs"].items()
+        for row in every
+        if max(row["bits"]) <= 4
+    ]
+    return f"""
+Single interactions of every {settings["every"]}th layer with each other, beside `exact` ones on the same {settings["exact"]} photographs:
+
+{table(["of the", *_BESIDE_EXACT], rows)}
 """
 
 
