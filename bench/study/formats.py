@@ -48,13 +48,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/study"), help="trained nets, profiles and scores")
     parser.add_argument("--photographs", type=Path, help="folder that bench.study.photographs wrote")
     parser.add_argument("--nets", help=f"of {', '.join((*NETS, *LITE))}; by default all there is data for")
+    parser.add_argument("--budgets", default=",".join(f"{budget:g}" for budget in BUDGETS))
+    parser.add_argument("--ours", action="store_true", help="leave ModelOpt out")
     parser.add_argument("--json", type=Path, default=FORMATS, help="rows of other nets in it stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     every = (*NETS, LITE[0]) if options.photographs else NETS
     for name in options.nets.split(",") if options.nets else every:
         bench = of_digits(name, options.work) if name in NETS else of_photographs(name, options)
-        found = bench.rows()
+        found = bench.rows([float(budget) for budget in options.budgets.split(",")], options.ours)
         known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
         rows = [row for row in known if row["net"] != name] + found
         out = {"benchmark": "formats", "machine": machine(), "settings": {"schemes": SCHEMES}, "rows": rows}
@@ -103,11 +105,11 @@ class Bench:
         how: dict[str, Any] = {"num_samples": len(images), "output_dir": self.work / rounding, "verbose": False}
         return clado.profile(self.model, [images], schemes=SCHEMES, rounding=rounding, **how)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, budgets: list[float], alone: bool) -> list[dict[str, Any]]:
         sens, nearest = self.profile("compensated"), self.profile("nearest")
-        found = {budget: self.ours(sens, nearest, budget) for budget in BUDGETS}
-        for method in modelopt.METHODS:
-            for budget, losses in zip(BUDGETS, self.theirs(sens, method), strict=True):
+        found = {budget: self.ours(sens, nearest, budget) for budget in budgets}
+        for method in () if alone else modelopt.METHODS:
+            for budget, losses in zip(budgets, self.theirs(sens, method, budgets), strict=True):
                 found[budget][f"ModelOpt, {method}"] = losses
         return [self.row(budget, losses) for budget, losses in found.items()]
 
@@ -125,14 +127,14 @@ class Bench:
         short = clado.shortlist(sens, solver="heuristic", **limits)
         return min(short, key=lambda plan: self.judged(clado.apply(self.model, plan), "choice").mean())
 
-    def theirs(self, sens: Sensitivity, method: str) -> list[NDArray[np.float64]]:
+    def theirs(self, sens: Sensitivity, method: str, budgets: list[float]) -> list[NDArray[np.float64]]:
         integers = [modelopt.rounded(bits, 8) for bits in (2, 4, 8)]
         formats = [*integers, modelopt.rounded((4, 3), (4, 3), axis=None)]
         images, labels = self.data
         calibrated = {"allow_none": True, "num_calib_steps": len(images) // modelopt.BATCH}
         plain, names = mct.padded(self.model, sens, images[:1])
         nets = modelopt.nets(
-            plain, sens, formats, images, labels, method, BUDGETS, self.work / f"{method}.pt", names, **calibrated
+            plain, sens, formats, images, labels, method, budgets, self.work / f"{method}.pt", names, **calibrated
         )
         return [self.judged(net, "heldout") for net, _ in nets]
 

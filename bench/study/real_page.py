@@ -250,9 +250,9 @@ def formats_and_inputs() -> str:
     others = list(found["rows"][0]["minus"])
     rows = []
     for row in found["rows"]:
-        losses = [f"{1e3 * row['kl'][name]['mean']:.2f}" for name in ("all", *others)]
-        gaps = [row["minus"][name] for name in others]
-        shown = [f"{1e3 * gap['mean']:+.2f} ± {1e3 * gap['stderr']:.2f}{MARKS[verdict(gap)]}" for gap in gaps]
+        losses = [f"{1e3 * row['kl'][name]['mean']:.2f}" if name in row["kl"] else "" for name in ("all", *others)]
+        gaps = [row["minus"].get(name) for name in others]
+        shown = [f"{1e3 * g['mean']:+.2f} ± {1e3 * g['stderr']:.2f}{MARKS[verdict(g)]}" if g else "" for g in gaps]
         rows.append([row["net"], f"{row['budget']:g}", *losses, *shown])
     rivals = [gap for row in found["rows"] for name, gap in row["minus"].items() if name.startswith("ModelOpt")]
     below = sum(gap["mean"] < 0 for gap in rivals)
