@@ -27,19 +27,18 @@ from clado.common import atomic_file
 
 from ..harness import machine
 from . import mct, modelopt
-from .interactions import logits
+from .interactions import HELDOUT, logits
+from .interactions import Bench as Photographs
 from .measure import divergence
 from .nets import load_split, trained
 from .numbers import clustered, compact
-from .photographs import load_photographs, read_photographs
-from .real_nets import LITE, load_net
+from .real_nets import LITE
 from .real_page import FORMATS
 
 SCHEMES = ("W2A8", "W4A8", "W8A8", "FP8", "BF16")
 FLOATS = ("FP8", "BF16")
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
 DIGITS, PHOTOGRAPHS = 256, 128  # that are measured on
-JUDGES = (128, 500)  # photographs that choose, and that judge
 NETS = ("vit", "resnet")
 
 
@@ -75,14 +74,11 @@ def of_digits(name: str, work: Path) -> Bench:
 
 def of_photographs(name: str, options: argparse.Namespace) -> Bench:
     """Labels are the float net's classes."""
-    model, mean, std = load_net(name)
-    sets = ("sensitivity", "choice", "heldout")
-    images = {split: load_photographs(options.photographs, split, mean, std) for split in sets}
-    measured = images.pop("sensitivity")[:PHOTOGRAPHS]
-    images = {"choice": images["choice"][: JUDGES[0]], "heldout": images["heldout"][: JUDGES[1]]}
-    shown = read_photographs(options.photographs, "heldout").picture[: JUDGES[1]].numpy()
-    data = (measured, logits(model, measured).argmax(1))
-    return Bench(name, model, data, images, shown, options.work / "formats" / name)
+    own = Photographs.of(name, options.photographs, HELDOUT, options.work)
+    images = own.sensitivity[:PHOTOGRAPHS]
+    judges = {split: held for split, (held, _) in own.judges.items()}
+    data = (images, logits(own.model, images).argmax(1))
+    return Bench(name, own.model, data, judges, own.shown, options.work / "formats" / name)
 
 
 class Bench:

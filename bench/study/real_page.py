@@ -263,7 +263,7 @@ def formats_and_inputs() -> str:
     return f"""
 ## Number formats, and inputs too
 
-Nets of the first study and one with ImageNet weights ({samples} images); every layer takes one of
+Nets and the images that they were measured on: {samples}. Every layer takes one of
 {", ".join(found["settings"]["schemes"])}: a weight, and its input in 8 bits, or the layer in 16. Bits are of weights. KL to the float net on held-out images,
 in thousandths, and ours minus the others', paired. "Integers" is `clado solve` without fp8 and kept layers, "nearest" with them
 but from a profile under nearest rounding, as ModelOpt rounds. ModelOpt searches the same formats and may leave layers as they are, with its

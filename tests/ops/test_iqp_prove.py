@@ -110,6 +110,10 @@ def test_time_limit() -> None:
             "quadratic, linear, multipliers, point and removed must be finite",
         ),
         ({"multipliers": torch.zeros(2, dtype=torch.float64)}, "multipliers must have shape"),
+        (
+            {"multipliers": torch.full((1,), math.nan, dtype=torch.float64)},
+            "quadratic, linear, multipliers, point and removed must be finite",
+        ),
         ({"point": torch.zeros(2, dtype=torch.float64)}, "point must have shape"),
         ({"removed": torch.zeros(2, 2, dtype=torch.float64)}, "removed must have shape"),
         ({"tolerance": -1.0}, "slack and tolerance must not be negative"),

@@ -58,6 +58,7 @@ class Products:
         self.dual = np.zeros_like(self.cost)
         self.dual[: size + 1, : size + 1] = _dual(program, form, ones, self.cost[: size + 1, : size + 1])
         self.penalty = _PENALTY * float(np.linalg.norm(program.matrix / 2)) / program.num_layers
+        self.stride = self.penalty / np.maximum(1e-9, (self.use * self.use).sum(axis=1))
         self.limits, self.price = limits, np.zeros(len(limits))
 
     def search(self, iterations: int, deadline: float) -> None:
@@ -73,7 +74,6 @@ class Products:
     def _iterate(self) -> None:
         each = np.arange(1, self.program.size + 1)
         penalty, price = self.penalty, self.price
-        stride = penalty / np.maximum(1e-9, (self.use * self.use).sum(axis=1))
         factor = _positive_factor(self.basis.T @ (self.first + self.dual / penalty) @ self.basis)
         factor = self.basis @ factor
         second = factor @ factor.T
@@ -85,7 +85,7 @@ class Products:
         first[0, 0] = 1
         self.first = first
         self.dual += _STRIDE * penalty * (first - second)
-        self.price = np.maximum(self.least_price, price + stride * (self.use @ mean - self.limits))
+        self.price = np.maximum(self.least_price, price + self.stride * (self.use @ mean - self.limits))
 
     def lower(self) -> tuple[Program, Array]:
         """The program with a lower objective, and R ``[V, V]``: what products of candidates were taken off, ½ xᵀRx."""
