@@ -35,7 +35,7 @@ from .real_page import SHIPPED
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500
 STAGES = ("planned", "compensated", "learned")
-OURS = ("measured", "zero points", "nearest", "uniform")
+OURS = ("measured", "zero points", "nearest", "uniform", "uniform zero points")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
 MCT_EPOCHS = 30  # of its learning, over the augmented photographs
 KINDS = (*OURS, *MODELOPT, "mct")
@@ -117,9 +117,9 @@ class Shipped:
 
     def plan(self, kind: str, budget: float) -> Plan | None:
         """None where a uniform width of that many bits is not to be had."""
-        rounding = kind if kind in ("nearest", "zero points") else "compensated"
+        rounding = next((name for name in ("nearest", "zero points") if name in kind), "compensated")
         sens = self.profile(rounding)
-        if kind == "uniform":
+        if kind.startswith("uniform"):
             return (
                 clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers}) if budget in BITS else None
             )
@@ -197,7 +197,7 @@ class Shipped:
         return {"benchmark": "shipped", "machine": machine(), "settings": settings, "rows": rows}
 
     def row(self, budget: float) -> dict[str, Any]:
-        """Every plan at every stage that was scored, and ours learned against the others learned."""
+        """Every plan at every stage that was scored, and ours at its last stage against the others at theirs."""
         read = {
             (kind, stage): dict(np.load(path))
             for kind in KINDS
@@ -211,7 +211,7 @@ class Shipped:
             for kind in KINDS
             if (kind, "planned") in read
         }
-        shown, ours = self.bench.shown, read["measured", "learned"]["kl"]
+        shown = self.bench.shown
         scores = {
             f"{kind} {stage}": {
                 **clustered(held["kl"], shown),
@@ -221,8 +221,11 @@ class Shipped:
             }
             for (kind, stage), held in read.items()
         }
+        ours = {kind: "zero points" if kind == "uniform zero points" else "measured" for kind in best}
         minus = {
-            kind: clustered(ours - read[kind, stage]["kl"], shown) for kind, stage in best.items() if kind != "measured"
+            kind: clustered(read[own, best[own]]["kl"] - read[kind, best[kind]]["kl"], shown)
+            for kind, own in ours.items()
+            if kind != own and own in best
         }
         return {"budget": budget, "scores": scores, "minus": minus}
 

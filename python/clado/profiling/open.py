@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,16 @@ from .pieces import Pieces, default_batch
 from .positions import position_noise
 from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader
-from .rounded_weights import MOMENT_SAMPLES, MomentWork, held_already, made_from, needs_moments
+from .rounded_weights import (
+    MOMENT_SAMPLES,
+    Halves,
+    MomentWork,
+    held_already,
+    made_from,
+    moment_stream,
+    needs_moments,
+    unfinished,
+)
 from .run import PairTask, Run
 from .samples import SampleStream
 from .stable import CHUNKS, Rule, budgets
@@ -84,20 +93,25 @@ def open_run(
     if verbose and not dry and is_writer():
         print(f"loss: {reader.loss.words()}", file=sys.stderr)
     looked_at = () if options.until_stable is None else budgets(options.avg_bits, candidates)
-    rounded, moments = None if task is None else task.rounded, None
+    rounded, halves, moments = None if task is None else task.rounded, None, None
     if task is None and needs_moments(options.rounding):
         rounded = held_already(model, candidates, options, known)
-        if rounded is None:
-            first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, stream.expected)
+        crossed = options.cross_fitted or (rounded is not None and bool(rounded.halves) and options.rounded_as is None)
+        if rounded is not None and crossed:
+            halves = Halves.kept(options.output_dir, rounded)
+        if rounded is None or (crossed and halves is None and not dry and unfinished(options.output_dir, rounded)):
+            source = moment_stream(stream, options)
+            first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
             if dry:
-                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize)
+                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, crossed)
             else:
-                rounded = made_from(model, plain, candidates, stream, reader, options, first_ones, verbose)
+                how = reader, options, first_ones, crossed, verbose
+                rounded, halves = made_from(model, plain, candidates, source, *how)
                 plain.work = 0.0
 
-    @cache
-    def every() -> list[list[Variant]]:
-        return variants(model, candidates, options.quantizer, device, reader.dtype, rounded, ranges)
+    @lru_cache(maxsize=1)
+    def every(own: Rounded | None = None) -> list[list[Variant]]:
+        return variants(model, candidates, options.quantizer, device, reader.dtype, own or rounded, ranges)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.act_bits is not None and not dry:
@@ -166,6 +180,7 @@ def open_run(
         own_settings=settings,
         ranges=ranges,
         rounded=rounded,
+        halves=halves,
         moments=moments,
         float_weights=_float_weights(model, plain),
         notes=notes,
@@ -216,8 +231,9 @@ def _float_weights(model: nn.Module, runner: Runner) -> dict[str, int]:
 def _of_rounded(rounded: Rounded | None, options: Options, known: dict[str, Any]) -> dict[str, Any]:
     """Settings that come from rounded weights; before they are made, those of the run that the directory holds."""
     if rounded is not None:
-        return {"moment_samples": len(rounded.sample_digests), "rounded": rounded.by.digest}
-    of_run: dict[str, Any] = {name: known[name] for name in ("moment_samples", "rounded") if name in known}
+        halves = {"halves": list(rounded.halves)} if rounded.halves else {}
+        return {"moment_samples": len(rounded.sample_digests), "rounded": rounded.by.digest, **halves}
+    of_run: dict[str, Any] = {name: known[name] for name in ("moment_samples", "rounded", "halves") if name in known}
     return of_run if needs_moments(options.rounding) else {}
 
 

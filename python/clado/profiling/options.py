@@ -286,11 +286,27 @@ class Options(Arguments):
     )
     moment_samples: int | None = argument(
         None,
-        "samples whose second moments decide the rounding, read before the run; None: all, 1,024 at most, or as many as an "
-        "interrupted run in ``output_dir``. With more samples later the weights stay those of the first ones.",
+        "samples whose second moments decide the rounding, read before the run: the first of ``data_loader``, or of "
+        "``moment_data``; None: all, 1,024 at most, or as many as an interrupted run in ``output_dir``. With more samples later "
+        "the weights stay those of the first ones.",
         Line("--moment-samples", "count", "Images that decide the rounding; all, at most 1,024, when left out."),
         check=COUNT,
         kept=operator.index,
+    )
+    moment_data: Iterable[Any] | None = argument(
+        None,
+        "batches like those of ``data_loader``, whose samples decide the rounding instead of its first ones. Weights fit what they "
+        "were rounded for better than anything else, and losses measured there are too low, of some layers more than of others; "
+        "losses of other samples make better plans (docs/evidence.md).",
+        "the command splits --data",
+    )
+    cross_fitted: bool = argument(
+        False,
+        "measure each half of the samples that decide the rounding with weights that the other half alone decided, instead of those "
+        "that all decided, which every later stage has: it does what ``moment_data`` does, with no more samples. Of at least 32 "
+        "samples. A run in ``output_dir`` that began so goes on so.",
+        Line("--cross-fitted", "switch", "Measure half of the images with weights that the other half rounded."),
+        check=Check(lambda value: isinstance(value, bool), "be True or False"),
     )
     rounded_as: Path | None = argument(
         None,
@@ -430,9 +446,17 @@ class Options(Arguments):
         from ..quant import ROUNDINGS
 
         if self.rounding is not None and not ROUNDINGS[self.rounding].needs_moments:
-            for name in ("moment_samples", "rounded_as"):
+            for name in ("moment_samples", *self._apart):
                 given = getattr(self, name)
-                require(given is None, "profile", name, f"be left out with {self.rounding} rounding", given)
+                shown = type(given).__name__ if name == "moment_data" else given
+                require(given is None, "profile", name, f"be left out with {self.rounding} rounding", shown)
+        require(len(self._apart) <= 1, "profile", "rounding", "be by one of these", " and ".join(self._apart))
+
+    @property
+    def _apart(self) -> list[str]:
+        """What asks for weights that other samples decide than those that they are measured on."""
+        asked = {"moment_data": self.moment_data, "cross_fitted": self.cross_fitted or None, "rounded_as": self.rounded_as}
+        return [name for name, given in asked.items() if given is not None]
 
     def _check_stable(self) -> None:
         from .estimators import ESTIMATORS
@@ -451,7 +475,7 @@ class Options(Arguments):
         ``known``: settings of the run that ``output_dir`` holds, empty without one.
         """
         began = known.get("rounding", NEAREST) if known else ROUNDING
-        asked = self.moment_samples is not None or self.rounded_as is not None
+        asked = self.moment_samples is not None or len(self._apart) > 0
         return replace(self, rounding=self.rounding or (ROUNDING if asked else began))
 
     @property

@@ -5,6 +5,7 @@ What comes out is kept: a run that goes on, is prolonged or is merged has the we
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Sensitivity, read_rounded, rounded_name, save_held
+from ..artifacts import Sensitivity, discard, read_rounded, rounded_name, rounded_path, save_held
 from ..common import CladoError, progress_bar, require, weights_digest
 from ..graph import Runner, Use
 from ..quant import ROUNDINGS, Candidates, Quantizer, Rounded, round_weights
-from .checkpoint import recorded
+from .checkpoint import PROGRESS_FILE, read_progress, recorded
 from .distributed import Ranks
 from .options import Options
 from .reader import Reader, all_finite
@@ -29,6 +30,15 @@ MOMENT_SAMPLES, TOGETHER = 1024, 16  # samples at most; of a pass: sums depend o
 
 def needs_moments(rounding: str | None) -> bool:
     return rounding is not None and ROUNDINGS[rounding].needs_moments
+
+
+def moment_stream(stream: SampleStream, options: Options) -> SampleStream:
+    """The samples that decide the rounding: those of ``moment_data``, where there is any, else the run's own."""
+    if options.moment_data is None:
+        return stream
+    found = SampleStream(options.moment_data, options.moment_samples or MOMENT_SAMPLES, options.seed, stream)
+    found.peek()
+    return found
 
 
 def held_already(model: nn.Module, candidates: Candidates, options: Options, known: dict[str, Any]) -> Rounded | None:
@@ -44,7 +54,17 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
         return _of_run(options.rounded_as, model, candidates, options)
     found = _kept_in(options.output_dir, known.get("rounded"))
     same = found is not None and options.moment_samples in (None, len(found.sample_digests))
-    return found if same else None
+    if not same or found is None:
+        return None
+    as_began = bool(found.halves) or not options.cross_fitted
+    require(as_began, "profile", "cross_fitted", "be as the run in output_dir began", "True after False")
+    return found
+
+
+def unfinished(folder: Path | None, rounded: Rounded) -> bool:
+    """Whether a run has yet to measure some of the samples that decided its weights."""
+    path = None if folder is None else folder / PROGRESS_FILE
+    return path is None or not path.exists() or read_progress(path)[1].samples < len(rounded.sample_digests)
 
 
 def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
@@ -70,6 +90,49 @@ def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Opt
     return found
 
 
+@dataclass(frozen=True)
+class Halves:
+    """The weights as each half of the deciding samples rounds them; a sample is measured with those of the half it is not in.
+
+    Attributes:
+        first, second: by the first and by the second half.
+    """
+
+    first: Rounded
+    second: Rounded
+
+    @property
+    def cut(self) -> int:
+        """Samples of the first half."""
+        return len(self.first.sample_digests)
+
+    @property
+    def end(self) -> int:
+        """Samples of both."""
+        return self.cut + len(self.second.sample_digests)
+
+    def without(self, sample: int) -> tuple[Rounded | None, int]:
+        """(the weights that a sample had no part in, None for those of all samples; up to which sample it is so)."""
+        if sample < self.end:
+            return (self.second, self.cut) if sample < self.cut else (self.first, self.end)
+        return None, sys.maxsize
+
+    @property
+    def both(self) -> tuple[Rounded, Rounded]:
+        return self.first, self.second
+
+    def discard(self, folder: Path) -> None:
+        """Remove their files: all samples that they are for have been measured."""
+        for half in self.both:
+            discard(rounded_path(folder, half.by))
+
+    @staticmethod
+    def kept(folder: Path | None, rounded: Rounded) -> Halves | None:
+        """Those that an interrupted run left; None where there are none."""
+        found = [half for digest in rounded.halves if (half := _kept_in(folder, digest)) is not None]
+        return Halves(*found) if len(found) == 2 else None
+
+
 def _kept_in(folder: Path | None, digest: str | None) -> Rounded | None:
     """The weights that an interrupted run, or a finished one, has in its directory; None where there are none."""
     path = None if folder is None or digest is None else folder / rounded_name(digest)
@@ -84,27 +147,47 @@ def made_from(
     reader: Reader,
     options: Options,
     samples: int,
+    crossed: bool,
     verbose: bool,
-) -> Rounded:
-    """The weights of all candidates, rounded on the moments of the first samples; on every rank the same.
+) -> tuple[Rounded, Halves | None]:
+    """The weights of all candidates, rounded on the moments of the first samples, and where they are ``crossed`` on those of each
+    half; on every rank the same.
 
     Every rank reads all these samples and keeps the moments of its share of the layers: sums do not depend on how many ranks
     there are, and no rank holds all.
 
     Raises:
-        CladoError: moments that are not finite, data that fails, labels that are no classes.
+        CladoError: moments that are not finite, data that fails, labels that are no classes, too few samples for halves.
     """
     ranks = Ranks(reader.device)
     assert options.rounding is not None
     mine = shares(candidates, ranks.world)[ranks.rank]
-    moments, digests = second_moments(runner, stream, reader, samples, mine, verbose)
+    cut = _half_of(stream.at_hand(samples)) if crossed else 0
+    moments, early, digests = second_moments(runner, stream, reader, samples, mine, verbose, cut)
     own = Candidates(tuple(candidates.layers[k] for k in mine), tuple(candidates.schemes[k] for k in mine))
-    with progress_bar("round", len(mine), "layers", verbose) as show:
-        count = iter(range(1, len(mine) + 1))
-        found = round_weights(
-            model, own, options.quantizer, options.rounding, moments, digests, lambda: show(next(count))
-        )
-    return found if ranks.world == 1 else _joined(found, ranks)
+    with progress_bar("round", (3 if crossed else 1) * len(mine), "layers", verbose) as show:
+        count = iter(range(1, 3 * len(mine) + 1))
+
+        def made(moments: dict[str, Tensor], digests: Tensor) -> Rounded:
+            how = options.quantizer, str(options.rounding)
+            found = round_weights(model, own, *how, moments, digests, lambda: show(next(count)))
+            return found if ranks.world == 1 else _joined(found, ranks)
+
+        whole = made(moments, digests)
+        if not crossed:
+            return whole, None
+        first = made(early, digests[:cut])
+        for name, total in moments.items():  # what the second half added
+            total -= early.pop(name)
+            total.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
+        halves = Halves(first, made(moments, digests[cut:]))
+    return replace(whole, halves=(halves.first.by.digest, halves.second.by.digest)), halves
+
+
+def _half_of(samples: int) -> int:
+    """Where so many samples are halved: between two passes."""
+    require(samples >= 2 * TOGETHER, "profile", "cross_fitted", f"have {2 * TOGETHER} samples at least", samples)
+    return samples // (2 * TOGETHER) * TOGETHER
 
 
 def shares(candidates: Candidates, world: int) -> list[list[int]]:
@@ -115,10 +198,17 @@ def shares(candidates: Candidates, world: int) -> list[list[int]]:
 
 
 def second_moments(
-    runner: Runner, stream: SampleStream, reader: Reader, samples: int, layers: Sequence[int], verbose: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """{layer: Σ x xᵀ ``[G, K, K]``} over the first samples, and their digests."""
+    runner: Runner,
+    stream: SampleStream,
+    reader: Reader,
+    samples: int,
+    layers: Sequence[int],
+    verbose: bool,
+    cut: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """{layer: Σ x xᵀ ``[G, K, K]``} over the first samples and over those before ``cut``, and digests of all."""
     totals: dict[int, Tensor] = {}
+    early: dict[int, Tensor] = {}
     wanted, digests, broken = set(layers), [], ""
 
     def see(layer: int, use: Use, x: Tensor) -> None:
@@ -138,9 +228,12 @@ def second_moments(
             if not broken and not all_finite(inputs):
                 broken = f"NaN or infinity among samples {first}..{done - 1}"
             show(done)
+            if done == cut:
+                early = {k: total.clone() for k, total in totals.items()}
     finite = not broken or all(bool(torch.isfinite(total).all()) for total in totals.values())
-    require(finite, "profile", "data_loader", "yield finite numbers", broken)
-    return {runner.layers[k].name: total for k, total in totals.items()}, torch.cat(digests)
+    require(finite, "profile", stream.name, "yield finite numbers", broken)
+    named, before = ({runner.layers[k].name: total for k, total in own.items()} for own in (totals, early))
+    return named, before, torch.cat(digests)
 
 
 @dataclass(frozen=True)
@@ -158,15 +251,16 @@ class MomentWork:
     nbytes: int
 
     @staticmethod
-    def of(runner: Runner, example: Any, samples: int, itemsize: int) -> MomentWork:
-        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in."""
+    def of(runner: Runner, example: Any, samples: int, itemsize: int, crossed: bool) -> MomentWork:
+        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in; ``crossed``:
+        of all samples, and of half of them beside."""
         sides: dict[int, tuple[int, int]] = {}
         runner.inputs(example, lambda layer, use, x: sides.update({layer: use.sides}))
         runner.work = 0.0
         layers = runner.layers
         forward = sum(layer.macs for layer in layers)
         products = sum(layers[k].macs * groups * inputs / layers[k].shape[0] for k, (groups, inputs) in sides.items())
-        nbytes = sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
+        nbytes = (2 if crossed else 1) * sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
         return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes)
 
 

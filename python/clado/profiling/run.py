@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
-from ..graph import Runner
+from ..graph import Runner, Variants
 from ..quant import ActivationRanges, Candidates, Rounded, Variant, all_plain, scheme_names
 from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
@@ -23,7 +24,7 @@ from .losses import Loss
 from .options import NEAREST, Options
 from .pieces import Pieces, disk_bytes
 from .reader import Reader, all_finite
-from .rounded_weights import MomentWork, kept_bytes, needs_moments
+from .rounded_weights import Halves, MomentWork, kept_bytes, needs_moments
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
 from .stable import Rule
@@ -39,6 +40,7 @@ class PairTask:
         candidates: what they are chosen from.
         ranges: of the layers' inputs, as the candidates or the base round them; none are calibrated.
         rounded: the candidates' weights; None: nearest rounding.
+        halves: what the samples that decided these are measured with; None: with these.
         rows: the candidate of every layer; None: not chosen yet.
         later: for every layer the layers behind it that it is paired with.
         title: of the progress bar.
@@ -75,12 +77,13 @@ class Run:
         reader: what becomes of the loader's batches.
         stream: the samples, in order.
         candidates: what the matrix is over.
-        every: gives all layers' weights and input roundings as their candidates have them.
+        every: gives all layers' weights and input roundings as their candidates have them, or as a half's weights.
         pieces: what is measured at a time of a chunk of ``size`` samples.
         exact_samples: how many samples pay for exact pairs; None: all.
         own_settings: JSON values by name that decide the result.
         ranges: of the layers' inputs, where the base or a candidate rounds them; None: nothing does.
         rounded: the candidates' weights; None: nearest rounding.
+        halves: what the samples that decided these are measured with; None: with these.
         moments: what it takes to round them; known in a dry run alone, None where nothing is to be done.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
@@ -95,13 +98,14 @@ class Run:
     options: Options
     stream: SampleStream
     candidates: Candidates
-    every: Callable[[], list[list[Variant]]]
+    every: Callable[..., list[list[Variant]]]
     pieces: Pieces
     size: int
     exact_samples: int | None
     own_settings: dict[str, Any]
     ranges: ActivationRanges | None
     rounded: Rounded | None
+    halves: Halves | None
     moments: MomentWork | None
     float_weights: dict[str, int]
     notes: list[str]
@@ -227,7 +231,7 @@ class Run:
             checkpoint.expected = torch.from_numpy(known.sample_digests)
         if self.rounded is not None:
             self._expect_samples_of(self.rounded, checkpoint)
-            checkpoint.held = self.rounded
+            checkpoint.held = (self.rounded, *(self.halves.both if self.halves else ()))
         seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
         stability = self._stability(checkpoint, seen)
         changed = known is None or seen != known.num_samples
@@ -244,6 +248,8 @@ class Run:
                     known.save(folder / MATRIX_FILE)
                 else:
                     save_held(self.rounded, folder)
+            if self.halves is not None and checkpoint.total.samples >= self.halves.end:
+                self.halves.discard(folder)
         ranks.send(replace(known, held=None).save)
         return known
 
@@ -254,9 +260,10 @@ class Run:
         return self.rule.found(checkpoint, seen == checkpoint.total.samples and self.rule.stops(checkpoint))
 
     def _expect_samples_of(self, rounded: Rounded, checkpoint: Checkpoint) -> None:
-        """The samples that decided the weights come first, unless the weights are another run's."""
+        """The samples that decided the weights come first, unless these are another run's or of other data."""
         own, seen = rounded.sample_digests, checkpoint.expected
-        if self.options.rounded_as is None and len(own) > len(seen) and torch.equal(own[: len(seen)], seen):
+        others = self.options.rounded_as is not None or self.options.moment_data is not None
+        if not others and len(own) > len(seen) and torch.equal(own[: len(seen)], seen):
             checkpoint.expected = own
 
     def gather(self, ranks: Ranks, checkpoint: Checkpoint, end: int, verbose: bool) -> int:
@@ -320,7 +327,8 @@ class Run:
         """Sums of a chunk; samples advance together as memory allows, and halves where it did not on any member."""
         name, done, parts = self.work.estimator(chunk.first), 0, []
         while done < chunk.samples:
-            together = self.pieces.together
+            variants, stop = self._measured_with(chunk.first + done)
+            together = min(self.pieces.together, stop - chunk.first - done)
             batch = pytree.tree_map(lambda t, a=done, b=done + together: t[a:b], chunk.batch)
             inputs, targets = self.reader.parts(batch)
             count = min(together, chunk.samples - done)
@@ -329,7 +337,7 @@ class Run:
                 moved = self.reader.moved(inputs)
                 seeds = chunk.digests[done : done + together].tolist()
                 loss = self.reader.of_batch(moved, targets, count, seeds)
-                parts.append(self._sums(name, moved, loss, tick, share).cpu().added(share))
+                parts.append(self._sums(name, variants, moved, loss, tick, share).cpu().added(share))
                 work = torch.tensor(self.runner.work - before, dtype=torch.float64)
                 self.runner.work = before + share.added(work).item()
                 done += count
@@ -356,10 +364,19 @@ class Run:
             return "model", "return finite outputs"
         return "loss_func", "return finite losses"
 
-    def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
+    def _measured_with(self, sample: int) -> tuple[list[list[Variant]], int]:
+        """(all layers' weights that a sample is measured with, the first one behind it that is measured with others)."""
+        if self.halves is None:
+            return self.variants, sys.maxsize
+        own, stop = self.halves.without(sample)
+        return self.variants if own is None else self.every(own), stop
+
+    def _sums(
+        self, name: str, variants: Variants, batch: Any, loss: Loss, tick: Callable[[], None], share: Share
+    ) -> Sums:
         """This share's sums over samples that advance together."""
         later = None if self.task is None else self.task.later
-        return ESTIMATORS[name].run(self.runner, self.variants, batch, loss, tick, share, later)
+        return ESTIMATORS[name].run(self.runner, variants, batch, loss, tick, share, later)
 
     def _halve(self, samples: int, error: BaseException) -> None:
         """After an allocation failed: half the samples, or half the perturbations, at a time."""

@@ -58,15 +58,18 @@ class SampleStream:
         data_loader: iterable of batches: tensors, or tuples, lists or dicts of tensors with one leading dimension.
         num_samples: where to stop.
         seed: of torch's generator while the loader draws; the generator outside is left as it was.
+        like: a stream whose batches these must be like; then errors speak of ``moment_data``.
     """
 
-    def __init__(self, data_loader: Iterable[Any], num_samples: int, seed: int = 0) -> None:
-        self.num_samples = num_samples
+    def __init__(
+        self, data_loader: Iterable[Any], num_samples: int, seed: int = 0, like: SampleStream | None = None
+    ) -> None:
+        self.num_samples, self.name = num_samples, "data_loader" if like is None else "moment_data"
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._loader = data_loader
         self._order = self._indices()
         self._started: Iterator[Any] = iter(()) if self._order is not None else self._read(data_loader)
-        self._like: Any = None
+        self._like: Any = None if like is None else like._like
 
     def peek(self, count: int = 2) -> Any:
         """Up to ``count`` first samples in the loader's structure; nothing is lost."""
@@ -76,11 +79,15 @@ class SampleStream:
             parts.append(batch)
             if sum(map(_length, parts)) >= count:
                 break
-        require(len(parts) > 0, "profile", "data_loader", "yield at least one sample", "none")
+        require(len(parts) > 0, "profile", self.name, "yield at least one sample", "none")
         held = _join(parts)
         if self._order is None:
             self._started = itertools.chain([held], batches)
         return _cut(held, 0, min(count, self.num_samples))
+
+    def at_hand(self, count: int) -> int:
+        """How many of the ``count`` first samples there are; what cannot be asked for by its index is read."""
+        return min(count, len(self._order)) if self._order is not None else _length(self.peek(count))
 
     def early(self, count: int, size: int) -> Iterator[Any]:
         """The ``count`` first samples in batches of ``size``, before the run has them.
@@ -169,7 +176,7 @@ class SampleStream:
                 except Exception as error:  # whatever a dataset, a decoder or a worker raises
                     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
                     raise CladoError(
-                        f"profile: data_loader must yield its batches, got {type(error).__name__} at batch {number}"
+                        f"profile: {self.name} must yield its batches, got {type(error).__name__} at batch {number}"
                         f"{': ' + reason.strip() if reason else ''}; finished chunks are kept"
                     ) from error
                 batch = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, batch)
@@ -182,18 +189,18 @@ class SampleStream:
         tensors = bool(leaves) and all(isinstance(leaf, Tensor) and leaf.dim() >= 1 for leaf in leaves)
         if not tensors:
             raise CladoError(
-                f"profile: data_loader must yield tensors or (inputs, targets), got {type(batch).__name__}"
+                f"profile: {self.name} must yield tensors or (inputs, targets), got {type(batch).__name__}"
             )
         lengths = [len(leaf) for leaf in leaves]
         must = "yield nests of tensors of one length"
-        require(len(set(lengths)) == 1, "profile", "data_loader", must, f"lengths {lengths}")
+        require(len(set(lengths)) == 1, "profile", self.name, must, f"lengths {lengths}")
         kinds = [(tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves]
         if self._like is None:
             self._like = (structure, kinds)
         known, wanted = self._like
         must = "yield batches of one structure, targets always or never"
-        require(structure == known, "profile", "data_loader", must, f"{structure} after {known}")
-        require(kinds == wanted, "profile", "data_loader", f"yield inputs of one shape {wanted}", kinds)
+        require(structure == known, "profile", self.name, must, f"{structure} after {known}")
+        require(kinds == wanted, "profile", self.name, f"yield inputs of one shape {wanted}", kinds)
 
     def _indices(self) -> list[Any] | None:
         """The dataset's indices in the order the loader would take them, None where that cannot be known."""
