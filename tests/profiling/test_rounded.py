@@ -321,6 +321,153 @@ def test_runs_over_other_samples_take_the_weights_of_the_first_and_merge(
     assert loaded.rounded.by == one.provenance.rounding
 
 
+def many(count: int = 48, seed: int = 2) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_other_data_decide_the_rounding(model: nn.Module, x: Tensor, tmp_path: Path, passes: list[int]) -> None:
+    others = many()
+    found = clado.profile(model, [x], moment_data=others.split(7), output_dir=tmp_path / "run", **HOW)
+    assert passes == [48]
+    clado.profile(model, [others], cross_fitted=False, output_dir=tmp_path / "others", **HOW)
+    assert same(found, clado.profile(model, [x], rounded_as=tmp_path / "others", **HOW))
+    assert found.num_samples == COUNT
+    assert found.provenance.rounding is not None
+    assert found.provenance.rounding.samples == 48
+    short = clado.profile(model, [x[:10]], moment_data=[others], output_dir=tmp_path / "short", **HOW)
+    assert short.provenance.rounding == found.provenance.rounding
+    assert same(clado.profile(model, [x], output_dir=tmp_path / "short", **HOW), found)  # what it began with stays
+    few = clado.profile(model, [x], moment_data=iter([others]), moment_samples=9, **HOW)
+    assert few.provenance.rounding is not None
+    assert few.provenance.rounding.samples == 9
+
+
+def crossed_by_hand(model: nn.Module, x: Tensor, cut: int, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(single increases, interactions) where each part of the samples is measured with weights that the other part decided."""
+    one = clado.profile(model, [x[:cut]], moment_data=[x[cut:]], **how)
+    two = clado.profile(model, [x[cut:]], moment_data=[x[:cut]], **how)
+    share = cut / len(x)
+    delta = share * one.delta_loss + (1 - share) * two.delta_loss
+    return delta, share * one.interaction + (1 - share) * two.interaction
+
+
+@pytest.mark.parametrize("batch_size", [8, 12, 256])  # 12: a chunk lies across the cut
+def test_each_half_is_measured_with_weights_of_the_other(model: nn.Module, batch_size: int, passes: list[int]) -> None:
+    x = many(47)  # cut between two passes of 16 samples
+    how = HOW | {"precision": "float64", "batch_size": batch_size}
+    found = clado.profile(model, [x], **how)
+    assert passes == [47]
+    delta, interaction = crossed_by_hand(model, x, 16, **how)
+    # The second half's moments are a difference of float32 sums, so single codes may tip over: none did here.
+    np.testing.assert_allclose(found.delta_loss, delta, rtol=1e-5)
+    np.testing.assert_allclose(found.interaction, interaction, rtol=1e-4, atol=1e-6 * np.abs(interaction).max())
+    plain = clado.profile(model, [x], cross_fitted=False, **how)
+    assert plain.provenance.rounding == found.provenance.rounding  # the weights that ship are the same
+    assert not np.allclose(plain.delta_loss, found.delta_loss, rtol=1e-2)
+
+
+def interrupted(chunks: int, model: nn.Module, x: Tensor, folder: Path, **how: Any) -> None:
+    """A run that dies after so many chunks."""
+    add, left = checkpoint.Checkpoint.add, iter(range(chunks))
+
+    def dying(self: Any, *rest: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        add(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            clado.profile(model, [x], output_dir=folder, **HOW | how)
+
+
+def test_a_crossed_run_goes_on_where_it_was(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:
+    x = many(64)
+    whole = clado.profile(model, [x], moment_samples=48, **HOW)
+    for chunks in (1, 4, 7):  # within the first half, the second, and behind both
+        folder = tmp_path / str(chunks)
+        interrupted(chunks, model, x, folder, moment_samples=48)
+        assert len(list(folder.glob("rounded-*"))) == 3
+        passes.clear()
+        assert same(clado.profile(model, [x], output_dir=folder, **HOW), whole)
+        assert passes == []
+        assert len(list(folder.glob("rounded-*"))) == 1  # the halves are done with
+        assert same(clado.profile(model, [x], output_dir=folder, **HOW), whole)
+        assert passes == []
+
+
+def test_a_crossed_run_whose_halves_are_lost_makes_them_again(
+    model: nn.Module, tmp_path: Path, passes: list[int]
+) -> None:
+    x = many(48)
+    interrupted(2, model, x, tmp_path)
+    kept = read_rounded(tmp_path / checkpoint_weights(tmp_path))
+    for half in kept.halves:
+        (tmp_path / f"rounded-{half[:12]}.safetensors").unlink()
+    with pytest.raises(CladoError, match=r"^profile: data_loader must yield the samples that decided the weights"):
+        clado.profile(model, [many(48, seed=5)], output_dir=tmp_path, **HOW)
+    passes.clear()
+    assert same(clado.profile(model, [x], output_dir=tmp_path, **HOW), clado.profile(model, [x], **HOW))
+    assert passes == [48, 48]
+
+
+def checkpoint_weights(folder: Path) -> str:
+    """Name of the file that a run's settings call its weights."""
+    name: str = checkpoint.recorded(folder)["rounded"]
+    return f"rounded-{name[:12]}.safetensors"
+
+
+def test_more_samples_and_other_runs_have_the_weights_of_all_that_decided(
+    model: nn.Module, tmp_path: Path, passes: list[int]
+) -> None:
+    x = many(72)
+    clado.profile(model, [x[:48]], output_dir=tmp_path / "a", **HOW)
+    longer = clado.profile(model, [x], output_dir=tmp_path / "a", **HOW)
+    assert passes == [48]
+    assert same(longer, clado.profile(model, [x], moment_samples=48, **HOW))
+    passes.clear()
+    other = clado.profile(model, [-x[:24]], rounded_as=tmp_path / "a", output_dir=tmp_path / "b", **HOW)
+    again = clado.profile(
+        model, [-x[:40]], output_dir=tmp_path / "b", **HOW
+    )  # still those of the run it took them from
+    assert passes == []
+    assert again.num_samples == 40
+    assert Sensitivity.merge([longer, other]).num_samples == 96
+
+
+def test_what_cannot_be_crossed_is_one_line(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    clado.profile(model, [many()], cross_fitted=False, output_dir=tmp_path / "run", **HOW)
+    nearest = {"rounding": "nearest"}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"cross_fitted": True}, "cross_fitted must have 32 samples at least, got 26"),
+        ({"cross_fitted": 1}, "cross_fitted must be True or False, got 1"),
+        (
+            {"cross_fitted": True, "output_dir": tmp_path / "run"},
+            "be as the run in output_dir began, got True after False",
+        ),
+        (
+            {"cross_fitted": True, "moment_data": [x]},
+            "rounding must be by one of these, got moment_data and cross_fitted",
+        ),
+        (
+            {"moment_data": [x], "rounded_as": tmp_path},
+            "rounding must be by one of these, got moment_data and rounded_as",
+        ),
+        ({"moment_data": [x]} | nearest, "moment_data must be left out with nearest rounding, got list"),
+        ({"cross_fitted": True} | nearest, "cross_fitted must be left out with nearest rounding, got True"),
+        ({"moment_data": []}, "moment_data must yield at least one sample, got none"),
+        ({"moment_data": [x[:, :, :3]]}, "moment_data must yield inputs of one shape"),
+        (
+            {"moment_data": [x * torch.nan]},
+            "moment_data must yield finite numbers, got NaN or infinity among samples 0",
+        ),
+    ]
+    for changed, message in cases:
+        with pytest.raises(CladoError, match=message) as caught:
+            clado.profile(model, [x], **HOW | changed)
+        assert "\n" not in str(caught.value)
+
+
 def test_the_weights_of_a_run_that_is_under_way(model: nn.Module, x: Tensor, tmp_path: Path, passes: list[int]) -> None:
     with pytest.raises(KeyboardInterrupt):
         clado.profile(model, breaking(x, 20), moment_samples=12, output_dir=tmp_path, **HOW)

@@ -84,6 +84,7 @@ KINDS = {
     "seed": Kind({"type": SEED}),
     "group": Kind({"type": click.IntRange(min=-1)}),
     "switch": Kind({"is_flag": True}),
+    "either": Kind({"is_flag": True, "default": None}),
     "unless": Kind({"is_flag": True}, lambda op, name, given: not given),
     "several": Kind({"multiple": True}),
     "share": Kind({"type": float, "is_flag": False, "flag_value": 0.1, "metavar": "[SHARE]"}),

@@ -29,10 +29,11 @@ from .rounded_weights import (
     Halves,
     MomentWork,
     held_already,
+    is_crossed,
     made_from,
+    measures_on,
     moment_stream,
     needs_moments,
-    unfinished,
 )
 from .run import PairTask, Run
 from .samples import SampleStream
@@ -96,17 +97,21 @@ def open_run(
     rounded, halves, moments = None if task is None else task.rounded, None, None
     if task is None and needs_moments(options.rounding):
         rounded = held_already(model, candidates, options, known)
-        crossed = options.cross_fitted or (rounded is not None and bool(rounded.halves) and options.rounded_as is None)
+        source = moment_stream(stream, options)
+        first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
+        crossed = is_crossed(rounded, source, options, first_ones)
         if rounded is not None and crossed:
             halves = Halves.kept(options.output_dir, rounded)
-        if rounded is None or (crossed and halves is None and not dry and unfinished(options.output_dir, rounded)):
-            source = moment_stream(stream, options)
-            first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
+        again = rounded is not None and crossed and halves is None and measures_on(options.output_dir, rounded)
+        if rounded is None or (again and not dry):
             if dry:
                 moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, crossed)
             else:
                 how = reader, options, first_ones, crossed, verbose
-                rounded, halves = made_from(model, plain, candidates, source, *how)
+                made, halves = made_from(model, plain, candidates, source, *how)
+                must = "yield the samples that decided the weights of the run in output_dir"
+                require(rounded is None or made.by == rounded.by, "profile", "data_loader", must, "others")
+                rounded = made
                 plain.work = 0.0
 
     @lru_cache(maxsize=1)

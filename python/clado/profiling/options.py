@@ -279,8 +279,8 @@ class Options(Arguments):
         None,
         '"compensated" (every column of a weight makes up for the errors of those before it, by the second moments of the '
         'layer\'s input on the first ``moment_samples``; GPTQ, arXiv 2210.17323), or "nearest" (every weight by itself, as in '
-        "the paper). The weights that are measured are kept with the matrix, and are those that every later stage applies and "
-        'exports. None: "compensated", or what the run in ``output_dir`` began with.',
+        "the paper). The weights that all these samples decide are kept with the matrix, and are those that every later stage "
+        'applies and exports. None: "compensated", or what the run in ``output_dir`` began with.',
         Line("--rounding", "text", "How weights are rounded, compensated or nearest; compensated when left out."),
         check=one_of(_roundings),
     )
@@ -295,17 +295,21 @@ class Options(Arguments):
     )
     moment_data: Iterable[Any] | None = argument(
         None,
-        "batches like those of ``data_loader``, whose samples decide the rounding instead of its first ones. Weights fit what they "
-        "were rounded for better than anything else, and losses measured there are too low, of some layers more than of others; "
-        "losses of other samples make better plans (docs/evidence.md).",
+        "batches like those of ``data_loader``, whose samples decide the rounding instead of its first ones. Weights fit what "
+        "they were rounded for better than anything else, and losses measured there are too low, of some layers more than of "
+        "others; losses of other samples make better plans (docs/evidence.md).",
         "the command splits --data",
     )
-    cross_fitted: bool = argument(
-        False,
-        "measure each half of the samples that decide the rounding with weights that the other half alone decided, instead of those "
-        "that all decided, which every later stage has: it does what ``moment_data`` does, with no more samples. Of at least 32 "
-        "samples. A run in ``output_dir`` that began so goes on so.",
-        Line("--cross-fitted", "switch", "Measure half of the images with weights that the other half rounded."),
+    cross_fitted: bool | None = argument(
+        None,
+        "measure each half of the samples that decide the rounding with weights that the other half alone decided, instead of "
+        "those that all decided, which every later stage has: what ``moment_data`` does, with no more samples. None: as the run "
+        "in ``output_dir`` began, else wherever it rounds by 32 samples or more of its own.",
+        Line(
+            "--cross-fitted/--no-cross-fitted",
+            "either",
+            "Measure half of the images with weights that the other half rounded; so from 32 images on when left out.",
+        ),
         check=Check(lambda value: isinstance(value, bool), "be True or False"),
     )
     rounded_as: Path | None = argument(
@@ -455,7 +459,11 @@ class Options(Arguments):
     @property
     def _apart(self) -> list[str]:
         """What asks for weights that other samples decide than those that they are measured on."""
-        asked = {"moment_data": self.moment_data, "cross_fitted": self.cross_fitted or None, "rounded_as": self.rounded_as}
+        asked = {
+            "moment_data": self.moment_data,
+            "cross_fitted": self.cross_fitted or None,
+            "rounded_as": self.rounded_as,
+        }
         return [name for name, given in asked.items() if given is not None]
 
     def _check_stable(self) -> None:

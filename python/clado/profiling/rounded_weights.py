@@ -56,15 +56,34 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
     same = found is not None and options.moment_samples in (None, len(found.sample_digests))
     if not same or found is None:
         return None
-    as_began = bool(found.halves) or not options.cross_fitted
-    require(as_began, "profile", "cross_fitted", "be as the run in output_dir began", "True after False")
+    began, asked = bool(found.halves), options.cross_fitted
+    must = "be as the run in output_dir began"
+    require(asked in (None, began), "profile", "cross_fitted", must, f"{asked} after {began}")
     return found
 
 
-def unfinished(folder: Path | None, rounded: Rounded) -> bool:
-    """Whether a run has yet to measure some of the samples that decided its weights."""
-    path = None if folder is None else folder / PROGRESS_FILE
-    return path is None or not path.exists() or read_progress(path)[1].samples < len(rounded.sample_digests)
+def is_crossed(rounded: Rounded | None, source: SampleStream, options: Options, samples: int) -> bool:
+    """Whether each half of the samples is measured with the weights of the other.
+
+    Args:
+        rounded: weights that are there already; source, samples: what decides them where they are not.
+    """
+    if options.rounded_as is not None or options.moment_data is not None:
+        return False
+    if rounded is not None:
+        return bool(rounded.halves)
+    return source.at_hand(samples) >= 2 * TOGETHER if options.cross_fitted is None else options.cross_fitted
+
+
+def measures_on(folder: Path | None, rounded: Rounded) -> bool:
+    """Whether a run that keeps such weights has yet to measure some of the samples that decided them.
+
+    It never does where the weights are another run's: it began with other samples.
+    """
+    if folder is None or not (folder / PROGRESS_FILE).exists():
+        return False
+    seen, own = read_progress(folder / PROGRESS_FILE)[2], rounded.sample_digests
+    return len(seen) < len(own) and torch.equal(own[: len(seen)], seen)
 
 
 def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
@@ -244,16 +263,17 @@ class MomentWork:
         samples: how many they are of.
         forwards: of a sample, in forward-equivalents.
         nbytes: of all layers' moments.
+        crossed: whether half of them are kept beside, and weights by each half.
     """
 
     samples: int
     forwards: float
     nbytes: int
+    crossed: bool = False
 
     @staticmethod
     def of(runner: Runner, example: Any, samples: int, itemsize: int, crossed: bool) -> MomentWork:
-        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in; ``crossed``:
-        of all samples, and of half of them beside."""
+        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in."""
         sides: dict[int, tuple[int, int]] = {}
         runner.inputs(example, lambda layer, use, x: sides.update({layer: use.sides}))
         runner.work = 0.0
@@ -261,7 +281,7 @@ class MomentWork:
         forward = sum(layer.macs for layer in layers)
         products = sum(layers[k].macs * groups * inputs / layers[k].shape[0] for k, (groups, inputs) in sides.items())
         nbytes = (2 if crossed else 1) * sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
-        return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes)
+        return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes, crossed)
 
 
 def kept_bytes(candidates: Candidates, quantizer: Quantizer, samples: int) -> int:

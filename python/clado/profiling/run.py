@@ -164,6 +164,7 @@ class Run:
         moments = self.moments or MomentWork(0, 0.0, 0)
         left += moments.samples * moments.forwards
         weights = kept_bytes(self.candidates, options.quantizer, moments.samples or count) if self._keeps_weights else 0
+        weights *= 3 if moments.crossed or self.halves is not None else 1
         count_v, layers = sum(self.counts), self.runner.num_layers
         pairs = (count_v**2 - sum(c**2 for c in self.counts)) // 2
         groups = 0 if checkpoint.groups is None else group_bytes(count_v)
