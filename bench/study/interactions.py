@@ -4,8 +4,9 @@ A matrix is measured on each of several disjoint draws of the sensitivity photog
 interaction, 0 (the diagonal) to 1 (all), under the other objectives, and chosen from the shortlist by their loss on
 photographs set apart ("measured", what `clado solve` does); each is judged by the KL to the float net on held-out
 photographs of other things, beside the diagonal's, paired, with standard errors clustered by what the photographs show. Under
-compensated rounding the matrix is cross-fitted, and a second one is measured that is not: "same 0" and "same measured" are the
-diagonal's and the measured plan of that. Scores are kept plan by plan in ``--work``, so a killed run goes on where it stopped.
+compensated rounding the matrix is corrected for the fit of the weights to the samples that decided them; "same 0" and "same
+measured" are the diagonal's and the measured plan of the matrix without that. Scores are kept plan by plan in ``--work``, so a
+killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file, heap
+from clado.profiling import optimism_of, pair_factors
 
 from ..harness import machine
 from .measure import divergence
@@ -78,6 +80,17 @@ def with_share(sens: Sensitivity, share: float) -> Sensitivity:
     return replace(sens, interaction=sens.interaction * share)
 
 
+def uncorrected(sens: Sensitivity) -> Sensitivity:
+    """The matrix as it was measured, on samples that decided the weights."""
+    factors = pair_factors(optimism_of(sens.candidates, sens.rounded, sens.sample_digests))
+    return replace(
+        sens,
+        delta_loss=sens.delta_loss / factors.diagonal(),
+        interaction=sens.interaction / factors,
+        stderr=sens.stderr / factors,
+    )
+
+
 @dataclass
 class Bench:
     """A net, photographs to measure on and to judge by."""
@@ -110,12 +123,9 @@ class Bench:
             raise ValueError(f"draw {draw} of {samples} needs more than {len(self.sensitivity)} photographs")
         folder = self.work / f"{rounding}-{samples}-{draw}"
 
-        def profile(name: str, crossed: bool | None) -> Sensitivity:
-            how: dict[str, Any] = {"rounding": rounding, "cross_fitted": crossed, "num_samples": samples}
-            return clado.profile(self.model, [images], BITS, output_dir=folder / name, verbose=False, **how)
-
-        sens = profile("run", None)
-        same = profile("same", False) if rounding == "compensated" else None
+        how: dict[str, Any] = {"rounding": rounding, "num_samples": samples}
+        sens = clado.profile(self.model, [images], BITS, output_dir=folder / "run", verbose=False, **how)
+        same = uncorrected(sens) if rounding == "compensated" else None
         return [self.row(sens, same, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
 
     def row(self, sens: Sensitivity, same: Sensitivity | None, folder: Path, budget: float) -> dict[str, Any]:

@@ -329,7 +329,7 @@ def test_other_data_decide_the_rounding(model: nn.Module, x: Tensor, tmp_path: P
     others = many()
     found = clado.profile(model, [x], moment_data=others.split(7), output_dir=tmp_path / "run", **HOW)
     assert passes == [48]
-    clado.profile(model, [others], cross_fitted=False, output_dir=tmp_path / "others", **HOW)
+    clado.profile(model, [others], cross_validated=False, output_dir=tmp_path / "others", **HOW)
     assert same(found, clado.profile(model, [x], rounded_as=tmp_path / "others", **HOW))
     assert found.num_samples == COUNT
     assert found.provenance.rounding is not None
@@ -342,28 +342,58 @@ def test_other_data_decide_the_rounding(model: nn.Module, x: Tensor, tmp_path: P
     assert few.provenance.rounding.samples == 9
 
 
-def crossed_by_hand(model: nn.Module, x: Tensor, cut: int, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(single increases, interactions) where each part of the samples is measured with weights that the other part decided."""
-    one = clado.profile(model, [x[:cut]], moment_data=[x[cut:]], **how)
-    two = clado.profile(model, [x[cut:]], moment_data=[x[:cut]], **how)
-    share = cut / len(x)
-    delta = share * one.delta_loss + (1 - share) * two.delta_loss
-    return delta, share * one.interaction + (1 - share) * two.interaction
+def excess(weight: Tensor, by: list[Tensor], moments: list[Tensor]) -> float:
+    """1 + half of what the layer loss of two halves' weights rises by on each other's samples, in float64."""
+    errors = [(weight - own).double() for own in by]
+    losses = [[float((e @ h.double() @ e.T).trace()) for h in moments] for e in errors]
+    return 1 + max(0.0, (losses[0][1] + losses[1][0]) / (losses[0][0] + losses[1][1]) - 1) / 2
 
 
-@pytest.mark.parametrize("batch_size", [8, 12, 256])  # 12: a chunk lies across the cut
-def test_each_half_is_measured_with_weights_of_the_other(model: nn.Module, batch_size: int, passes: list[int]) -> None:
-    x = many(47)  # cut between two passes of 16 samples
-    how = HOW | {"precision": "float64", "batch_size": batch_size}
-    found = clado.profile(model, [x], **how)
-    assert passes == [47]
-    delta, interaction = crossed_by_hand(model, x, 16, **how)
-    # The second half's moments are a difference of float32 sums, so single codes may tip over: none did here.
-    np.testing.assert_allclose(found.delta_loss, delta, rtol=1e-5)
-    np.testing.assert_allclose(found.interaction, interaction, rtol=1e-4, atol=1e-6 * np.abs(interaction).max())
-    plain = clado.profile(model, [x], cross_fitted=False, **how)
-    assert plain.provenance.rounding == found.provenance.rounding  # the weights that ship are the same
-    assert not np.allclose(plain.delta_loss, found.delta_loss, rtol=1e-2)
+def test_losses_are_corrected_for_what_the_rounding_fits(model: nn.Module, passes: list[int]) -> None:
+    """By the layer loss of each half's weights on the inputs of the other half, which a hook sees."""
+    x, how = many(47), HOW | {"precision": "float64"}  # cut between two passes of 16 samples
+    found, plain = (clado.profile(model, [x], cross_validated=on, **how) for on in (None, False))
+    assert passes == [47, 47]
+    assert found.provenance.rounding == plain.provenance.rounding  # the weights that ship are the same
+    assert found.rounded is not None
+    assert plain.rounded is not None
+    assert not plain.rounded.optimism
+    seen: list[Tensor] = []
+    with model.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0])), torch.no_grad():
+        model(x)
+    halves = [clado.profile(model, [part], cross_validated=False, **how) for part in (x[:16], x[16:])]
+    moments = [part.T @ part for part in (seen[0][:16], seen[0][16:])]
+    weight = model.head.weight.detach()
+    head = [layer.name for layer in found.layers].index("head")
+    for k, scheme in enumerate(found.candidates.schemes[head]):
+        by = [own.rounded.of("head", scheme.number).values(torch.float32) for own in halves if own.rounded is not None]
+        known = found.rounded.optimism["head"][scheme.number.name]
+        # The second half's moments are a difference of float32 sums.
+        assert known == pytest.approx(excess(weight, by, moments), rel=1e-3)
+        v = found.candidates.starts[head] + k
+        assert found.delta_loss[v] == pytest.approx(plain.delta_loss[v] * known, rel=1e-9)
+    factors = np.array(
+        [found.rounded.optimism[layer.name][scheme.number.name] for layer, scheme in found.candidates.pairs]
+    )
+    assert (factors >= 1).all()
+    assert factors.max() > 1.05
+    pairs = np.sqrt(np.outer(factors, factors))
+    np.testing.assert_allclose(found.interaction, plain.interaction * pairs, rtol=1e-9)
+    np.testing.assert_allclose(found.stderr, plain.stderr * pairs, rtol=1e-9)
+
+
+def test_a_corrected_run_goes_on_and_keeps_its_factors(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:
+    x = many(64)
+    whole = clado.profile(model, [x], moment_samples=48, **HOW)
+    for chunks in (1, 7):
+        folder = tmp_path / str(chunks)
+        interrupted(chunks, model, x, folder, moment_samples=48)
+        passes.clear()
+        assert same(clado.profile(model, [x], output_dir=folder, **HOW), whole)
+        assert passes == []
+        assert read_rounded(rounded_file(folder)).optimism == whole.rounded.optimism
+        with pytest.raises(CladoError, match="cross_validated must be as the run in output_dir began, got False after"):
+            clado.profile(model, [x], cross_validated=False, output_dir=folder, **HOW)
 
 
 def interrupted(chunks: int, model: nn.Module, x: Tensor, folder: Path, **how: Any) -> None:
@@ -381,80 +411,37 @@ def interrupted(chunks: int, model: nn.Module, x: Tensor, folder: Path, **how: A
             clado.profile(model, [x], output_dir=folder, **HOW | how)
 
 
-def test_a_crossed_run_goes_on_where_it_was(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:
-    x = many(64)
-    whole = clado.profile(model, [x], moment_samples=48, **HOW)
-    for chunks in (1, 4, 7):  # within the first half, the second, and behind both
-        folder = tmp_path / str(chunks)
-        interrupted(chunks, model, x, folder, moment_samples=48)
-        assert len(list(folder.glob("rounded-*"))) == 3
-        passes.clear()
-        assert same(clado.profile(model, [x], output_dir=folder, **HOW), whole)
-        assert passes == []
-        assert len(list(folder.glob("rounded-*"))) == 1  # the halves are done with
-        assert same(clado.profile(model, [x], output_dir=folder, **HOW), whole)
-        assert passes == []
-
-
-def test_a_crossed_run_whose_halves_are_lost_makes_them_again(
-    model: nn.Module, tmp_path: Path, passes: list[int]
-) -> None:
-    x = many(48)
-    interrupted(2, model, x, tmp_path)
-    kept = read_rounded(tmp_path / checkpoint_weights(tmp_path))
-    for half in kept.halves:
-        (tmp_path / f"rounded-{half[:12]}.safetensors").unlink()
-    with pytest.raises(CladoError, match=r"^profile: data_loader must yield the samples that decided the weights"):
-        clado.profile(model, [many(48, seed=5)], output_dir=tmp_path, **HOW)
-    passes.clear()
-    assert same(clado.profile(model, [x], output_dir=tmp_path, **HOW), clado.profile(model, [x], **HOW))
-    assert passes == [48, 48]
-
-
-def checkpoint_weights(folder: Path) -> str:
-    """Name of the file that a run's settings call its weights."""
-    name: str = checkpoint.recorded(folder)["rounded"]
-    return f"rounded-{name[:12]}.safetensors"
-
-
-def test_more_samples_and_other_runs_have_the_weights_of_all_that_decided(
-    model: nn.Module, tmp_path: Path, passes: list[int]
-) -> None:
+def test_samples_that_decided_nothing_are_not_corrected(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:
     x = many(72)
-    clado.profile(model, [x[:48]], output_dir=tmp_path / "a", **HOW)
-    longer = clado.profile(model, [x], output_dir=tmp_path / "a", **HOW)
+    how = HOW | {"precision": "float64"}
+    first = clado.profile(model, [x[:48]], output_dir=tmp_path / "a", **how)
+    longer = clado.profile(model, [x], output_dir=tmp_path / "a", **how)
+    other = clado.profile(model, [x[48:]], rounded_as=tmp_path / "a", output_dir=tmp_path / "b", **how)
     assert passes == [48]
-    assert same(longer, clado.profile(model, [x], moment_samples=48, **HOW))
-    passes.clear()
-    other = clado.profile(model, [-x[:24]], rounded_as=tmp_path / "a", output_dir=tmp_path / "b", **HOW)
-    again = clado.profile(
-        model, [-x[:40]], output_dir=tmp_path / "b", **HOW
-    )  # still those of the run it took them from
-    assert passes == []
-    assert again.num_samples == 40
-    assert Sensitivity.merge([longer, other]).num_samples == 96
+    raw = clado.profile(model, [x[48:]], rounded_as=tmp_path / "a", **how).delta_loss
+    np.testing.assert_array_equal(other.delta_loss, raw)
+    assert first.rounded is not None
+    factors = np.array(
+        [first.rounded.optimism[layer.name][scheme.number.name] for layer, scheme in first.candidates.pairs]
+    )
+    expected = 72 / (48 / factors + 24)  # of 72 samples 48 decided
+    plain = clado.profile(model, [x], moment_samples=48, cross_validated=False, **how)
+    np.testing.assert_allclose(longer.delta_loss, plain.delta_loss * expected, rtol=1e-9)
+    merged = Sensitivity.merge([first, other])
+    np.testing.assert_allclose(merged.delta_loss, (48 * first.delta_loss + 24 * raw) / 72, rtol=1e-9)
 
 
-def test_what_cannot_be_crossed_is_one_line(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    clado.profile(model, [many()], cross_fitted=False, output_dir=tmp_path / "run", **HOW)
-    nearest = {"rounding": "nearest"}
+def test_what_cannot_be_validated_is_one_line(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    clado.profile(model, [many()], cross_validated=False, output_dir=tmp_path / "run", **HOW)
+    nearest, asked = {"rounding": "nearest"}, {"cross_validated": True}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"cross_fitted": True}, "cross_fitted must have 32 samples at least, got 26"),
-        ({"cross_fitted": 1}, "cross_fitted must be True or False, got 1"),
-        (
-            {"cross_fitted": True, "output_dir": tmp_path / "run"},
-            "be as the run in output_dir began, got True after False",
-        ),
-        (
-            {"cross_fitted": True, "moment_data": [x]},
-            "rounding must be by one of these, got moment_data and cross_fitted",
-        ),
-        (
-            {"moment_data": [x], "rounded_as": tmp_path},
-            "rounding must be by one of these, got moment_data and rounded_as",
-        ),
+        (asked, "cross_validated must have 32 samples at least, got 26"),
+        ({"cross_validated": 1}, "cross_validated must be True or False, got 1"),
+        (asked | {"output_dir": tmp_path / "run"}, "be as the run in output_dir began, got True after False"),
+        (asked | {"moment_data": [x]}, "moment_data must be left out with cross_validated, got both"),
+        ({"moment_data": [x], "rounded_as": tmp_path}, "moment_data must be left out with rounded_as, got both"),
         ({"moment_data": [x]} | nearest, "moment_data must be left out with nearest rounding, got list"),
-        ({"cross_fitted": True} | nearest, "cross_fitted must be left out with nearest rounding, got True"),
+        (asked | nearest, "cross_validated must be left out with nearest rounding, got True"),
         ({"moment_data": []}, "moment_data must yield at least one sample, got none"),
         ({"moment_data": [x[:, :, :3]]}, "moment_data must yield inputs of one shape"),
         (

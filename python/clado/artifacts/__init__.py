@@ -10,7 +10,7 @@ from ..common import door
 if TYPE_CHECKING:
     from .plan import PLAN_FILE, ChosenOn, Plan, minimized_in_words
     from .provenance import Provenance
-    from .rounded_file import discard, read_rounded, rounded_name, rounded_path, save_held
+    from .rounded_file import read_rounded, rounded_name, save_held
     from .sensitivity import MATRIX_FILE, Sensitivity
     from .stability import Stability, percent
 else:
@@ -24,11 +24,9 @@ __all__ = [
     "Provenance",
     "Sensitivity",
     "Stability",
-    "discard",
     "minimized_in_words",
     "percent",
     "read_rounded",
     "rounded_name",
-    "rounded_path",
     "save_held",
 ]

@@ -38,6 +38,8 @@ from ..profiling import (
     is_writer,
     loss_arguments,
     open_run,
+    optimism_of,
+    pair_factors,
     recorded,
     sample_digests,
     writing,
@@ -209,7 +211,9 @@ def _measured(run: Run, ranks: Ranks, folder: Path | None, verbose: bool) -> Sum
 def _put(sens: Sensitivity, sums: Sums, rows: list[int], later: Later) -> Sensitivity:
     """The matrix with the measured pairs in it; a pair whose loss is not finite stays as it was."""
     block = np.ix_(rows, rows)
-    mean, error = corrected_entries(sums, sens.interaction[block], sens.stderr[block], sens.num_samples)
+    factors = pair_factors(optimism_of(sens.candidates, sens.rounded, sens.sample_digests))[block]
+    measured = sens.interaction[block] / factors, sens.stderr[block] / factors
+    mean, error = (factors * entry for entry in corrected_entries(sums, *measured, sens.num_samples))
     interaction, stderr = sens.interaction.copy(), sens.stderr.copy()
     pairs = [[i, j] for i, behind in enumerate(later) for j in behind]
     for i, j in pairs:

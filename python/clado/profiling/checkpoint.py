@@ -66,7 +66,7 @@ class Checkpoint:
         self.total = Sums.zeros(candidates)
         self.digests = torch.zeros(0, dtype=torch.int64)
         self.pieces: list[list[int]] = []
-        self.held: tuple[Rounded, ...] = ()
+        self.held: Rounded | None = None
         self.groups = Groups(candidates) if grouped else None
         self.checks: list[dict[str, Any]] = []
         if self.path is not None and os.path.exists(self.path):
@@ -130,8 +130,7 @@ class Checkpoint:
             tensors["groups"] = self.groups.begun
             header["checks"] = self.checks
         with writing(path.parent):
-            for held in self.held:
-                save_held(held, path.parent)
+            save_held(self.held, path.parent)
             with atomic_file(path) as temporary:
                 temporary.write_bytes(save(tensors, {"clado.progress": json.dumps(header)}))
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -26,12 +26,10 @@ from .probe import SAMPLES, auto_precision, probe
 from .reader import Reader
 from .rounded_weights import (
     MOMENT_SAMPLES,
-    Halves,
     MomentWork,
     held_already,
-    is_crossed,
+    is_validated,
     made_from,
-    measures_on,
     moment_stream,
     needs_moments,
 )
@@ -94,29 +92,23 @@ def open_run(
     if verbose and not dry and is_writer():
         print(f"loss: {reader.loss.words()}", file=sys.stderr)
     looked_at = () if options.until_stable is None else budgets(options.avg_bits, candidates)
-    rounded, halves, moments = None if task is None else task.rounded, None, None
+    rounded, moments = None if task is None else task.rounded, None
     if task is None and needs_moments(options.rounding):
         rounded = held_already(model, candidates, options, known)
-        source = moment_stream(stream, options)
-        first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
-        crossed = is_crossed(rounded, source, options, first_ones)
-        if rounded is not None and crossed:
-            halves = Halves.kept(options.output_dir, rounded)
-        again = rounded is not None and crossed and halves is None and measures_on(options.output_dir, rounded)
-        if rounded is None or (again and not dry):
+        if rounded is None:
+            source = moment_stream(stream, options)
+            first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
+            validated = is_validated(source, options, first_ones)
             if dry:
-                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, crossed)
+                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, validated)
             else:
-                how = reader, options, first_ones, crossed, verbose
-                made, halves = made_from(model, plain, candidates, source, *how)
-                must = "yield the samples that decided the weights of the run in output_dir"
-                require(rounded is None or made.by == rounded.by, "profile", "data_loader", must, "others")
-                rounded = made
+                how = reader, options, first_ones, validated, verbose
+                rounded = made_from(model, plain, candidates, source, *how)
                 plain.work = 0.0
 
-    @lru_cache(maxsize=1)
-    def every(own: Rounded | None = None) -> list[list[Variant]]:
-        return variants(model, candidates, options.quantizer, device, reader.dtype, own or rounded, ranges)
+    @cache
+    def every() -> list[list[Variant]]:
+        return variants(model, candidates, options.quantizer, device, reader.dtype, rounded, ranges)
 
     notes, runner, probed = [] if plain.note is None else [plain.note], plain, dict[str, Any]()
     if options.act_bits is not None and not dry:
@@ -185,7 +177,6 @@ def open_run(
         own_settings=settings,
         ranges=ranges,
         rounded=rounded,
-        halves=halves,
         moments=moments,
         float_weights=_float_weights(model, plain),
         notes=notes,
@@ -236,9 +227,10 @@ def _float_weights(model: nn.Module, runner: Runner) -> dict[str, int]:
 def _of_rounded(rounded: Rounded | None, options: Options, known: dict[str, Any]) -> dict[str, Any]:
     """Settings that come from rounded weights; before they are made, those of the run that the directory holds."""
     if rounded is not None:
-        halves = {"halves": list(rounded.halves)} if rounded.halves else {}
-        return {"moment_samples": len(rounded.sample_digests), "rounded": rounded.by.digest, **halves}
-    of_run: dict[str, Any] = {name: known[name] for name in ("moment_samples", "rounded", "halves") if name in known}
+        optimism = {"optimism": digest(dict(rounded.optimism))} if rounded.optimism else {}
+        return {"moment_samples": len(rounded.sample_digests), "rounded": rounded.by.digest, **optimism}
+    names = ("moment_samples", "rounded", "optimism")
+    of_run: dict[str, Any] = {name: known[name] for name in names if name in known}
     return of_run if needs_moments(options.rounding) else {}
 
 

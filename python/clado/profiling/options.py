@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -300,15 +301,15 @@ class Options(Arguments):
         "others; losses of other samples make better plans (docs/evidence.md).",
         "the command splits --data",
     )
-    cross_fitted: bool | None = argument(
+    cross_validated: bool | None = argument(
         None,
-        "measure each half of the samples that decide the rounding with weights that the other half alone decided, instead of "
-        "those that all decided, which every later stage has: what ``moment_data`` does, with no more samples. None: as the run "
-        "in ``output_dir`` began, else wherever it rounds by 32 samples or more of its own.",
+        "multiply losses of samples that decided the rounding by how much larger each weight's layer loss is on samples that did "
+        "not (two halves, each rounded for by itself and tried on the other; no forward more). None: as the run in "
+        "``output_dir`` began, else wherever it rounds by 32 samples or more of its own.",
         Line(
-            "--cross-fitted/--no-cross-fitted",
+            "--cross-validated/--no-cross-validated",
             "either",
-            "Measure half of the images with weights that the other half rounded; so from 32 images on when left out.",
+            "Correct losses for the images that weights were rounded by; so from 32 images on when left out.",
         ),
         check=Check(lambda value: isinstance(value, bool), "be True or False"),
     )
@@ -450,18 +451,19 @@ class Options(Arguments):
         from ..quant import ROUNDINGS
 
         if self.rounding is not None and not ROUNDINGS[self.rounding].needs_moments:
-            for name in ("moment_samples", *self._apart):
+            for name in ("moment_samples", *self._decided_by):
                 given = getattr(self, name)
                 shown = type(given).__name__ if name == "moment_data" else given
                 require(given is None, "profile", name, f"be left out with {self.rounding} rounding", shown)
-        require(len(self._apart) <= 1, "profile", "rounding", "be by one of these", " and ".join(self._apart))
+        for one, other in itertools.pairwise(self._decided_by):
+            require(False, "profile", one, f"be left out with {other}", "both")
 
     @property
-    def _apart(self) -> list[str]:
-        """What asks for weights that other samples decide than those that they are measured on."""
+    def _decided_by(self) -> list[str]:
+        """What was asked for that says which samples decide the weights, or asks something of them."""
         asked = {
             "moment_data": self.moment_data,
-            "cross_fitted": self.cross_fitted or None,
+            "cross_validated": self.cross_validated or None,
             "rounded_as": self.rounded_as,
         }
         return [name for name, given in asked.items() if given is not None]
@@ -483,7 +485,7 @@ class Options(Arguments):
         ``known``: settings of the run that ``output_dir`` holds, empty without one.
         """
         began = known.get("rounding", NEAREST) if known else ROUNDING
-        asked = self.moment_samples is not None or len(self._apart) > 0
+        asked = self.moment_samples is not None or len(self._decided_by) > 0
         return replace(self, rounding=self.rounding or (ROUNDING if asked else began))
 
     @property

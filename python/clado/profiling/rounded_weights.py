@@ -5,7 +5,6 @@ What comes out is kept: a run that goes on, is prolonged or is merged has the we
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Sensitivity, discard, read_rounded, rounded_name, rounded_path, save_held
+from ..artifacts import Sensitivity, read_rounded, rounded_name, save_held
 from ..common import CladoError, progress_bar, require, weights_digest
 from ..graph import Runner, Use
-from ..quant import ROUNDINGS, Candidates, Quantizer, Rounded, round_weights
-from .checkpoint import PROGRESS_FILE, read_progress, recorded
+from ..quant import ROUNDINGS, Candidates, Quantizer, Rounded, optimism, round_weights
+from .checkpoint import recorded
 from .distributed import Ranks
 from .options import Options
 from .reader import Reader, all_finite
@@ -56,34 +55,18 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
     same = found is not None and options.moment_samples in (None, len(found.sample_digests))
     if not same or found is None:
         return None
-    began, asked = bool(found.halves), options.cross_fitted
+    began, asked = bool(found.optimism), options.cross_validated
     must = "be as the run in output_dir began"
-    require(asked in (None, began), "profile", "cross_fitted", must, f"{asked} after {began}")
+    require(asked in (None, began), "profile", "cross_validated", must, f"{asked} after {began}")
     return found
 
 
-def is_crossed(rounded: Rounded | None, source: SampleStream, options: Options, samples: int) -> bool:
-    """Whether each half of the samples is measured with the weights of the other.
-
-    Args:
-        rounded: weights that are there already; source, samples: what decides them where they are not.
-    """
-    if options.rounded_as is not None or options.moment_data is not None:
+def is_validated(source: SampleStream, options: Options, samples: int) -> bool:
+    """Whether the weights that ``samples`` of ``source`` decide are cross-validated: not where others are measured."""
+    if options.moment_data is not None:
         return False
-    if rounded is not None:
-        return bool(rounded.halves)
-    return source.at_hand(samples) >= 2 * TOGETHER if options.cross_fitted is None else options.cross_fitted
-
-
-def measures_on(folder: Path | None, rounded: Rounded) -> bool:
-    """Whether a run that keeps such weights has yet to measure some of the samples that decided them.
-
-    It never does where the weights are another run's: it began with other samples.
-    """
-    if folder is None or not (folder / PROGRESS_FILE).exists():
-        return False
-    seen, own = read_progress(folder / PROGRESS_FILE)[2], rounded.sample_digests
-    return len(seen) < len(own) and torch.equal(own[: len(seen)], seen)
+    asked = options.cross_validated
+    return source.at_hand(samples) >= 2 * TOGETHER if asked is None else asked
 
 
 def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
@@ -109,49 +92,6 @@ def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Opt
     return found
 
 
-@dataclass(frozen=True)
-class Halves:
-    """The weights as each half of the deciding samples rounds them; a sample is measured with those of the half it is not in.
-
-    Attributes:
-        first, second: by the first and by the second half.
-    """
-
-    first: Rounded
-    second: Rounded
-
-    @property
-    def cut(self) -> int:
-        """Samples of the first half."""
-        return len(self.first.sample_digests)
-
-    @property
-    def end(self) -> int:
-        """Samples of both."""
-        return self.cut + len(self.second.sample_digests)
-
-    def without(self, sample: int) -> tuple[Rounded | None, int]:
-        """(the weights that a sample had no part in, None for those of all samples; up to which sample it is so)."""
-        if sample < self.end:
-            return (self.second, self.cut) if sample < self.cut else (self.first, self.end)
-        return None, sys.maxsize
-
-    @property
-    def both(self) -> tuple[Rounded, Rounded]:
-        return self.first, self.second
-
-    def discard(self, folder: Path) -> None:
-        """Remove their files: all samples that they are for have been measured."""
-        for half in self.both:
-            discard(rounded_path(folder, half.by))
-
-    @staticmethod
-    def kept(folder: Path | None, rounded: Rounded) -> Halves | None:
-        """Those that an interrupted run left; None where there are none."""
-        found = [half for digest in rounded.halves if (half := _kept_in(folder, digest)) is not None]
-        return Halves(*found) if len(found) == 2 else None
-
-
 def _kept_in(folder: Path | None, digest: str | None) -> Rounded | None:
     """The weights that an interrupted run, or a finished one, has in its directory; None where there are none."""
     path = None if folder is None or digest is None else folder / rounded_name(digest)
@@ -166,46 +106,44 @@ def made_from(
     reader: Reader,
     options: Options,
     samples: int,
-    crossed: bool,
+    validated: bool,
     verbose: bool,
-) -> tuple[Rounded, Halves | None]:
-    """The weights of all candidates, rounded on the moments of the first samples, and where they are ``crossed`` on those of each
-    half; on every rank the same.
+) -> Rounded:
+    """The weights of all candidates, rounded on the moments of the first samples, and where they are ``validated`` how optimistic
+    losses of these are; on every rank the same.
 
     Every rank reads all these samples and keeps the moments of its share of the layers: sums do not depend on how many ranks
     there are, and no rank holds all.
 
     Raises:
-        CladoError: moments that are not finite, data that fails, labels that are no classes, too few samples for halves.
+        CladoError: moments that are not finite, data that fails, labels that are no classes, too few samples to validate.
     """
     ranks = Ranks(reader.device)
-    assert options.rounding is not None
     mine = shares(candidates, ranks.world)[ranks.rank]
-    cut = _half_of(stream.at_hand(samples)) if crossed else 0
+    cut = _half_of(stream.at_hand(samples)) if validated else 0
     moments, early, digests = second_moments(runner, stream, reader, samples, mine, verbose, cut)
     own = Candidates(tuple(candidates.layers[k] for k in mine), tuple(candidates.schemes[k] for k in mine))
-    with progress_bar("round", (3 if crossed else 1) * len(mine), "layers", verbose) as show:
-        count = iter(range(1, 3 * len(mine) + 1))
+    steps = (3 if validated else 1) * len(mine)
+    with progress_bar("round", steps, "layers", verbose) as show:
+        count = iter(range(1, steps + 1))
 
-        def made(moments: dict[str, Tensor], digests: Tensor) -> Rounded:
+        def rounded(moments: dict[str, Tensor], digests: Tensor) -> Rounded:
             how = options.quantizer, str(options.rounding)
-            found = round_weights(model, own, *how, moments, digests, lambda: show(next(count)))
-            return found if ranks.world == 1 else _joined(found, ranks)
+            return round_weights(model, own, *how, moments, digests, lambda: show(next(count)))
 
-        whole = made(moments, digests)
-        if not crossed:
-            return whole, None
-        first = made(early, digests[:cut])
-        for name, total in moments.items():  # what the second half added
-            total -= early.pop(name)
-            total.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
-        halves = Halves(first, made(moments, digests[cut:]))
-    return replace(whole, halves=(halves.first.by.digest, halves.second.by.digest)), halves
+        found = rounded(moments, digests)
+        if validated:
+            for name, total in moments.items():  # what the second half added
+                total -= early[name]
+                total.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
+            halves = (early, rounded(early, digests[:cut])), (moments, rounded(moments, digests[cut:]))
+            found = replace(found, optimism=optimism(model, own, *halves))
+    return found if ranks.world == 1 else _joined(found, ranks)
 
 
 def _half_of(samples: int) -> int:
     """Where so many samples are halved: between two passes."""
-    require(samples >= 2 * TOGETHER, "profile", "cross_fitted", f"have {2 * TOGETHER} samples at least", samples)
+    require(samples >= 2 * TOGETHER, "profile", "cross_validated", f"have {2 * TOGETHER} samples at least", samples)
     return samples // (2 * TOGETHER) * TOGETHER
 
 
@@ -263,25 +201,24 @@ class MomentWork:
         samples: how many they are of.
         forwards: of a sample, in forward-equivalents.
         nbytes: of all layers' moments.
-        crossed: whether half of them are kept beside, and weights by each half.
     """
 
     samples: int
     forwards: float
     nbytes: int
-    crossed: bool = False
 
     @staticmethod
-    def of(runner: Runner, example: Any, samples: int, itemsize: int, crossed: bool) -> MomentWork:
-        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in."""
+    def of(runner: Runner, example: Any, samples: int, itemsize: int, validated: bool) -> MomentWork:
+        """Found by a pass over two samples that are not summed; ``itemsize`` of the dtype that they are measured in; where they
+        are ``validated``, those of half of the samples are kept beside."""
         sides: dict[int, tuple[int, int]] = {}
         runner.inputs(example, lambda layer, use, x: sides.update({layer: use.sides}))
         runner.work = 0.0
         layers = runner.layers
         forward = sum(layer.macs for layer in layers)
         products = sum(layers[k].macs * groups * inputs / layers[k].shape[0] for k, (groups, inputs) in sides.items())
-        nbytes = (2 if crossed else 1) * sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
-        return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes, crossed)
+        nbytes = (2 if validated else 1) * sum(groups * inputs**2 * itemsize for groups, inputs in sides.values())
+        return MomentWork(samples, runner.forward_share * (1 + products / forward), nbytes)
 
 
 def kept_bytes(candidates: Candidates, quantizer: Quantizer, samples: int) -> int:
@@ -306,4 +243,5 @@ def _joined(own: Rounded, ranks: Ranks) -> Rounded:
         packed={key: held for part in parts for key, held in part.packed.items()},
         damped={name: share for part in parts for name, share in part.damped.items()},
         dead={name: count for part in parts for name, count in part.dead.items()},
+        optimism={name: own for part in parts for name, own in part.optimism.items()},
     )

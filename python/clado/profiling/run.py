@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +13,18 @@ from torch.utils import _pytree as pytree
 
 from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
-from ..graph import Runner, Variants
+from ..graph import Runner
 from ..quant import ActivationRanges, Candidates, Rounded, Variant, all_plain, scheme_names
 from .checkpoint import Checkpoint, writing
 from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
 from .groups import group_bytes
 from .losses import Loss
+from .optimism import without_optimism
 from .options import NEAREST, Options
 from .pieces import Pieces, disk_bytes
 from .reader import Reader, all_finite
-from .rounded_weights import Halves, MomentWork, kept_bytes, needs_moments
+from .rounded_weights import MomentWork, kept_bytes, needs_moments
 from .samples import Chunk, SampleStream
 from .share import MemberFailed, Share
 from .stable import Rule
@@ -40,7 +40,6 @@ class PairTask:
         candidates: what they are chosen from.
         ranges: of the layers' inputs, as the candidates or the base round them; none are calibrated.
         rounded: the candidates' weights; None: nearest rounding.
-        halves: what the samples that decided these are measured with; None: with these.
         rows: the candidate of every layer; None: not chosen yet.
         later: for every layer the layers behind it that it is paired with.
         title: of the progress bar.
@@ -77,13 +76,12 @@ class Run:
         reader: what becomes of the loader's batches.
         stream: the samples, in order.
         candidates: what the matrix is over.
-        every: gives all layers' weights and input roundings as their candidates have them, or as a half's weights.
+        every: gives all layers' weights and input roundings as their candidates have them.
         pieces: what is measured at a time of a chunk of ``size`` samples.
         exact_samples: how many samples pay for exact pairs; None: all.
         own_settings: JSON values by name that decide the result.
         ranges: of the layers' inputs, where the base or a candidate rounds them; None: nothing does.
         rounded: the candidates' weights; None: nearest rounding.
-        halves: what the samples that decided these are measured with; None: with these.
         moments: what it takes to round them; known in a dry run alone, None where nothing is to be done.
         notes: what the user is told with the result; ``probed``: the probe of a low precision.
         started: when the run was asked for.
@@ -98,14 +96,13 @@ class Run:
     options: Options
     stream: SampleStream
     candidates: Candidates
-    every: Callable[..., list[list[Variant]]]
+    every: Callable[[], list[list[Variant]]]
     pieces: Pieces
     size: int
     exact_samples: int | None
     own_settings: dict[str, Any]
     ranges: ActivationRanges | None
     rounded: Rounded | None
-    halves: Halves | None
     moments: MomentWork | None
     float_weights: dict[str, int]
     notes: list[str]
@@ -164,7 +161,6 @@ class Run:
         moments = self.moments or MomentWork(0, 0.0, 0)
         left += moments.samples * moments.forwards
         weights = kept_bytes(self.candidates, options.quantizer, moments.samples or count) if self._keeps_weights else 0
-        weights *= 3 if moments.crossed or self.halves is not None else 1
         count_v, layers = sum(self.counts), self.runner.num_layers
         pairs = (count_v**2 - sum(c**2 for c in self.counts)) // 2
         groups = 0 if checkpoint.groups is None else group_bytes(count_v)
@@ -232,7 +228,7 @@ class Run:
             checkpoint.expected = torch.from_numpy(known.sample_digests)
         if self.rounded is not None:
             self._expect_samples_of(self.rounded, checkpoint)
-            checkpoint.held = (self.rounded, *(self.halves.both if self.halves else ()))
+            checkpoint.held = self.rounded
         seen = self.gather(ranks, checkpoint, 0 if known is None else known.num_samples, verbose)
         stability = self._stability(checkpoint, seen)
         changed = known is None or seen != known.num_samples
@@ -249,8 +245,6 @@ class Run:
                     known.save(folder / MATRIX_FILE)
                 else:
                     save_held(self.rounded, folder)
-            if self.halves is not None and checkpoint.total.samples >= self.halves.end:
-                self.halves.discard(folder)
         ranks.send(replace(known, held=None).save)
         return known
 
@@ -328,8 +322,7 @@ class Run:
         """Sums of a chunk; samples advance together as memory allows, and halves where it did not on any member."""
         name, done, parts = self.work.estimator(chunk.first), 0, []
         while done < chunk.samples:
-            variants, stop = self._measured_with(chunk.first + done)
-            together = min(self.pieces.together, stop - chunk.first - done)
+            together = self.pieces.together
             batch = pytree.tree_map(lambda t, a=done, b=done + together: t[a:b], chunk.batch)
             inputs, targets = self.reader.parts(batch)
             count = min(together, chunk.samples - done)
@@ -338,7 +331,7 @@ class Run:
                 moved = self.reader.moved(inputs)
                 seeds = chunk.digests[done : done + together].tolist()
                 loss = self.reader.of_batch(moved, targets, count, seeds)
-                parts.append(self._sums(name, variants, moved, loss, tick, share).cpu().added(share))
+                parts.append(self._sums(name, moved, loss, tick, share).cpu().added(share))
                 work = torch.tensor(self.runner.work - before, dtype=torch.float64)
                 self.runner.work = before + share.added(work).item()
                 done += count
@@ -365,19 +358,10 @@ class Run:
             return "model", "return finite outputs"
         return "loss_func", "return finite losses"
 
-    def _measured_with(self, sample: int) -> tuple[list[list[Variant]], int]:
-        """(all layers' weights that a sample is measured with, the first one behind it that is measured with others)."""
-        if self.halves is None:
-            return self.variants, sys.maxsize
-        own, stop = self.halves.without(sample)
-        return self.variants if own is None else self.every(own), stop
-
-    def _sums(
-        self, name: str, variants: Variants, batch: Any, loss: Loss, tick: Callable[[], None], share: Share
-    ) -> Sums:
+    def _sums(self, name: str, batch: Any, loss: Loss, tick: Callable[[], None], share: Share) -> Sums:
         """This share's sums over samples that advance together."""
         later = None if self.task is None else self.task.later
-        return ESTIMATORS[name].run(self.runner, variants, batch, loss, tick, share, later)
+        return ESTIMATORS[name].run(self.runner, self.variants, batch, loss, tick, share, later)
 
     def _halve(self, samples: int, error: BaseException) -> None:
         """After an allocation failed: half the samples, or half the perturbations, at a time."""
@@ -412,6 +396,7 @@ class Run:
             loss_words=self.reader.loss.words(),
         )
         result = assemble(sums, self.candidates, options.quantizer, provenance, fingerprint, checkpoint.digests)
+        result = without_optimism(result, self.rounded)
         if sums.samples < options.num_samples and not (stability is not None and stability.reached):
             self.notes += [f"the data ended after {sums.samples} of {options.num_samples} samples"]
         if len(checkpoint.pieces) > 1:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .rounded import Rounded, RoundedBy, joined, parted
     from .rounding import ROUNDINGS, Rounding
     from .scaling import PACKED, SCALE, ZERO_POINT, held_by, stored_nbytes
-    from .weights import codes, compensated, round_weights, variants
+    from .weights import codes, compensated, optimism, round_weights, variants
 else:
     __getattr__, __dir__ = door(__name__)
 
@@ -96,6 +96,7 @@ __all__ = [
     "joined",
     "layer_name",
     "modules",
+    "optimism",
     "parted",
     "positions",
     "quantize_activations",

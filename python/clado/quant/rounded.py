@@ -87,8 +87,8 @@ class Rounded:
         others: {parameter or buffer: its value}: what was adapted with the weights, such as biases.
         damped: {layer: damping as a share of the mean second moment}; layers that nothing was added to are left out.
         dead: {layer: how many inputs were zero in every sample}.
-        halves: digests of the same layers' weights as the first and the second half of the samples round them, where losses of
-            one half were measured with the weights of the other.
+        optimism: {layer: {format: by how much its layer loss is larger on samples that had no part in the rounding}}; empty where
+            nobody looked.
     """
 
     rounding: str
@@ -100,7 +100,7 @@ class Rounded:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     damped: Mapping[str, float] = field(default_factory=dict)
     dead: Mapping[str, int] = field(default_factory=dict)
-    halves: tuple[str, ...] = ()
+    optimism: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class Rounded:
             "shapes": {layer: list(shape) for layer, shape in self.shapes.items()},
             "damped": dict(self.damped),
             "dead": dict(self.dead),
-            **({"halves": list(self.halves)} if self.halves else {}),
+            **({"optimism": {layer: dict(own) for layer, own in self.optimism.items()}} if self.optimism else {}),
         }
 
     @staticmethod
@@ -169,7 +169,10 @@ class Rounded:
             others,
             {str(layer): float(share) for layer, share in header["damped"].items()},
             {str(layer): int(count) for layer, count in header["dead"].items()},
-            tuple(map(str, header.get("halves", ()))),
+            {
+                str(layer): {str(number): float(factor) for number, factor in own.items()}
+                for layer, own in header.get("optimism", {}).items()
+            },
         )
         require(made.by == by, "round", "file", "hold what was written", "damaged data")
         return made

@@ -1,0 +1,53 @@
+"""Losses of weights on the samples that they were rounded by, as they would be on others.
+
+Weights fit what decided them better than anything else, some layers more than others: those with many inputs that see few
+positions of a sample. In statistics that is optimism (Efron 1986, "How biased is the apparent error rate of a prediction rule?").
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifacts import Sensitivity
+from ..quant import Candidates, Rounded
+
+
+def optimism_of(candidates: Candidates, rounded: Rounded | None, digests: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``[V]``: by how much each candidate's mean loss over some samples is larger where none of them decided its weight.
+
+    The loss is a square of the error at a layer's output to first order, so that it rises as the layer loss does. Of n samples of
+    which k decided, the mean is (k / r + n − k) / n of what it should be, with r the factor of those that decided.
+
+    Args:
+        rounded: the candidates' weights; None: of nearest rounding, which no samples decide.
+        digests: ``[n]``, of the samples.
+    """
+    if rounded is None or not rounded.optimism or len(digests) == 0:
+        return np.ones(len(candidates))
+    share = float(np.isin(digests, rounded.sample_digests.numpy()).mean())
+    known = [rounded.optimism[layer.name].get(scheme.number.name, 1.0) for layer, scheme in candidates.pairs]
+    return 1 / (share / np.array(known) + 1 - share)
+
+
+def without_optimism(sens: Sensitivity, rounded: Rounded | None) -> Sensitivity:
+    """The matrix as other samples would have it: a pair rises as both of its layers' errors do."""
+    factors = optimism_of(sens.candidates, rounded, sens.sample_digests)
+    pairs = pair_factors(factors)
+    return replace(
+        sens,
+        delta_loss=sens.delta_loss * factors,
+        interaction=sens.interaction * pairs,
+        stderr=sens.stderr * pairs,
+    )
+
+
+def pair_factors(factors: NDArray[np.float64]) -> Any:
+    """``[V, V]``: those of the candidates themselves on the diagonal."""
+    roots = np.sqrt(factors)
+    found = np.outer(roots, roots)
+    np.fill_diagonal(found, factors)
+    return found
