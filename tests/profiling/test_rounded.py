@@ -343,10 +343,10 @@ def test_other_data_decide_the_rounding(model: nn.Module, x: Tensor, tmp_path: P
 
 
 def excess(weight: Tensor, by: list[Tensor], moments: list[Tensor]) -> float:
-    """1 + half of what the layer loss of two halves' weights rises by on each other's samples, in float64."""
+    """Root of the ratio by which the layer loss of two halves' weights rises on each other's samples, in float64."""
     errors = [(weight - own).double() for own in by]
     losses = [[float((e @ h.double() @ e.T).trace()) for h in moments] for e in errors]
-    return 1 + max(0.0, (losses[0][1] + losses[1][0]) / (losses[0][0] + losses[1][1]) - 1) / 2
+    return max(1.0, (losses[0][1] + losses[1][0]) / (losses[0][0] + losses[1][1])) ** 0.5
 
 
 def test_losses_are_corrected_for_what_the_rounding_fits(model: nn.Module, passes: list[int]) -> None:

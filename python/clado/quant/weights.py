@@ -140,8 +140,9 @@ def round_weights(
 def optimism(model: nn.Module, candidates: Candidates, *halves: tuple[Moments, Rounded]) -> dict[str, dict[str, float]]:
     """{layer: {format: by how much larger the layer loss tr(E H Eᵀ) is on samples that had no part in the rounding}}, at least 1.
 
-    By cross-validation: the weights by each half of the samples on the moments of the other. The fit to n samples flatters a
-    loss by a share that falls as 1/n, so of all of them the excess is half of what it is of a half.
+    By cross-validation: the weights by each half of the samples on the moments of the other. The logarithm of that ratio falls as
+    1/n, as for p numbers that are fitted by least squares, log (1 + p/n) / (1 − p/n) ≈ 2p/n, so that of all samples it is half of
+    what it is of a half: a square root.
 
     Args:
         model: the float weights; candidates: whose.
@@ -158,7 +159,7 @@ def optimism(model: nn.Module, candidates: Candidates, *halves: tuple[Moments, R
             ]
             losses = [[_layer_loss(error, moments[layer.name]) for moments, _ in halves] for error in errors]
             own, others = losses[0][0] + losses[1][1], losses[0][1] + losses[1][0]
-            found[layer.name][number.name] = 1 + max(0.0, others / own - 1) / 2 if own > 0 else 1.0
+            found[layer.name][number.name] = max(1.0, others / own) ** 0.5 if own > 0 else 1.0
     return found
 
 
