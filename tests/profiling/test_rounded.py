@@ -358,6 +358,8 @@ def test_losses_are_corrected_for_what_the_rounding_fits(model: nn.Module, passe
     assert found.rounded is not None
     assert plain.rounded is not None
     assert not plain.rounded.optimism
+    assert "optimism" not in plain.notes
+    assert " in the median, " in found.notes["optimism"]
     seen: list[Tensor] = []
     with model.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0])), torch.no_grad():
         model(x)

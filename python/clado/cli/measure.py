@@ -116,6 +116,10 @@ def _profile(options: dict[str, Any]) -> None:
         f"{len(sens.layers)} layers, {sens.num_candidates} candidates, {sens.num_samples} samples, "
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
     )
+    if "optimism" in info:
+        click.echo(
+            f"corrected for the fit of the weights to the images that rounded them: losses times {info['optimism']}"
+        )
     if sens.provenance.stability is not None:
         click.echo(str(sens.provenance.stability))
     if sens.provenance.float_layers:

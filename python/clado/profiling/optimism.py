@@ -34,14 +34,18 @@ def optimism_of(candidates: Candidates, rounded: Rounded | None, digests: NDArra
 
 
 def without_optimism(sens: Sensitivity, rounded: Rounded | None) -> Sensitivity:
-    """The matrix as other samples would have it: a pair rises as both of its layers' errors do."""
+    """The matrix as other samples would have it: a pair rises as both of its layers' errors do. ``notes`` says how much."""
     factors = optimism_of(sens.candidates, rounded, sens.sample_digests)
-    pairs = pair_factors(factors)
+    if (factors == 1).all():
+        return sens
+    pairs, most = pair_factors(factors), int(np.argmax(factors))
+    words = f"{np.median(factors):.2f} in the median, {factors[most]:.2f} at most ({sens.candidates.label(most)})"
     return replace(
         sens,
         delta_loss=sens.delta_loss * factors,
         interaction=sens.interaction * pairs,
         stderr=sens.stderr * pairs,
+        notes={**sens.notes, "optimism": words},
     )
 
 

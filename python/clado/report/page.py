@@ -252,6 +252,7 @@ def settings(sens: Sensitivity) -> dict[str, str]:
         "loss": {"kl": "KL to the float model", "cross_entropy": "cross-entropy"}.get(_plain(sens), known.loss_words),
         "precision": known.precision or "",
         "rounding": "to the nearest code" if known.rounding is None else str(known.rounding),
+        "corrected for the fit": f"losses times {notes['optimism']}" if "optimism" in notes else "",
         "scales": f"{scales}; {sens.quantizer.scale_steps} shrink steps",
         "work": f"{notes['forward_equivalents']:,.1f} forwards per sample" if "forward_equivalents" in notes else "",
         "time": f"{notes['seconds']:,.1f} s on {notes.get('device', '')}" if "seconds" in notes else "",
