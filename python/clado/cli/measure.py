@@ -87,6 +87,7 @@ def _profile(options: dict[str, Any]) -> None:
     from ..profiling import is_writer, plan_run
     from ..profiling import profile as measure
     from ..runs import ModelSpec, build_data, build_model, write_note
+    from .tables import say_how_corrected
 
     options["pretrained"] = {None: False, "hub": True}.get(options["pretrained"], options["pretrained"])
     spec = ModelSpec(*(options[name] for name in ("model", "checkpoint", "pretrained", "num_classes", "img_size")))
@@ -116,10 +117,7 @@ def _profile(options: dict[str, Any]) -> None:
         f"{len(sens.layers)} layers, {sens.num_candidates} candidates, {sens.num_samples} samples, "
         f"{info['forward_equivalents']:.1f} forwards each, {info['seconds']:.1f} s -> {folder}"
     )
-    if "optimism" in info:
-        click.echo(
-            f"corrected for the fit of the weights to the images that rounded them: losses times {info['optimism']}"
-        )
+    say_how_corrected(sens)
     if sens.provenance.stability is not None:
         click.echo(str(sens.provenance.stability))
     if sens.provenance.float_layers:

@@ -116,6 +116,7 @@ def show_run(folder: Path) -> None:
     source = f"{known.estimator} estimator, {known.loss}" if known.known else "scores from elsewhere"
     rounding = "" if known.rounding is None else f", {known.rounding}"
     click.echo(f"\n{source}{rounding}{work}; {sens.num_samples:,} samples at {schemes_in_words(sens)}")
+    say_how_corrected(sens)
     if known.stability is not None:
         click.echo(str(known.stability))
     if known.float_layers:
@@ -129,6 +130,13 @@ def show_run(folder: Path) -> None:
         click.echo(f"next: clado solve {folder} --avg-bits 3")
     if plan is not None:
         say_if_older(folder, sens, plan)
+
+
+def say_how_corrected(sens: Sensitivity) -> None:
+    """By how much losses were too low on the samples that rounded the weights."""
+    if "optimism" in sens.notes:
+        words = "corrected for the fit of the weights to the samples that rounded them: losses times"
+        click.echo(f"{words} {sens.notes['optimism']}")
 
 
 def schemes_in_words(sens: Sensitivity) -> str:
