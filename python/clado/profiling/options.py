@@ -299,7 +299,7 @@ class Options(Arguments):
         "batches like those of ``data_loader``, whose samples decide the rounding instead of its first ones. Weights fit what "
         "they were rounded for better than anything else, and losses measured there are too low, of some layers more than of "
         "others; losses of other samples make better plans (docs/evidence.md).",
-        "the command splits --data",
+        "the command corrects losses instead, by --cross-validated",
     )
     cross_validated: bool | None = argument(
         None,
