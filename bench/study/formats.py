@@ -1,6 +1,6 @@
 """``python -m bench.study.formats``: integers alone and integers with fp8 and kept layers, inputs rounded too, beside ModelOpt's.
 
-Two nets trained on digits (bench/study/nets.py), and with ``--photographs`` EfficientNet-Lite0 with ImageNet weights. A
+Three nets trained on digits (bench/study/nets.py), and with ``--photographs`` EfficientNet-Lite0 with ImageNet weights. A
 candidate is a weight in 2, 4 or 8 bits or fp8 together with its layer's input in 8 bits (fp8 with fp8), or the layer kept in 16
 bits. At each budget of bits per weight: the plan of `clado solve` over all of them (measured: of the shortlist the least KL on
 images set apart), the same without fp8 and kept layers, the same of a profile under nearest rounding, which is ModelOpt's, and
@@ -39,7 +39,7 @@ SCHEMES = ("W2A8", "W4A8", "W8A8", "FP8", "BF16")
 FLOATS = ("FP8", "BF16")
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
 DIGITS, PHOTOGRAPHS = 256, 128  # that are measured on
-NETS = ("vit", "resnet")
+NETS = ("vit", "resnet", "mobilenet")
 
 
 def main() -> None:

@@ -147,9 +147,9 @@ class Bench:
             "predicted": {name: plan.objective for name, plan in plans.items()},
             "minus_diagonal": {name: clustered(losses - found["0"], self.shown) for name, losses in found.items()},
             "minus_same": {
-                name: clustered(found[name] - found[f"same {name}"], self.shown)
-                for name in ("0", "measured")
-                if f"same {name}" in found
+                f"{name} - {other}": clustered(found[name] - found[f"same {other}"], self.shown)
+                for name, other in (("0", "0"), ("measured", "measured"), ("measured", "0"))
+                if f"same {other}" in found
             },
             "same_plan": [name for name, plan in plans.items() if plan.schemes == plans["0"].schemes],
         }

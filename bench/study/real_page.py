@@ -19,14 +19,18 @@ def interactions_on_real_nets() -> str:
     """How far to trust interactions on nets with ImageNet weights."""
     every = [json.loads(path.read_text()) for path in sorted(REAL.parent.parent.glob(f"*/{REAL.name}"))]
     settings, rows = every[0]["settings"], [row for found in every for row in found["rows"]]
-    measured, earlier = [row for row in rows if "minus_same" in row], [row for row in rows if "minus_same" not in row]
+    measured, earlier = [row for row in rows if row.get("minus_same")], [row for row in rows if "minus_same" not in row]
     draws = Counter(net for net, _ in {(row["net"], row["draw"]) for row in measured})
     names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
     names |= {"shrunk": "shrunk", "measured": "measured", "same 0": "same: diagonal", "same measured": "same: measured"}
     counts = [[title, *_counted([row["minus_diagonal"][name] for row in measured])] for name, title in names.items()]
     corrected = [
-        [title, *_counted([row["minus_same"][name] for row in measured])]
-        for name, title in (("0", "diagonal"), ("measured", "measured"))
+        [*titles, *_counted([row["minus_same"][f"{one} - {other}"] for row in measured])]
+        for one, other, titles in (
+            ("0", "0", ("diagonal", "diagonal")),
+            ("measured", "measured", ("measured", "measured")),
+            ("measured", "0", ("measured", "diagonal")),
+        )
     ]
     before = ", ".join(_counted([row["minus_diagonal"]["measured"] for row in earlier]))
     return f"""
@@ -41,7 +45,7 @@ than two standard errors. "A quarter" to "all" keep that share of every interact
 The matrix is corrected for the fit of the weights to the photographs that rounded them (docs/numerics.md, "Optimism"). "Same" is the
 matrix as it was measured. Plans of the corrected matrix beside those of the other, with the same weights, photographs and forwards:
 
-{table(["plan", "better than its like without", "ties", "worse"], corrected)}
+{table(["plan of the corrected matrix", "beside, of the other", "better", "ties", "worse"], corrected)}
 
 Beside the diagonal's plan of the corrected matrix:
 
