@@ -94,6 +94,8 @@ def _where_measured_hurts(rows: list[dict[str, Any]]) -> str:
 
 def how_optimistic() -> str:
     """The factor by which losses are corrected, beside the true one."""
+    measured = json.loads(OPTIMISM.read_text())["rows"]
+    others = ", ".join(f"{net}: {count}" for net, count in {row["net"]: row["others"] for row in measured}.items())
     rows = [
         [
             row["net"],
@@ -102,15 +104,15 @@ def how_optimistic() -> str:
             f"{row['error_without']:.1%}",
             f"{row['error']:.1%}",
         ]
-        for row in json.loads(OPTIMISM.read_text())["rows"]
+        for row in measured
     ]
     head = ["net", "samples", "10 % below", "median", "90 % below", "most", "error without", "error with"]
     return f"""
 ### Whether the factor is right
 
 By how much what rounding adds to a layer's output is larger on samples that decided nothing than on those that decided: over all
-layers and widths the true factor (600 other digits, 300 photographs of other things) and the profile's, and the error of the logarithm of
-losses (root mean square) without and with it. `python -m bench.study.optimism --photographs …` writes `{OPTIMISM}`.
+layers and widths the true factor (others, {others}) and the profile's, and the error of the logarithm of losses
+(root mean square) without and with it. `python -m bench.study.optimism --photographs …` writes `{OPTIMISM}`.
 
 {table(head, rows)}
 """
