@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file, heap
-from clado.profiling import optimism_of, pair_factors
+from clado.profiling import optimism_of, times
 
 from ..harness import machine
 from .measure import divergence
@@ -82,13 +82,7 @@ def with_share(sens: Sensitivity, share: float) -> Sensitivity:
 
 def uncorrected(sens: Sensitivity) -> Sensitivity:
     """The matrix as it was measured, on samples that decided the weights."""
-    factors = pair_factors(optimism_of(sens.candidates, sens.rounded, sens.sample_digests))
-    return replace(
-        sens,
-        delta_loss=sens.delta_loss / factors.diagonal(),
-        interaction=sens.interaction / factors,
-        stderr=sens.stderr / factors,
-    )
+    return times(sens, 1 / optimism_of(sens.candidates, sens.rounded, sens.sample_digests))
 
 
 @dataclass
@@ -122,9 +116,9 @@ class Bench:
         if len(images) < samples:
             raise ValueError(f"draw {draw} of {samples} needs more than {len(self.sensitivity)} photographs")
         folder = self.work / f"{rounding}-{samples}-{draw}"
-
-        how: dict[str, Any] = {"rounding": rounding, "num_samples": samples}
-        sens = clado.profile(self.model, [images], BITS, output_dir=folder / "run", verbose=False, **how)
+        sens = clado.profile(
+            self.model, [images], BITS, rounding=rounding, num_samples=samples, output_dir=folder / "run", verbose=False
+        )
         same = uncorrected(sens) if rounding == "compensated" else None
         return [self.row(sens, same, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import clado
 from clado.artifacts import Sensitivity
@@ -77,14 +77,13 @@ def added(model: nn.Module, sens: Sensitivity, images: Tensor) -> dict[tuple[str
     """{(layer, format): mean square of what its error adds to the layer's output, where the net's own depends on it}."""
     total: dict[tuple[str, str], float] = {}
     reads = read_tokens(model, sens, images[:2])
-    errors = {layer: dict(errors_of(model, sens, layer)) for layer in (layer.name for layer in sens.layers)}
+    errors = {layer.name: dict(errors_of(model, sens, layer.name)) for layer in sens.layers}
 
     def see(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            silent = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
             for number, error in errors[name].items():
-                value = bare(module, {"weight": error, **silent}, inputs[0])[:, reads[name]].double()
-                total[name, number] = total.get((name, number), 0.0) + value.square().sum().item() / len(images)
+                value = error(inputs[0])[:, reads[name]].double().square().sum().item()
+                total[name, number] = total.get((name, number), 0.0) + value / len(images)
 
         return hook
 
@@ -112,21 +111,18 @@ def read_tokens(model: nn.Module, sens: Sensitivity, images: Tensor) -> dict[str
     return {name: slope.movedim(1, 0).flatten(1).any(1) for name, slope in zip(outputs, slopes, strict=True)}
 
 
-def bare(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """A module's output under other parameters, without its hooks."""
-    kept, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
-    found: Tensor = functional_call(module, parameters, (x,))
-    module._forward_hooks = kept
-    return found
-
-
-def errors_of(model: nn.Module, sens: Sensitivity, layer: str) -> Iterator[tuple[str, Tensor]]:
-    """(format, rounded weight minus the float one) of every candidate of a layer."""
-    weight, rounded = model.get_submodule(layer).weight.detach(), sens.rounded
+def errors_of(model: nn.Module, sens: Sensitivity, layer: str) -> Iterator[tuple[str, nn.Module]]:
+    """(format, the layer with what rounding adds to its weight for a weight, and no bias) of every candidate of a layer."""
+    module, rounded = model.get_submodule(layer), sens.rounded
     assert rounded is not None
     for name, number in {scheme.number.name: scheme.number for scheme in sens.candidates.flat}.items():
         if rounded.has(layer, number):
-            yield name, rounded.of(layer, number).values(torch.float32).view_as(weight) - weight
+            own = deepcopy(module)
+            own.weight = nn.Parameter(
+                rounded.of(layer, number).values(torch.float32).view_as(module.weight) - module.weight
+            )
+            own.bias = None
+            yield name, own
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside others.
 
 At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
-under nearest rounding, the plan of a profile with zero points, and uniform widths where there are such; all finished on the same
-augmented photographs of the sensitivity set. Then what two other tools make of the same widths, bytes and photographs:
-ModelOpt's plans with weights by least squared error, MCT's plans with its own weights, without and with its learning (on the
-augmented photographs, too). Photographs of other things choose, a third set judges: KL to the float net, agreement of the first
-class, paired, with errors clustered by what a photograph shows. Every score is a file, so a killed run goes on where it stopped.
+under nearest rounding, the plan of a profile with zero points, and uniform widths, with zero points too, where there are such;
+all finished on the same augmented photographs of the sensitivity set. Then what two other tools make of the same widths, bytes
+and photographs: ModelOpt's plans with weights by least squared error, MCT's plans with its own weights, without and with its
+learning (on the augmented photographs, too). Photographs of other things choose, a third set judges: KL to the float net,
+agreement of the first class, paired, with errors clustered by what a photograph shows. Every score is a file, so a killed run
+goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -342,6 +342,13 @@ def test_other_data_decide_the_rounding(model: nn.Module, x: Tensor, tmp_path: P
     assert few.provenance.rounding.samples == 9
 
 
+def factors_of(sens: Sensitivity) -> Any:
+    """``[V]``, as the file of the weights has them."""
+    assert sens.rounded is not None
+    known = sens.rounded.optimism
+    return np.array([known[layer.name][scheme.number.name] for layer, scheme in sens.candidates.pairs])
+
+
 def excess(weight: Tensor, by: list[Tensor], moments: list[Tensor]) -> float:
     """Root of the ratio by which the layer loss of two halves' weights rises on each other's samples, in float64."""
     errors = [(weight - own).double() for own in by]
@@ -374,9 +381,7 @@ def test_losses_are_corrected_for_what_the_rounding_fits(model: nn.Module, passe
         assert known == pytest.approx(excess(weight, by, moments), rel=1e-3)
         v = found.candidates.starts[head] + k
         assert found.delta_loss[v] == pytest.approx(plain.delta_loss[v] * known, rel=1e-9)
-    factors = np.array(
-        [found.rounded.optimism[layer.name][scheme.number.name] for layer, scheme in found.candidates.pairs]
-    )
+    factors = factors_of(found)
     assert (factors >= 1).all()
     assert factors.max() > 1.05
     pairs = np.sqrt(np.outer(factors, factors))
@@ -422,10 +427,7 @@ def test_samples_that_decided_nothing_are_not_corrected(model: nn.Module, tmp_pa
     assert passes == [48]
     raw = clado.profile(model, [x[48:]], rounded_as=tmp_path / "a", **how).delta_loss
     np.testing.assert_array_equal(other.delta_loss, raw)
-    assert first.rounded is not None
-    factors = np.array(
-        [first.rounded.optimism[layer.name][scheme.number.name] for layer, scheme in first.candidates.pairs]
-    )
+    factors = factors_of(first)
     expected = 72 / (48 / factors + 24)  # of 72 samples 48 decided
     plain = clado.profile(model, [x], moment_samples=48, cross_validated=False, **how)
     np.testing.assert_allclose(longer.delta_loss, plain.delta_loss * expected, rtol=1e-9)

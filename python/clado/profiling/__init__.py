@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .estimators import ESTIMATORS, Later, joined
     from .losses import IGNORED, LOSSES, Loss, LossChoice, LossFunc, loss_arguments
     from .open import open_run
-    from .optimism import optimism_of, pair_factors
+    from .optimism import optimism_of, pair_factors, times
     from .options import NEAREST, Options
     from .profiler import plan_run, profile
     from .reader import Reader, all_finite
@@ -58,6 +58,7 @@ __all__ = [
     "read_progress",
     "recorded",
     "sample_digests",
+    "times",
     "torchrun_group",
     "writing",
 ]

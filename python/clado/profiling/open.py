@@ -27,8 +27,8 @@ from .reader import Reader
 from .rounded_weights import (
     MOMENT_SAMPLES,
     MomentWork,
+    halved_at,
     held_already,
-    is_validated,
     made_from,
     moment_stream,
     needs_moments,
@@ -98,11 +98,12 @@ def open_run(
         if rounded is None:
             source = moment_stream(stream, options)
             first_ones = options.moment_samples or known.get("moment_samples") or min(MOMENT_SAMPLES, source.expected)
-            validated = is_validated(source, options, first_ones)
+            there = min(first_ones, source.expected) if dry else source.at_hand(first_ones)
+            cut = halved_at(there, options)
             if dry:
-                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, validated)
+                moments = MomentWork.of(plain, example, first_ones, reader.dtype.itemsize, cut > 0)
             else:
-                how = reader, options, first_ones, validated, verbose
+                how = reader, options, first_ones, cut, verbose
                 rounded = made_from(model, plain, candidates, source, *how)
                 plain.work = 0.0
 

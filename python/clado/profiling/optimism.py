@@ -38,14 +38,19 @@ def without_optimism(sens: Sensitivity, rounded: Rounded | None) -> Sensitivity:
     factors = optimism_of(sens.candidates, rounded, sens.sample_digests)
     if (factors == 1).all():
         return sens
-    pairs, most = pair_factors(factors), int(np.argmax(factors))
+    most = int(np.argmax(factors))
     words = f"{np.median(factors):.2f} in the median, {factors[most]:.2f} at most ({sens.candidates.label(most)})"
+    return replace(times(sens, factors), notes={**sens.notes, "optimism": words})
+
+
+def times(sens: Sensitivity, factors: NDArray[np.float64]) -> Sensitivity:
+    """The matrix with each candidate's loss multiplied by its factor ``[V]``."""
+    pairs = pair_factors(factors)
     return replace(
         sens,
         delta_loss=sens.delta_loss * factors,
         interaction=sens.interaction * pairs,
         stderr=sens.stderr * pairs,
-        notes={**sens.notes, "optimism": words},
     )
 
 

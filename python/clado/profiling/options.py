@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import operator
@@ -455,8 +454,8 @@ class Options(Arguments):
                 given = getattr(self, name)
                 shown = type(given).__name__ if name == "moment_data" else given
                 require(given is None, "profile", name, f"be left out with {self.rounding} rounding", shown)
-        for one, other in itertools.pairwise(self._decided_by):
-            require(False, "profile", one, f"be left out with {other}", "both")
+        one, *others = self._decided_by or [""]
+        require(not others, "profile", one, f"be left out with {', '.join(others)}", "both")
 
     @property
     def _decided_by(self) -> list[str]:

@@ -35,7 +35,8 @@ def moment_stream(stream: SampleStream, options: Options) -> SampleStream:
     """The samples that decide the rounding: those of ``moment_data``, where there is any, else the run's own."""
     if options.moment_data is None:
         return stream
-    found = SampleStream(options.moment_data, options.moment_samples or MOMENT_SAMPLES, options.seed, stream)
+    count = options.moment_samples or MOMENT_SAMPLES
+    found = SampleStream(options.moment_data, count, options.seed, "moment_data", stream)
     found.peek()
     return found
 
@@ -61,12 +62,16 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
     return found
 
 
-def is_validated(source: SampleStream, options: Options, samples: int) -> bool:
-    """Whether the weights that ``samples`` of ``source`` decide are cross-validated: not where others are measured."""
-    if options.moment_data is not None:
-        return False
-    asked = options.cross_validated
-    return source.at_hand(samples) >= 2 * TOGETHER if asked is None else asked
+def halved_at(samples: int, options: Options) -> int:
+    """Where the samples that decide are halved to cross-validate their weights, between two passes; 0: they are not.
+
+    Raises:
+        CladoError: it was asked for, and they are too few.
+    """
+    asked, enough = options.cross_validated, samples >= 2 * TOGETHER
+    require(enough or not asked, "profile", "cross_validated", f"have {2 * TOGETHER} samples at least", samples)
+    wanted = asked is not False and options.moment_data is None
+    return samples // (2 * TOGETHER) * TOGETHER if wanted and enough else 0
 
 
 def _of_run(folder: Path, model: nn.Module, candidates: Candidates, options: Options) -> Rounded:
@@ -106,24 +111,23 @@ def made_from(
     reader: Reader,
     options: Options,
     samples: int,
-    validated: bool,
+    cut: int,
     verbose: bool,
 ) -> Rounded:
-    """The weights of all candidates, rounded on the moments of the first samples, and where they are ``validated`` how optimistic
-    losses of these are; on every rank the same.
+    """The weights of all candidates, rounded on the moments of the first samples, and how optimistic losses of these are, found
+    with two halves that part at ``cut``, where that is not 0; on every rank the same.
 
     Every rank reads all these samples and keeps the moments of its share of the layers: sums do not depend on how many ranks
     there are, and no rank holds all.
 
     Raises:
-        CladoError: moments that are not finite, data that fails, labels that are no classes, too few samples to validate.
+        CladoError: moments that are not finite, data that fails, labels that are no classes.
     """
     ranks = Ranks(reader.device)
     mine = shares(candidates, ranks.world)[ranks.rank]
-    cut = _half_of(stream.at_hand(samples)) if validated else 0
     moments, early, digests = second_moments(runner, stream, reader, samples, mine, verbose, cut)
     own = Candidates(tuple(candidates.layers[k] for k in mine), tuple(candidates.schemes[k] for k in mine))
-    steps = (3 if validated else 1) * len(mine)
+    steps = (3 if cut else 1) * len(mine)
     with progress_bar("round", steps, "layers", verbose) as show:
         count = iter(range(1, steps + 1))
 
@@ -132,19 +136,13 @@ def made_from(
             return round_weights(model, own, *how, moments, digests, lambda: show(next(count)))
 
         found = rounded(moments, digests)
-        if validated:
+        if cut:
             for name, total in moments.items():  # what the second half added
                 total -= early[name]
                 total.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
             halves = (early, rounded(early, digests[:cut])), (moments, rounded(moments, digests[cut:]))
             found = replace(found, optimism=optimism(model, own, *halves))
     return found if ranks.world == 1 else _joined(found, ranks)
-
-
-def _half_of(samples: int) -> int:
-    """Where so many samples are halved: between two passes."""
-    require(samples >= 2 * TOGETHER, "profile", "cross_validated", f"have {2 * TOGETHER} samples at least", samples)
-    return samples // (2 * TOGETHER) * TOGETHER
 
 
 def shares(candidates: Candidates, world: int) -> list[list[int]]:

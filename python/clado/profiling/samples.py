@@ -58,13 +58,19 @@ class SampleStream:
         data_loader: iterable of batches: tensors, or tuples, lists or dicts of tensors with one leading dimension.
         num_samples: where to stop.
         seed: of torch's generator while the loader draws; the generator outside is left as it was.
-        like: a stream whose batches these must be like; then errors speak of ``moment_data``.
+        name: what errors call the loader.
+        like: a stream whose batches these must be like.
     """
 
     def __init__(
-        self, data_loader: Iterable[Any], num_samples: int, seed: int = 0, like: SampleStream | None = None
+        self,
+        data_loader: Iterable[Any],
+        num_samples: int,
+        seed: int = 0,
+        name: str = "data_loader",
+        like: SampleStream | None = None,
     ) -> None:
-        self.num_samples, self.name = num_samples, "data_loader" if like is None else "moment_data"
+        self.num_samples, self.name = num_samples, name
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._loader = data_loader
         self._order = self._indices()

@@ -34,6 +34,16 @@ class Factors:
     dead: int
 
 
+def times_moments(values: Tensor, moments: Tensor) -> Tensor:
+    """``[B, N, K]`` times H of each row's group; ``moments`` ``[G, K, K]``."""
+    return (values.view(len(values), len(moments), -1, values.shape[-1]) @ moments).view_as(values)
+
+
+def layer_loss(error: Tensor, moments: Tensor) -> Tensor:
+    """float64 ``[B, N]``: e H eᵀ of every row of ``[B, N, K]``, what its error costs at the layer's output."""
+    return (times_moments(error, moments) * error).double().sum(-1)
+
+
 def factored(moments: Tensor, layer: str = "a layer") -> Factors:
     """Order, damp, factorize and invert in float64.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import clado_ext
 
 from ..common import require
-from .factors import Factors
+from .factors import Factors, layer_loss, times_moments
 from .floats import Blocks, Float8, Kept
 from .integers import Integer
 from .native import NativeNumber
@@ -101,15 +101,9 @@ def _under_fixed(matrix: Tensor, number: NativeNumber, scales: Scales, factors: 
     codes, loss = clado_ext.compensate_format(rows, factors.factor, to, factors.order)
     nearest = clado_ext.quantize_formats(rows, [to])
     error = rows.float() - clado_ext.dequantize_formats(nearest, [to])[0]
-    better = (_times_moments(error[None], factors)[0] * error).double().sum(-1) < loss
+    better = layer_loss(error[None], factors.moments)[0] < loss
     codes[better] = nearest[0][better]
     return codes.view(matrix.shape), scales
-
-
-def _times_moments(values: Tensor, factors: Factors) -> Tensor:
-    """``[B, N, K]`` times H of each row's group."""
-    moments = factors.moments
-    return (values.view(len(values), len(moments), -1, values.shape[-1]) @ moments).view_as(values)
 
 
 class _Search:
@@ -169,8 +163,7 @@ class _Search:
         codes = clado_ext.quantize(self.rows, self.scale, self.bits, self.group, self.zero_point)
         values = clado_ext.dequantize(codes, self.scale, self.group, torch.float32, self.zero_point)
         error = self.rows.float() - values
-        loss = (_times_moments(error, self.factors) * error).double().sum(-1)
-        return codes, self._decisive(loss)
+        return codes, self._decisive(layer_loss(error, self.factors.moments))
 
     def _take_better(
         self, scale: Tensor, codes: Tensor, loss: Tensor, best: Tensor, given: tuple[Tensor, Tensor] | None = None
@@ -184,7 +177,7 @@ class _Search:
     def _fit(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``[B, N, 1]``: what each row's scales are multiplied with for the least loss of these codes: (w H q) / (q H q)."""
         values = clado_ext.dequantize(codes, scale, self.group, torch.float32, self.zero_point)
-        weighted = _times_moments(values, self.factors)
+        weighted = times_moments(values, self.factors.moments)
         one, two = ((weighted * x).double().sum(-1, keepdim=True) for x in (self.rows.float(), values))
         if self.shared:
             one, two = (x.sum(1, keepdim=True).expand_as(one) for x in (one, two))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common import require, tensor_digest, weights_digest
 from .activations import ActivationRanges, input_rounding
 from .candidates import Candidates, Scheme
-from .factors import Factors, factored
+from .factors import Factors, factored, layer_loss
 from .inputs import Variant
 from .layers import Layer
 from .numbers import Number, Quantized, all_nearest, all_scales
@@ -154,19 +154,13 @@ def optimism(model: nn.Module, candidates: Candidates, *halves: tuple[Moments, R
         weight, numbers = layer.weight(parameters).detach(), {scheme.number for scheme in schemes}
         found[layer.name] = {}
         for number in sorted(numbers, key=lambda number: number.name):
-            errors = [
-                weight.float() - by.of(layer.name, number).values(torch.float32).to(weight.device) for _, by in halves
-            ]
-            losses = [[_layer_loss(error, moments[layer.name]) for moments, _ in halves] for error in errors]
-            own, others = losses[0][0] + losses[1][1], losses[0][1] + losses[1][0]
+            rounded = torch.stack([by.of(layer.name, number).values(torch.float32) for _, by in halves])
+            moments = [own[layer.name].to(weight.device, torch.float32) for own, _ in halves]
+            errors = (weight.float() - rounded.to(weight.device)).reshape(2, -1, moments[0].shape[-1])
+            (one, other), (another, two) = (layer_loss(errors, own).sum(1).tolist() for own in moments)
+            own, others = one + two, other + another
             found[layer.name][number.name] = max(1.0, others / own) ** 0.5 if own > 0 else 1.0
     return found
-
-
-def _layer_loss(error: Tensor, moments: Tensor) -> float:
-    """tr(E H Eᵀ), a matrix of moments for each group of rows."""
-    rows = error.reshape(len(moments), -1, moments.shape[-1])
-    return ((rows @ moments.to(rows)) * rows).double().sum().item()
 
 
 def compensated(
