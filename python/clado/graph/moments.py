@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.functional import pad, unfold
+from torch.nn.functional import pad
 
 from .weights import KINDS
 
@@ -63,44 +63,51 @@ class Use:
     def add_moments(self, x: Tensor, total: Tensor) -> None:
         """Add the moments of an input ``[n, …]`` to ``total`` ``[G, K, K]``."""
         for columns in self.columns(x):
-            if columns.shape[1] == 1:
-                _add_product(total[0], columns[:, 0].transpose(1, 2).reshape(-1, columns.shape[2]))
+            if len(columns) == 1:
+                _add_product(total[0], columns[0].T)
             else:
-                total += (columns @ columns.transpose(2, 3)).sum(0)
+                total += columns @ columns.transpose(1, 2)
 
-    def columns(self, x: Tensor) -> Iterator[Tensor]:
-        """What the weight is multiplied with, of an input ``[n, …]``: ``[m, G, K, P]``, some samples after the other.
+    def columns(self, x: Tensor, minus: Tensor | None = None) -> Iterator[Tensor]:
+        """What the weight is multiplied with, of an input ``[n, …]``: ``[G, K, P]``, some samples after the other.
 
         Of more than ``POSITIONS`` positions of a sample every second one, or third, and so on, is taken in each direction.
-        """
-        if self.convolution is None:
-            rows = x.reshape(len(x) if x.dim() > 2 else 1, -1, x.shape[-1])
-            step = -(-rows.shape[1] // POSITIONS) if x.dim() > 2 else 1
-            yield rows[:, step // 2 :: step].reshape(1, 1, -1, x.shape[-1]).transpose(2, 3)
-            return
-        if len(self.shape) != 4 or self.output_padding is not None:
-            yield from self._patches(x)
-            return
-        stride, padding, dilation = self.convolution
-        x = pad(x if x.dim() == 4 else x[None], _sides(padding, dilation, self.shape[2:]))
-        (groups, inputs), kernel, (down, across) = self.sides, self.shape[2:], numbers(stride, 2)
-        covered = (step * (size - 1) + 1 for step, size in zip(numbers(dilation, 2), kernel, strict=True))
-        high, wide = (
-            (size - own) // by + 1 for size, own, by in zip(x.shape[2:], covered, (down, across), strict=True)
-        )
-        step = math.ceil(math.sqrt(high * wide / POSITIONS)) if high * wide > POSITIONS else 1
-        if step > 1:  # from the middle of each step: the border is not seen more often than it is there
-            x = x[:, :, min(step // 2, high - 1) * down :, min(step // 2, wide - 1) * across :]
-            down, across = down * step, across * step
-        if kernel == (1, 1):
-            x = x[:, :, ::down, ::across]
-        many = max(1, x.shape[2] * x.shape[3] * x.shape[1] * kernel[0] * kernel[1])
-        for part in x.split(max(1, ELEMENTS // many)):
-            patches = part if kernel == (1, 1) else unfold(part, kernel, numbers(dilation, 2), 0, (down, across))
-            yield patches.reshape(len(part), groups, inputs, -1)
 
-    def _patches(self, x: Tensor) -> Iterator[Tensor]:
-        """Of a convolution of any number of dimensions, transposed ones included."""
+        Args:
+            x: the input.
+            minus: numbers of its channels, ``[channels]``, that are taken off it.
+        """
+        groups, inputs = self.sides
+        if self.convolution is None:
+            rows = x.reshape(len(x) if x.dim() > 2 else 1, -1, inputs)
+            step = -(-rows.shape[1] // POSITIONS) if x.dim() > 2 else 1
+            rows = rows[:, step // 2 :: step].reshape(-1, inputs)
+            yield (rows if minus is None else rows - minus).T[None]
+            return
+        windows, size = self._windows(x), len(self.shape) - 2
+        for part in windows.split(max(1, ELEMENTS // max(1, windows[0].numel()))):
+            if groups == 1 and part.shape[1] == inputs:  # a kernel of one element: no copy where channels come last
+                rows = part.movedim(1, -1).reshape(-1, inputs)
+                yield (rows if minus is None else rows - minus).T[None]
+                continue
+            turned = part.permute(1, *range(2 + size, 2 + 2 * size), 0, *range(2, 2 + size))
+            if minus is not None:
+                turned = torch.sub(turned, minus.view(-1, *[1] * (1 + 2 * size)), out=x.new_empty(turned.shape))
+            yield turned.reshape(groups, inputs, -1)
+
+    def channel_means(self, x: Tensor) -> Tensor:
+        """``[channels]`` of an input ``[n, …]``, as :meth:`columns` takes them off."""
+        if self.convolution is None:
+            return x.reshape(-1, x.shape[-1]).mean(0)
+        return x.movedim(-len(self.shape) + 1, 0).flatten(1).mean(1)
+
+    def over_columns(self, channels: Tensor) -> Tensor:
+        """Numbers ``[channels]`` at all positions of a kernel: ``[G, K]``."""
+        groups, inputs = self.sides
+        return channels.repeat_interleave(groups * inputs // len(channels)).view(groups, inputs)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """What a kernel sees at the positions that are looked at: ``[n, channels, *positions, *kernel]``, a view."""
         assert self.convolution is not None
         kernel, size = self.shape[2:], len(self.shape) - 2
         x = x if x.dim() == size + 2 else x[None]
@@ -110,20 +117,17 @@ class Use:
             x, steps = self._spaced(x, steps, numbers(padding, size), spread), (1,) * size
         else:
             x = pad(x, _sides(padding, dilation, kernel))
-        for dim, (own, by, apart) in enumerate(zip(kernel, steps, spread, strict=True), 2):
-            x = x.unfold(dim, apart * (own - 1) + 1, by)[..., ::apart]
+        covered = [apart * (own - 1) + 1 for own, apart in zip(kernel, spread, strict=True)]
+        places = [(n - own) // by + 1 for n, own, by in zip(x.shape[2:], covered, steps, strict=True)]
+        step = math.ceil((math.prod(places) / POSITIONS) ** (1 / size)) if math.prod(places) > POSITIONS else 1
+        if step == 1 and math.prod(kernel) > 1:
+            x = x.contiguous()  # every element is read several times
+        for dim, (own, by, apart) in enumerate(zip(covered, steps, spread, strict=True), 2):
+            x = x.unfold(dim, own, by)[..., ::apart]
         if self.output_padding is not None:
             x = x.flip(tuple(range(2 + size, 2 + 2 * size)))
-        places = x.shape[2 : 2 + size]
-        step = math.ceil((math.prod(places) / POSITIONS) ** (1 / size)) if math.prod(places) > POSITIONS else 1
-        for dim, number in enumerate(places, 2):
-            x = x.narrow(dim, min(step // 2, number - 1), number - min(step // 2, number - 1))
-            x = x.index_select(dim, torch.arange(0, x.shape[dim], step, device=x.device)) if step > 1 else x
-        many = max(1, x[0].numel())
-        groups, inputs = self.sides
-        for part in x.split(max(1, ELEMENTS // many)):
-            columns = part.movedim(tuple(range(2, 2 + size)), tuple(range(-size, 0)))
-            yield columns.reshape(len(part), groups, inputs, -1)
+        # From the middle of each step: the border is not seen more often than it is there.
+        return x[(..., *(slice(min(step // 2, n - 1), None, step) for n in places), *[slice(None)] * size)]
 
     def _spaced(self, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """The input of the plain convolution that a transposed one is: zeros between and around its elements."""
@@ -149,38 +153,35 @@ class PairSums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add two inputs ``[n, …]`` of the same samples."""
-        for one, other in zip(self.use.columns(x), self.use.columns(y), strict=True):
-            if self._at is None:
-                self._begin(one, other)
-            assert self._at is not None
-            self.count += len(one) * one.shape[3]
-            left, right = (part - at[..., None] for part, at in zip((one, other), self._at, strict=True))
-            self._x += left.sum((0, 3))
-            self._y += right.sum((0, 3))
-            if len(self._at[0]) == 1:
-                rows, others = (part[:, 0].transpose(1, 2).reshape(-1, part.shape[2]) for part in (left, right))
-                self._xy[0] += rows.T @ others
-                _add_product(self._yy[0], others)
+        if self._at is None:
+            self._begin(x, y)
+        assert self._at is not None
+        for one, other in zip(*(self.use.columns(z, at) for z, at in zip((x, y), self._at, strict=True)), strict=True):
+            self.count += one.shape[2]
+            self._x += one.sum(2)
+            self._y += other.sum(2)
+            self._xy += one @ other.transpose(1, 2)
+            if len(other) == 1:
+                _add_product(self._yy[0], other[0].T)
             else:
-                self._xy += (left @ right.transpose(2, 3)).sum(0)
-                self._yy += (right @ right.transpose(2, 3)).sum(0)
+                self._yy += other @ other.transpose(1, 2)
 
     def moments(self, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """float64 E[x yᵀ] and E[y yᵀ] ``[G, K, K]``, around the means or around zero, and E[x], E[y] ``[G, K]``."""
         assert self._at is not None
         x, y = (total.double() / self.count for total in (self._x, self._y))
-        one, other = self._at[0].double() + x, self._at[1].double() + y
+        one, other = (self.use.over_columns(at).double() + mean for at, mean in zip(self._at, (x, y), strict=True))
         xy = self._xy.double() / self.count - _outer(x, y)
         yy = self._yy.double() / self.count - _outer(y, y)
         if not centered:
             xy, yy = xy + _outer(one, other), yy + _outer(other, other)
         return xy, yy, one, other
 
-    def _begin(self, one: Tensor, other: Tensor) -> None:
-        self._at = one.mean((0, 3)), other.mean((0, 3))
+    def _begin(self, x: Tensor, y: Tensor) -> None:
+        self._at = self.use.channel_means(x), self.use.channel_means(y)
         groups, inputs = self.use.sides
-        self._xy, self._yy = (one.new_zeros(groups, inputs, inputs) for _ in range(2))
-        self._x, self._y = (one.new_zeros(groups, inputs) for _ in range(2))
+        self._xy, self._yy = (x.new_zeros(groups, inputs, inputs) for _ in range(2))
+        self._x, self._y = (x.new_zeros(groups, inputs) for _ in range(2))
 
 
 def _add_product(total: Tensor, rows: Tensor) -> None:
