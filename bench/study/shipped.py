@@ -1,19 +1,19 @@
 """``python -m bench.study.shipped PHOTOGRAPHS``: plans of a net with ImageNet weights, finished by learning, beside others.
 
 At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
-under nearest rounding, the plan of a profile with zero points, and uniform widths, with zero points too, where there are such;
-all finished on the same augmented photographs of the sensitivity set. Then what two other tools make of the same widths, bytes
-and photographs: ModelOpt's plans with weights by least squared error, MCT's plans with its own weights, without and with its
-learning (on the augmented photographs, too). Photographs of other things choose, a third set judges: KL to the float net,
-agreement of the first class, paired, with errors clustered by what a photograph shows. Every score is a file, so a killed run
-goes on where it stopped.
+under nearest rounding, the plan of a profile with zero points, the plan with zero points and 5 and 6 bits too, and uniform
+widths, with zero points too, where there are such; all finished on the same photographs of the sensitivity set and crops of
+them. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least squared
+error, MCT's plans with its own weights, without and with its learning (on the photographs and crops, too). Photographs of other
+things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a
+photograph shows. Every score is a file, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,17 @@ from .real_nets import LITE
 from .real_page import SHIPPED
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
-SAMPLES, AUGMENTED, HELDOUT = 192, 512, 500
+SAMPLES, LESSON, HELDOUT = 192, 1024, 500  # photographs of a profile; photographs and crops of a finish; judges
 STAGES = ("planned", "compensated", "learned")
-OURS = ("measured", "zero points", "nearest", "uniform", "uniform zero points")
+PROFILES: dict[str, dict[str, Any]] = {
+    "compensated": {"bits": BITS},
+    "nearest": {"bits": BITS, "rounding": "nearest"},
+    "zero points": {"bits": BITS, "symmetric": False},
+    "more widths": {"bits": (2, 3, 4, 5, 6, 8), "symmetric": False},
+}
+OURS = ("measured", "zero points", "more widths", "nearest", "uniform", "uniform zero points")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
-MCT_EPOCHS = 30  # of its learning, over the augmented photographs
+MCT_EPOCHS = 30  # of its learning, over the photographs and crops
 KINDS = (*OURS, *MODELOPT, "mct")
 
 
@@ -49,13 +55,14 @@ def main() -> None:
     parser.add_argument("--net", default=LITE[0], choices=LITE)
     parser.add_argument("--budgets", default=",".join(f"{budget:g}" for budget in BUDGETS))
     parser.add_argument("--plans", default=",".join(OURS), help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of ours")
     parser.add_argument("--json", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work))
     for budget in map(float, options.budgets.split(",")):
         for kind in options.plans.split(","):
-            shipped.score(kind, budget)
+            shipped.score(kind, budget, options.stages.split(","))
     with atomic_file(options.json) as temporary:
         Path(temporary).write_text(compact(shipped.collected()) + "\n")
 
@@ -94,39 +101,37 @@ class Shipped:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.sensitivity = bench.sensitivity[:SAMPLES]
-        self.lesson = augmented(bench.sensitivity, AUGMENTED, seed=0)
+        photographs = bench.sensitivity
+        self.lesson = torch.cat([photographs, augmented(photographs, LESSON - len(photographs), seed=0)])
         self.profiles: dict[str, Sensitivity] = {}
 
-    def folder(self, rounding: str) -> Path:
-        return self.bench.work / rounding
+    def folder(self, name: str) -> Path:
+        return self.bench.work / name
 
-    def profile(self, rounding: str) -> Sensitivity:
-        """Under a rounding, or "zero points" for the compensated one with them."""
-        if rounding not in self.profiles:
-            symmetric = rounding != "zero points"
-            self.profiles[rounding] = clado.profile(
+    def profile(self, name: str) -> Sensitivity:
+        """One of ``PROFILES``."""
+        if name not in self.profiles:
+            self.profiles[name] = clado.profile(
                 self.bench.model,
                 [self.sensitivity],
-                BITS,
-                rounding=rounding if symmetric else "compensated",
-                symmetric=symmetric,
                 num_samples=SAMPLES,
-                output_dir=self.folder(rounding) / "run",
+                output_dir=self.folder(name) / "run",
                 verbose=False,
+                **PROFILES[name],
             )
-        return self.profiles[rounding]
+        return self.profiles[name]
 
     def plan(self, kind: str, budget: float) -> Plan | None:
         """None where a uniform width of that many bits is not to be had."""
-        rounding = next((name for name in ("nearest", "zero points") if name in kind), "compensated")
-        sens = self.profile(rounding)
+        name = next((name for name in PROFILES if name in kind), "compensated")
+        sens = self.profile(name)
         if kind.startswith("uniform"):
             return (
                 clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers}) if budget in BITS else None
             )
-        return self.bench.measured(sens, self.folder(rounding), budget)
+        return self.bench.measured(sens, self.folder(name), budget)
 
-    def score(self, kind: str, budget: float) -> None:
+    def score(self, kind: str, budget: float, stages: Sequence[str] = STAGES) -> None:
         if kind == "mct":
             for stage, epochs in (("planned", 0), ("learned", MCT_EPOCHS)):
                 self.keep(kind, budget, stage, lambda epochs=epochs: self.by_mct(budget, epochs))
@@ -135,7 +140,7 @@ class Shipped:
         if plan is None:
             return
         self.keep(kind, budget, "planned", lambda: self.applied(plan))
-        for method in STAGES[1:] if kind in OURS else ():
+        for method in [stage for stage in STAGES[1:] if stage in stages and kind in OURS]:
             self.keep(
                 kind, budget, method, lambda method=method: self.applied(self.finished(plan, kind, budget, method))
             )
@@ -162,7 +167,7 @@ class Shipped:
     def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
         folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
         judges = [self.bench.judges["choice"][0]]
-        settings: dict[str, Any] = {"num_samples": AUGMENTED, "output_dir": folder, "verbose": False}
+        settings: dict[str, Any] = {"num_samples": LESSON, "output_dir": folder, "verbose": False}
         return clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
 
     def path(self, kind: str, budget: float, stage: str) -> Path:
@@ -191,7 +196,7 @@ class Shipped:
         settings = {
             "bits": BITS,
             "samples": SAMPLES,
-            "augmented": AUGMENTED,
+            "lesson": LESSON,
             "heldout": HELDOUT,
             "net": self.bench.name,
         }
@@ -205,7 +210,7 @@ class Shipped:
             for stage in STAGES
             if (path := self.path(kind, budget, stage)).exists()
         }
-        if ("measured", "learned") not in read:
+        if ("measured", "planned") not in read:
             return {}
         best = {
             kind: [stage for stage in STAGES if (kind, stage) in read][-1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch import Tensor, nn
 
 import clado
@@ -16,7 +17,7 @@ from clado.deploy import adapted, pack_model, verify
 from clado.graph import Blocks, Use, open_runner
 from clado.improve import finish_progress, finisher, loss_increases
 from clado.improve.compensation import Finished, _Inputs
-from clado.improve.learning import Pace, learn_block
+from clado.improve.learning import Pace, learn_block, learn_net, outputs_of
 from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import random_plan, small_cnn, tiny_vit
 
@@ -55,7 +56,7 @@ def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, opti
     assert one < before or (make is small_cnn and compensated.info["finish"]["kept"])
     losses = learned.info["finish"]["loss_increase"]
     assert losses["compensated"] == compensated.info["finish"]["loss_increase"]["compensated"]
-    assert list(losses) == ["before", "compensated", "learned"]
+    assert list(losses) == ["before", "compensated", "learned", "learned together"]
     assert plan.schemes == learned.schemes
     assert learned.rounding is not None
     assert learned.rounding.rounding == "learned"
@@ -131,6 +132,69 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(
     assert found.rounding == wanted.rounding != other.rounding
     assert found.info == wanted.info
     assert not any(tmp_path.iterdir())
+
+
+def test_the_last_stage_begins_anew_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape = small_cnn()
+    x = data(shape, 48)
+    plan = uniform(model, x)
+    wanted = clado.finish(model, plan, [x], num_samples=48, verbose=False)
+    monkeypatch.setattr(finish_progress, "SECONDS", 0.0)
+    run = finisher.learn_net
+
+    def dying(*arguments: Any) -> Any:
+        *given, done = arguments
+
+        def counted(steps: int) -> None:
+            done(steps)
+            if steps == finisher.NET.steps // 2:
+                raise KeyboardInterrupt
+
+        return run(*given, counted)
+
+    monkeypatch.setattr(finisher, "learn_net", dying)
+    with pytest.raises(KeyboardInterrupt):
+        clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
+    monkeypatch.setattr(finisher, "learn_net", run)
+    monkeypatch.setattr(finisher, "walk", None)  # both walks are behind it
+    found = clado.finish(model, plan, [x], num_samples=48, verbose=False, output_dir=tmp_path)
+    assert found.rounding == wanted.rounding
+    assert found.info == wanted.info
+
+
+@pytest.mark.parametrize("make", [small_cnn, tiny_vit])
+def test_gradients_through_the_blocks_are_those_of_the_net(make: object) -> None:
+    model, shape = make()  # type: ignore[operator]
+    x = data(shape, 4)
+    blocks = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
+    assert blocks is not None
+    own = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    (wanted, found) = (
+        torch.autograd.grad(outputs.square().sum(), list(own.values()), allow_unused=True)
+        for outputs in (functional_call(model, own, (x,)), outputs_of(blocks, blocks.start(x), own))
+    )
+    for name, one, other in zip(own, wanted, found, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())  # float32 sums
+
+
+def test_the_whole_net_is_taken_only_where_judges_like_it() -> None:
+    model, shape = small_cnn()
+    x = data(shape, 16)
+    blocks = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
+    assert blocks is not None
+    plan = uniform(model, x)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    start, parts, steps = Finished(codes(model, plan), {}), [blocks.start(x[:8]), blocks.start(x[8:])], list[int]()
+    for losses, kept in (([1.0, 2.0, 3.0], True), ([1.0, 0.5, 0.7], False)):
+        judged = iter(losses)
+        pace = Pace(2, 1e-2, 1e-3, 1e-3)
+        with torch.no_grad():
+            found = learn_net(blocks, plan, start, parts, lambda _: next(judged), state, pace, 0, steps.append)
+        assert (found is start) == kept
+        assert next(judged, None) is None
+    assert steps == [1, 2, 1, 2]
 
 
 def test_a_block_keeps_the_better_of_what_it_is_given() -> None:

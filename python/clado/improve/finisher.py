@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from ..profiling import IGNORED, LossChoice, LossFunc, Reader, SampleStream, all
 from ..quant import Integer, Rounded, codes, folded, with_rounded_inputs
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
-from .learning import Pace, gap
+from .learning import Pace, gap, learn_net, outputs_of
 from .walk import walk
 
 METHODS = ("compensated", "learned")
-# Of a block: what served EfficientNet-Lite0 (docs/numerics.md).
+# Of a block, and of the whole net: what served EfficientNet-Lite0 (docs/numerics.md).
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
+NET = Pace(steps=300, offset=5e-4, scale=1e-4, bias=2e-4)
 APART = 5  # one sample in so many judges, where no others are given
 MOST_JUDGES = 1024
 Done = Callable[[int, Finished], None]
@@ -71,7 +72,7 @@ def finish(
     and towards the float net's outputs; biases, or running means of batch norms, take up the mean error. "learned": the same
     walk once more, where every block is learned as soon as it is compensated and the next ones see what came out: codes,
     scales, biases, norm weights and what else of parameters it reads, by gradients of the squared error of its values, the last
-    block's by the KL. Buffers stay.
+    block's by the KL; then all of them together, in small steps, by the KL of the whole net. Buffers stay.
 
     Args:
         model: the float model the plan was made for, in eval mode; it is not changed.
@@ -143,7 +144,7 @@ def finish(
                     batch_size,
                     seed,
                     place.type,
-                    asdict(BLOCK),
+                    *(asdict(pace) for pace in (BLOCK, NET)),
                     *(code_digest(own) for own in (forward_step, loss_func) if own is not None),
                     *([chosen.name, chosen.settings()] if named and loss_func is None else []),
                 ],
@@ -215,7 +216,7 @@ class _Ground:
         self.judged = _cut(judge, batch_size)
         self.targets = [None] * len(self.judged) if targets is None else _cut(targets, batch_size)
         with torch.no_grad():
-            self.clean = [self._outputs(live, {}) for live in self.apart]
+            self.clean = [outputs_of(self.blocks, live, {}) for live in self.apart]
         self.judging = reader.fitted(self.clean[0], self.judged[0], self.targets[0]) if named else None
 
     def _blocks(self, runner: Runner) -> Blocks:
@@ -227,16 +228,13 @@ class _Ground:
     def _parts(self, inputs: Any, size: int) -> list[Live]:
         return [self.blocks.start(pytree.tree_map(_channels_last, part)) for part in _cut(inputs, size)]
 
-    def _outputs(self, live: Live, given: dict[str, Tensor]) -> Any:
-        for block in self.blocks.blocks:
-            live = self.blocks.run(block, live, given)
-        return self.blocks.outputs(live)
-
     def loss(self, finished: Finished) -> float:
         """Mean loss increase over the float net on the samples that judge."""
-        given = finished.tensors(self.plan, dtype_of(self.plan, self.state))
+        return self._loss(finished.tensors(self.plan, dtype_of(self.plan, self.state)))
+
+    def _loss(self, given: Mapping[str, Tensor]) -> float:
         total = sum(
-            self._gap(self._outputs(live, given), wanted, batch, targets) * live.samples
+            self._gap(outputs_of(self.blocks, live, given), wanted, batch, targets) * live.samples
             for live, wanted, batch, targets in zip(self.apart, self.clean, self.judged, self.targets, strict=True)
         )
         return total / self.judges
@@ -290,7 +288,16 @@ class _Ground:
                 self.blocks, self.plan, start, *samples, self.state, pace, seed, skip, done
             )
 
-        return [("compensated", walked(None)), ("learned", walked(BLOCK))][: 1 + METHODS.index(method)]
+        def together(start: Finished, skip: int, done: Done) -> Finished:
+            """Begins anew after an interruption."""
+
+            def stepped(steps: int) -> None:
+                done(steps * len(self.blocks.blocks) // NET.steps, start)
+
+            return learn_net(self.blocks, self.plan, start, self.parts, self._loss, self.state, NET, seed, stepped)
+
+        stages = [("compensated", walked(None)), ("learned", walked(BLOCK)), ("learned together", together)]
+        return stages if method == "learned" else stages[:1]
 
 
 def _cut(inputs: Any, size: int) -> list[Any]:
