@@ -43,7 +43,7 @@ than two standard errors. "A quarter" to "all" keep that share of every interact
 `clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set.
 
 The matrix is corrected for the fit of the weights to the photographs that rounded them (docs/numerics.md, "Optimism"). "Same" is the
-matrix as it was measured; all else on this page, MobileNetV2 among the formats aside, was measured before there was a correction.
+matrix as it was measured. Finished plans and MobileNetV2 among the formats were measured with the correction, all else on this page before.
 Plans of the corrected matrix beside those of the other, with the same weights, photographs and forwards:
 
 {table(["plan of the corrected matrix", "beside, of the other", "better", "ties", "worse"], corrected)}
