@@ -127,7 +127,8 @@ class Use:
         if self.output_padding is not None:
             x = x.flip(tuple(range(2 + size, 2 + 2 * size)))
         # From the middle of each step: the border is not seen more often than it is there.
-        return x[(..., *(slice(min(step // 2, n - 1), None, step) for n in places), *[slice(None)] * size)]
+        looked: list[Any] = [..., *(slice(min(step // 2, n - 1), None, step) for n in places), *[slice(None)] * size]
+        return x[tuple(looked)]
 
     def _spaced(self, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """The input of the plain convolution that a transposed one is: zeros between and around its elements."""

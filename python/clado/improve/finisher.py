@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ class _Ground:
         """Mean loss increase over the float net on the samples that judge."""
         return self._loss(finished.tensors(self.plan, dtype_of(self.plan, self.state)))
 
-    def _loss(self, given: Mapping[str, Tensor]) -> float:
+    def _loss(self, given: dict[str, Tensor]) -> float:
         total = sum(
             self._gap(outputs_of(self.blocks, live, given), wanted, batch, targets) * live.samples
             for live, wanted, batch, targets in zip(self.apart, self.clean, self.judged, self.targets, strict=True)

@@ -27,7 +27,7 @@ from ..quant import LearnedWeight
 from .compensation import Finished, dtype_of
 
 CHECKS = 4  # how often a stage is judged
-Tensors = Mapping[str, Tensor]  # {parameter: value}
+Tensors = dict[str, Tensor]  # {parameter: value}
 Judge = Callable[[Tensors], float]
 
 
