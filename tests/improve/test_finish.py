@@ -22,6 +22,12 @@ from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import random_plan, small_cnn, tiny_vit
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of the whole net."""
+    monkeypatch.setattr(finisher, "NET", replace(finisher.NET, steps=20))
+
+
 def data(shape: tuple[int, ...], count: int = 96) -> Tensor:
     """Inputs that go together, as images do."""
     generator = torch.Generator().manual_seed(3)
@@ -62,6 +68,7 @@ def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, opti
     assert learned.rounding.rounding == "learned"
 
 
+@pytest.mark.usefixtures("short")
 def test_what_was_judged_is_what_ships(tmp_path: Path) -> None:
     model, shape = small_cnn()
     x = data(shape)
@@ -86,6 +93,7 @@ def test_what_was_judged_is_what_ships(tmp_path: Path) -> None:
     assert torch.allclose(loss_increases(model, [x[:8]], [again])[0], wanted, atol=1e-6)
 
 
+@pytest.mark.usefixtures("short")
 def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> None:
     model, shape = tiny_vit()
     x, before = data(shape, 48), {name: value.clone() for name, value in model.state_dict().items()}
@@ -96,6 +104,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_model_as_it_was() -> N
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("stage", [0, 1])
 def test_an_interrupted_call_goes_on_to_the_same_bits(
     stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +143,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("short")
 def test_the_last_stage_begins_anew_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shape = small_cnn()
     x = data(shape, 48)
@@ -216,6 +226,7 @@ def test_a_damaged_or_foreign_file_on_the_way_is_begun_anew(tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("short")
 def test_rounded_inputs_and_another_forward_step() -> None:
     model, shape = tiny_vit()
     x = data(shape, 48)
@@ -357,6 +368,7 @@ def test_buffers_stay_and_any_head_is_judged(outputs: int, masked: bool) -> None
     assert clado.Plan.from_json(found.to_json()) == found
 
 
+@pytest.mark.usefixtures("short")
 def test_a_plan_of_another_resolution() -> None:
     model, shape = small_cnn()
     plan = uniform(model, data(shape, 16))
