@@ -3,10 +3,10 @@
 A block's inputs come through the net already rounded, its targets from the float net; codes, scales, biases and norm weights
 move by Adam with steps that fall to zero, and the state of least error on samples kept apart is taken. Then all of them move
 together, in steps a twentieth as large, towards the float net's outputs. Tried and not taken, on EfficientNet-Lite0 at 4 bits:
-scales, biases and norms of the whole net without codes (no better on others), the whole net in steps six times as large (0.127 to
-0.127, where these come to 0.122), with every block's error added to its loss (0.1212 beside 0.1219), weighting a block's errors by
-squared gradients of the KL (0.124 to 0.123), sign descent (worse on every block); in one short test soft rounding that hardens and
-codes of depthwise convolutions gave next to nothing.
+scales, biases and norms of the whole net without codes (no better on others), the whole net in steps six times as large (0.127
+to 0.127, where these come to 0.122), with every block's error added to its loss (0.1212 beside 0.1219), weighting a block's
+errors by squared gradients of the KL (0.124 to 0.123), sign descent (worse on every block); in one short test soft rounding that
+hardens and codes of depthwise convolutions gave next to nothing.
 """
 
 from __future__ import annotations
