@@ -182,7 +182,7 @@ def finished_real_nets() -> str:
     """Plans that are finished, beside the plan made under nearest rounding, uniform widths, and what other tools make."""
     found = json.loads(SHIPPED.read_text())
     settings, stages = found["settings"], ("planned", "compensated", "learned")
-    head = ["bits", "plan", *(f"KL {stage}" for stage in stages), "ours minus its last", "same class as float"]
+    head = ["bits", "plan", *(f"KL {stage}" for stage in stages), "ours minus it", "same class as float"]
     rows = [cells for row in found["rows"] for cells in _plans(row, stages)]
     ours = ("zero points", "more widths")  # plans of the package's own, of other schemes
     against = [minus for row in found["rows"] for name, minus in row["minus"].items() if name not in ours]
@@ -195,8 +195,8 @@ average) and by learning ({_minutes(found, "learned")}), on {settings["lesson"]}
 photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "zero points" the same from a profile with
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
-itself; its own learning: {_minutes(found, "mct learned")}. The last column but one is the difference of ours to the plan's last stage (of the uniform ones with zero points: of
-the plan with zero points). Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors.
+itself; its own learning: {_minutes(found, "mct learned")}. The last column but one is the difference of ours to the plan (of the uniform ones with zero points: of the
+plan with zero points), at the last stage that both have; to other tools' plans, at our last stage. Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors.
 `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}

@@ -212,11 +212,7 @@ class Shipped:
         }
         if ("measured", "planned") not in read:
             return {}
-        best = {
-            kind: [stage for stage in STAGES if (kind, stage) in read][-1]
-            for kind in KINDS
-            if (kind, "planned") in read
-        }
+        known = {kind: [s for s in STAGES if (kind, s) in read] for kind in KINDS if (kind, "planned") in read}
         shown = self.bench.shown
         scores = {
             f"{kind} {stage}": {
@@ -227,12 +223,15 @@ class Shipped:
             }
             for (kind, stage), held in read.items()
         }
-        ours = {kind: "zero points" if kind == "uniform zero points" else "measured" for kind in best}
-        minus = {
-            kind: clustered(read[own, best[own]]["kl"] - read[kind, best[kind]]["kl"], shown)
-            for kind, own in ours.items()
-            if kind != own and own in best
-        }
+        minus = {}
+        for kind, stages in known.items():
+            own = "zero points" if kind == "uniform zero points" else "measured"
+            if kind == own or own not in known:
+                continue
+            # The last stage that both have; other tools' plans are not finished, and are beside our last one.
+            last = [stage for stage in stages if stage in known[own]][-1] if kind in OURS else stages[-1]
+            mine = last if kind in OURS else known[own][-1]
+            minus[kind] = clustered(read[own, mine]["kl"] - read[kind, last]["kl"], shown)
         return {"budget": budget, "scores": scores, "minus": minus}
 
 
