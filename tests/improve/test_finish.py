@@ -17,7 +17,7 @@ from clado.deploy import adapted, pack_model, verify
 from clado.graph import Blocks, Use, open_runner
 from clado.improve import finish_progress, finisher, loss_increases
 from clado.improve.compensation import Finished, _Inputs
-from clado.improve.learning import Pace, learn_net, outputs_of
+from clado.improve.learning import Pace, learn_block, learn_net, outputs_of
 from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import random_plan, small_cnn, tiny_vit
 
@@ -187,6 +187,25 @@ def test_gradients_through_the_blocks_are_those_of_the_net(make: object) -> None
         assert (one is None) == (other is None), name
         if one is not None:
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())  # float32 sums
+
+
+def test_a_block_keeps_the_better_of_what_it_is_given() -> None:
+    model, shape = small_cnn()
+    x = data(shape, 16)
+    blocks = Blocks.of(open_runner(model, x, quantize_ends=True, stacked=False))
+    assert blocks is not None
+    sens = clado.profile(model, [x], bits=(2, 8), scale_steps=20, num_samples=16, verbose=False)
+    plan = clado.given_plan(sens, {layer.name: 2 for layer in sens.layers})
+    fine = clado.given_plan(sens, {layer.name: 8 for layer in sens.layers})
+    state, pace = {name: value.detach() for name, value in model.state_dict().items()}, Pace(0, 1e-2, 1e-3, 1e-3)
+    coarse, better = (Finished(codes(model, which), {}) for which in (plan, fine))
+    with torch.no_grad():
+        live = blocks.start(x)
+        for block in blocks.blocks:
+            pairs = [(live, blocks.run(block, live, {}))]
+            for starts in ([coarse, better], [better, coarse]):
+                assert learn_block(blocks, block, plan, starts, pairs, pairs, state, pace, 0) is better
+            live = pairs[0][1]
 
 
 @pytest.mark.parametrize(("losses", "kept"), [([1.0, 2.0, 3.0], True), ([1.0, 0.5, 0.7], False)])
