@@ -196,8 +196,8 @@ photographs of other things judge. "Ours" is the plan of `clado solve` under com
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
 itself; its own learning: {_minutes(found, "mct learned")}. The last column but one is the difference of ours to the plan (of the uniform ones with zero points: of the
-plan with zero points), at the last stage that both have; to other tools' plans, at our last stage. Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors.
-`python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
+plan with zero points), at the last stage that both have; to other tools' plans, at our last stage.
+Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
 """

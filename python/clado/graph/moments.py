@@ -63,10 +63,7 @@ class Use:
     def add_moments(self, x: Tensor, total: Tensor) -> None:
         """Add the moments of an input ``[n, …]`` to ``total`` ``[G, K, K]``."""
         for columns in self.columns(x):
-            if len(columns) == 1:
-                _add_product(total[0], columns[0].T)
-            else:
-                total += columns @ columns.transpose(1, 2)
+            _add_squares(total, columns)
 
     def columns(self, x: Tensor, minus: Tensor | None = None) -> Iterator[Tensor]:
         """What the weight is multiplied with, of an input ``[n, …]``: ``[G, K, P]``, some samples after the other.
@@ -162,10 +159,7 @@ class PairSums:
             self._x += one.sum(2)
             self._y += other.sum(2)
             self._xy += one @ other.transpose(1, 2)
-            if len(other) == 1:
-                _add_product(self._yy[0], other[0].T)
-            else:
-                self._yy += other @ other.transpose(1, 2)
+            _add_squares(self._yy, other)
 
     def moments(self, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """float64 E[x yᵀ] and E[y yᵀ] ``[G, K, K]``, around the means or around zero, and E[x], E[y] ``[G, K]``."""
@@ -185,14 +179,18 @@ class PairSums:
         self._x, self._y = (x.new_zeros(groups, inputs) for _ in range(2))
 
 
-def _add_product(total: Tensor, rows: Tensor) -> None:
-    """``total += rowsᵀ rows``; what lies below the blocks on the diagonal is the mirror image of what lies above."""
-    columns = rows.shape[1]
-    for a in range(0, columns, BLOCK):
-        b = min(a + BLOCK, columns)
-        part = rows[:, a:b].T @ rows[:, a:]
-        total[a:b, a:] += part
-        total[b:, a:b] += part[:, b - a :].T
+def _add_squares(total: Tensor, columns: Tensor) -> None:
+    """``total += X Xᵀ`` ``[G, K, K]`` for X ``[G, K, P]``; of a single group, whose matrix may be large, what lies below the blocks
+    on the diagonal is the mirror image of what lies above."""
+    if len(columns) > 1:
+        total += columns @ columns.transpose(1, 2)
+        return
+    inputs = columns.shape[1]
+    for a in range(0, inputs, BLOCK):
+        b = min(a + BLOCK, inputs)
+        part = columns[0, a:b] @ columns[0, a:].T
+        total[0, a:b, a:] += part
+        total[0, b:, a:b] += part[:, b - a :].T
 
 
 def _outer(one: Tensor, other: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class Learner:
         self.optimizer = torch.optim.Adam(moving, betas=(0.9, 0.99), eps=1e-12)
         self.steps = pace.steps
 
-    def tensors(self) -> dict[str, Tensor]:
-        """{parameter: value}, differentiable."""
+    def tensors(self) -> Tensors:
+        """Differentiable."""
         made = {name: weight.value().to(self.dtype) for name, weight in self.weights.items()}
         return {p: value for name, value in made.items() for p in self.names[name]} | self.others
 
@@ -123,13 +123,13 @@ def learn_block(
     """
     last, dtype = block is blocks.blocks[-1], dtype_of(plan, state)
 
-    def error(pair: tuple[Live, Live], given: Mapping[str, Tensor]) -> Tensor:
+    def error(pair: tuple[Live, Live], given: Tensors) -> Tensor:
         found, wanted = blocks.run(block, pair[0], given), pair[1]
         if last:
             return gap(blocks.outputs(found), blocks.outputs(wanted))
         return relative_error(found.tensors, wanted.tensors)
 
-    def judged(given: Mapping[str, Tensor]) -> float:
+    def judged(given: Tensors) -> float:
         with torch.no_grad():
             return sum(error(pair, given).item() for pair in apart)
 
