@@ -180,8 +180,10 @@ class PairSums:
 
 
 def _add_squares(total: Tensor, columns: Tensor) -> None:
-    """``total += X Xᵀ`` ``[G, K, K]`` for X ``[G, K, P]``; of a single group, whose matrix may be large, what lies below the blocks
-    on the diagonal is the mirror image of what lies above."""
+    """``total += X Xᵀ`` ``[G, K, K]`` for X ``[G, K, P]``.
+
+    Of a single group, whose matrix may be large, what lies below the blocks on the diagonal mirrors what lies above.
+    """
     if len(columns) > 1:
         total += columns @ columns.transpose(1, 2)
         return
