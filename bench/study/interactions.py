@@ -38,7 +38,7 @@ BITS = (2, 3, 4, 8)
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OBJECTIVES = ("clipped", "shrunk")
-SAMPLES, DRAWS, HELDOUT, CHOICE = 192, 3, 500, 128
+SAMPLES, DRAWS, HELDOUT, CHOICE = 192, 3, 500, 256
 
 
 def main() -> None:
@@ -99,15 +99,15 @@ class Bench:
     work: Path
 
     @classmethod
-    def of(cls, name: str, folder: Path, heldout: int, work: Path) -> Bench:
+    def of(cls, name: str, folder: Path, heldout: int, work: Path, choice: int = CHOICE) -> Bench:
         model, mean, std = load_net(name)
-        held, choice = (
+        held, chosen_on = (
             load_photographs(folder, split, mean, std)[:count]
-            for split, count in (("heldout", heldout), ("choice", CHOICE))
+            for split, count in (("heldout", heldout), ("choice", choice))
         )
         shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
         images = load_photographs(folder, "sensitivity", mean, std)
-        judges = {"heldout": (held, logits(model, held)), "choice": (choice, logits(model, choice))}
+        judges = {"heldout": (held, logits(model, held)), "choice": (chosen_on, logits(model, chosen_on))}
         return cls(name, model, images, judges, shown, work / name)
 
     def rows(self, rounding: str, draw: int, samples: int) -> list[dict[str, Any]]:
@@ -149,26 +149,29 @@ class Bench:
         }
 
     def measured(self, sens: Sensitivity, folder: Path, budget: float) -> Plan:
-        """What ``clado solve`` gives: of the best plans of every objective the one of least loss on photographs that choose."""
+        """What ``clado solve`` gives: of the best plans of every objective the one of least loss on photographs that choose, or
+        the one of the layers alone where that is not behind by more than an error."""
         short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
-        return min(short, key=lambda plan: self.losses(sens, plan, folder, "choice").mean())
+        losses = [self.losses(sens, plan, folder, "choice") for plan in short]
+        alone = min(range(len(short)), key=lambda k: sens.delta_loss[sens.candidates.indices(short[k].schemes)].sum())
+        least = min(range(len(short)), key=lambda k: losses[k].mean())
+        gap = losses[alone] - losses[least]
+        return short[least if gap.mean() > gap.std(ddof=1) / len(gap) ** 0.5 else alone]
 
     def losses(self, sens: Sensitivity, plan: Plan, folder: Path, by: str = "heldout") -> NDArray[np.float64]:
         """KL of every photograph of ``judges`` under the plan."""
-        path = (
-            folder
-            / ("scores" if by == "heldout" else by)
-            / ("".join(str(width) for width in plan.bits.values()) + ".npy")
-        )
-        if not path.exists():
-            own = clado.given_plan(sens, plan.schemes)
-            images, clean = self.judges[by]
-            found = divergence(clean, logits(clado.apply(self.model, own), images)).numpy()
+        name = "".join(str(width) for width in plan.bits.values())
+        path = folder / ("scores" if by == "heldout" else by) / f"{name}.npy"
+        images, clean = self.judges[by]
+        known: NDArray[np.float64] = np.load(path) if path.exists() else np.empty(0)
+        if len(known) < len(images):  # some were looked at when fewer were asked for
+            left = slice(len(known), None)
+            net = clado.apply(self.model, clado.given_plan(sens, plan.schemes))
+            known = np.concatenate([known, divergence(clean[left], logits(net, images[left])).numpy()])
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, found)
-        scores: NDArray[np.float64] = np.load(path)
-        return scores
+                np.save(file, known)
+        return known[: len(images)]
 
 
 @torch.inference_mode()

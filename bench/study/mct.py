@@ -2,14 +2,14 @@
 
 Needs ``pip install model-compression-toolkit``. Its search (mixed precision by the distance of inner outputs) and its rounding:
 by squared error with its correction of biases, or by gradients (its GPTQ: soft rounding, weighted by attention to samples and
-layers). It has no layer without quantization; those that are not searched here are held at eight bits, which cost next to
-nothing, and its budget is raised by that much.
+layers); or layers held at given widths, without search. It has no layer without quantization: those that are not searched here
+are held at eight bits, which cost next to nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,17 +26,17 @@ def quantized(
     model: nn.Module,
     images: Tensor,
     bits: Sequence[int],
-    searched_bytes: float,
-    ends: dict[str, int],
+    held: Mapping[str, int],
+    target: float | None = None,
     epochs: int = 0,
-) -> tuple[nn.Module, float]:
-    """MCT's net and the bytes of its searched weights.
+) -> tuple[nn.Module, float | None]:
+    """MCT's net and the bytes of its weights, where it was given a target.
 
     Args:
         images: the representative dataset.
         bits: that a layer chooses among, beside 8.
-        searched_bytes: for the weights that are searched.
-        ends: {module that is not searched: weights}.
+        held: {module: its bits, whatever the search says}.
+        target: bytes of all weights; None: no search.
         epochs: of learning; 0: none.
     """
     import model_compression_toolkit as mct
@@ -47,12 +47,13 @@ def quantized(
             yield [batch]
 
     model = padded_first(model, images[:1])
-    target, held = mct.core.ResourceUtilization(searched_bytes + sum(ends.values())), mct.core.BitWidthConfig()
-    for end in ends:
-        (name,) = (n for n, m in model.named_modules() if n.startswith(end) and hasattr(m, "weight"))
-        held.set_manual_weights_bit_width(NodeNameScopeFilter(name.replace(".", "_")), 8, "weight")
-    search = mct.core.MixedPrecisionQuantizationConfig()
-    core = mct.core.CoreConfig(mixed_precision_config=search, bit_width_config=held)
+    widths = mct.core.BitWidthConfig()
+    for module, width in held.items():
+        (name,) = (n for n, m in model.named_modules() if n in (module, f"{module}.1") and hasattr(m, "weight"))
+        widths.set_manual_weights_bit_width(NodeNameScopeFilter(name.replace(".", "_")), width, "weight")
+    search = mct.core.MixedPrecisionQuantizationConfig() if target else None
+    core = mct.core.CoreConfig(mixed_precision_config=search, bit_width_config=widths)
+    utilization = mct.core.ResourceUtilization(target) if target else None
     settings: dict[str, Any] = {
         "core_config": core,
         "target_platform_capabilities": _platform(sorted({*bits, 8}, reverse=True)),
@@ -61,10 +62,16 @@ def quantized(
         if epochs:
             learning = mct.gptq.get_pytorch_gptq_config(epochs, gradual_activation_quantization=False)
             run: Callable[..., Any] = mct.gptq.pytorch_gradient_post_training_quantization
-            net, info = run(model, batches, target, gptq_config=learning, **settings)
+            net, info = run(model, batches, utilization, gptq_config=learning, **settings)
         else:
-            net, info = mct.ptq.pytorch_post_training_quantization(model, batches, target, **settings)
-    return net, info.final_resource_utilization.weights_memory - sum(ends.values())
+            net, info = mct.ptq.pytorch_post_training_quantization(model, batches, utilization, **settings)
+    return net, info.final_resource_utilization.weights_memory if target else None
+
+
+def weights(net: nn.Module) -> list[Tensor]:
+    """Of every layer of its net, as its forward uses them."""
+    wrapped = [module for module in net.modules() if hasattr(module, "get_quantized_weights")]
+    return [weight for module in wrapped for weight in module.get_quantized_weights().values()]
 
 
 def padded(model: nn.Module, sens: Sensitivity, example: Tensor) -> tuple[nn.Module, dict[str, str]]:

@@ -191,12 +191,14 @@ def finished_real_nets() -> str:
 ## The same, finished
 
 EfficientNet-{settings["net"].capitalize()}, a profile of {settings["samples"]} photographs; plans finished in the order of the forward ("compensated"; {_minutes(found, "measured compensated")} on
-average) and by learning ({_minutes(found, "learned")}), on {settings["lesson"]} sensitivity photographs, crops, mirror images and mixtures of them; {settings["heldout"]}
+average) and by learning ({_minutes(found, "learned", others=("mct", "brevitas"))}), on {settings["lesson"]} sensitivity photographs, crops, mirror images and mixtures of them; {settings["heldout"]}
 photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "zero points" the same from a profile with
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
-itself; its own learning: {_minutes(found, "mct learned")}. The last column but one is the difference of ours to the plan (of the uniform ones with zero points: of the
-plan with zero points), at the last stage that both have; to other tools' plans, at our last stage.
+itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the same layers, biases corrected; compensated: Brevitas' GPTQ;
+learned: MCT's gradient-based rounding on 640 of the photographs ({_minutes(found, "uniform mct learned")}), Brevitas' learned rounding on {settings["samples"]}
+({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference of ours to the plan at the last stage that both have, of ours the plan
+with zero points beside uniform widths with zero points, and ours at that uniform width beside other tools' roundings of it; to other tools' plans, at our last stage.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
@@ -222,13 +224,16 @@ _NAMES = {
     "modelopt gradient": "ModelOpt, gradient",
     "modelopt kl_div": "ModelOpt, KL",
     "mct": "MCT",
+    "uniform mct": "uniform, MCT",
+    "uniform brevitas": "uniform, Brevitas",
 }
 
 
-def _minutes(found: dict[str, Any], what: str) -> str:
-    """Of one core, on average, of all scores whose name ends so."""
+def _minutes(found: dict[str, Any], what: str, others: tuple[str, ...] = ()) -> str:
+    """Of one core, on average, of all scores whose name ends so, those of other tools aside."""
     scores = [score for row in found["rows"] for score in row["scores"].items()]
-    seconds = [score["seconds"] for name, score in scores if name.endswith(what)]
+    named = [score for name, score in scores if name.endswith(what) and not any(tool in name for tool in others)]
+    seconds = [score["seconds"] for score in named]
     return f"{sum(seconds) / len(seconds) / 60:.0f} minutes of one core" if seconds else "not run"
 
 

@@ -4,9 +4,10 @@ At each budget the plan that ``clado solve`` gives (measured, from a profile und
 under nearest rounding, the plan of a profile with zero points, the plan with zero points and 5 and 6 bits too, and uniform
 widths, with zero points too, where there are such; all finished on the same photographs of the sensitivity set and crops of
 them. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least squared
-error, MCT's plans with its own weights, without and with its learning (on the photographs and crops, too). Photographs of other
-things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a
-photograph shows. Every score is a file, so a killed run goes on where it stopped.
+error, MCT's plans with its own weights. At uniform widths, where nothing is searched, MCT's and Brevitas' rounding beside ours:
+each with its correction of biases, and with its learning in about the time that ours takes. Photographs of other things choose, a
+third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a photograph shows.
+Every score is a file, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
-from . import mct, modelopt
+from . import brevitas, mct, modelopt
 from .interactions import BITS, Bench, logits
 from .measure import divergence
 from .numbers import clustered, compact, keep_scores
@@ -34,7 +35,8 @@ from .real_nets import LITE
 from .real_page import SHIPPED
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
-SAMPLES, LESSON, HELDOUT = 192, 1024, 500  # photographs of a profile; photographs and crops of a finish; judges
+# Photographs of a profile; photographs and crops of a finish; photographs that choose, and that judge.
+SAMPLES, LESSON, CHOICE, HELDOUT = 192, 1024, 128, 500
 STAGES = ("planned", "compensated", "learned")
 PROFILES: dict[str, dict[str, Any]] = {
     "compensated": {"bits": BITS},
@@ -44,8 +46,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 OURS = ("measured", "zero points", "more widths", "nearest", "uniform", "uniform zero points")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
-MCT_EPOCHS = 30  # of its learning, over the photographs and crops
-KINDS = (*OURS, *MODELOPT, "mct")
+ROUNDED = ("uniform mct", "uniform brevitas")  # by other tools, beside our "uniform"
+MCT_EPOCHS, BREVITAS_STEPS = 12, 500  # of their learning: over the sensitivity photographs; in each layer, of 16
+KINDS = (*OURS, *MODELOPT, "mct", *ROUNDED)
+BESIDE = {"uniform zero points": "zero points"} | dict.fromkeys(ROUNDED, "uniform")  # which of ours; others: "measured"
 
 
 def main() -> None:
@@ -59,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work))
+    shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work, CHOICE))
     for budget in map(float, options.budgets.split(",")):
         for kind in options.plans.split(","):
             shipped.score(kind, budget, options.stages.split(","))
@@ -133,8 +137,11 @@ class Shipped:
 
     def score(self, kind: str, budget: float, stages: Sequence[str] = STAGES) -> None:
         if kind == "mct":
-            for stage, epochs in (("planned", 0), ("learned", MCT_EPOCHS)):
-                self.keep(kind, budget, stage, lambda epochs=epochs: self.by_mct(budget, epochs))
+            self.keep(kind, budget, "planned", lambda: self.by_mct(budget))
+            return
+        if kind in ROUNDED:
+            if budget in BITS:
+                self.round_by(kind, int(budget), stages)
             return
         plan = self.by_modelopt(MODELOPT[kind], budget) if kind in MODELOPT else self.plan(kind, budget)
         if plan is None:
@@ -157,12 +164,48 @@ class Shipped:
         (bits,) = modelopt.plans(plain, sens, images, classes, method, [budget], scores, names)
         return clado.given_plan(sens, bits)
 
-    def by_mct(self, budget: float, epochs: int) -> Shipment:
+    def by_mct(self, budget: float) -> Shipment:
+        """Its search and its rounding by squared error."""
+        sens, weights = self.profile("nearest"), self.profile("nearest").candidates.numel
+        ends = self.ends(sens)
+        target = budget * weights / 8 + sum(ends.values())
+        net, taken = mct.quantized(self.bench.model, self.sensitivity, BITS, dict.fromkeys(ends, 8), target)
+        return net, 8 * (taken - sum(ends.values())) / weights
+
+    def round_by(self, kind: str, bits: int, stages: Sequence[str]) -> None:
+        """All searched layers at one width, by another tool's rounding: "planned" by squared error, "compensated", "learned"."""
         sens, model = self.profile("nearest"), self.bench.model
-        weights, ends = sens.candidates.numel, modelopt.unsearched(model, {layer.name for layer in sens.layers})
-        images = self.lesson if epochs else self.sensitivity
-        net, taken = mct.quantized(model, images, BITS, budget * weights / 8, ends, epochs)
-        return net, 8 * taken / weights
+        plain, names = mct.padded(model, sens, self.sensitivity[:1])
+        held = dict.fromkeys(self.ends(sens), 8) | {layer.name: bits for layer in sens.layers}
+
+        def checked(net: nn.Module, weights: list[Tensor]) -> Shipment:
+            most = [max(len(row.unique()) for row in weight.flatten(1)) for weight in weights]
+            if sum(count <= 2**bits for count in most) != len(sens.layers):
+                raise RuntimeError(f"{kind}: layers must have at most {2**bits} weights in a channel, got {most}")
+            return net, float(bits)
+
+        def by_brevitas(method: str) -> Shipment:
+            net = brevitas.quantized(plain, self.sensitivity, list(names.values()), bits, method, BREVITAS_STEPS)
+            return checked(net, brevitas.weights(net))
+
+        def by_mct(epochs: int) -> Shipment:
+            images = self.bench.sensitivity if epochs else self.sensitivity
+            net, _ = mct.quantized(model, images, (bits,), held, epochs=epochs)
+            return checked(net, mct.weights(net))
+
+        ways: dict[str, dict[str, Callable[[], Shipment]]] = {
+            "uniform mct": {"planned": lambda: by_mct(0), "learned": lambda: by_mct(MCT_EPOCHS)},
+            "uniform brevitas": {
+                stage: lambda method=method: by_brevitas(method)
+                for stage, method in zip(STAGES, brevitas.METHODS, strict=True)
+            },
+        }
+        for stage in [stage for stage in ways[kind] if stage in stages]:
+            self.keep(kind, float(bits), stage, ways[kind][stage])
+
+    def ends(self, sens: Sensitivity) -> dict[str, int]:
+        """{module that is not searched: weights}."""
+        return modelopt.unsearched(self.bench.model, {layer.name for layer in sens.layers})
 
     def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
         folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
@@ -225,12 +268,13 @@ class Shipped:
         }
         minus = {}
         for kind, stages in known.items():
-            own = "zero points" if kind == "uniform zero points" else "measured"
+            own = BESIDE.get(kind, "measured")
             if kind == own or own not in known:
                 continue
             # The last stage that both have; other tools' plans are not finished, and are beside our last one.
-            last = [stage for stage in stages if stage in known[own]][-1] if kind in OURS else stages[-1]
-            mine = last if kind in OURS else known[own][-1]
+            finished = kind in (*OURS, *ROUNDED)
+            last = [stage for stage in stages if stage in known[own]][-1] if finished else stages[-1]
+            mine = last if finished else known[own][-1]
             minus[kind] = clustered(read[own, mine]["kl"] - read[kind, last]["kl"], shown)
         return {"budget": budget, "scores": scores, "minus": minus}
 

@@ -50,6 +50,32 @@ def test_rerank_takes_the_least_true_loss_and_says_by_how_much(loss: str) -> Non
     assert all(row["stderr"] > 0 for row in compared[1:])
 
 
+def test_rerank_lets_a_plan_stand_unless_another_is_surely_better() -> None:
+    model, data = labelled()
+    sens = clado.profile(model, data, estimator="diagonal", verbose=False)
+    names = [layer.name for layer in sens.layers]
+    # Layers of a kind cost about the same at 4 bits; all of them at 2 bits cost more.
+    plans = [clado.given_plan(sens, dict.fromkeys(names, 8) | {name: 4}) for name in names]
+    plans.append(clado.given_plan(sens, dict.fromkeys(names, 2)))
+    clean = clado.evaluate(model, data).losses
+    losses = {k: clado.evaluate(clado.apply(model, plan), data).losses - clean for k, plan in enumerate(plans)}
+    least = min(losses, key=lambda k: losses[k].mean())
+    stood = []
+    for k, plan in enumerate(plans):
+        gap = losses[k] - losses[least]
+        stays = bool(gap.mean() <= gap.std() / len(gap) ** 0.5)
+        best = clado.rerank(model, data, plans, "cross_entropy", stands=plan)
+        assert best.bits == plans[k if stays else least].bits
+        row = best.info["rerank"][0]
+        assert row["loss_increase"] == pytest.approx(losses[k if stays else least].mean().item(), rel=1e-3, abs=1e-6)
+        assert row["behind"] == row["stderr"] == 0
+        assert not (stays and k != least and best.info["rerank_decided"])
+        stood.append(stays)
+    assert sum(stood) in range(2, len(plans))  # one beside the least stands, and one does not
+    with pytest.raises(clado.CladoError, match="rerank: stands must be one of plans, got another"):
+        clado.rerank(model, data, plans[1:], stands=plans[0])
+
+
 def test_accuracies_come_with_every_cross_entropy_of_logits() -> None:
     model, data = labelled()
     plain = clado.evaluate(model, data)

@@ -16,7 +16,7 @@ from . import fields
 from .base import COUNT, command_line, main
 
 JUDGES = 128  # held-out images that judge what --finish made, and nothing afterwards
-MEASURED = 128  # held-out images that choose among plans where nothing else is asked
+MEASURED = 256  # held-out images that choose among plans where nothing else is asked
 wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and pareto share
 
 
@@ -219,7 +219,7 @@ def _chosen(run: str, sens: Any, measure: bool, wishes: dict[str, Any], data: st
         click.echo(f"chosen by the matrix alone, as nothing can be measured: {error}", err=True)
         return choose(sens, **wishes)
     plans = shortlist(sens, **{key: value for key, value in wishes.items() if key != "objective"})
-    return images.best(plans, device) if plans[0].bits else plans[0]
+    return images.best(plans, device, _alone(sens, plans)) if plans[0].bits else plans[0]
 
 
 def _measured(
@@ -241,7 +241,12 @@ def _measured(
         return plans[0]
     if refine is not None:
         plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
-    return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device)
+    return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device, _alone(sens, plans))
+
+
+def _alone(sens: Any, plans: list[Any]) -> Any:
+    """The best of the plans where layers alone cost something: what a matrix says of pairs has to prove itself."""
+    return min(plans, key=lambda plan: sens.delta_loss[sens.candidates.indices(plan.schemes)].sum())
 
 
 def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:
@@ -369,14 +374,14 @@ class _Heldout:
 
         return replace(self, images=first(max(2, sum(map(sample_count, self.images)) // 2), self.images))
 
-    def best(self, plans: list[Any], device: str | None) -> Any:
-        """The plan of least true loss, and a table of all."""
+    def best(self, plans: list[Any], device: str | None, stands: Any) -> Any:
+        """The plan of least true loss, or ``stands`` where none is surely better, and a table of all."""
         from ..artifacts import ChosenOn
         from ..improve import rerank
         from ..runs import heldout_data, measured_by
         from .tables import show_measured
 
-        best = rerank(self.model, self.images, plans, device=device, **measured_by(self.note))
+        best = rerank(self.model, self.images, plans, device=device, stands=stands, **measured_by(self.note))
         show_measured(best)
         chosen_on = ChosenOn(heldout_data(self.note, self.data), best.info["rerank_samples"])
         return replace(best, chosen_on=chosen_on)

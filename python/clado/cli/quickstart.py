@@ -41,7 +41,7 @@ def run(folder: Path, avg_bits: float) -> None:
         show(1)
         plans = shortlist(sens, avg_bits=avg_bits, time_limit=SECONDS)
         show(2)
-    planned = rerank(model, choosing, plans)
+    planned = rerank(model, choosing, [*plans, diagonal], stands=diagonal)
     plan = finish(model, planned, sensitivity, "compensated", heldout=choosing, output_dir=folder)
     plan = replace(plan, chosen_on=ChosenOn(HELDOUT, CHOOSING), info={**plan.info, "command": command})
     plan.save(folder)

@@ -142,6 +142,7 @@ def rerank(
     loss: Any = "kl",
     device: str | torch.device | None = None,
     *,
+    stands: Plan | None = None,
     loss_dim: int | None = None,
     loss_against: str | None = None,
     ignore_index: int = IGNORED,
@@ -151,6 +152,9 @@ def rerank(
 ) -> Plan:
     """The plan of least true loss increase on held-out samples; equals go to the smaller one.
 
+    The least of several noisy losses is often a lucky one. Where one plan is to be trusted before the others, as the one that
+    needs no interactions, let it stand.
+
     Args:
         model: the float model.
         heldout: batches of inputs or (inputs, targets) that did not enter the matrix; read once.
@@ -158,21 +162,28 @@ def rerank(
         loss: "kl" to the float model's outputs (no labels, and far less noise between plans), or another one as for
             :func:`clado.profile`, with ``loss_dim``, ``loss_against``, ``ignore_index`` and ``class_weights``.
         device: where to run; None: where the model is.
+        stands: one of ``plans``, the winner unless the least loss is below its own by more than one standard error of the
+            paired difference (as the 1 SE rule of Breiman, Friedman, Olshen and Stone 1984, 3.4.3); None: the least wins.
         forward_step, loss_func: as for :func:`clado.profile`.
 
     Returns:
         The winner, its ``info["rerank"]`` listing every plan's loss increase, and how far it is behind the winner with
-        the standard error of that paired difference; ``info["rerank_decided"]`` says whether the runner-up is more than
-        1.96 standard errors behind.
+        the standard error of that paired difference, the winner first; ``info["rerank_decided"]`` says whether the runner-up is
+        more than 1.96 standard errors behind.
 
     Raises:
-        CladoError: no plans, no data, no targets for the cross-entropy, or outputs that do not suit the loss.
+        CladoError: no plans, one that stands and is not among them, no data, no targets for the cross-entropy, or outputs that
+            do not suit the loss.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
+    if stands is not None:
+        require(any(plan.schemes == stands.schemes for plan in plans), "rerank", "stands", "be one of plans", "another")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
     chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op="rerank")
     increases = loss_increases(model, heldout, distinct, chosen, device, forward_step=forward_step)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
+    if stands is not None:
+        order = _standing(order, [plan.schemes for plan in distinct].index(stands.schemes), increases)
     best = order[0]
     compared = [
         {
@@ -193,6 +204,13 @@ def rerank(
         "rerank_decided": decided,
     }
     return replace(distinct[best], info={**distinct[best].info, **record})
+
+
+def _standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
+    """``order`` with ``stands`` in front, unless its first is better by more than an error."""
+    gap = increases[stands] - increases[order[0]]
+    beaten = gap.mean().item() > standard_error(gap)
+    return order if beaten else [stands, *(k for k in order if k != stands)]
 
 
 def loss_increases(
