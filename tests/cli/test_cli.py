@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from clado import Plan, Sensitivity, solve
 from clado.artifacts import ChosenOn
 from clado.cli import main
+from clado.cli.tables import show_measured
 from clado.profiling import Checkpoint, Sums
 from tests.models import timm_model
 
@@ -101,12 +102,12 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     assert "6 samples" in result.output  # twenty less the eight that were profiled and the six that chose the plan
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 5, "--no-measure")
     assert result.exit_code == 0, result.output
-    assert "the winner's lead" not in result.output
+    assert " images; " not in result.output
     assert "12 samples" in call("evaluate", run).output
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--refine", 1, "--rerank", 5)
     assert result.exit_code == 0, result.output
     assert "refined on 8 images: loss increase" in result.output
-    assert "5 images; the winner's lead" in result.output
+    assert "5 images; the " in result.output
     assert json.loads((run / "plan.json").read_text())["info"]["rerank_samples"] == 5
     assert "7 samples" in call("evaluate", run).output  # nor those that chose the plan
     result = call("inspect", run)
@@ -506,6 +507,28 @@ def test_random_weights_are_said_and_are_the_same_for_later_commands(
     assert "random" not in result.stderr
     note = json.loads((tmp_path / "own" / "model.json").read_text())
     assert note["spec"]["checkpoint"] == str(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("gaps", "decided", "said"),
+    [
+        ((0.0, 0.2), True, "the winner's lead exceeds its error"),
+        ((0.0, 0.2), False, "the winner's lead is within its error"),
+        ((0.0, -0.1, 0.2), False, "the plan of the layers alone stands, as the lead of others is within its error"),
+    ],
+)
+def test_what_was_measured_says_whether_it_decided(
+    digits: Path, gaps: tuple[float, ...], decided: bool, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"objective": "original", "loss_increase": 1 + gap, "behind": gap, "stderr": 0.3, "size_bytes": 1234}
+        for gap in gaps
+    ]
+    info = {"rerank": rows, "rerank_samples": 9, "rerank_decided": decided}
+    show_measured(replace(Plan.load(digits), info=info))
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"9 images; {said}"
+    assert len(table) == 1 + len(gaps)
 
 
 def test_a_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path) -> None:
