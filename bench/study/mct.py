@@ -1,9 +1,9 @@
 """The rival: Sony's MCT, weights only, of the same widths on the same layers and photographs.
 
 Needs ``pip install model-compression-toolkit``. Its search (mixed precision by the distance of inner outputs) and its rounding:
-by squared error with its correction of biases, or by gradients (its GPTQ: soft rounding, weighted by attention to samples and
-layers); or layers held at given widths, without search. It has no layer without quantization: those that are not searched here
-are held at eight bits, which cost next to nothing.
+by squared error with its correction of biases, or by gradients (its GPTQ: soft rounding by squared errors of inner outputs,
+unweighted); or layers held at given widths, without search. It has no layer without quantization: those that are not searched
+here are held at eight bits, which cost next to nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def quantized(
     }
     with quiet():
         if epochs:
-            learning = mct.gptq.get_pytorch_gptq_config(epochs, gradual_activation_quantization=False)
+            # Its weights by second derivatives were not done after eleven minutes here; without them it is its plain loss.
+            plain = {"use_hessian_based_weights": False, "use_hessian_sample_attention": False}
+            learning = mct.gptq.get_pytorch_gptq_config(epochs, gradual_activation_quantization=False, **plain)
             run: Callable[..., Any] = mct.gptq.pytorch_gradient_post_training_quantization
             net, info = run(model, batches, utilization, gptq_config=learning, **settings)
         else:

@@ -57,7 +57,7 @@ Beside the diagonal's plan of the corrected matrix:
 
 No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
 worse with all of them. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, the measured plan was better than the
+{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, with the least loss on 128 photographs, the measured plan was better than the
 diagonal's, tied and was worse in {before}. `python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs`
 makes them) writes `bench/results/*/{REAL.name}`.
 """
@@ -196,10 +196,11 @@ average) and by learning ({_minutes(found, "learned", others=("mct", "brevitas")
 photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "zero points" the same from a profile with
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
-itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the same layers, biases corrected; compensated: Brevitas' GPTQ;
-learned: MCT's gradient-based rounding on 640 of the photographs ({_minutes(found, "uniform mct learned")}), Brevitas' learned rounding on {settings["samples"]}
-({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference of ours to the plan at the last stage that both have, of ours the plan
-with zero points beside uniform widths with zero points, and ours at that uniform width beside other tools' roundings of it; to other tools' plans, at our last stage.
+itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the same layers, biases corrected, without and with their learning
+in about the time of ours: MCT's by gradients, 8 epochs of 640 of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
+derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, 500 steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
+of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
+at our last stage, and of our uniform plan to their uniform ones, each at its best.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}

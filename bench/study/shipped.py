@@ -47,7 +47,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 OURS = ("measured", "zero points", "more widths", "nearest", "uniform", "uniform zero points")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
 ROUNDED = ("uniform mct", "uniform brevitas")  # by other tools, beside our "uniform"
-MCT_EPOCHS, BREVITAS_STEPS = 12, 500  # of their learning: over the sensitivity photographs; in each layer, of 16
+MCT_EPOCHS, BREVITAS_STEPS = 8, 500  # of their learning: over the sensitivity photographs; in each layer, of 16
 KINDS = (*OURS, *MODELOPT, "mct", *ROUNDED)
 BESIDE = {"uniform zero points": "zero points"} | dict.fromkeys(ROUNDED, "uniform")  # which of ours; others: "measured"
 
@@ -271,10 +271,11 @@ class Shipped:
             own = BESIDE.get(kind, "measured")
             if kind == own or own not in known:
                 continue
-            # The last stage that both have; other tools' plans are not finished, and are beside our last one.
-            finished = kind in (*OURS, *ROUNDED)
-            last = [stage for stage in stages if stage in known[own]][-1] if finished else stages[-1]
-            mine = last if finished else known[own][-1]
+            # The last stage that both have; other tools' work is not finished by us: its best stage beside our last one.
+            if kind in OURS:
+                last = mine = [stage for stage in stages if stage in known[own]][-1]
+            else:
+                last, mine = min(stages, key=lambda stage: read[kind, stage]["kl"].mean()), known[own][-1]
             minus[kind] = clustered(read[own, mine]["kl"] - read[kind, last]["kl"], shown)
         return {"budget": budget, "scores": scores, "minus": minus}
 
