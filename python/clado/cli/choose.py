@@ -239,9 +239,10 @@ def _measured(
     plans = shortlist(sens, **wishes)
     if not plans[0].bits:
         return plans[0]
-    if refine is not None:
-        plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
-    return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device, _alone(sens, plans))
+    stands = _alone(sens, plans)
+    if refine is not None:  # which has measured more than this would
+        plans, stands = [_refine(run, sens, plans, refine, wishes, device), *plans], None
+    return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device, stands)
 
 
 def _alone(sens: Any, plans: list[Any]) -> Any:
