@@ -25,7 +25,9 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file, heap
+from clado.improve import standing
 from clado.profiling import optimism_of, times
+from clado.solver import least_alone
 
 from ..harness import machine
 from .measure import divergence
@@ -152,11 +154,9 @@ class Bench:
         """What ``clado solve`` gives: of the best plans of every objective the one of least loss on photographs that choose, or
         the one of the layers alone where that is not behind by more than an error."""
         short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
-        losses = [self.losses(sens, plan, folder, "choice") for plan in short]
-        alone = min(range(len(short)), key=lambda k: sens.delta_loss[sens.candidates.indices(short[k].schemes)].sum())
-        least = min(range(len(short)), key=lambda k: losses[k].mean())
-        gap = losses[alone] - losses[least]
-        return short[least if gap.mean() > gap.std(ddof=1) / len(gap) ** 0.5 else alone]
+        losses = torch.stack([torch.from_numpy(self.losses(sens, plan, folder, "choice")) for plan in short])
+        order = losses.mean(1).argsort(stable=True).tolist()
+        return short[standing(order, least_alone(sens, short), losses)[0]]
 
     def losses(self, sens: Sensitivity, plan: Plan, folder: Path, by: str = "heldout") -> NDArray[np.float64]:
         """KL of every photograph of ``judges`` under the plan."""

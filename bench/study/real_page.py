@@ -197,8 +197,8 @@ photographs of other things judge. "Ours" is the plan of `clado solve` under com
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
 itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the same layers, biases corrected ("compensated": Brevitas' GPTQ), without and
-with their learning in about the time of ours: MCT's by gradients, 8 epochs of 640 of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
-derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, 500 steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
+with their learning in about the time of ours: MCT's by gradients, {settings["mct_epochs"]} epochs of {settings["photographs"]} of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
+derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, {settings["brevitas_steps"]} steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
 of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
 at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken by the photographs that
 choose: a loss above that of the stage before is one that those liked and these do not.

@@ -46,7 +46,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 OURS = ("measured", "zero points", "more widths", "nearest", "uniform", "uniform zero points")
 MODELOPT = {f"modelopt {method}": method for method in modelopt.METHODS}
-ROUNDED = ("uniform mct", "uniform brevitas")  # by other tools, beside our "uniform"
+ROUNDED = {"uniform mct": ("planned", "learned"), "uniform brevitas": STAGES}  # by other tools, beside our "uniform"
 MCT_EPOCHS, BREVITAS_STEPS = 8, 500  # of their learning: over the sensitivity photographs; in each layer, of 16
 KINDS = (*OURS, *MODELOPT, "mct", *ROUNDED)
 BESIDE = {"uniform zero points": "zero points"} | dict.fromkeys(ROUNDED, "uniform")  # which of ours; others: "measured"
@@ -140,8 +140,8 @@ class Shipped:
             self.keep(kind, budget, "planned", lambda: self.by_mct(budget))
             return
         if kind in ROUNDED:
-            if budget in BITS:
-                self.round_by(kind, int(budget), stages)
+            for stage in [stage for stage in ROUNDED[kind] if stage in stages and budget in BITS]:
+                self.keep(kind, budget, stage, lambda stage=stage: self.rounded(kind, int(budget), stage))
             return
         plan = self.by_modelopt(MODELOPT[kind], budget) if kind in MODELOPT else self.plan(kind, budget)
         if plan is None:
@@ -166,42 +166,29 @@ class Shipped:
 
     def by_mct(self, budget: float) -> Shipment:
         """Its search and its rounding by squared error."""
-        sens, weights = self.profile("nearest"), self.profile("nearest").candidates.numel
-        ends = self.ends(sens)
+        sens = self.profile("nearest")
+        weights, ends = sens.candidates.numel, self.ends(sens)
         target = budget * weights / 8 + sum(ends.values())
         net, taken = mct.quantized(self.bench.model, self.sensitivity, BITS, dict.fromkeys(ends, 8), target)
         return net, 8 * (taken - sum(ends.values())) / weights
 
-    def round_by(self, kind: str, bits: int, stages: Sequence[str]) -> None:
-        """All searched layers at one width, by another tool's rounding: "planned" by squared error, "compensated", "learned"."""
+    def rounded(self, kind: str, bits: int, stage: str) -> Shipment:
+        """All searched layers at one width, by another tool's rounding."""
         sens, model = self.profile("nearest"), self.bench.model
-        plain, names = mct.padded(model, sens, self.sensitivity[:1])
-        held = dict.fromkeys(self.ends(sens), 8) | {layer.name: bits for layer in sens.layers}
-
-        def checked(net: nn.Module, weights: list[Tensor]) -> Shipment:
-            most = [max(len(row.unique()) for row in weight.flatten(1)) for weight in weights]
-            if sum(count <= 2**bits for count in most) != len(sens.layers):
-                raise RuntimeError(f"{kind}: layers must have at most {2**bits} weights in a channel, got {most}")
-            return net, float(bits)
-
-        def by_brevitas(method: str) -> Shipment:
-            net = brevitas.quantized(plain, self.sensitivity, list(names.values()), bits, method, BREVITAS_STEPS)
-            return checked(net, brevitas.weights(net))
-
-        def by_mct(epochs: int) -> Shipment:
-            images = self.bench.sensitivity if epochs else self.sensitivity
+        if kind == "uniform mct":
+            held = dict.fromkeys(self.ends(sens), 8) | {layer.name: bits for layer in sens.layers}
+            images, epochs = (self.bench.sensitivity, MCT_EPOCHS) if stage == "learned" else (self.sensitivity, 0)
             net, _ = mct.quantized(model, images, (bits,), held, epochs=epochs)
-            return checked(net, mct.weights(net))
-
-        ways: dict[str, dict[str, Callable[[], Shipment]]] = {
-            "uniform mct": {"planned": lambda: by_mct(0), "learned": lambda: by_mct(MCT_EPOCHS)},
-            "uniform brevitas": {
-                stage: lambda method=method: by_brevitas(method)
-                for stage, method in zip(STAGES, brevitas.METHODS, strict=True)
-            },
-        }
-        for stage in [stage for stage in ways[kind] if stage in stages]:
-            self.keep(kind, float(bits), stage, ways[kind][stage])
+            weights = mct.weights(net)
+        else:
+            plain, names = mct.padded(model, sens, self.sensitivity[:1])
+            method = brevitas.METHODS[STAGES.index(stage)]
+            net = brevitas.quantized(plain, self.sensitivity, list(names.values()), bits, method, BREVITAS_STEPS)
+            weights = brevitas.weights(net)
+        most = [max(len(row.unique()) for row in weight.flatten(1)) for weight in weights]
+        if sum(count <= 2**bits for count in most) != len(sens.layers):
+            raise RuntimeError(f"{kind}: layers must have at most {2**bits} weights in a channel, got {most}")
+        return net, float(bits)
 
     def ends(self, sens: Sensitivity) -> dict[str, int]:
         """{module that is not searched: weights}."""
@@ -242,6 +229,9 @@ class Shipped:
             "lesson": LESSON,
             "heldout": HELDOUT,
             "net": self.bench.name,
+            "photographs": len(self.bench.sensitivity),
+            "mct_epochs": MCT_EPOCHS,
+            "brevitas_steps": BREVITAS_STEPS,
         }
         return {"benchmark": "shipped", "machine": machine(), "settings": settings, "rows": rows}
 

@@ -208,7 +208,7 @@ def _profiled(run: str, sens: Any) -> tuple[Any, Any, dict[str, Any], Any]:
 
 def _chosen(run: str, sens: Any, measure: bool, wishes: dict[str, Any], data: str | None, device: str | None) -> Any:
     """The best plan; by the true loss, where ``measure`` and the run knows a model and images that were not profiled."""
-    from ..solver import shortlist
+    from ..solver import least_alone, shortlist
     from ..solver import solve as choose
 
     if not measure:
@@ -219,7 +219,7 @@ def _chosen(run: str, sens: Any, measure: bool, wishes: dict[str, Any], data: st
         click.echo(f"chosen by the matrix alone, as nothing can be measured: {error}", err=True)
         return choose(sens, **wishes)
     plans = shortlist(sens, **{key: value for key, value in wishes.items() if key != "objective"})
-    return images.best(plans, device, _alone(sens, plans)) if plans[0].bits else plans[0]
+    return images.best(plans, device, plans[least_alone(sens, plans)]) if plans[0].bits else plans[0]
 
 
 def _measured(
@@ -232,22 +232,17 @@ def _measured(
     device: str | None,
 ) -> Any:
     """The best of a shortlist, improved by refinement, or by its loss on other images, or both."""
-    from ..solver import shortlist
+    from ..solver import least_alone, shortlist
 
     must = "be left out with --rerank or --refine"
     require(wishes.pop("objective") == "original", "solve", "objective", must, "another")
     plans = shortlist(sens, **wishes)
     if not plans[0].bits:
         return plans[0]
-    stands = _alone(sens, plans)
-    if refine is not None:  # which has measured more than this would
-        plans, stands = [_refine(run, sens, plans, refine, wishes, device), *plans], None
+    stands = plans[least_alone(sens, plans)] if refine is None else None  # refinement has measured more than this would
+    if refine is not None:
+        plans = [_refine(run, sens, plans, refine, wishes, device), *plans]
     return plans[0] if rerank is None else _Heldout.of(run, data, rerank).best(plans, device, stands)
-
-
-def _alone(sens: Any, plans: list[Any]) -> Any:
-    """The best of the plans where layers alone cost something: what a matrix says of pairs has to prove itself."""
-    return min(plans, key=lambda plan: sens.delta_loss[sens.candidates.indices(plan.schemes)].sum())
 
 
 def _correct(run: str, sens: Any, count: int, wishes: dict[str, Any], device: str | None) -> tuple[Any, Any]:

@@ -48,14 +48,10 @@ def show_measured(best: Plan) -> None:
         numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
         table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
     console().print(table)
-    lead = (
-        "the winner's lead exceeds its error"
-        if best.info["rerank_decided"]
-        else "the winner's lead is within its error"
-    )
-    if any(row["behind"] < 0 for row in best.info["rerank"]):
-        lead = "the plan of the layers alone stands, as the lead of others is within its error"
-    click.echo(f"{best.info['rerank_samples']} images; {lead}")
+    leads = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
+    stood = any(row["behind"] < 0 for row in best.info["rerank"])
+    who = "the plan of the layers alone stands, as the lead of others" if stood else "the winner's lead"
+    click.echo(f"{best.info['rerank_samples']} images; {who} {leads}")
 
 
 def show_drop(plan: Plan) -> None:

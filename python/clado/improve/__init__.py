@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .corrector import correct
     from .finisher import finish
     from .refiner import refine
-    from .true_loss import Score, evaluate, loss_increases, rerank, standard_error
+    from .true_loss import Score, evaluate, loss_increases, rerank, standard_error, standing
     from .within_drop import smallest_within
 else:
     __getattr__, __dir__ = door(__name__)
@@ -26,4 +26,5 @@ __all__ = [
     "rerank",
     "smallest_within",
     "standard_error",
+    "standing",
 ]

@@ -176,14 +176,14 @@ def rerank(
             do not suit the loss.
     """
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
-    if stands is not None:
-        require(any(plan.schemes == stands.schemes for plan in plans), "rerank", "stands", "be one of plans", "another")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
+    known = [plan.schemes for plan in distinct]
+    require(stands is None or stands.schemes in known, "rerank", "stands", "be one of plans", "another")
     chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op="rerank")
     increases = loss_increases(model, heldout, distinct, chosen, device, forward_step=forward_step)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))
     if stands is not None:
-        order = _standing(order, [plan.schemes for plan in distinct].index(stands.schemes), increases)
+        order = standing(order, known.index(stands.schemes), increases)
     best = order[0]
     compared = [
         {
@@ -206,8 +206,14 @@ def rerank(
     return replace(distinct[best], info={**distinct[best].info, **record})
 
 
-def _standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
-    """``order`` with ``stands`` in front, unless its first is better by more than an error."""
+def standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
+    """``order`` with ``stands`` in front, unless its first is better by more than an error.
+
+    Args:
+        order: places of plans, of least loss first.
+        stands: one of these places.
+        increases: ``[plans, N]`` loss increases per sample.
+    """
     gap = increases[stands] - increases[order[0]]
     beaten = gap.mean().item() > standard_error(gap)
     return order if beaten else [stands, *(k for k in order if k != stands)]

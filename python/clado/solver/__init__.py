@@ -9,7 +9,7 @@ from ..common import door
 
 if TYPE_CHECKING:
     from .constraints import LinearConstraint, read_constraints, read_latency
-    from .contenders import shortlist
+    from .contenders import least_alone, shortlist
     from .frontier import pareto
     from .objectives import NAMES as OBJECTIVES
     from .objectives import negative_mass, objective_matrix
@@ -29,6 +29,7 @@ __all__ = [
     "SolveOptions",
     "Solver",
     "given_plan",
+    "least_alone",
     "least_loss_only",
     "negative_mass",
     "objective_matrix",

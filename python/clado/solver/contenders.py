@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..artifacts import Plan, Sensitivity
@@ -37,3 +38,8 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
         return plans[:1]
     plans += solver.near(plans[0], near, **arguments)
     return list({tuple(plan.schemes.values()): plan for plan in reversed(plans)}.values())[::-1]
+
+
+def least_alone(sens: Sensitivity, plans: Sequence[Plan]) -> int:
+    """The place of the plan that costs least where layers alone cost something: it needs no pair of the matrix to hold."""
+    return min(range(len(plans)), key=lambda k: sens.delta_loss[sens.candidates.indices(plans[k].schemes)].sum())
