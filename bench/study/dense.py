@@ -1,16 +1,17 @@
 """``python -m bench.study.dense PHOTOGRAPHS``: plans for a map and for features of a trained vision transformer.
 
 DINOv2 ViT-S/14 with a saliency decoder, once under binary cross-entropy on its map and once under squared error on its tokens,
-both against the float net. Per budget the plan of the diagonal, of all interactions, the one of least loss on photographs set
-apart, and uniform widths; judged on held-out photographs of other things, paired with the diagonal's, errors clustered by what
-they show. Then what all interactions cost beside the diagonal alone and beside a forward for every pair, in turns on the same
-samples; and single interactions beside `exact` ones on the same photographs. Profiles and scores are
-files: a killed run goes on where it stopped.
+both against the float net, each on disjoint draws of the sensitivity photographs. Per budget the plan of the diagonal, of all
+interactions, the one that ``clado solve`` takes by photographs set apart, and uniform widths; judged on held-out photographs of
+other things, paired with the diagonal's, errors clustered by what they show. Then what all interactions cost beside the diagonal
+alone and beside a forward for every pair, in turns on the same samples; and single interactions beside `exact` ones on the same
+photographs. Profiles and scores are files: a killed run goes on where it stopped, and parts may be run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
-from clado.artifacts import MATRIX_FILE, Plan, Sensitivity
+from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
+from .measure import solved
 from .numbers import clustered, compact, keep_scores
 from .photographs import load_photographs, read_photographs
 from .real_page import DENSE
@@ -35,10 +37,19 @@ from .why import of_pairs
 BITS = (2, 3, 4, 8)
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 LOSSES = {"map": "bce", "tokens": "mse"}
-SAMPLES, HELDOUT, CHOICE = 64, 300, 64
+SAMPLES, DRAWS, HELDOUT, CHOICE = 64, 3, 300, 256
 TIMED = 2  # samples per turn
 TURNS = 3
 EVERY, EXACT = 10, 16  # one layer in so many has its interactions measured exactly, on so many photographs
+SETTINGS = {
+    "bits": BITS,
+    "samples": SAMPLES,
+    "heldout": HELDOUT,
+    "choice": CHOICE,
+    "losses": LOSSES,
+    "every": EVERY,
+    "exact": EXACT,
+}
 PICTURE, PICTURED, PICTURED_BITS = Path("docs/images/dense.png"), 4, 3.0
 
 
@@ -46,23 +57,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path, help="folder that bench.study.photographs wrote")
     parser.add_argument("--work", type=Path, default=Path("build/study/dense"), help="profiles, scores and times")
-    parser.add_argument("--json", type=Path, default=DENSE)
+    parser.add_argument("--outputs", default=",".join(LOSSES), help="whose scores")
+    parser.add_argument("--draws", default=",".join(map(str, range(DRAWS))), help="whose scores")
+    parser.add_argument("--json", type=Path, default=DENSE, help="what is in it and not measured anew stays")
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--only", choices=("scores", "times", "exact", "picture"), help="one part; by default all")
+    parser.add_argument("--only", choices=("rows", "seconds", "pairs", "picture"), help="one part; by default all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(options.photographs, options.work)
-    parts: dict[str, Callable[[], object]] = {
-        "scores": bench.score,
-        "times": bench.time,
-        "exact": bench.pairs,
-        "picture": lambda: bench.draw(options.picture),
-    }
+    found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
+    found |= {"benchmark": "dense", "machine": machine(), "settings": SETTINGS}
+
+    def score() -> list[dict[str, Any]]:
+        for output in options.outputs.split(","):
+            for draw in map(int, options.draws.split(",")):
+                known = [row for row in found["rows"] if (row["output"], row["draw"]) != (output, draw)]
+                found["rows"] = known + bench.rows(output, draw)
+        return sorted(found["rows"], key=lambda row: (row["output"], row["draw"], row["budget"]))
+
+    parts: dict[str, Callable[[], object]] = {"rows": score, "seconds": bench.seconds, "pairs": bench.pairs}
     for name, part in parts.items():
         if options.only in (None, name):
-            part()
+            found[name] = part()
+    if options.only in (None, "picture"):
+        bench.draw(options.picture)
     with atomic_file(options.json) as temporary:
-        Path(temporary).write_text(compact(bench.collected()) + "\n")
+        Path(temporary).write_text(compact(found) + "\n")
 
 
 class Bench:
@@ -72,7 +92,7 @@ class Bench:
         self.model, self.work = load_saliency(), work
         self.images = {
             split: load_photographs(photographs, split, MEAN, STD)[:count]
-            for split, count in (("sensitivity", SAMPLES), ("choice", CHOICE), ("heldout", HELDOUT))
+            for split, count in (("sensitivity", DRAWS * SAMPLES), ("choice", CHOICE), ("heldout", HELDOUT))
         }
         self.shown = read_photographs(photographs, "heldout").picture[:HELDOUT].numpy()
         self.clean = {split: outputs(self.model, self.images[split]) for split in ("choice", "heldout")}
@@ -80,49 +100,58 @@ class Bench:
     def settings(self, output: str) -> dict[str, Any]:
         return {"loss": {output: LOSSES[output]}, "loss_against": "outputs", "verbose": False}
 
-    def profile(self, output: str) -> Sensitivity:
+    def folder(self, output: str, draw: int) -> Path:
+        return self.work / output / str(draw)
+
+    def profile(self, output: str, draw: int = 0) -> Sensitivity:
         return clado.profile(
             self.model,
-            [self.images["sensitivity"]],
+            [self.images["sensitivity"][draw * SAMPLES : (draw + 1) * SAMPLES]],
             BITS,
             num_samples=SAMPLES,
-            output_dir=self.work / output / "run",
+            output_dir=self.folder(output, draw) / "run",
             **self.settings(output),
         )
 
-    def score(self) -> None:
-        for output in LOSSES:
-            sens = self.profile(output)
-            for budget in BUDGETS:
-                for name, plan in self.plans(sens, output, budget).items():
-                    self.keep(output, budget, name, plan)
+    def rows(self, output: str, draw: int) -> list[dict[str, Any]]:
+        """One per budget."""
+        sens = self.profile(output, draw)
+        return [self.row(sens, output, draw, budget) for budget in BUDGETS]
 
-    def plans(self, sens: Sensitivity, output: str, budget: float) -> dict[str, Plan]:
+    def row(self, sens: Sensitivity, output: str, draw: int, budget: float) -> dict[str, Any]:
+        plans = self.plans(sens, output, draw, budget)
+        held = {name: self.losses(output, draw, plan, "heldout") for name, plan in plans.items()}
+        means = {name: round(1e3 * float(losses.mean()), 3) for name, losses in held.items()}
+        print(output, draw, budget, means, flush=True)
+        return {
+            "output": output,
+            "draw": draw,
+            "budget": budget,
+            "loss": {name: clustered(losses, self.shown) for name, losses in held.items()},
+            "minus_diagonal": {name: clustered(losses - held["diagonal"], self.shown) for name, losses in held.items()},
+        }
+
+    def plans(self, sens: Sensitivity, output: str, draw: int, budget: float) -> dict[str, Plan]:
         short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
         plans = {
             "diagonal": clado.solve(sens, objective="diagonal", avg_bits=budget, solver="heuristic"),
             "all": clado.solve(sens, objective="original", avg_bits=budget, solver="heuristic"),
-            "measured": min(short, key=lambda plan: self.losses(output, plan, "choice").mean()),
+            "measured": solved(sens, short, np.stack([self.losses(output, draw, plan, "choice") for plan in short])),
         }
         if budget in BITS:
             plans["uniform"] = clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers})
         return plans
 
-    def losses(self, output: str, plan: Plan, split: str) -> NDArray[np.float64]:
-        found = outputs(clado.apply(self.model, plan), self.images[split])
-        return DIVERGENCES[output](self.clean[split][output], found[output])
-
-    def path(self, output: str, budget: float, name: str) -> Path:
-        return self.work / output / "scores" / f"{budget}-{name}.npz"
-
-    def keep(self, output: str, budget: float, name: str, plan: Plan) -> None:
-        path = self.path(output, budget, name)
+    def losses(self, output: str, draw: int, plan: Plan, split: str) -> NDArray[np.float64]:
+        """Of every photograph, kept plan by plan."""
+        path = self.folder(output, draw) / split / ("".join(map(str, plan.bits.values())) + ".npz")
         if not path.exists():
-            losses = self.losses(output, plan, "heldout")
-            keep_scores(path, {"loss": losses, "bits": np.float64(plan.avg_bits)})
-            print(output, budget, name, f"{losses.mean():.5f}", flush=True)
+            found = outputs(clado.apply(self.model, plan), self.images[split])
+            keep_scores(path, {"loss": DIVERGENCES[output](self.clean[split][output], found[output])})
+        losses: NDArray[np.float64] = np.load(path)["loss"]
+        return losses
 
-    def time(self) -> None:
+    def seconds(self) -> dict[str, Any]:
         """CPU seconds of a profile from nearest rounding, whose candidates cost next to nothing, and of a forward, in turns."""
         for output in LOSSES:
             path = self.work / output / "seconds.npz"
@@ -138,6 +167,8 @@ class Bench:
                 print(output, what, f"{seconds[what][-1]:.2f} s", flush=True)
             pairs = (~results["additive"].candidates.same_layer).sum() / 2
             keep_scores(path, {what: values[1:] for what, values in seconds.items()} | {"pairs": [pairs]})
+        kept = {output: np.load(self.work / output / "seconds.npz") for output in LOSSES}
+        return {output: {name: values.tolist() for name, values in held.items()} for output, held in kept.items()}
 
     def calls(self, output: str) -> dict[str, Callable[[], Any]]:
         """What is timed: profiles of some samples by two estimators, and their forward."""
@@ -176,7 +207,7 @@ class Bench:
         import matplotlib.pyplot as plt
 
         sens = self.profile("map")
-        plans = self.plans(sens, "map", PICTURED_BITS)
+        plans = self.plans(sens, "map", 0, PICTURED_BITS)
         # spread over the pictures, each another
         chosen = [int(np.flatnonzero(self.shown == s)[0]) for s in np.unique(self.shown)][
             :: len(np.unique(self.shown)) // PICTURED
@@ -194,39 +225,6 @@ class Bench:
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             figure.savefig(file, format="png", dpi=110)
         plt.close(figure)
-
-    def collected(self) -> dict[str, Any]:
-        settings = {
-            "bits": BITS,
-            "samples": SAMPLES,
-            "heldout": HELDOUT,
-            "choice": CHOICE,
-            "losses": LOSSES,
-            "every": EVERY,
-            "exact": EXACT,
-        }
-        rows = [row for output in LOSSES for budget in BUDGETS if (row := self.row(output, budget))]
-        times = {
-            output: {name: values.tolist() for name, values in np.load(path).items()}
-            for output in LOSSES
-            if (path := self.work / output / "seconds.npz").exists()
-        }
-        found = {"benchmark": "dense", "machine": machine(), "settings": settings, "rows": rows, "seconds": times}
-        there = all((self.work / output / "exact" / MATRIX_FILE).exists() for output in LOSSES)
-        return found | ({"pairs": self.pairs()} if there else {})
-
-    def row(self, output: str, budget: float) -> dict[str, Any]:
-        names = ("diagonal", "all", "measured", "uniform")
-        paths = {name: self.path(output, budget, name) for name in names}
-        held = {name: np.load(path)["loss"] for name, path in paths.items() if path.exists()}
-        if "measured" not in held:
-            return {}
-        return {
-            "output": output,
-            "budget": budget,
-            "loss": {name: clustered(losses, self.shown) for name, losses in held.items()},
-            "minus_diagonal": {name: clustered(losses - held["diagonal"], self.shown) for name, losses in held.items()},
-        }
 
 
 PICTURE_OF = {f"uniform {PICTURED_BITS:g} bits": "uniform", f"plan, {PICTURED_BITS:g} bits": "measured"}

@@ -29,7 +29,7 @@ from ..harness import machine
 from . import mct, modelopt
 from .interactions import HELDOUT, logits
 from .interactions import Bench as Photographs
-from .measure import divergence
+from .measure import divergence, solved
 from .nets import load_split, trained
 from .numbers import clustered, compact
 from .real_nets import LITE
@@ -121,7 +121,7 @@ class Bench:
     def best(self, sens: Sensitivity, **limits: Any) -> Plan:
         """What `clado solve` gives."""
         short = clado.shortlist(sens, solver="heuristic", **limits)
-        return min(short, key=lambda plan: self.judged(clado.apply(self.model, plan), "choice").mean())
+        return solved(sens, short, np.stack([self.judged(clado.apply(self.model, plan), "choice") for plan in short]))
 
     def theirs(self, sens: Sensitivity, method: str, budgets: list[float]) -> list[NDArray[np.float64]]:
         integers = [modelopt.rounded(bits, 8) for bits in (2, 4, 8)]

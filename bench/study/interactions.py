@@ -25,12 +25,10 @@ from torch import Tensor, nn
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file, heap
-from clado.improve import standing
 from clado.profiling import optimism_of, times
-from clado.solver import least_alone
 
 from ..harness import machine
-from .measure import divergence
+from .measure import divergence, solved
 from .numbers import clustered, compact
 from .photographs import load_photographs, read_photographs
 from .real_nets import LITE, load_net
@@ -151,12 +149,9 @@ class Bench:
         }
 
     def measured(self, sens: Sensitivity, folder: Path, budget: float) -> Plan:
-        """What ``clado solve`` gives: of the best plans of every objective the one of least loss on photographs that choose, or
-        the one of the layers alone where that is not behind by more than an error."""
+        """What ``clado solve`` gives, by photographs that choose."""
         short = clado.shortlist(sens, avg_bits=budget, solver="heuristic")
-        losses = torch.stack([torch.from_numpy(self.losses(sens, plan, folder, "choice")) for plan in short])
-        order = losses.mean(1).argsort(stable=True).tolist()
-        return short[standing(order, least_alone(sens, short), losses)[0]]
+        return solved(sens, short, np.stack([self.losses(sens, plan, folder, "choice") for plan in short]))
 
     def losses(self, sens: Sensitivity, plan: Plan, folder: Path, by: str = "heldout") -> NDArray[np.float64]:
         """KL of every photograph of ``judges`` under the plan."""

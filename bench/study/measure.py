@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
 from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
+from clado.improve import standing
+from clado.solver import least_alone
 
 from . import modelopt
 from .nets import Digits, load_split, trained
@@ -37,6 +40,13 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 COSTLY = ("gradient", "corrected", f"exact, {FEW} samples", f"logit, {FEW} samples", f"gradient, {FEW} samples")
 OBJECTIVES = ("original", "clipped", "shrunk")
+
+
+def solved(sens: Sensitivity, plans: Sequence[Plan], losses: NDArray[np.float64]) -> Plan:
+    """What ``clado solve`` takes of the plans that it measures: the one of least loss, or that of the layers alone where it is
+    not behind by more than an error; losses are ``[plans, N]``."""
+    order = losses.mean(1).argsort(kind="stable").tolist()
+    return plans[standing(order, least_alone(sens, plans), torch.from_numpy(losses))[0]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from clado.deploy import adapted, pack_model, verify
 from clado.graph import Blocks, Use, open_runner
 from clado.improve import finish_progress, finisher, loss_increases
 from clado.improve.compensation import Finished, _Inputs
-from clado.improve.learning import Pace, learn_block, learn_net, outputs_of
+from clado.improve.learning import Pace, gap, gaps, learn_block, learn_net, outputs_of
 from clado.quant import LearnedWeight, Quantizer, codes
 from tests.models import random_plan, small_cnn, tiny_vit
 
@@ -59,7 +59,7 @@ def test_each_level_lowers_the_loss_on_samples_it_did_not_see(make: object, opti
     before, one, two = loss_increases(model, [fresh], [plan, compensated, learned]).mean(1).tolist()
     assert two < before
     # Eight channels at two bits leave the order of layers nothing to make up for; then the weights stay.
-    assert one < before or (make is small_cnn and compensated.info["finish"]["kept"])
+    assert one < before or (make is small_cnn and compensated.info["finish"]["taken"] == "before")
     losses = learned.info["finish"]["loss_increase"]
     assert losses["compensated"] == compensated.info["finish"]["loss_increase"]["compensated"]
     assert list(losses) == ["before", "compensated", "learned", "learned together"]
@@ -297,7 +297,7 @@ def test_a_layer_in_half_precision_is_finished_as_its_dtype_holds_it(tmp_path: P
     torch.manual_seed(0)
     model, x = HalfAndWhole().eval(), data((16,))
     plan = clado.finish(model, uniform(model, x, quantize_ends=True), [x], num_samples=96, verbose=False)
-    assert "kept" not in plan.info["finish"]
+    assert plan.info["finish"]["taken"] != "before"
     scale = codes(model, plan)["middle"].scale
     assert torch.equal(scale, scale.half().float())
     clado.export(model, plan, tmp_path / "out", "compressed-tensors")
@@ -311,13 +311,63 @@ def test_a_plan_that_nothing_makes_better_keeps_its_weights() -> None:
     found = clado.finish(model, plan, [x[:2]], "compensated", num_samples=2, verbose=False)
     losses = found.info["finish"]["loss_increase"]
     assert (found.rounding == plan.rounding) == (losses["compensated"] >= losses["before"])
-    assert ("kept" in found.info["finish"]) == (found.rounding == plan.rounding)
+    assert (found.info["finish"]["taken"] == "before") == (found.rounding == plan.rounding)
+
+
+@pytest.mark.parametrize(
+    ("after", "taken"),
+    [
+        ([[0.9, 1.9, 2.9, 3.9], [0.8, 1.8, 2.8, 3.8], [0.7, 1.7, 2.7, 3.7]], "learned together"),
+        (
+            [[0.0, 2.0, 2.0, 5.9], [0.9, 1.9, 2.9, 3.9], [0.9, 1.9, 2.9, 3.9]],
+            "learned",
+        ),  # a mean below, within its error
+        ([[0.9, 1.9, 2.9, 3.9], [0.0, 1.0, 2.0, 6.0], [0.9, 1.9, 3.9, 1.9]], "compensated"),
+        ([[1.0, 2.0, 3.0, 4.0], [1.1, 2.0, 3.0, 4.0], [torch.nan, 1.0, 1.0, 1.0]], "before"),
+    ],
+)
+@pytest.mark.usefixtures("short")
+def test_a_stage_is_taken_where_it_is_better_by_more_than_an_error(
+    after: list[list[float]], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shape = small_cnn()
+    judged, run = [[1.0, 2.0, 3.0, 4.0], *after], finisher._Ground.losses
+    asked = list[int]()
+
+    def losses(ground: finisher._Ground, finished: Finished) -> Tensor:
+        asked.append(len(run(ground, finished)))
+        return torch.tensor(judged[len(asked) - 1], dtype=torch.float64)
+
+    monkeypatch.setattr(finisher._Ground, "losses", losses)
+    x = data(shape, 20)
+    plan = uniform(model, x)
+    found = clado.finish(model, plan, [x], num_samples=20, verbose=False)
+    assert found.info["finish"]["taken"] == taken
+    assert (found.rounding == plan.rounding) == (taken == "before")
+    assert asked == [4] * 4  # one loss per sample that judges
+
+
+@pytest.mark.parametrize("shapes", [[(6, 5)], [(6, 1)], [(6, 3, 4), (6, 7)], [(3, 6)]])
+def test_gaps_of_samples_have_the_gap_as_their_mean(shapes: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    wanted = [torch.randn(shape) for shape in shapes]
+    found = [value + 0.1 * torch.randn_like(value) for value in wanted]
+    one, other = (wanted[0], found[0]) if len(shapes) == 1 else (wanted, found)
+    each = gaps(other, one, 6)
+    torch.testing.assert_close(each.mean(), gap(other, one))
+    rows = 3 if shapes == [(3, 6)] else 6  # logits are one row per sample by their shape
+    assert each.shape == (rows,)
+    if shapes[0] == (6, 3, 4):
+        norms = [value.double().square().sum() / 6 for value in wanted]
+        by_hand = sum((b[2] - a[2]).double().square().sum() / n for a, b, n in zip(wanted, found, norms, strict=True))
+        assert abs(each[2] - by_hand) < 1e-5 * by_hand  # float32 sums
+    assert gaps([torch.zeros(3, 2, 2)], [torch.ones(3, 2, 2)], 6).shape == (1,)
 
 
 def test_a_finished_plan_replaces_its_file(tmp_path: Path) -> None:
     model, shape = tiny_vit()
     x = data(shape, 32)
-    plan = planned(model, x)
+    plan = uniform(model, x, rounding="nearest")
     one = clado.finish(model, plan, [x], "compensated", num_samples=32, verbose=False)
     two = clado.finish(model, plan, [x], "compensated", num_samples=20, verbose=False)
     assert one.rounding != two.rounding

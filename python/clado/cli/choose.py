@@ -15,8 +15,9 @@ from ..solver import AXES, INVERSE, SIZE, SolveOptions
 from . import fields
 from .base import COUNT, command_line, main
 
-JUDGES = 128  # held-out images that judge what --finish made, and nothing afterwards
-MEASURED = 256  # held-out images that choose among plans where nothing else is asked
+# Held-out images that choose among plans where nothing else is asked; as many others judge what --finish made, and nothing
+# afterwards.
+MEASURED = 256
 wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and pareto share
 
 
@@ -284,7 +285,7 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
     model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
     try:
-        judges = heldout(model, spec, known, data, JUDGES, 32, seen)
+        judges = heldout(model, spec, known, data, MEASURED, 32, seen)
     except CladoError as error:
         if data is not None:
             raise
@@ -301,8 +302,11 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
         for name, value in note["loss_increase"].items()
     )
     click.echo(f"finished on {note['samples']} images; loss increase on {note['judged_by']} others: {stages}")
-    if note.get("kept"):
-        click.echo("no stage made the plan better: its weights stay as they were measured")
+    last = list(note["loss_increase"])[-1]
+    if note["taken"] == "before":
+        click.echo("no stage is better by more than its error: weights stay as they were measured")
+    elif note["taken"] != last:
+        click.echo(f"weights are those of '{note['taken']}': '{last}' is not better by more than its error")
     return found
 
 

@@ -27,7 +27,7 @@ class Kept:
 
     Attributes:
         stage, blocks: which stage, and how many of its blocks are done.
-        losses: of the stages before.
+        losses: of the stages before; taken: which of them has the best weights.
         best: the best weights of the stages before; None: the plan's own.
         now: the weights of this stage so far.
     """
@@ -35,6 +35,7 @@ class Kept:
     stage: int
     blocks: int
     losses: dict[str, float]
+    taken: str
     best: Finished | None
     now: Finished
 
@@ -67,7 +68,8 @@ class Progress:
                 return None
             tensors = {name: value.to(self.device) for name, value in held.items()}
             best = self._finished(tensors, "best") if header["best"] else None
-            return Kept(header["stage"], header["blocks"], header["losses"], best, self._finished(tensors, "now"))
+            now = self._finished(tensors, "now")
+            return Kept(header["stage"], header["blocks"], header["losses"], header["taken"], best, now)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
@@ -83,6 +85,7 @@ class Progress:
             "stage": kept.stage,
             "blocks": kept.blocks,
             "losses": kept.losses,
+            "taken": kept.taken,
             "best": kept.best is not None,
         }
         with atomic_file(self.path) as temporary:

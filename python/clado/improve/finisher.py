@@ -32,10 +32,12 @@ from ..profiling import IGNORED, LossChoice, LossFunc, Reader, SampleStream, all
 from ..quant import Integer, Rounded, codes, folded, with_rounded_inputs
 from .compensation import Finished, dtype_of
 from .finish_progress import Kept, Progress
-from .learning import Pace, gap, learn_net, outputs_of
+from .learning import Pace, gaps, learn_net, outputs_of
+from .true_loss import surely_less
 from .walk import walk
 
 METHODS = ("compensated", "learned")
+BEFORE = "before"  # the plan as it came, among its stages
 # Of a block, and of the whole net: what served EfficientNet-Lite0 (docs/numerics.md).
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
 NET = Pace(steps=300, offset=5e-4, scale=1e-4, bias=2e-4)
@@ -94,8 +96,10 @@ def finish(
 
     Returns:
         The plan with the new weights, and what was adapted with them, in ``plan.rounded``; ``info["finish"]`` has the KL to the
-        float net (the increase of ``loss_func``) on the samples that judge, of the plan as it came and after every stage, None
-        where it is not finite. A plan that nothing made better keeps its weights.
+        float net (the increase of ``loss_func``) on the samples that judge, of the plan as it came ("before") and after every
+        stage, None where it is not finite. A stage is taken where its loss is below that of the one taken before by more than one
+        standard error of the paired difference; ``info["finish"]["taken"]`` names the last, "before" where the plan keeps its
+        weights.
 
     Raises:
         CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data without two samples or
@@ -151,12 +155,18 @@ def finish(
             }
         )
         progress = Progress(folder, settings, plan, place)
-        found, losses = ground.finished(method, seed, progress, verbose)
+        found, losses, taken = ground.finished(method, seed, progress, verbose)
         progress.end()
     shown = {name: value if math.isfinite(value) else None for name, value in losses.items()}
-    note = {"method": method, "samples": len(digests), "judged_by": ground.judges, "loss_increase": shown}
-    if found is None:
-        return replace(plan, info={**plan.info, "finish": {**note, "kept": True}})
+    note = {
+        "method": method,
+        "samples": len(digests),
+        "judged_by": ground.judges,
+        "loss_increase": shown,
+        "taken": taken,
+    }
+    if taken == BEFORE:
+        return replace(plan, info={**plan.info, "finish": note})
     rounded = Rounded(
         method,
         weights,
@@ -228,34 +238,34 @@ class _Ground:
     def _parts(self, inputs: Any, size: int) -> list[Live]:
         return [self.blocks.start(pytree.tree_map(_channels_last, part)) for part in _cut(inputs, size)]
 
-    def loss(self, finished: Finished) -> float:
-        """Mean loss increase over the float net on the samples that judge."""
-        return self._loss(finished.tensors(self.plan, dtype_of(self.plan, self.state)))
+    def losses(self, finished: Finished) -> Tensor:
+        """float64: loss increase over the float net on every sample that judges."""
+        return self._losses(finished.tensors(self.plan, dtype_of(self.plan, self.state)))
 
-    def _loss(self, given: dict[str, Tensor]) -> float:
-        total = sum(
-            self._gap(outputs_of(self.blocks, live, given), wanted, batch, targets) * live.samples
-            for live, wanted, batch, targets in zip(self.apart, self.clean, self.judged, self.targets, strict=True)
-        )
-        return total / self.judges
+    def _losses(self, given: dict[str, Tensor]) -> Tensor:
+        beside = zip(self.apart, self.clean, self.judged, self.targets, strict=True)
+        return torch.cat([self._gaps(outputs_of(self.blocks, live, given), *others) for live, *others in beside])
 
-    def _gap(self, found: Any, wanted: Any, batch: Any, targets: Any) -> float:
-        """Mean loss increase of outputs over the float net's, on a batch."""
+    def _gaps(self, found: Any, wanted: Any, batch: Any, targets: Any) -> Tensor:
+        """Loss increase of outputs over the float net's, of every sample of a batch."""
+        samples = sample_count(batch)
         if self.judging is None:
-            return gap(found, wanted).item()
-        loss = self.judging.of_batch(batch, targets, sample_count(batch))
-        return loss.increase_over(loss.reference(wanted), found).mean().item()
+            return gaps(found, wanted, samples).double().cpu()
+        loss = self.judging.of_batch(batch, targets, samples)
+        return loss.increase_over(loss.reference(wanted), found).double().cpu()
 
     def finished(
         self, method: str, seed: int, progress: Progress, verbose: bool
-    ) -> tuple[Finished | None, dict[str, float]]:
-        """The best weights, None for those of the plan, and the loss after every stage."""
+    ) -> tuple[Finished, dict[str, float], str]:
+        """The weights that are taken, the loss after every stage, and the stage they are of."""
         start, kept = self._start(), progress.read()
-        best, losses = start, {"before": self.loss(start)}
-        finite = math.isfinite(losses["before"])
-        require(finite, "finish", "plan", "have a finite loss on the samples that judge", losses["before"])
+        least = self.losses(start)
+        best, taken, losses = start, BEFORE, {BEFORE: least.mean().item()}
+        finite = math.isfinite(losses[BEFORE])
+        require(finite, "finish", "plan", "have a finite loss on the samples that judge", losses[BEFORE])
         if kept is not None:
-            best, losses = kept.best or start, kept.losses
+            best, taken, losses = kept.best or start, kept.taken, kept.losses
+            least = self.losses(best)
         stages = self._stages(method, seed)
         count = len(self.blocks.blocks)
         with progress_bar(f"finish ({method})", len(stages) * count, "blocks", verbose) as show:
@@ -263,7 +273,7 @@ class _Ground:
                 if kept is not None and number < kept.stage:
                     continue
                 resumed = kept if kept is not None and number == kept.stage else None
-                so_far = Kept(number, 0, dict(losses), None if best is start else best, best)
+                so_far = Kept(number, 0, dict(losses), taken, None if best is start else best, best)
 
                 def done(blocks: int, now: Finished, so_far: Kept = so_far) -> None:
                     show(so_far.stage * count + blocks)
@@ -271,10 +281,11 @@ class _Ground:
 
                 found = stage(resumed.now if resumed else best, resumed.blocks if resumed else 0, done)
                 found = found.held_by(self.plan, self.dtypes)
-                losses[name] = self.loss(found)
-                if losses[name] < min(value for key, value in losses.items() if key != name):
-                    best = found
-        return (None if best is start else best), losses
+                own = self.losses(found)
+                losses[name] = own.mean().item()
+                if surely_less(own, least):
+                    best, least, taken = found, own, name
+        return best, losses, taken
 
     def _start(self) -> Finished:
         """The plan's weights as they came."""
@@ -294,7 +305,10 @@ class _Ground:
             def stepped(steps: int) -> None:
                 done(steps * len(self.blocks.blocks) // NET.steps, start)
 
-            return learn_net(self.blocks, self.plan, start, self.parts, self._loss, self.state, NET, seed, stepped)
+            def judged(given: dict[str, Tensor]) -> float:
+                return self._losses(given).mean().item()
+
+            return learn_net(self.blocks, self.plan, start, self.parts, judged, self.state, NET, seed, stepped)
 
         stages = [("compensated", walked(None)), ("learned", walked(BLOCK)), ("learned together", together)]
         return stages if method == "learned" else stages[:1]

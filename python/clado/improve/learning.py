@@ -228,24 +228,34 @@ def _best(start: Finished, least: float, moved: Iterable[Learner], judged: Judge
 
 def gap(found: Any, wanted: Any) -> Tensor:
     """Mean KL to the float net's logits ``[N, C]``, C ≥ 2; of other outputs the squared error relative to their squares."""
+    return gaps(found, wanted, 1).mean()
+
+
+def gaps(found: Any, wanted: Any, samples: int) -> Tensor:
+    """The same for every sample, ``[samples]``; ``[1]`` where an output has not one row per sample."""
     if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.dim() == 2 and wanted.shape[1] > 1:
         clean = wanted.float().log_softmax(1)
         terms = clean.exp() * (clean - found.float().log_softmax(1))
-        value: Tensor = torch.where(clean.isneginf(), 0.0, terms).sum(1).mean()  # a class that is masked adds nothing
-        return value
+        values: Tensor = torch.where(clean.isneginf(), 0.0, terms).sum(1)  # a class that is masked adds nothing
+        return values
     pairs = [
         (a, b)
         for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
         if b.is_floating_point()
     ]
     require(len(pairs) > 0, "finish", "model", "return numbers that are not whole", "none")
-    return relative_error([a for a, _ in pairs], [b for _, b in pairs])
+    rows = samples if all(b.dim() and len(b) == samples for _, b in pairs) else 1
+    return torch.stack([_relative(a, b, rows) for a, b in pairs]).sum(0)
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Σ ‖y − t‖² / ‖t‖² over the tensors of a block's end."""
-    parts = [(y - t).square().sum() / t.square().sum().clamp_min(1e-30) for y, t in zip(found, wanted, strict=True)]
-    return torch.stack(parts).sum()
+    return torch.stack([_relative(y, t, 1) for y, t in zip(found, wanted, strict=True)]).sum()
+
+
+def _relative(y: Tensor, t: Tensor, rows: int) -> Tensor:
+    """``[rows]``: ‖y − t‖² of every row beside the mean ‖t‖²."""
+    return (y - t).square().reshape(rows, -1).sum(1) * rows / t.square().sum().clamp_min(1e-30)
 
 
 def _size(value: Tensor) -> float:

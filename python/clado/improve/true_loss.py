@@ -214,9 +214,15 @@ def standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
         stands: one of these places.
         increases: ``[plans, N]`` loss increases per sample.
     """
-    gap = increases[stands] - increases[order[0]]
-    beaten = gap.mean().item() > standard_error(gap)
+    beaten = surely_less(increases[order[0]], increases[stands])
     return order if beaten else [stands, *(k for k in order if k != stands)]
+
+
+def surely_less(losses: Tensor, known: Tensor) -> bool:
+    """Whether the mean of ``[N]`` losses is below that of others on the same samples by more than one standard error of the
+    paired difference; of a single sample, whether it is below."""
+    gap = known - losses
+    return gap.mean().item() > (standard_error(gap) if len(gap) > 1 else 0.0)
 
 
 def loss_increases(
