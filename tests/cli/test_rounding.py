@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from clado import Plan, Sensitivity
 from tests.cli.test_cli import call, refused
@@ -61,10 +64,35 @@ def test_a_plan_is_finished_and_exported(tmp_path: Path) -> None:
     assert "finished on 10 images; loss increase on 256 others: " in " ".join(result.output.split())
     plan = Plan.load(run)
     assert plan.chosen_on is not None
-    assert plan.chosen_on.samples == 128
+    assert plan.chosen_on.samples == 256
     assert set(plan.info["finish"]["loss_increase"]) == {"before", "compensated"}
     assert call("export", run, "--out", tmp_path / "out", "--verify").exit_code == 0
     assert call("evaluate", run, "--nsamples", 8).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [
+        ("before", "no stage is better by more than its error: weights stay as they were measured"),
+        ("compensated", "weights are those of 'compensated': 'learned together' is not better by more than its error"),
+        ("learned together", ""),
+    ],
+)
+def test_it_says_which_stage_was_taken(taken: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"before": 0.5, "compensated": 0.4, "learned": None, "learned together": 0.39}
+    note = {"samples": 8, "judged_by": 4, "loss_increase": losses, "taken": taken}
+
+    def finish(model: object, plan: Plan, *given: object, **options: object) -> Plan:
+        return replace(plan, info={**plan.info, "finish": note})
+
+    monkeypatch.setattr("clado.improve.finish", finish)
+    run = tmp_path / "run"
+    assert call(*HOW, "--nsamples", 8, "--output-dir", run).exit_code == 0
+    said = " ".join(call("solve", run, "--avg-bits", 3, "--no-measure", "--finish", "learned").output.split())
+    stages = "0.5000 before, 0.4000 compensated, not finite learned, 0.3900 learned together"
+    assert f"finished on 8 images; loss increase on 4 others: {stages}" in said
+    assert words in said
+    assert ("by more than its error" in said) == bool(words)
 
 
 def test_what_does_not_go_with_nearest_rounding(tmp_path: Path) -> None:
