@@ -39,6 +39,7 @@ BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OBJECTIVES = ("clipped", "shrunk")
 SAMPLES, DRAWS, HELDOUT, CHOICE = 192, 3, 500, 256
+CELL = ("net", "rounding", "samples", "draw", "budget")  # what a row is of
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--nets", default=LITE[0], help=f"of {', '.join(LITE)}")
     parser.add_argument("--roundings", default="compensated,nearest")
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="photographs of a draw")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="photographs of a draw; rows of others stay")
     parser.add_argument("--heldout", type=int, default=HELDOUT)
     parser.add_argument("--json", type=Path, default=REAL)
     options = parser.parse_args()
@@ -58,17 +59,13 @@ def main() -> None:
         bench = Bench.of(net, options.photographs, options.heldout, options.work)
         for rounding in options.roundings.split(","):
             for draw in range(options.draws):
-                known = [r for r in known if (r["net"], r["rounding"], r["draw"]) != (net, rounding, draw)]
-                known += bench.rows(rounding, draw, options.samples)
+                own = bench.rows(rounding, draw, options.samples)
+                cells = {tuple(row[name] for name in CELL) for row in own}
+                known = [row for row in known if tuple(row[name] for name in CELL) not in cells] + own
                 found = {
                     "benchmark": "interactions",
                     "machine": machine(),
-                    "settings": {
-                        "bits": BITS,
-                        "samples": options.samples,
-                        "heldout": options.heldout,
-                        "choice": CHOICE,
-                    },
+                    "settings": {"bits": BITS, "samples": SAMPLES, "heldout": options.heldout, "choice": CHOICE},
                     "rows": known,
                 }
                 with atomic_file(options.json) as temporary:
@@ -99,11 +96,11 @@ class Bench:
     work: Path
 
     @classmethod
-    def of(cls, name: str, folder: Path, heldout: int, work: Path, choice: int = CHOICE) -> Bench:
+    def of(cls, name: str, folder: Path, heldout: int, work: Path) -> Bench:
         model, mean, std = load_net(name)
         held, chosen_on = (
             load_photographs(folder, split, mean, std)[:count]
-            for split, count in (("heldout", heldout), ("choice", choice))
+            for split, count in (("heldout", heldout), ("choice", CHOICE))
         )
         shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
         images = load_photographs(folder, "sensitivity", mean, std)
@@ -120,7 +117,8 @@ class Bench:
             self.model, [images], BITS, rounding=rounding, num_samples=samples, output_dir=folder / "run", verbose=False
         )
         same = uncorrected(sens) if rounding == "compensated" else None
-        return [self.row(sens, same, folder, budget) | {"rounding": rounding, "draw": draw} for budget in BUDGETS]
+        cell = {"net": self.name, "rounding": rounding, "samples": samples, "draw": draw}
+        return [cell | self.row(sens, same, folder, budget) for budget in BUDGETS]
 
     def row(self, sens: Sensitivity, same: Sensitivity | None, folder: Path, budget: float) -> dict[str, Any]:
         def shared(sens: Sensitivity, share: float) -> Plan:
@@ -135,7 +133,6 @@ class Bench:
         means = {name: float(losses.mean()) for name, losses in found.items()}
         print(self.name, folder.name, budget, {name: round(mean, 4) for name, mean in means.items()}, flush=True)
         return {
-            "net": self.name,
             "budget": budget,
             "kl": means,
             "predicted": {name: plan.objective for name, plan in plans.items()},

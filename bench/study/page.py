@@ -17,7 +17,7 @@ from ..harness import machine
 from .measure import BITS, BUDGETS, FEW, REFINED_TO, SAMPLES
 from .nets import SPLITS, load_split
 from .numbers import MARKS, clustered, compact, table, verdict
-from .real_page import SECTIONS, interactions_on_real_nets
+from .real_page import SECTIONS, how_many_photographs, interactions_on_real_nets
 
 RESULTS = Path("bench/results/xeon-2core/study.json")
 FINISHED, STABLE = (RESULTS.with_name(f"{name}.json") for name in ("finished", "stable"))
@@ -142,6 +142,7 @@ def page(study: dict[str, Any], stable: dict[str, Any]) -> str:
         defaults(study),
         finished_plans(),
         interactions_on_real_nets(),
+        how_many_photographs(),
         *(section() for path, section in SECTIONS.items() if path.exists()),
         samples_needed(stable),
         limits(study),

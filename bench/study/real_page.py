@@ -15,10 +15,16 @@ WHY, SHIPPED, DENSE, FORMATS, OPTIMISM = (
 )
 
 
+def _on_real_nets() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Settings and rows of every file."""
+    every = [json.loads(path.read_text()) for path in sorted(REAL.parent.parent.glob(f"*/{REAL.name}"))]
+    return every[0]["settings"], [row for found in every for row in found["rows"]]
+
+
 def interactions_on_real_nets() -> str:
     """How far to trust interactions on nets with ImageNet weights."""
-    every = [json.loads(path.read_text()) for path in sorted(REAL.parent.parent.glob(f"*/{REAL.name}"))]
-    settings, rows = every[0]["settings"], [row for found in every for row in found["rows"]]
+    settings, every = _on_real_nets()
+    rows = [row for row in every if row["samples"] == settings["samples"]]
     measured, earlier = [row for row in rows if row.get("minus_same")], [row for row in rows if "minus_same" not in row]
     draws = Counter(net for net, _ in {(row["net"], row["draw"]) for row in measured})
     names = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters", "1": "all", "clipped": "clipped"}
@@ -60,6 +66,35 @@ worse with all of them. So the product measures a few plans before it chooses; `
 {_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, with the least loss on 128 photographs, the measured plan was better than the
 diagonal's, tied and was worse in {before}. `python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs`
 makes them) writes `bench/results/*/{REAL.name}`.
+"""
+
+
+def how_many_photographs() -> str:
+    """Held-out losses of plans by how many photographs the matrix and the rounding are of."""
+    rows = [row for row in _on_real_nets()[1] if row.get("minus_same")]
+    sizes = {row["net"]: sorted({own["samples"] for own in rows if own["net"] == row["net"]}) for row in rows}
+    net, counts = max(sizes.items(), key=lambda size: len(size[1]))
+    if len(counts) == 1:
+        return ""
+    own = [row for row in rows if row["net"] == net]
+    draws = {count: len({row["draw"] for row in own if row["samples"] == count}) for count in counts}
+    cells = []
+    for budget in sorted({row["budget"] for row in own}):
+        line = [f"{budget:g}"]
+        for name in ("0", "measured"):
+            for count in counts:
+                values = [row["kl"][name] for row in own if (row["budget"], row["samples"]) == (budget, count)]
+                line.append(" to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(values), max(values)))))
+        cells.append(line)
+    heads = [f"{title}, {count}" for title in ("diagonal", "measured") for count in counts]
+    said = ", ".join(f"{count} ({n} draw{'s' * (n > 1)})" for count, n in draws.items())
+    return f"""
+### How many photographs
+
+The same for {net}, by how many photographs the matrix was measured on, which also decide the rounding: {said}. KL on the
+photographs that judge, least to largest of the draws. `python -m bench.study.interactions PHOTOGRAPHS --samples …` adds to the same file.
+
+{table(["bits", *heads], cells)}
 """
 
 
@@ -200,8 +235,8 @@ itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the
 with their learning in about the time of ours: MCT's by gradients, {settings["mct_epochs"]} epochs of {settings["photographs"]} of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
 derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, {settings["brevitas_steps"]} steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
 of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
-at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken by the photographs that
-choose: a loss above that of the stage before is one that those liked and these do not.
+at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken where {settings["choice"]} photographs that
+choose are better off by more than an error: a loss above that of the stage before is one that those liked and these do not.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
@@ -253,7 +288,8 @@ def maps_and_tokens() -> str:
         for name in ("all", "measured"):
             gap = minus[name]
             cells.append(f"{scale * gap['mean']:+.3f} ± {scale * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
-        rows.append([f"{row['output']}, {settings['losses'][row['output']]}", f"{row['budget']:g}", *cells])
+        named = f"{row['output']}, {settings['losses'][row['output']]}"
+        rows.append([named, f"{row['budget']:g}", str(row["draw"] + 1), *cells])
     times = "; ".join(
         f"under {settings['losses'][output]} {_ratio(seconds, 'diagonal'):.2f} times"
         for output, seconds in found["seconds"].items()
@@ -261,7 +297,15 @@ def maps_and_tokens() -> str:
     loops = [seconds["pairs"][0] / _ratio(seconds, "forward") for seconds in found["seconds"].values()]
     words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in ("all", "measured")}
     said = {name: f"better in {own.count('helps')}, worse in {own.count('hurts')}" for name, own in words.items()}
-    head = ["loss", "bits", "uniform", "diagonal", "all, minus the diagonal's", "measured, minus the diagonal's"]
+    head = [
+        "loss",
+        "bits",
+        "draw",
+        "uniform",
+        "diagonal",
+        "all, minus the diagonal's",
+        "measured, minus the diagonal's",
+    ]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
 

@@ -28,15 +28,15 @@ from clado.common import atomic_file
 
 from ..harness import machine
 from . import brevitas, mct, modelopt
-from .interactions import BITS, Bench, logits
+from .interactions import BITS, CHOICE, Bench, logits
 from .measure import divergence
 from .numbers import clustered, compact, keep_scores
 from .real_nets import LITE
 from .real_page import SHIPPED
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
-# Photographs of a profile; photographs and crops of a finish; photographs that choose, and that judge.
-SAMPLES, LESSON, CHOICE, HELDOUT = 192, 1024, 128, 500
+# Photographs of a profile; photographs and crops of a finish; photographs that judge.
+SAMPLES, LESSON, HELDOUT = 192, 1024, 500
 STAGES = ("planned", "compensated", "learned")
 PROFILES: dict[str, dict[str, Any]] = {
     "compensated": {"bits": BITS},
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work, CHOICE))
+    shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work))
     for budget in map(float, options.budgets.split(",")):
         for kind in options.plans.split(","):
             shipped.score(kind, budget, options.stages.split(","))
@@ -198,7 +198,9 @@ class Shipped:
         folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
         judges = [self.bench.judges["choice"][0]]
         settings: dict[str, Any] = {"num_samples": LESSON, "output_dir": folder, "verbose": False}
-        return clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
+        done = clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
+        print(kind, budget, done.info["finish"], flush=True)
+        return done
 
     def path(self, kind: str, budget: float, stage: str) -> Path:
         return self.bench.work / "scores" / f"{kind}-{budget}-{stage}.npz"
@@ -228,6 +230,7 @@ class Shipped:
             "samples": SAMPLES,
             "lesson": LESSON,
             "heldout": HELDOUT,
+            "choice": CHOICE,
             "net": self.bench.name,
             "photographs": len(self.bench.sensitivity),
             "mct_epochs": MCT_EPOCHS,
