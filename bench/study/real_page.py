@@ -63,7 +63,7 @@ Beside the diagonal's plan of the corrected matrix:
 
 No share of the interactions is right everywhere: what a quarter cures at one budget it spoils at another, and a plan can be
 worse with all of them. So the product measures a few plans before it chooses; `--no-measure` trusts the matrix alone.
-{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, with the least loss on 128 photographs, the measured plan was better than the
+{_aim(measured)}{_where_measured_hurts(measured)}In the {len(earlier)} rows of the files that were measured before there was that correction, with the least loss on 128 photographs, the measured plan was better than the
 diagonal's, tied and was worse in {before}. `python -m bench.study.interactions PHOTOGRAPHS` (`python -m bench.study.photographs`
 makes them) writes `bench/results/*/{REAL.name}`.
 """
@@ -114,6 +114,26 @@ def _losses(row: dict[str, Any], names: dict[str, str]) -> list[str]:
         *(f"{minus['mean']:+.4f}{MARKS[verdict(minus)]}" for minus in differences),
         f"{row['predicted']['1'] / row['kl']['1']:.2f}",
     ]
+
+
+def _aim(rows: list[dict[str, Any]]) -> str:
+    """What was asked for, and how far it is met."""
+    besides = {
+        "the matrix as it was measured": [row["minus_same"]["measured - 0"] for row in rows],
+        "the corrected matrix": [row["minus_diagonal"]["measured"] for row in rows],
+    }
+    said = []
+    for which, differences in besides.items():
+        better, _, worse = map(int, _counted(differences))
+        met = "met" if not worse and 2 * better >= len(rows) else "not met"
+        said.append(f"{met} beside that of {which} ({better} better, {worse} worse)")
+    plans = [[m for name, m in row["minus_diagonal"].items() if not name.startswith("same")] for row in rows]
+    none = sum(all(verdict(minus) != "helps" for minus in own) for own in plans)
+    return (
+        "The aim was a measured plan that is never worse than the diagonal's and better in half of the rows: "
+        f"{said[0]},\n{said[1]}. In {none} of the {len(rows)} rows no share of the interactions and\n"
+        "no objective has a plan that is better than the diagonal's by more than two standard errors.\n"
+    )
 
 
 def _where_measured_hurts(rows: list[dict[str, Any]]) -> str:
