@@ -102,8 +102,8 @@ def finish(
         weights.
 
     Raises:
-        CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data without two samples or
-            with NaN.
+        CladoError: a plan for other weights, float formats under "learned", a model that is no graph, data with NaN or fewer than
+            three samples (two where others judge), fewer than two that judge.
     """
     require(method in METHODS, "finish", "method", f"be one of {', '.join(METHODS)}", repr(method))
     model = folded(model)
@@ -124,7 +124,8 @@ def finish(
     )
     held = SampleStream(data_loader, num_samples, seed).peek(num_samples)
     digests = sample_digests(held)
-    require(len(digests) >= 2, "finish", "data_loader", "yield two samples at least", len(digests))
+    least, must = (2, "yield two samples at least") if heldout is not None else (3, "yield three samples at least")
+    require(len(digests) >= least, "finish", "data_loader", must, len(digests))
     place = torch.device(device) if device is not None else next(model.parameters()).device
     judges = _judges(held, len(digests), heldout, seed)
     if heldout is None:
@@ -160,7 +161,7 @@ def finish(
     shown = {name: value if math.isfinite(value) else None for name, value in losses.items()}
     note = {
         "method": method,
-        "samples": len(digests),
+        "samples": sample_count(held),
         "judged_by": ground.judges,
         "loss_increase": shown,
         "taken": taken,
@@ -182,8 +183,10 @@ def finish(
 def _judges(held: Any, count: int, heldout: Iterable[Any] | None, seed: int) -> Any:
     """The samples that judge: those that are given, or the last of ``held``."""
     if heldout is None:
-        return pytree.tree_map(lambda t: t[-max(1, count // APART) :], held)
-    return SampleStream(heldout, MOST_JUDGES, seed).peek(MOST_JUDGES)
+        return pytree.tree_map(lambda t: t[-max(2, count // APART) :], held)
+    found = SampleStream(heldout, MOST_JUDGES, seed, "heldout").peek(MOST_JUDGES)
+    require(sample_count(found) >= 2, "finish", "heldout", "yield two samples at least", sample_count(found))
+    return found
 
 
 def _opened(model: nn.Module, inputs: Any, forward_step: ForwardStep | None) -> Runner:
@@ -248,10 +251,9 @@ class _Ground:
 
     def _gaps(self, found: Any, wanted: Any, batch: Any, targets: Any) -> Tensor:
         """Loss increase of outputs over the float net's, of every sample of a batch."""
-        samples = sample_count(batch)
         if self.judging is None:
-            return gaps(found, wanted, samples).double().cpu()
-        loss = self.judging.of_batch(batch, targets, samples)
+            return gaps(found, wanted).double().cpu()
+        loss = self.judging.of_batch(batch, targets, sample_count(batch))
         return loss.increase_over(loss.reference(wanted), found).double().cpu()
 
     def finished(

@@ -228,11 +228,11 @@ def _best(start: Finished, least: float, moved: Iterable[Learner], judged: Judge
 
 def gap(found: Any, wanted: Any) -> Tensor:
     """Mean KL to the float net's logits ``[N, C]``, C ≥ 2; of other outputs the squared error relative to their squares."""
-    return gaps(found, wanted, 1).mean()
+    return gaps(found, wanted).mean()
 
 
-def gaps(found: Any, wanted: Any, samples: int) -> Tensor:
-    """The same for every sample, ``[samples]``; ``[1]`` where an output has not one row per sample."""
+def gaps(found: Any, wanted: Any) -> Tensor:
+    """The same of every sample, ``[N]``: its squared error beside the mean square of a sample."""
     if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.dim() == 2 and wanted.shape[1] > 1:
         clean = wanted.float().log_softmax(1)
         terms = clean.exp() * (clean - found.float().log_softmax(1))
@@ -244,18 +244,17 @@ def gaps(found: Any, wanted: Any, samples: int) -> Tensor:
         if b.is_floating_point()
     ]
     require(len(pairs) > 0, "finish", "model", "return numbers that are not whole", "none")
-    rows = samples if all(b.dim() and len(b) == samples for _, b in pairs) else 1
-    return torch.stack([_relative(a, b, rows) for a, b in pairs]).sum(0)
+    parts = [(y - t).square().reshape(len(t), -1).sum(1) * (len(t) / _squares(t)) for y, t in pairs]
+    return torch.stack(parts).sum(0)
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Σ ‖y − t‖² / ‖t‖² over the tensors of a block's end."""
-    return torch.stack([_relative(y, t, 1) for y, t in zip(found, wanted, strict=True)]).sum()
+    return torch.stack([(y - t).square().sum() / _squares(t) for y, t in zip(found, wanted, strict=True)]).sum()
 
 
-def _relative(y: Tensor, t: Tensor, rows: int) -> Tensor:
-    """``[rows]``: ‖y − t‖² of every row beside the mean ‖t‖²."""
-    return (y - t).square().reshape(rows, -1).sum(1) * rows / t.square().sum().clamp_min(1e-30)
+def _squares(value: Tensor) -> Tensor:
+    return value.square().sum().clamp_min(1e-30)
 
 
 def _size(value: Tensor) -> float:

@@ -220,9 +220,9 @@ def standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
 
 def surely_less(losses: Tensor, known: Tensor) -> bool:
     """Whether the mean of ``[N]`` losses is below that of others on the same samples by more than one standard error of the
-    paired difference; of a single sample, whether it is below."""
+    paired difference; one sample is sure of nothing."""
     gap = known - losses
-    return gap.mean().item() > (standard_error(gap) if len(gap) > 1 else 0.0)
+    return gap.mean().item() > standard_error(gap)
 
 
 def loss_increases(
