@@ -93,19 +93,18 @@ class Bench:
         str, tuple[Tensor, Tensor]
     ]  # photographs that judge ("heldout") or choose ("choice"), and the float net's logits
     shown: NDArray[np.int64]  # [held-out photographs]: what each shows
+    apart: Tensor  # those that choose, and more of their kind: they judge a finish
     work: Path
 
     @classmethod
     def of(cls, name: str, folder: Path, heldout: int, work: Path) -> Bench:
         model, mean, std = load_net(name)
-        held, chosen_on = (
-            load_photographs(folder, split, mean, std)[:count]
-            for split, count in (("heldout", heldout), ("choice", CHOICE))
-        )
+        held, apart = (load_photographs(folder, split, mean, std) for split in ("heldout", "choice"))
+        held, chosen_on = held[:heldout], apart[:CHOICE]
         shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
         images = load_photographs(folder, "sensitivity", mean, std)
         judges = {"heldout": (held, logits(model, held)), "choice": (chosen_on, logits(model, chosen_on))}
-        return cls(name, model, images, judges, shown, work / name)
+        return cls(name, model, images, judges, shown, apart, work / name)
 
     def rows(self, rounding: str, draw: int, samples: int) -> list[dict[str, Any]]:
         """One row per budget."""

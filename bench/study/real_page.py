@@ -255,8 +255,8 @@ itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the
 with their learning in about the time of ours: MCT's by gradients, {settings["mct_epochs"]} epochs of {settings["photographs"]} of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
 derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, {settings["brevitas_steps"]} steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
 of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
-at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken where {settings["choice"]} photographs that
-choose are better off by more than an error: a loss above that of the stage before is one that those liked and these do not.
+at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken where {settings["judges"]} photographs of
+the kind that choose are better off by more than an error: a loss above that of the stage before is one that those liked and these do not.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}

@@ -196,7 +196,7 @@ class Shipped:
 
     def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
         folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
-        judges = [self.bench.judges["choice"][0]]
+        judges = [self.bench.apart]
         settings: dict[str, Any] = {"num_samples": LESSON, "output_dir": folder, "verbose": False}
         done = clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
         print(kind, budget, done.info["finish"], flush=True)
@@ -231,6 +231,7 @@ class Shipped:
             "lesson": LESSON,
             "heldout": HELDOUT,
             "choice": CHOICE,
+            "judges": len(self.bench.apart),
             "net": self.bench.name,
             "photographs": len(self.bench.sensitivity),
             "mct_epochs": MCT_EPOCHS,

@@ -79,9 +79,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def increase(run: Path, plan: clado.Plan) -> float:
-    """Mean loss increase of a plan on the images that were not profiled, by a plain loop."""
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()[16:]
+def increase(run: Path, plan: clado.Plan, count: int = 32) -> float:
+    """Mean loss increase of a plan on the first images that were not profiled, by a plain loop."""
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()[16 : 16 + count]
     batch = torch.utils.data.default_collate([Pairs()[k] for k in order])
     clean, now = (step(net, batch) for net in (model(), clado.apply(model(), plan)))
     if run.name == "loss":
@@ -107,9 +107,9 @@ def test_solve_reranks_refines_and_finishes_by_them(run: Path, tmp_path: Path) -
     call("solve", again, "--avg-bits", 2, "--no-measure", "--finish", "compensated", "--time-limit", 5)
     finished = clado.Plan.load(again)
     note = finished.info["finish"]
-    assert note["judged_by"] == 32
+    assert note["judged_by"] == 16  # half of what there is
     assert note["taken"] == ("before" if run.name == "loss" else "compensated")
-    assert increase(run, finished) == pytest.approx(note["loss_increase"][note["taken"]], rel=1e-3, abs=1e-6)
+    assert increase(run, finished, 16) == pytest.approx(note["loss_increase"][note["taken"]], rel=1e-3, abs=1e-6)
 
 
 @torch.no_grad()

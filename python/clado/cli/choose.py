@@ -15,9 +15,8 @@ from ..solver import AXES, INVERSE, SIZE, SolveOptions
 from . import fields
 from .base import COUNT, command_line, main
 
-# Held-out images that choose among plans where nothing else is asked; as many others judge what --finish made, and nothing
-# afterwards.
-MEASURED = 256
+MEASURED = 256  # held-out images that choose among plans where nothing else is asked
+JUDGES = 512  # further ones that judge what --finish made, and nothing afterwards; half of what there is at most
 wishes = fields.options(SolveOptions, but=(*AXES, *INVERSE))  # what solve and pareto share
 
 
@@ -280,12 +279,12 @@ def _finish(run: str, sens: Any, plan: Any, method: str, count: int, data: str |
     from ..artifacts import ChosenOn
     from ..common import sample_count
     from ..improve import finish
-    from ..runs import heldout, heldout_data, measured_by, that_chose
+    from ..runs import heldout_data, measured_by, that_chose
 
     model, spec, known, images = _profiled(run, sens)
     seen = that_chose(known, plan, data)
     try:
-        judges = heldout(model, spec, known, data, MEASURED, 32, seen)
+        judges = _Heldout.past(seen, model, spec, known, data, 2 * JUDGES).half().images
     except CladoError as error:
         if data is not None:
             raise
@@ -358,11 +357,17 @@ class _Heldout:
 
     @classmethod
     def of(cls, run: str, data: str | None, count: int) -> _Heldout:
-        from ..common import sample_count
-        from ..runs import heldout, load_run
+        from ..runs import load_run
 
-        model, spec, note = load_run(run)
-        images = heldout(model, spec, note, data, count, 32)
+        return cls.past(0, *load_run(run), data, count)
+
+    @classmethod
+    def past(cls, seen: int, model: Any, spec: Any, note: dict[str, Any], data: str | None, count: int) -> _Heldout:
+        """Of the run's model, without the first ones, which have chosen."""
+        from ..common import sample_count
+        from ..runs import heldout
+
+        images = heldout(model, spec, note, data, count, 32, seen)
         found = sum(map(sample_count, images))
         require(found >= 2, "solve", "data", "hold two images at least beside those that were profiled", found)
         return cls(model, note, data, images)

@@ -42,7 +42,7 @@ BEFORE = "before"  # the plan as it came, among its stages
 BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
 NET = Pace(steps=300, offset=5e-4, scale=1e-4, bias=2e-4)
 APART = 5  # one sample in so many judges, where no others are given
-MOST_JUDGES = 1024
+MOST_JUDGES, BLOCK_JUDGES = 1024, 128  # samples that judge stages; those of them that judge every block on the way
 Done = Callable[[int, Finished], None]
 Stage = Callable[[Finished, int, Done], Finished]
 
@@ -82,7 +82,8 @@ def finish(
         data_loader: batches of inputs or (inputs, …): the sensitivity set will do, and one that shows more, by crops and mirror
             images say, does better. No labels are needed.
         method: "compensated" or "learned".
-        heldout: batches that judge and are not learned from; they should show other things. None: one in five of the samples.
+        heldout: batches that judge and are not learned from, up to 1,024 samples; they should show other things. A few hundred
+            tell small gains from luck. None: one in five of the samples.
         num_samples: how many samples of the loader to use.
         batch_size: samples that run together.
         loss, loss_dim, loss_against, ignore_index, class_weights: as for :func:`clado.profile`; the loss judges, and
@@ -226,6 +227,7 @@ class _Ground:
         self.state = {name: value.detach() for name, value in self.model.state_dict().items()}
         self.judges = sample_count(judge)
         self.parts, self.apart = self._parts(learn, batch_size), self._parts(judge, batch_size)
+        self.few = max(1, BLOCK_JUDGES // batch_size)  # batches
         self.judged = _cut(judge, batch_size)
         self.targets = [None] * len(self.judged) if targets is None else _cut(targets, batch_size)
         with torch.no_grad():
@@ -296,7 +298,7 @@ class _Ground:
 
     def _stages(self, method: str, seed: int) -> list[tuple[str, Stage]]:
         def walked(pace: Pace | None) -> Stage:
-            samples = self.parts, self.apart
+            samples = self.parts, self.apart[: self.few]
             return lambda start, skip, done: walk(
                 self.blocks, self.plan, start, *samples, self.state, pace, seed, skip, done
             )
