@@ -256,7 +256,8 @@ with their learning in about the time of ours: MCT's by gradients, {settings["mc
 derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, {settings["brevitas_steps"]} steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
 of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
 at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken where {settings["judges"]} photographs of
-the kind that choose are better off by more than an error: a loss above that of the stage before is one that those liked and these do not.
+the kind that choose are better off by more than an error; those with † before that rule, where 128 were better off at all: a loss above that of
+the stage before is one that those liked and these do not.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
@@ -272,7 +273,11 @@ def _plans(row: dict[str, Any], stages: tuple[str, ...]) -> list[list[str]]:
         last = [score for score in scores if score is not None][-1]
         minus = row["minus"].get(plan)
         difference = "" if minus is None else f"{minus['mean']:+.4f} ± {minus['stderr']:.4f}{MARKS[verdict(minus)]}"
-        losses = ["" if score is None else f"{score['mean']:.4f}" for score in scores]
+        losses = [""] * len(stages)
+        for k, (stage, score) in enumerate(zip(stages, scores, strict=True)):
+            if score is not None:
+                earlier = stage != "planned" and "judges" not in score and not plan.endswith(("mct", "brevitas"))
+                losses[k] = f"{score['mean']:.4f}{' †' * earlier}"
         lines.append([f"{row['budget']:g}", _NAMES.get(plan, plan), *losses, difference, f"{last['agrees']:.1%}"])
     return lines
 

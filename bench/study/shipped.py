@@ -220,6 +220,8 @@ class Shipped:
             "bits": np.float64(bits),
             "seconds": np.float64(seconds),
         }
+        if kind in OURS and stage != "planned":
+            scores["judges"] = np.float64(len(self.bench.apart))
         keep_scores(path, scores)
         print(kind, budget, stage, f"KL {scores['kl'].mean():.4f}, agrees {scores['agrees'].mean():.1%}", flush=True)
 
@@ -257,6 +259,7 @@ class Shipped:
                 "agrees": float(held["agrees"].mean()),
                 "bits": float(held["bits"]),
                 "seconds": float(held["seconds"]),
+                **({"judges": int(held["judges"])} if "judges" in held else {}),
             }
             for (kind, stage), held in read.items()
         }
