@@ -273,13 +273,17 @@ def _plans(row: dict[str, Any], stages: tuple[str, ...]) -> list[list[str]]:
         last = [score for score in scores if score is not None][-1]
         minus = row["minus"].get(plan)
         difference = "" if minus is None else f"{minus['mean']:+.4f} ± {minus['stderr']:.4f}{MARKS[verdict(minus)]}"
-        losses = [""] * len(stages)
-        for k, (stage, score) in enumerate(zip(stages, scores, strict=True)):
-            if score is not None:
-                earlier = stage != "planned" and "judges" not in score and not plan.endswith(("mct", "brevitas"))
-                losses[k] = f"{score['mean']:.4f}{' †' * earlier}"
+        losses = [_of_stage(plan, stage, score) for stage, score in zip(stages, scores, strict=True)]
         lines.append([f"{row['budget']:g}", _NAMES.get(plan, plan), *losses, difference, f"{last['agrees']:.1%}"])
     return lines
+
+
+def _of_stage(plan: str, stage: str, score: dict[str, Any] | None) -> str:
+    """A cell; † where a stage of ours was taken by an earlier rule."""
+    if score is None:
+        return ""
+    earlier = stage != "planned" and "judges" not in score and not plan.endswith(("mct", "brevitas"))
+    return f"{score['mean']:.4f}{' †' * earlier}"
 
 
 _NAMES = {

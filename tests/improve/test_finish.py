@@ -329,10 +329,8 @@ def test_a_plan_that_nothing_makes_better_keeps_its_weights() -> None:
     ("after", "taken"),
     [
         ([[0.9, 1.9, 2.9, 3.9], [0.8, 1.8, 2.8, 3.8], [0.7, 1.7, 2.7, 3.7]], "learned together"),
-        (
-            [[0.0, 2.0, 2.0, 5.9], [0.9, 1.9, 2.9, 3.9], [0.9, 1.9, 2.9, 3.9]],
-            "learned",
-        ),  # a mean below, within its error
+        # A mean below, within its error.
+        ([[0.0, 2.0, 2.0, 5.9], [0.9, 1.9, 2.9, 3.9], [0.9, 1.9, 2.9, 3.9]], "learned"),
         ([[0.9, 1.9, 2.9, 3.9], [0.0, 1.0, 2.0, 6.0], [0.9, 1.9, 3.9, 1.9]], "compensated"),
         ([[1.0, 2.0, 3.0, 4.0], [1.1, 2.0, 3.0, 4.0], [torch.nan, 1.0, 1.0, 1.0]], "before"),
     ],

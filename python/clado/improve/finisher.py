@@ -268,8 +268,9 @@ class _Ground:
         finite = math.isfinite(losses[BEFORE])
         require(finite, "finish", "plan", "have a finite loss on the samples that judge", losses[BEFORE])
         if kept is not None:
-            best, taken, losses = kept.best or start, kept.taken, kept.losses
-            least = self.losses(best)
+            taken, losses = kept.taken, kept.losses
+            if kept.best is not None:
+                best, least = kept.best, self.losses(kept.best)
         stages = self._stages(method, seed)
         count = len(self.blocks.blocks)
         with progress_bar(f"finish ({method})", len(stages) * count, "blocks", verbose) as show:
