@@ -30,7 +30,7 @@ from clado.profiling import optimism_of, times
 from ..harness import machine
 from .measure import divergence, solved
 from .numbers import clustered, compact
-from .photographs import load_photographs, read_photographs
+from .photographs import LESSON, load_photographs, read_photographs
 from .real_nets import LITE, load_net
 from .real_page import REAL
 
@@ -94,6 +94,7 @@ class Bench:
     ]  # photographs that judge ("heldout") or choose ("choice"), and the float net's logits
     shown: NDArray[np.int64]  # [held-out photographs]: what each shows
     apart: Tensor  # those that choose, and more of their kind: they judge a finish
+    lesson: Tensor  # of yet others, which a finish learns from, too
     work: Path
 
     @classmethod
@@ -102,9 +103,9 @@ class Bench:
         held, apart = (load_photographs(folder, split, mean, std) for split in ("heldout", "choice"))
         held, chosen_on = held[:heldout], apart[:CHOICE]
         shown = read_photographs(folder, "heldout").picture[:heldout].numpy()
-        images = load_photographs(folder, "sensitivity", mean, std)
+        images, lesson = (load_photographs(folder, split, mean, std) for split in ("sensitivity", LESSON))
         judges = {"heldout": (held, logits(model, held)), "choice": (chosen_on, logits(model, chosen_on))}
-        return cls(name, model, images, judges, shown, apart, work / name)
+        return cls(name, model, images, judges, shown, apart, lesson, work / name)
 
     def rows(self, rounding: str, draw: int, samples: int) -> list[dict[str, Any]]:
         """One row per budget."""

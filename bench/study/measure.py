@@ -44,7 +44,7 @@ OBJECTIVES = ("original", "clipped", "shrunk")
 
 def solved(sens: Sensitivity, plans: Sequence[Plan], losses: NDArray[np.float64]) -> Plan:
     """What ``clado solve`` takes of the plans that it measures: the one of least loss, or that of the layers alone where it is
-    not behind by more than an error; losses are ``[plans, N]``."""
+    not surely behind; losses are ``[plans, N]``."""
     order = losses.mean(1).argsort(kind="stable").tolist()
     return plans[standing(order, least_alone(sens, plans), torch.from_numpy(losses))[0]]
 

@@ -1,14 +1,16 @@
-"""``python -m bench.study.photographs OUT``: three sets of images from Debian's photographs, disjoint by source picture.
+"""``python -m bench.study.photographs OUT``: sets of images from Debian's photographs, disjoint by source picture.
 
 Wallpapers are cropped at random; Tux Paint's photo stamps (cut-out animals, fruit, tools, vehicles) are pasted on crops of
-wallpapers of the same set. Needs `apt-get` and `dpkg-deb` (the names are Debian 12's) but installs nothing: the packages are
-unpacked into a temporary folder. The same packages give the same pixels. There are no labels: a loss against the float
-net's own output needs none.
+wallpapers of the same set: three sets. A fourth, "lesson", holds GCompris' photographs (animals, monuments, tools, instruments),
+the middle of each, once: to finish a plan with. Needs `apt-get` and `dpkg-deb` (the names are Debian 12's) but installs nothing:
+the packages are unpacked into a temporary folder. The same packages give the same pixels. There are no labels: a loss against
+the float net's own output needs none.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shutil
@@ -25,6 +27,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from clado.common import atomic_file
+
+from .qt_resources import read_resources
 
 SIDE = 224
 # split: (share of the pictures, images)
@@ -49,7 +53,12 @@ WALLPAPERS = {
     ),
 }
 STAMPS = "tuxpaint-stamps-default"
-DRAWN = {"cartoon", "easter", "symbols", "roadsigns"}  # folders of stamps without photographs
+GCOMPRIS = "gcompris-qt-data"
+LESSON = "lesson"  # the set of its photographs
+ACTIVITIES = (  # whose pictures are photographs
+    "categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals", "explore_world_music",
+)  # fmt: skip
+DRAWN = {"cartoon", "easter", "symbols", "roadsigns", "alphabets", "numbers"}  # folders without photographs
 
 
 class Source(NamedTuple):
@@ -105,6 +114,27 @@ def find_stamps(folder: Path) -> list[Source]:
         if not drawn and not path.stem.endswith("_mirror") and photographic(path):
             sources.setdefault(re.sub(r"[-_]?\d+[a-z]?$", "", path.stem), []).append(path)
     return [Source(name, tuple(files), stamp=True) for name, files in sorted(sources.items())]
+
+
+def lesson(folder: Path) -> Photographs:
+    """GCompris' photographs, the middle square of each, what is cut out on white."""
+    found = []
+    for activity in ACTIVITIES:
+        (path,) = (folder / GCOMPRIS).rglob(f"{activity}.rcc")
+        held = [(name, content) for name, content in read_resources(path) if name.endswith(".webp")]
+        found += sorted((n, content) for n, content in held if not DRAWN.intersection(n.split("/")))
+    images = torch.stack([torch.from_numpy(np.array(middle(content))).permute(2, 0, 1) for _, content in found])
+    order = torch.arange(len(images))
+    return Photographs(images, order, order.clone(), [Path(name).stem for name, _ in found])
+
+
+def middle(content: bytes) -> Image.Image:
+    """The middle square of a picture, in the size of all."""
+    with Image.open(io.BytesIO(content)) as file:
+        picture = file.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture)
+    return ImageOps.fit(ground.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def photographic(path: Path) -> bool:
@@ -189,17 +219,25 @@ def mirrored(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def write(packages: Path, folder: Path, seed: int = 0) -> None:
-    """The three sets as ``<split>.safetensors`` in ``folder``, from unpacked packages."""
-    from safetensors.torch import save_file
-
+    """The sets as ``<split>.safetensors`` in ``folder``, from unpacked packages."""
     sources = find_wallpapers(packages) + find_stamps(packages)
     for number, (split, part) in enumerate(divide(sources, seed).items()):
         found = compose(sources, part, SPLITS[split][1], np.random.default_rng([seed, number]))
-        tensors = {"images": found.images, "picture": found.picture, "background": found.background}
-        with atomic_file(folder / f"{split}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"names": json.dumps(found.names)})
+        keep(found, folder, split)
         stamps = sum(sources[k].stamp for k in part)
         print(f"{split}: {len(part) - stamps} wallpapers, {stamps} stamps, {len(found.images)} images", flush=True)
+    found = lesson(packages)
+    keep(found, folder, LESSON)
+    print(f"{LESSON}: {len(found.images)} photographs", flush=True)
+
+
+def keep(found: Photographs, folder: Path, split: str) -> None:
+    """A set, as :func:`read_photographs` reads it."""
+    from safetensors.torch import save_file
+
+    tensors = {"images": found.images, "picture": found.picture, "background": found.background}
+    with atomic_file(folder / f"{split}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"names": json.dumps(found.names)})
 
 
 def read_photographs(folder: Path | str, split: str) -> Photographs:
@@ -219,11 +257,11 @@ def load_photographs(folder: Path | str, split: str, mean: Sequence[float], std:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the three sets")
+    parser.add_argument("out", type=Path, help="folder for the sets")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as packages:
-        unpack([*WALLPAPERS, STAMPS], Path(packages))
+        unpack([*WALLPAPERS, STAMPS, GCOMPRIS], Path(packages))
         write(Path(packages), options.out, options.seed)
 
 

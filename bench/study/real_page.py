@@ -47,7 +47,7 @@ compensated rounding. The matrix is measured on {settings["samples"]} photograph
 other things judge. KL to the float net; differences paired, clustered by what a photograph shows; ▼ lower and ▲ higher by more
 than two standard errors. "A quarter" to "all" keep that share of every interaction; "measured" is what
 `clado solve` does: of the best plans under every objective the one of least loss on {settings["choice"]} photographs that are in neither set, or the
-diagonal's where that is not behind by more than one standard error.
+diagonal's where that is not behind by more than 1.96 standard errors.
 
 The matrix is corrected for the fit of the weights to the photographs that rounded them (docs/numerics.md, "Optimism"). "Same" is the
 matrix as it was measured. Finished plans and MobileNetV2 among the formats were measured with the correction, all else on this page before.

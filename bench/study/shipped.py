@@ -2,12 +2,12 @@
 
 At each budget the plan that ``clado solve`` gives (measured, from a profile under compensated rounding), the plan of a profile
 under nearest rounding, the plan of a profile with zero points, the plan with zero points and 5 and 6 bits too, and uniform
-widths, with zero points too, where there are such; all finished on the same photographs of the sensitivity set and crops of
-them. Then what two other tools make of the same widths, bytes and photographs: ModelOpt's plans with weights by least squared
-error, MCT's plans with its own weights. At uniform widths, where nothing is searched, MCT's and Brevitas' rounding beside ours:
-each with its correction of biases, and with its learning in about the time that ours takes. Photographs of other things choose, a
-third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a photograph shows.
-Every score is a file, so a killed run goes on where it stopped.
+widths, with zero points too, where there are such; all finished on the same photographs, those of the sensitivity set and the
+lesson's, and crops of them. Then what two other tools make of the same widths and bytes: ModelOpt's plans with weights by least
+squared error, MCT's plans with its own weights. At uniform widths, where nothing is searched, MCT's and Brevitas' rounding
+beside ours: each with its correction of biases, and with its learning in about the time that ours takes. Photographs of other
+things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a
+photograph shows. Every score is a file, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class Shipped:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.sensitivity = bench.sensitivity[:SAMPLES]
-        photographs = bench.sensitivity
-        self.lesson = torch.cat([photographs, augmented(photographs, LESSON - len(photographs), seed=0)])
+        self.photographs = torch.cat([bench.sensitivity, bench.lesson])
+        crops = augmented(self.photographs, LESSON - len(self.photographs), seed=0)
+        self.lesson = torch.cat([self.photographs, crops])
         self.profiles: dict[str, Sensitivity] = {}
 
     def folder(self, name: str) -> Path:
@@ -221,7 +222,7 @@ class Shipped:
             "seconds": np.float64(seconds),
         }
         if kind in OURS and stage != "planned":
-            scores["judges"] = np.float64(len(self.bench.apart))
+            scores |= {"judges": np.float64(len(self.bench.apart)), "photographs": np.float64(len(self.photographs))}
         keep_scores(path, scores)
         print(kind, budget, stage, f"KL {scores['kl'].mean():.4f}, agrees {scores['agrees'].mean():.1%}", flush=True)
 
@@ -235,7 +236,7 @@ class Shipped:
             "choice": CHOICE,
             "judges": len(self.bench.apart),
             "net": self.bench.name,
-            "photographs": len(self.bench.sensitivity),
+            "photographs": len(self.photographs),
             "mct_epochs": MCT_EPOCHS,
             "brevitas_steps": BREVITAS_STEPS,
         }
@@ -259,7 +260,7 @@ class Shipped:
                 "agrees": float(held["agrees"].mean()),
                 "bits": float(held["bits"]),
                 "seconds": float(held["seconds"]),
-                **({"judges": int(held["judges"])} if "judges" in held else {}),
+                **{name: int(held[name]) for name in ("judges", "photographs") if name in held},
             }
             for (kind, stage), held in read.items()
         }

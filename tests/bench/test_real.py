@@ -1,5 +1,8 @@
 """The study's photographs, from made-up pictures, and its nets, from made-up weights."""
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 
 from bench.study import photographs, real_nets
 from bench.study.photographs import Source
+from bench.study.qt_resources import read_resources
 
 
 def noise(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
@@ -18,6 +22,40 @@ def noise(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
     pixels = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
     pixels[..., 3:] = 255
     Image.fromarray(pixels).save(path)
+
+
+def resource(path: Path, folders: dict[str, dict[str, bytes]], version: int = 2) -> None:
+    """A binary resource of Qt with files in folders under its root, every other file compressed."""
+    nodes, names, contents = (
+        [(0, 2, len(folders), 1)],
+        b"",
+        b"",
+    )  # name, flags, and children or locale, first child or data
+
+    def named(name: str) -> int:
+        nonlocal names
+        at = len(names)
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+        return at
+
+    after = 1 + len(folders)
+    for folder, files in folders.items():
+        nodes.append((named(folder), 2, len(files), after))
+        after += len(files)
+    for k, (name, content) in enumerate(pair for files in folders.values() for pair in files.items()):
+        held = struct.pack(">I", len(content)) + zlib.compress(content) if k % 2 else content
+        nodes.append((named(name), k % 2, 0, len(contents)))
+        contents += struct.pack(">I", len(held)) + held
+    tree = b"".join(struct.pack(">IHII", *node) + b"\0" * (8 * (version > 1)) for node in nodes)
+    head = struct.pack(">4s4I", b"qres", version, 20, 20 + len(tree) + len(names), 20 + len(tree))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + tree + names + contents)
+
+
+def webp(colour: tuple[int, ...], size: tuple[int, int]) -> bytes:
+    held = io.BytesIO()
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(held, "webp", lossless=True)
+    return held.getvalue()
 
 
 @pytest.fixture
@@ -38,7 +76,41 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         noise(stamps / f"animals/{name}.png", (70, 60), "RGBA")
     noise(stamps / "animals/small.png", (50, 50), "RGBA")
     Image.new("RGBA", (90, 90), "red").save(stamps / "animals/drawn.png")
+    colours = {name: (10 * k, 20, 30) for k, name in enumerate(photographs.ACTIVITIES)}
+    for name, colour in colours.items():
+        held = {
+            name: {"a.webp": webp(colour, (320, 180)), "a.svg": b"<svg/>", "b.webp": webp((1, 2, 3, 0), (90, 120))},
+            "numbers": {"one.webp": webp(colour, (50, 50))},
+        }
+        resource(folder / photographs.GCOMPRIS / f"usr/share/rcc/{name}.rcc", held)
     return folder
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_a_resource_are_read(tmp_path: Path, version: int) -> None:
+    held = {"one": {"a.txt": b"first", "ä.txt": b"second" * 50}, "two": {"empty": b""}, "none": {}}
+    resource(tmp_path / "all.rcc", held, version)
+    wanted = [(f"/{folder}/{name}", content) for folder, files in held.items() for name, content in files.items()]
+    assert list(read_resources(tmp_path / "all.rcc")) == wanted
+
+
+@pytest.mark.parametrize("content", [b"", b"qres", b"qres" + bytes(40), b"PK" + bytes(40)])
+def test_what_is_no_resource_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "other.rcc").write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.rcc: must be a binary resource of Qt"):
+        list(read_resources(tmp_path / "other.rcc"))
+
+
+def test_the_lesson_shows_each_photograph_once(packages: Path, tmp_path: Path) -> None:
+    photographs.write(packages, tmp_path)
+    found = photographs.read_photographs(tmp_path, photographs.LESSON)
+    count = len(photographs.ACTIVITIES)
+    assert found.images.shape == (2 * count, 3, 224, 224)
+    assert found.picture.equal(torch.arange(2 * count))
+    assert found.names == ["a", "b"] * count
+    for k in range(count):
+        assert found.images[2 * k].eq(torch.tensor([10 * k, 20, 30])[:, None, None]).all()
+        assert found.images[2 * k + 1].eq(255).all()  # what is transparent is white
 
 
 def test_photographs_are_told_from_drawings_and_copies(packages: Path) -> None:
@@ -70,7 +142,7 @@ def test_sets_share_no_picture_and_come_out_the_same(packages: Path, tmp_path: P
         assert {found.names[k] for k in found.background} <= set("ABCDEF")
     assert seen == set(range(11))
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
-        f"{s}.safetensors" for s in sorted(photographs.SPLITS)
+        f"{s}.safetensors" for s in sorted([*photographs.SPLITS, photographs.LESSON])
     ]
 
 

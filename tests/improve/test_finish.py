@@ -155,7 +155,7 @@ def test_the_last_stage_begins_anew_when_it_is_interrupted(
     x = data(shape, 48)
     plan = uniform(model, x)
     judged = iter([*liked, *liked])  # of the whole call, then of the interrupted one and what goes on
-    monkeypatch.setattr(finisher, "surely_less", lambda own, known: bool(next(judged)))
+    monkeypatch.setattr(finisher, "surely_less", lambda own, known, errors: bool(next(judged)))
     wanted = clado.finish(model, plan, [x], num_samples=48, verbose=False)
     assert wanted.info["finish"]["taken"] == taken
     monkeypatch.setattr(finish_progress, "SECONDS", 0.0)

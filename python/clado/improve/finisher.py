@@ -43,6 +43,7 @@ BLOCK = Pace(steps=120, offset=1e-2, scale=2e-3, bias=2e-3)
 NET = Pace(steps=300, offset=5e-4, scale=1e-4, bias=2e-4)
 APART = 5  # one sample in so many judges, where no others are given
 MOST_JUDGES, BLOCK_JUDGES = 1024, 128  # samples that judge stages; those of them that judge every block on the way
+LEAD = 1  # standard errors by which a stage must be better to be taken: it is one, and not the best of several
 Done = Callable[[int, Finished], None]
 Stage = Callable[[Finished, int, Done], Finished]
 
@@ -288,7 +289,7 @@ class _Ground:
                 found = found.held_by(self.plan, self.dtypes)
                 own = self.losses(found)
                 losses[name] = own.mean().item()
-                if surely_less(own, least):
+                if surely_less(own, least, LEAD):
                     best, least, taken = found, own, name
         return best, losses, taken
 

@@ -17,6 +17,8 @@ from ..graph import ForwardStep, Runner, common_dtype, converted, full_precision
 from ..profiling import IGNORED, Loss, LossChoice, LossFunc, Reader
 from ..quant import Candidates, InputRounding, Variant, folded, input_rounding, variants
 
+SURE = 1.96  # standard errors of a difference: one in 20 is larger by chance
+
 
 @dataclass(frozen=True)
 class Score:
@@ -162,8 +164,8 @@ def rerank(
         loss: "kl" to the float model's outputs (no labels, and far less noise between plans), or another one as for
             :func:`clado.profile`, with ``loss_dim``, ``loss_against``, ``ignore_index`` and ``class_weights``.
         device: where to run; None: where the model is.
-        stands: one of ``plans``, the winner unless the least loss is below its own by more than one standard error of the
-            paired difference (as the 1 SE rule of Breiman, Friedman, Olshen and Stone 1984, 3.4.3); None: the least wins.
+        stands: one of ``plans``, the winner unless the least loss is below its own by more than 1.96 standard errors of the
+            paired difference: among several plans that are no better, one is often ahead by an error. None: the least wins.
         forward_step, loss_func: as for :func:`clado.profile`.
 
     Returns:
@@ -196,7 +198,7 @@ def rerank(
         for k in order
     ]
     leads = [increases[k] - increases[best] for k in order[1:2]]
-    decided = all(lead.mean().item() > 1.96 * standard_error(lead) for lead in leads)
+    decided = all(lead.mean().item() > SURE * standard_error(lead) for lead in leads)
     record = {
         "rerank": compared,
         "rerank_loss": chosen.name,
@@ -207,22 +209,22 @@ def rerank(
 
 
 def standing(order: list[int], stands: int, increases: Tensor) -> list[int]:
-    """``order`` with ``stands`` in front, unless its first is better by more than an error.
+    """``order`` with ``stands`` in front, unless its first is surely better.
 
     Args:
         order: places of plans, of least loss first.
         stands: one of these places.
         increases: ``[plans, N]`` loss increases per sample.
     """
-    beaten = surely_less(increases[order[0]], increases[stands])
+    beaten = surely_less(increases[order[0]], increases[stands], SURE)
     return order if beaten else [stands, *(k for k in order if k != stands)]
 
 
-def surely_less(losses: Tensor, known: Tensor) -> bool:
-    """Whether the mean of ``[N]`` losses is below that of others on the same samples by more than one standard error of the
+def surely_less(losses: Tensor, known: Tensor, errors: float) -> bool:
+    """Whether the mean of ``[N]`` losses is below that of others on the same samples by more than so many standard errors of the
     paired difference; one sample is sure of nothing."""
     gap = known - losses
-    return gap.mean().item() > standard_error(gap)
+    return gap.mean().item() > errors * standard_error(gap)
 
 
 def loss_increases(
