@@ -247,17 +247,18 @@ def finished_real_nets() -> str:
 ## The same, finished
 
 EfficientNet-{settings["net"].capitalize()}, a profile of {settings["samples"]} photographs; plans finished in the order of the forward ("compensated"; {_minutes(found, "measured compensated")} on
-average) and by learning ({_minutes(found, "learned", others=("mct", "brevitas"))}), on {settings["lesson"]} sensitivity photographs, crops, mirror images and mixtures of them; {settings["heldout"]}
-photographs of other things judge. "Ours" is the plan of `clado solve` under compensated rounding; "zero points" the same from a profile with
+average) and by learning ({_minutes(found, "learned", others=("mct", "brevitas"))}), on {settings["photographs"]} photographs that show other things than those that judge
+and crops, mirror images and mixtures of them, {settings["lesson"]} in all; {settings["heldout"]} photographs judge. "Ours" is the plan of `clado solve` under compensated rounding; "zero points" the same from a profile with
 `--asymmetric`, "more widths" with 5 and 6 bits, too; "nearest" from a profile under nearest rounding; uniform where such a width exists.
 ModelOpt searches the same widths, layers and bytes by its two methods, with weights by least squared error; MCT searches and rounds by
 itself. "Uniform, MCT" and "uniform, Brevitas" are those tools' roundings of the same layers, biases corrected ("compensated": Brevitas' GPTQ), without and
-with their learning in about the time of ours: MCT's by gradients, {settings["mct_epochs"]} epochs of {settings["photographs"]} of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
+with their learning in about the time of ours: MCT's by gradients, {settings["mct_epochs"]} epochs of {settings["sensitivity"]} of the photographs ({_minutes(found, "uniform mct learned")}; without its weights by second
 derivatives, which were not done after eleven), Brevitas' on {settings["samples"]}, {settings["brevitas_steps"]} steps a layer ({_minutes(found, "uniform brevitas learned")}). The last column but one is the difference
 of ours to the plan at the last stage that both have (of the plan with zero points to uniform widths with them); to other tools' plans,
 at our last stage, and of our uniform plan to their uniform ones, each at its best. Stages of ours are taken where {settings["judges"]} photographs of
-the kind that choose are better off by more than an error; those with † before that rule, where 128 were better off at all: a loss above that of
-the stage before is one that those liked and these do not.
+the kind that choose are better off by more than an error. Those with † were learned from {settings["sensitivity"]} of the photographs alone, which show
+116 things; those with ‡ were so too, and taken where 128 were better off at all: a loss above that of the stage before is one that those liked
+and these do not.
 Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
@@ -279,11 +280,12 @@ def _plans(row: dict[str, Any], stages: tuple[str, ...]) -> list[list[str]]:
 
 
 def _of_stage(plan: str, stage: str, score: dict[str, Any] | None) -> str:
-    """A cell; † where a stage of ours was taken by an earlier rule."""
+    """A cell; † and ‡ where a stage of ours learned from fewer photographs, and was taken by an earlier rule."""
     if score is None:
         return ""
-    earlier = stage != "planned" and "judges" not in score and not plan.endswith(("mct", "brevitas"))
-    return f"{score['mean']:.4f}{' †' * earlier}"
+    ours = stage != "planned" and not plan.endswith(("mct", "brevitas"))
+    mark = "" if not ours or "photographs" in score else " †" if "judges" in score else " ‡"
+    return f"{score['mean']:.4f}{mark}"
 
 
 _NAMES = {

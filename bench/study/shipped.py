@@ -196,11 +196,13 @@ class Shipped:
         return modelopt.unsearched(self.bench.model, {layer.name for layer in sens.layers})
 
     def finished(self, plan: Plan, kind: str, budget: float, method: str) -> Plan:
-        folder = self.bench.work / "finish" / f"{kind}-{budget}-{method}"
-        judges = [self.bench.apart]
+        """Kept too, for those who want to go on with it."""
+        name = f"{kind}-{budget}-{method}"
+        folder, judges = self.bench.work / "finish" / name, [self.bench.apart]
         settings: dict[str, Any] = {"num_samples": LESSON, "output_dir": folder, "verbose": False}
         done = clado.finish(self.bench.model, plan, [self.lesson], method, heldout=judges, **settings)
         print(kind, budget, done.info["finish"], flush=True)
+        done.save(self.bench.work / "finished" / name / "plan.json")
         return done
 
     def path(self, kind: str, budget: float, stage: str) -> Path:
@@ -237,6 +239,7 @@ class Shipped:
             "judges": len(self.bench.apart),
             "net": self.bench.name,
             "photographs": len(self.photographs),
+            "sensitivity": len(self.bench.sensitivity),
             "mct_epochs": MCT_EPOCHS,
             "brevitas_steps": BREVITAS_STEPS,
         }

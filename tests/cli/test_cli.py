@@ -362,6 +362,7 @@ def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -
     sens, plan = Sensitivity.load(tmp_path), json.loads((tmp_path / "plan.json").read_text())
     count = len(sens.info["corrected_pairs"])
     assert f"{count} exact pairs on 2 images" in result.output
+    assert f"no plan below {plan['bound']:.5f}, in nats\n" in result.output
     assert f"{count} exact pairs" in call("inspect", tmp_path).output
     assert plan["info"]["stands"] == ("the plan stands" in result.output)
     assert plan["objective"] == pytest.approx(sens.predict(plan["bits"]))

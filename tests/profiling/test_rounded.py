@@ -418,6 +418,19 @@ def interrupted(chunks: int, model: nn.Module, x: Tensor, folder: Path, **how: A
             clado.profile(model, [x], output_dir=folder, **HOW | how)
 
 
+def test_losses_under_the_weights_of_another_run_are_corrected_as_asked(model: nn.Module, tmp_path: Path) -> None:
+    x = many(48)
+    first = clado.profile(model, [x], output_dir=tmp_path / "a", **HOW)
+    same = clado.profile(model, [x], rounded_as=tmp_path / "a", **HOW)
+    plain = [
+        clado.profile(model, [x], rounded_as=tmp_path / "a", output_dir=tmp_path / "b", cross_validated=False, **HOW)
+    ]
+    plain.append(clado.profile(model, [x], cross_validated=False, **HOW))
+    np.testing.assert_array_equal(same.delta_loss, first.delta_loss)
+    np.testing.assert_array_equal(plain[0].delta_loss, plain[1].delta_loss)
+    assert (first.delta_loss > plain[0].delta_loss).any()
+
+
 def test_samples_that_decided_nothing_are_not_corrected(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:
     x = many(72)
     how = HOW | {"precision": "float64"}

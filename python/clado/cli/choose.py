@@ -119,7 +119,7 @@ def solve(
     if finish is not None:
         plan = _finish(run, sens, plan, finish, finish_samples, data, device)
     replace(plan, info={**plan.info, "command": command_line()}).save(Path(run) / PLAN_FILE)
-    show_plan(plan)
+    show_plan(plan, sens.provenance.unit)
     click.echo(f"next: clado export {run}   clado report {run}")
 
 

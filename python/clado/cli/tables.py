@@ -23,14 +23,16 @@ def console() -> Any:
     return Console(highlight=False, soft_wrap=False)
 
 
-def show_plan(plan: Any) -> None:
+def show_plan(plan: Any, unit: str = "") -> None:
+    """A plan in a few lines; losses in ``unit``, where they have one."""
     if not plan.bits:
         click.echo(f"{plan.status}: {plan.info.get('reason', '')}")
         return
     taken = list(plan.chosen.values())
     layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
     click.echo(f"{plan.status}: {layers}; {plan.average_in_words}, {plan.size_bytes:,} bytes")
-    click.echo(f"predicted loss increase {plan.objective:.5f} ({plan.objective_name}), no plan below {plan.bound:.5f}")
+    losses = f"{plan.objective:.5f} ({plan.objective_name}), no plan below {plan.bound:.5f}"
+    click.echo(f"predicted loss increase {losses}{unit and f', in {unit}'}")
     for name, use in plan.usage.items():
         click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
     if "minimized" in plan.info:
@@ -126,7 +128,7 @@ def show_run(folder: Path) -> None:
     plan = Plan.load(folder) if (folder / PLAN_FILE).exists() else None
     if plan is not None and plan.bits:
         console().print(plan_table(sens, plan))
-        show_plan(plan)
+        show_plan(plan, known.unit)
     else:
         console().print(loss_table(sens))
         click.echo(f"next: clado solve {folder} --avg-bits 3")

@@ -304,7 +304,7 @@ class Options(Arguments):
         None,
         "multiply losses of samples that decided the rounding by how much larger each weight's layer loss is on samples that did "
         "not (two halves, each rounded for by itself and tried on the other; no forward more). None: as the run in "
-        "``output_dir`` began, else wherever it rounds by 32 samples or more of its own.",
+        "``output_dir`` or ``rounded_as`` began, else wherever it rounds by 32 samples or more of its own.",
         Line(
             "--cross-validated/--no-cross-validated",
             "either",

@@ -51,7 +51,8 @@ def held_already(model: nn.Module, candidates: Candidates, options: Options, kno
         CladoError: they are missing, damaged, or those of another model or other options.
     """
     if options.rounded_as is not None:
-        return _of_run(options.rounded_as, model, candidates, options)
+        others = _of_run(options.rounded_as, model, candidates, options)
+        return replace(others, optimism={}) if options.cross_validated is False else others
     found = _kept_in(options.output_dir, known.get("rounded"))
     same = found is not None and options.moment_samples in (None, len(found.sample_digests))
     if not same or found is None:
