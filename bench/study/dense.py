@@ -2,7 +2,8 @@
 
 DINOv2 ViT-S/14 with a saliency decoder, once under binary cross-entropy on its map and once under squared error on its tokens,
 both against the float net, each on disjoint draws of the sensitivity photographs. Per budget the plan of the diagonal, of all
-interactions, the one that ``clado solve`` takes by photographs set apart, and uniform widths; judged on held-out photographs of
+interactions, the one that ``clado solve`` takes by photographs set apart, the diagonal's of the matrix as it was measured
+("same": not corrected for the fit of the weights), and uniform widths; judged on held-out photographs of
 other things, paired with the diagonal's, errors clustered by what they show. Then what all interactions cost beside the diagonal
 alone and beside a forward for every pair, in turns on the same samples; and single interactions beside `exact` ones on the same
 photographs. Profiles and scores are files: a killed run goes on where it stopped, and parts may be run one by one.
@@ -27,6 +28,7 @@ from clado.artifacts import Plan, Sensitivity
 from clado.common import atomic_file
 
 from ..harness import machine
+from .interactions import uncorrected
 from .measure import solved
 from .numbers import clustered, compact, keep_scores
 from .photographs import load_photographs, read_photographs
@@ -137,6 +139,7 @@ class Bench:
             "diagonal": clado.solve(sens, objective="diagonal", avg_bits=budget, solver="heuristic"),
             "all": clado.solve(sens, objective="original", avg_bits=budget, solver="heuristic"),
             "measured": solved(sens, short, np.stack([self.losses(output, draw, plan, "choice") for plan in short])),
+            "same": clado.solve(uncorrected(sens), objective="diagonal", avg_bits=budget, solver="heuristic"),
         }
         if budget in BITS:
             plans["uniform"] = clado.given_plan(sens, {layer.name: int(budget) for layer in sens.layers})
