@@ -354,6 +354,27 @@ print(clado_ext.pack(torch.zeros(1, 8, dtype=torch.int8), 4).shape[1])
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")]
+)
+def test_threads_do_not_spin_unless_they_are_told_to(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert call("inspect", "nowhere").exit_code != 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_command_line_is_there_before_torch_is() -> None:
+    """Threads go by what is set before torch is loaded."""
+    code = "import sys, clado.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_correct_measures_the_pairs_of_the_plan_and_keeps_them(tmp_path: Path) -> None:
     data = ["--model", "digits", "--data", "digits:sensitivity", "--nsamples", 6, "--skip", 4, "--bits", "2,8"]
     assert call("profile", *data, "--output-dir", tmp_path).exit_code == 0

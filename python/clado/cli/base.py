@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,10 @@ from typing import Any
 import click
 
 from ..common import CladoError, require
+
+# How often a thread of GNU's OpenMP looks for work before it sleeps. Left alone it looks for milliseconds; where another process
+# has a core, the threads wait so long for each other at every operator that all takes ten times as long (docs/faq.md).
+SPINS = "1000"
 
 
 class Command(click.Command):
@@ -75,6 +80,8 @@ def main() -> None:
       clado report   run
     Start with `clado quickstart`: everything on an embedded, trained net in about a minute. `clado doctor` says what works here.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded, which no command has done yet
 
 
 def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
