@@ -197,8 +197,7 @@ def rerank(
         }
         for k in order
     ]
-    leads = [increases[k] - increases[best] for k in order[1:2]]
-    decided = all(lead.mean().item() > SURE * standard_error(lead) for lead in leads)
+    decided = all(surely_less(increases[best], increases[k], SURE) for k in order[1:2])
     record = {
         "rerank": compared,
         "rerank_loss": chosen.name,

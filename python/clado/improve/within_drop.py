@@ -16,7 +16,7 @@ from ..deploy import apply
 from ..graph import ForwardStep
 from ..profiling import LossChoice
 from ..solver import AXES, SIZE, SolveOptions, Solver, least_loss_only
-from .true_loss import Batch, ran, reader_of, standard_error
+from .true_loss import SURE, Batch, ran, reader_of, standard_error
 
 RESOLUTION = 1e-3  # of the range of budgets: what is nearer counts as the same
 METRICS = ("top1", "kl", "cross_entropy")
@@ -115,7 +115,7 @@ def smallest_within(
         "drop": best.drop,
         "stderr": best.stderr,
         "samples": best.samples,
-        "decided": best.drop + 1.96 * best.stderr <= max_drop,
+        "decided": best.drop + SURE * best.stderr <= max_drop,
         "evaluations": [{"used": one.used, "drop": one.drop, "stderr": one.stderr} for one in measured],
     }
     return replace(best.plan, info={**best.plan.info, "max_drop": note})
