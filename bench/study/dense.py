@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
-from clado.artifacts import Plan, Sensitivity
+from clado.artifacts import Plan, Sensitivity, uncorrected
 from clado.common import atomic_file
 
 from ..harness import machine
-from .interactions import uncorrected
 from .measure import solved
 from .numbers import clustered, compact, keep_scores
 from .photographs import load_photographs, read_photographs

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import clado
-from clado.artifacts import Plan, Sensitivity
+from clado.artifacts import Plan, Sensitivity, uncorrected
 from clado.common import atomic_file, heap
-from clado.profiling import optimism_of, times
 
 from ..harness import machine
 from .measure import divergence, solved
@@ -75,11 +74,6 @@ def main() -> None:
 def with_share(sens: Sensitivity, share: float) -> Sensitivity:
     """The matrix with that share of every interaction."""
     return replace(sens, interaction=sens.interaction * share)
-
-
-def uncorrected(sens: Sensitivity) -> Sensitivity:
-    """The matrix as it was measured, on samples that decided the weights."""
-    return times(sens, 1 / optimism_of(sens.candidates, sens.rounded, sens.sample_digests))
 
 
 @dataclass

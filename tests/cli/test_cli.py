@@ -102,12 +102,12 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     assert "6 samples" in result.output  # twenty less the eight that were profiled and the six that chose the plan
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 5, "--no-measure")
     assert result.exit_code == 0, result.output
-    assert " images; " not in result.output
+    assert " images, losses in nats; " not in result.output
     assert "12 samples" in call("evaluate", run).output
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--refine", 1, "--rerank", 5)
     assert result.exit_code == 0, result.output
     assert "refined on 8 images: loss increase" in result.output
-    assert "5 images; the " in result.output
+    assert "5 images, losses in nats; the " in result.output
     assert json.loads((run / "plan.json").read_text())["info"]["rerank_samples"] == 5
     assert "7 samples" in call("evaluate", run).output  # nor those that chose the plan
     result = call("inspect", run)
@@ -539,17 +539,23 @@ def test_random_weights_are_said_and_are_the_same_for_later_commands(
         ((0.0, -0.1, 0.2), False, "the plan of the layers alone stands, as the lead of others is within its error"),
     ],
 )
+@pytest.mark.parametrize(("loss", "unit"), [("kl", ", losses in nats"), ("mse", "")])
 def test_what_was_measured_says_whether_it_decided(
-    digits: Path, gaps: tuple[float, ...], decided: bool, said: str, capsys: pytest.CaptureFixture
+    digits: Path,
+    gaps: tuple[float, ...],
+    decided: bool,
+    said: str,
+    loss: str,
+    unit: str,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     rows = [
-        {"objective": "original", "loss_increase": 1 + gap, "behind": gap, "stderr": 0.3, "size_bytes": 1234}
-        for gap in gaps
+        {"plan": "original", "loss_increase": 1 + gap, "behind": gap, "stderr": 0.3, "size_bytes": 1234} for gap in gaps
     ]
-    info = {"rerank": rows, "rerank_samples": 9, "rerank_decided": decided}
+    info = {"rerank": rows, "rerank_loss": loss, "rerank_samples": 9, "rerank_decided": decided}
     show_measured(replace(Plan.load(digits), info=info))
     *table, last = capsys.readouterr().out.splitlines()
-    assert last == f"9 images; {said}"
+    assert last == f"9 images{unit}; {said}"
     assert len(table) == 1 + len(gaps)
 
 

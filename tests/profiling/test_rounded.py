@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import clado
 from clado import CladoError, Plan, Sensitivity
-from clado.artifacts import read_rounded
+from clado.artifacts import read_rounded, uncorrected
 from clado.common import weights_digest
 from clado.deploy import pack_model, verify
 from clado.graph import capture
@@ -387,6 +387,26 @@ def test_losses_are_corrected_for_what_the_rounding_fits(model: nn.Module, passe
     pairs = np.sqrt(np.outer(factors, factors))
     np.testing.assert_allclose(found.interaction, plain.interaction * pairs, rtol=1e-9)
     np.testing.assert_allclose(found.stderr, plain.stderr * pairs, rtol=1e-9)
+
+
+def test_the_layers_alone_as_they_were_measured_are_a_plan_of_the_shortlist(model: nn.Module) -> None:
+    x = many(47)
+    found, plain = (clado.profile(model, [x], cross_validated=on, **HOW) for on in (None, False))
+    again = uncorrected(found)
+    assert again.notes.keys() == plain.notes.keys()
+    for name in ("delta_loss", "interaction", "stderr"):
+        np.testing.assert_allclose(getattr(again, name), getattr(plain, name), rtol=1e-12)
+    assert uncorrected(plain) is plain
+    assert found.rounded is not None
+    factors = {name: dict.fromkeys(own, 30.0**k) for k, (name, own) in enumerate(found.rounded.optimism.items())}
+    strong = replace(found, held=replace(found.rounded, optimism=factors))
+    alone, other = (clado.solve(sens, objective="diagonal", avg_bits=3.5) for sens in (strong, uncorrected(strong)))
+    assert alone.schemes != other.schemes
+    short = {tuple(plan.schemes.values()): plan for plan in clado.shortlist(strong, avg_bits=3.5)}
+    assert tuple(alone.schemes.values()) in short
+    listed = short[tuple(other.schemes.values())]
+    assert listed.objective == clado.given_plan(strong, listed.schemes, listed.objective_name).objective
+    assert listed.bound <= listed.objective
 
 
 def test_a_corrected_run_goes_on_and_keeps_its_factors(model: nn.Module, tmp_path: Path, passes: list[int]) -> None:

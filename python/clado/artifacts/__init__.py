@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from ..common import door
 
 if TYPE_CHECKING:
+    from .optimism import optimism_of, pair_factors, uncorrected, without_optimism
     from .plan import PLAN_FILE, ChosenOn, Plan, minimized_in_words
-    from .provenance import Provenance
+    from .provenance import Provenance, unit_of
     from .rounded_file import read_rounded, rounded_name, save_held
     from .sensitivity import MATRIX_FILE, Sensitivity
     from .stability import Stability, percent
@@ -25,8 +26,13 @@ __all__ = [
     "Sensitivity",
     "Stability",
     "minimized_in_words",
+    "optimism_of",
+    "pair_factors",
     "percent",
     "read_rounded",
     "rounded_name",
     "save_held",
+    "uncorrected",
+    "unit_of",
+    "without_optimism",
 ]

@@ -11,6 +11,12 @@ from .stability import Stability
 _ENTROPIES = ("kl", "cross_entropy", "bce")
 
 
+def unit_of(loss: str) -> str:
+    """What a loss is counted in, by its name: "nats" of divergences and entropies, else "": a unit of its own."""
+    parts = [part.partition("=")[2] or part for part in loss.split(",")]
+    return "nats" if all(part.rpartition("*")[2] in ("", *_ENTROPIES) for part in parts) else ""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a matrix was measured.
@@ -44,9 +50,8 @@ class Provenance:
 
     @property
     def unit(self) -> str:
-        """What losses are counted in, "nats" of divergences and entropies, else "": their own."""
-        parts = [part.partition("=")[2] or part for part in (self.loss or "").split(",")]
-        return "nats" if all(part.rpartition("*")[2] in ("", *_ENTROPIES) for part in parts) else ""
+        """What losses are counted in."""
+        return unit_of(self.loss or "")
 
     @property
     def known(self) -> bool:

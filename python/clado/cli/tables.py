@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, minimized_in_words
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, minimized_in_words, unit_of
 from ..common import require
 from ..quant import Scheme, all_plain, scheme_names
 from .holdings import holdings
@@ -48,12 +48,13 @@ def show_measured(best: Plan) -> None:
         table.add_column(name, justify="left" if name == "plan" else "right")
     for row in best.info["rerank"]:
         numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
-        table.add_row(row["objective"], *numbers, f"{row['size_bytes']:,}")
+        table.add_row(row["plan"], *numbers, f"{row['size_bytes']:,}")
     console().print(table)
     leads = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
     stood = any(row["behind"] < 0 for row in best.info["rerank"])
     who = "the plan of the layers alone stands, as the lead of others" if stood else "the winner's lead"
-    click.echo(f"{best.info['rerank_samples']} images; {who} {leads}")
+    unit = unit_of(best.info["rerank_loss"])
+    click.echo(f"{best.info['rerank_samples']} images{unit and f', losses in {unit}'}; {who} {leads}")
 
 
 def show_drop(plan: Plan) -> None:
@@ -62,7 +63,7 @@ def show_drop(plan: Plan) -> None:
     drop, error, limit = (
         f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f}" for key in ("drop", "stderr", "limit")
     )
-    what = "top-1" if found["metric"] == "top1" else found["metric"]
+    what = "top-1" if found["metric"] == "top1" else f"{found['metric']}, in {unit_of(found['metric'])}"
     lead = "exceeds its error" if found["decided"] else "is within its error"
     click.echo(
         f"  measured drop of {what}: {drop} ± {error} of {limit} on {found['samples']:,} held-out samples, which chose it; "

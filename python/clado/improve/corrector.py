@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity
+from ..artifacts import MATRIX_FILE, PLAN_FILE, Plan, Sensitivity, optimism_of, pair_factors
 from ..common import heap, require
 from ..deploy import check_fit
 from ..graph import ForwardStep, full_precision
@@ -38,8 +38,6 @@ from ..profiling import (
     is_writer,
     loss_arguments,
     open_run,
-    optimism_of,
-    pair_factors,
     recorded,
     sample_digests,
     writing,

@@ -127,7 +127,12 @@ def refine(
                 best = winner
     budgets = {k: v for k, v in arguments.items() if k in BUDGETS}
     result = given_plan(sens, best, **budgets)
-    note = {"refine": history, "refine_loss": known[tuple(best.values())], "refine_samples": ground.samples}
+    note = {
+        "contender": "refined",
+        "refine": history,
+        "refine_loss": known[tuple(best.values())],
+        "refine_samples": ground.samples,
+    }
     # In clean passes of the runner: what nobody reads is no part of them.
     note["refine_forward_equivalents"] = ground.runner.work / ground.runner.forward_share / ground.samples
     if ground.runner.note is not None:

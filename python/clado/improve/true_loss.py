@@ -169,9 +169,9 @@ def rerank(
         forward_step, loss_func: as for :func:`clado.profile`.
 
     Returns:
-        The winner, its ``info["rerank"]`` listing every plan's loss increase, and how far it is behind the winner with
-        the standard error of that paired difference, the winner first; ``info["rerank_decided"]`` says whether the runner-up is
-        more than 1.96 standard errors behind.
+        The winner, its ``info["rerank"]`` listing what every plan is, its loss increase, and how far it is behind the winner
+        with the standard error of that paired difference, the winner first; ``info["rerank_decided"]`` says whether the
+        runner-up is more than 1.96 standard errors behind.
 
     Raises:
         CladoError: no plans, one that stands and is not among them, no data, no targets for the cross-entropy, or outputs that
@@ -189,6 +189,7 @@ def rerank(
     best = order[0]
     compared = [
         {
+            "plan": distinct[k].info.get("contender", distinct[k].objective_name),
             "objective": distinct[k].objective_name,
             "loss_increase": increases[k].mean().item(),
             "behind": (increases[k] - increases[best]).mean().item(),

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .estimators import ESTIMATORS, Later, joined
     from .losses import IGNORED, LOSSES, Loss, LossChoice, LossFunc, loss_arguments
     from .open import open_run
-    from .optimism import optimism_of, pair_factors, times
     from .options import NEAREST, Options
     from .profiler import plan_run, profile
     from .reader import Reader, all_finite
@@ -51,14 +50,11 @@ __all__ = [
     "joined",
     "loss_arguments",
     "open_run",
-    "optimism_of",
-    "pair_factors",
     "plan_run",
     "profile",
     "read_progress",
     "recorded",
     "sample_digests",
-    "times",
     "torchrun_group",
     "writing",
 ]

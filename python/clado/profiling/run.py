@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held
+from ..artifacts import MATRIX_FILE, Provenance, Sensitivity, Stability, save_held, without_optimism
 from ..common import CladoError, data_digest, digest, is_out_of_memory, progress_bar, require
 from ..graph import Runner
 from ..quant import ActivationRanges, Candidates, Rounded, Variant, all_plain, scheme_names
@@ -20,7 +20,6 @@ from .distributed import Ranks
 from .estimators import ESTIMATORS, Later
 from .groups import group_bytes
 from .losses import Loss
-from .optimism import without_optimism
 from .options import NEAREST, Options
 from .pieces import Pieces, disk_bytes
 from .reader import Reader, all_finite

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..artifacts import Plan, Sensitivity
+from ..artifacts import Plan, Sensitivity, uncorrected
 from ..common import require
 from .objectives import NAMES, errors_known
 from .options import least_loss_only
-from .session import Solver
+from .session import Solver, solve
 
 
 def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **arguments: Any) -> list[Plan]:
     """Distinct plans within the budgets: the best under every objective, then the best few beside the original's.
+
+    Where the matrix was corrected for the fit of the weights to the samples that decided them, the plan of the layers alone as
+    they were measured is among them, too: the correction helps on most nets, not on every one.
 
     Args:
         sens: the sensitivity matrix.
@@ -22,7 +26,8 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
         **arguments: budgets and wishes of :func:`clado.solve`, ``objective`` and ``start`` aside.
 
     Returns:
-        At least one plan with bits, the one under the original objective first; or that one alone when it is infeasible.
+        At least one plan with bits, the one under the original objective first; or that one alone when it is infeasible. A plan
+        that is not the best under its objective says in ``info["contender"]`` what it is.
 
     Raises:
         CladoError: as :func:`clado.solve`.
@@ -33,11 +38,21 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     known = errors_known(sens.stderr, sens.candidates.same_layer)
     names = ["original", *(name for name in NAMES if name != "original" and (name != "shrunk" or known))]
     solver = Solver(sens)
-    plans = [solver.solve(objective=name, time_limit=time_limit / len(names), **arguments) for name in names]
+    measured = uncorrected(sens)
+    wishes = {"time_limit": time_limit / (len(names) + (measured is not sens)), **arguments}
+    plans = [solver.solve(objective=name, **wishes) for name in names]
     if not plans[0].schemes:
         return plans[:1]
-    plans += solver.near(plans[0], near, **arguments)
+    if measured is not sens:
+        alone, other = plans[names.index("diagonal")], solve(measured, objective="diagonal", **wishes)
+        plans.append(_named(solver.as_other(alone, other, **arguments), "diagonal, uncorrected"))
+    plans += [_named(plan, "near the original") for plan in solver.near(plans[0], near, **arguments)]
     return list({tuple(plan.schemes.values()): plan for plan in reversed(plans)}.values())[::-1]
+
+
+def _named(plan: Plan, words: str) -> Plan:
+    """A plan that says what it is where plans are listed: not the best one under its objective."""
+    return replace(plan, info={**plan.info, "contender": words})
 
 
 def least_alone(sens: Sensitivity, plans: Sequence[Plan]) -> int:

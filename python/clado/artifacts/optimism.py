@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import Sensitivity
 from ..quant import Candidates, Rounded
+from .sensitivity import Sensitivity
 
 
 def optimism_of(candidates: Candidates, rounded: Rounded | None, digests: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -41,6 +41,18 @@ def without_optimism(sens: Sensitivity, rounded: Rounded | None) -> Sensitivity:
     most = int(np.argmax(factors))
     words = f"{np.median(factors):.2f} in the median, {factors[most]:.2f} at most ({sens.candidates.label(most)})"
     return replace(times(sens, factors), notes={**sens.notes, "optimism": words})
+
+
+def uncorrected(sens: Sensitivity) -> Sensitivity:
+    """The matrix as it was measured, on samples some of which decided the weights; the same where nothing was corrected.
+
+    Raises:
+        CladoError: it was corrected, and the file of its weights, which holds the factors, is missing.
+    """
+    if "optimism" not in sens.notes:
+        return sens
+    notes = {name: note for name, note in sens.notes.items() if name != "optimism"}
+    return replace(times(sens, 1 / optimism_of(sens.candidates, sens.rounded, sens.sample_digests)), notes=notes)
 
 
 def times(sens: Sensitivity, factors: NDArray[np.float64]) -> Sensitivity:
