@@ -130,6 +130,7 @@ class Bench:
             "budget": budget,
             "loss": {name: clustered(losses, self.shown) for name, losses in held.items()},
             "minus_diagonal": {name: clustered(losses - held["diagonal"], self.shown) for name, losses in held.items()},
+            "measured_minus_same": clustered(held["measured"] - held["same"], self.shown),
         }
 
     def plans(self, sens: Sensitivity, output: str, draw: int, budget: float) -> dict[str, Plan]:

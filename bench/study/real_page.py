@@ -310,15 +310,13 @@ def maps_and_tokens() -> str:
     """A map and features of a trained transformer."""
     found = json.loads(DENSE.read_text())
     settings = found["settings"]
-    unit, compared = {"map": 1e3, "tokens": 1e3}, ("all", "measured", "same")
+    compared = ("all", "measured", "same")
     rows = []
     for row in found["rows"]:
-        scale = unit[row["output"]]
         losses, minus = row["loss"], row["minus_diagonal"]
-        cells = [f"{scale * losses[name]['mean']:.3f}" if name in losses else "" for name in ("uniform", "diagonal")]
-        for name in compared:
-            gap = minus[name]
-            cells.append(f"{scale * gap['mean']:+.3f} ± {scale * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
+        cells = [f"{1e3 * losses[name]['mean']:.3f}" if name in losses else "" for name in ("uniform", "diagonal")]
+        for gap in (*(minus[name] for name in compared), row["measured_minus_same"]):
+            cells.append(f"{1e3 * gap['mean']:+.3f} ± {1e3 * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
         named = f"{row['output']}, {settings['losses'][row['output']]}"
         rows.append([named, f"{row['budget']:g}", str(row["draw"] + 1), *cells])
     times = "; ".join(
@@ -327,6 +325,7 @@ def maps_and_tokens() -> str:
     )
     loops = [seconds["pairs"][0] / _ratio(seconds, "forward") for seconds in found["seconds"].values()]
     words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in compared}
+    words["beside"] = [verdict(row["measured_minus_same"]) for row in found["rows"]]
     said = {name: f"better in {own.count('helps')}, worse in {own.count('hurts')}" for name, own in words.items()}
     head = [
         "loss",
@@ -337,6 +336,7 @@ def maps_and_tokens() -> str:
         "all, minus the diagonal's",
         "measured, minus the diagonal's",
         "the uncorrected diagonal's, minus the diagonal's",
+        "measured, minus the uncorrected diagonal's",
     ]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
@@ -346,7 +346,8 @@ by binary cross-entropy of the map (16,384 places an image) and once by squared 
 {settings["heldout"]} photographs of other things judge, losses in thousandths. All interactions took the time of the diagonal alone {times}
 (whole profiles of the same samples, in turns, median); a forward for every pair, with weights rounded beforehand, would take {_span(loops)} times
 as long (counted from the time of one). By more than two standard errors the plan of all interactions is {said["all"]} of {len(found["rows"])} rows than the
-diagonal's, the measured one {said["measured"]}{"" if "hurts" in words["measured"] else ": measuring keeps harm away"}. The diagonal's plan of the matrix as it was measured, not corrected for the fit, is {said["same"]} of {len(found["rows"])}.
+diagonal's, the measured one {said["measured"]}{"" if "hurts" in words["measured"] else ": measuring keeps harm away"}. The diagonal's plan of the matrix as it was measured, not corrected for the fit, is {said["same"]} of {len(found["rows"])};
+beside that one, which is among those that are measured, the measured plan is {said["beside"]}.
 `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}

@@ -464,8 +464,10 @@ def test_samples_that_decided_nothing_are_not_corrected(model: nn.Module, tmp_pa
     expected = 72 / (48 / factors + 24)  # of 72 samples 48 decided
     plain = clado.profile(model, [x], moment_samples=48, cross_validated=False, **how)
     np.testing.assert_allclose(longer.delta_loss, plain.delta_loss * expected, rtol=1e-9)
-    merged = Sensitivity.merge([first, other])
-    np.testing.assert_allclose(merged.delta_loss, (48 * first.delta_loss + 24 * raw) / 72, rtol=1e-9)
+    for parts in ([first, other], [other, first]):
+        merged = Sensitivity.merge(parts)
+        np.testing.assert_allclose(merged.delta_loss, (48 * first.delta_loss + 24 * raw) / 72, rtol=1e-9)
+        assert merged.notes["optimism"] == longer.notes["optimism"] != first.notes["optimism"]
 
 
 def test_what_cannot_be_validated_is_one_line(model: nn.Module, x: Tensor, tmp_path: Path) -> None:

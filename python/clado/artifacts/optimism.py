@@ -7,13 +7,17 @@ positions of a sample. In statistics that is optimism (Efron 1986, "How biased i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..quant import Candidates, Rounded
-from .sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
+
+OPTIMISM = "optimism"  # what a matrix notes of its correction
 
 
 def optimism_of(candidates: Candidates, rounded: Rounded | None, digests: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -38,9 +42,12 @@ def without_optimism(sens: Sensitivity, rounded: Rounded | None) -> Sensitivity:
     factors = optimism_of(sens.candidates, rounded, sens.sample_digests)
     if (factors == 1).all():
         return sens
+    return replace(times(sens, factors), notes={**sens.notes, OPTIMISM: optimism_in_words(sens.candidates, factors)})
+
+
+def optimism_in_words(candidates: Candidates, factors: NDArray[np.float64]) -> str:
     most = int(np.argmax(factors))
-    words = f"{np.median(factors):.2f} in the median, {factors[most]:.2f} at most ({sens.candidates.label(most)})"
-    return replace(times(sens, factors), notes={**sens.notes, "optimism": words})
+    return f"{np.median(factors):.2f} in the median, {factors[most]:.2f} at most ({candidates.label(most)})"
 
 
 def uncorrected(sens: Sensitivity) -> Sensitivity:
@@ -49,9 +56,9 @@ def uncorrected(sens: Sensitivity) -> Sensitivity:
     Raises:
         CladoError: it was corrected, and the file of its weights, which holds the factors, is missing.
     """
-    if "optimism" not in sens.notes:
+    if OPTIMISM not in sens.notes:
         return sens
-    notes = {name: note for name, note in sens.notes.items() if name != "optimism"}
+    notes = {name: note for name, note in sens.notes.items() if name != OPTIMISM}
     return replace(times(sens, 1 / optimism_of(sens.candidates, sens.rounded, sens.sample_digests)), notes=notes)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..common import CladoError, atomic_file, data_digest, read_safetensors, refused, require
 from ..quant import KEPT, ActivationRanges, Candidates, Layer, Quantizer, Rounded, RoundedBy, Scheme, candidates_of
+from .optimism import OPTIMISM, optimism_in_words, optimism_of
 from .provenance import Provenance
 from .rounded_file import Held, RoundedFile, held_weights, save_held
 
@@ -254,6 +255,9 @@ class Sensitivity:
             "warnings": list(dict.fromkeys(w for part in parts for w in part.notes.get("warnings", []))),
             "merged": [part.num_samples for part in parts],
         }
+        if any(OPTIMISM in part.notes for part in parts):
+            factors = optimism_of(first.candidates, first.rounded, digests)
+            notes[OPTIMISM] = optimism_in_words(first.candidates, factors)
         dropped = tuple(dict.fromkeys(pair for part in parts for pair in part.provenance.dropped))
         return replace(
             first,
