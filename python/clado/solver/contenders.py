@@ -45,7 +45,7 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
         return plans[:1]
     if measured is not sens:
         alone, other = plans[names.index("diagonal")], solve(measured, objective="diagonal", **wishes)
-        plans.append(_named(solver.as_other(alone, other, **arguments), "diagonal, uncorrected"))
+        plans.append(_named(solver.priced(other, alone, **arguments), "diagonal, uncorrected"))
     plans += [_named(plan, "near the original") for plan in solver.near(plans[0], near, **arguments)]
     return list({tuple(plan.schemes.values()): plan for plan in reversed(plans)}.values())[::-1]
 

@@ -147,19 +147,19 @@ class Solver:
         return [self._plan(asked, small, Answer(choice, plan.bound, "near")) for choice in found]
 
     @takes(SolveOptions)
-    def as_other(self, plan: Plan, other: Plan, options: SolveOptions) -> Plan:
-        """The choice of ``other``, within the same budgets and limits, at the price that ``plan``'s objective gives it.
+    def priced(self, other: Plan, best: Plan, options: SolveOptions) -> Plan:
+        """Another matrix's plan at the price that this one gives it, under the objective of ``best``.
 
         Args:
-            plan: an answer of :meth:`solve` to these budgets and limits; its bound holds for every choice.
             other: an answer to the same question about another matrix of the same candidates.
+            best: an answer of :meth:`solve`; its bound holds for every plan within these budgets and limits.
 
         The other arguments are those that were given to :meth:`solve`; only budgets and limits count.
         """
-        asked = self._ask(plan.objective_name, options)
+        asked = self._ask(best.objective_name, options)
         small = self._merged(asked)
         choice = small.gather(self.sens.candidates.indices(other.schemes))
-        return self._plan(asked, small, Answer(choice, plan.bound, str(other.info["solver"])))
+        return self._plan(asked, small, Answer(choice, best.bound, str(other.info["solver"])))
 
     def _ask(self, objective: str, options: SolveOptions) -> _Asked:
         """A question in numbers; refuses what cannot be meant."""
