@@ -7,12 +7,14 @@ lesson's, and crops of them. Then what two other tools make of the same widths a
 squared error, MCT's plans with its own weights. At uniform widths, where nothing is searched, MCT's and Brevitas' rounding
 beside ours: each with its correction of biases, and with its learning in about the time that ours takes. Photographs of other
 things choose, a third set judges: KL to the float net, agreement of the first class, paired, with errors clustered by what a
-photograph shows. Every score is a file, so a killed run goes on where it stopped.
+photograph shows. Every score is a file, so a killed run goes on where it stopped; what stands in ``--json`` and has no file in
+``--work`` stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,15 +62,42 @@ def main() -> None:
     parser.add_argument("--budgets", default=",".join(f"{budget:g}" for budget in BUDGETS))
     parser.add_argument("--plans", default=",".join(OURS), help=f"of {', '.join(KINDS)}")
     parser.add_argument("--stages", default=",".join(STAGES), help="of ours")
-    parser.add_argument("--json", type=Path, default=SHIPPED)
+    parser.add_argument("--json", type=Path, default=SHIPPED, help="what is in it and not measured anew stays")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shipped = Shipped(Bench.of(options.net, options.photographs, HELDOUT, options.work))
     for budget in map(float, options.budgets.split(",")):
         for kind in options.plans.split(","):
             shipped.score(kind, budget, options.stages.split(","))
+    known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    found = shipped.collected()
+    found["rows"] = with_known(found["rows"], known)
     with atomic_file(options.json) as temporary:
-        Path(temporary).write_text(compact(shipped.collected()) + "\n")
+        Path(temporary).write_text(compact(found) + "\n")
+
+
+def with_known(rows: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as :meth:`Shipped.row` makes them, and of others those scores and differences that none of them replaces.
+
+    A difference is of the last stages, so it is replaced where every known stage of both plans was scored anew.
+    """
+    new, old = ({row["budget"]: row for row in every} for every in (rows, known))
+    none: dict[str, Any] = {"scores": {}, "minus": {}}
+    joined = []
+    for budget in sorted(new.keys() | old.keys()):
+        own, other = new.get(budget, none), old.get(budget, none)
+        missing = {name.rsplit(" ", 1)[0] for name in other["scores"].keys() - own["scores"].keys()}
+        minus = {
+            kind: gap
+            for kind, gap in own["minus"].items()
+            if kind not in other["minus"] or missing.isdisjoint((kind, BESIDE.get(kind, "measured")))
+        }
+        scores = other["scores"] | own["scores"]
+        ordered = [name for kind in KINDS for stage in STAGES if (name := f"{kind} {stage}") in scores]
+        joined.append(
+            {"budget": budget, "scores": {name: scores[name] for name in ordered}, "minus": other["minus"] | minus}
+        )
+    return joined
 
 
 def augmented(images: Tensor, count: int, seed: int) -> Tensor:

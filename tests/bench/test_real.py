@@ -1,6 +1,7 @@
 """The study's photographs, from made-up pictures, and its nets, from made-up weights."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.study import photographs, real_nets
+from bench.study import photographs, real_nets, real_page, shipped
 from bench.study.photographs import Source
 from bench.study.qt_resources import read_resources
 
@@ -215,3 +216,30 @@ def test_weights_of_another_net_are_refused() -> None:
         real_nets.load_in_order(model, {"a": torch.zeros(3, 2)})
     with pytest.raises(ModuleNotFoundError, match=r"clado\[study\]"):
         real_nets.packaged_weights("lite9")
+
+
+def test_scores_that_were_not_made_again_stay() -> None:
+    def row(budget: float, scores: dict[str, int], **minus: int) -> dict:
+        return {"budget": budget, "scores": scores, "minus": minus}
+
+    known = [
+        row(
+            3.0,
+            {"measured planned": 0, "measured compensated": 1, "mct planned": 2, "nearest planned": 3},
+            mct=4,
+            nearest=5,
+        ),
+        row(4.0, {"measured planned": 6}),
+    ]
+    rows = [row(2.5, {"measured planned": 7}), row(3.0, {"measured planned": 8, "mct planned": 9}, mct=10)]
+    joined = shipped.with_known(rows, known)
+    assert [one["budget"] for one in joined] == [2.5, 3.0, 4.0]
+    assert (joined[0], joined[2]) == (rows[0], known[1])
+    scores = {"measured planned": 8, "measured compensated": 1, "nearest planned": 3, "mct planned": 9}
+    assert joined[1]["scores"] == scores
+    assert list(joined[1]["scores"]) == list(scores)
+    assert joined[1]["minus"] == {"mct": 4, "nearest": 5}  # ours, compensated, was not scored anew
+    rows[1]["scores"]["measured compensated"] = 11
+    assert shipped.with_known(rows, known)[1]["minus"] == {"mct": 10, "nearest": 5}
+    every = json.loads(real_page.SHIPPED.read_text())["rows"]
+    assert shipped.with_known(every, every) == shipped.with_known([], every) == every
