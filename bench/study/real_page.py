@@ -315,8 +315,10 @@ def maps_and_tokens() -> str:
     for row in found["rows"]:
         losses, minus = row["loss"], row["minus_diagonal"]
         cells = [f"{1e3 * losses[name]['mean']:.3f}" if name in losses else "" for name in ("uniform", "diagonal")]
-        for gap in (*(minus[name] for name in compared), row["measured_minus_same"]):
-            cells.append(f"{1e3 * gap['mean']:+.3f} ± {1e3 * gap['stderr']:.3f}{MARKS[verdict(gap)]}")
+        for gap in (*(minus[name] for name in compared), row.get("measured_minus_same")):
+            cells.append(f"{1e3 * gap['mean']:+.3f} ± {1e3 * gap['stderr']:.3f}{MARKS[verdict(gap)]}" if gap else "")
+        for name in ("diagonal", "measured"):
+            cells.append(f"{row['predicted'][name] / losses[name]['mean']:.2f}" if "predicted" in row else "")
         named = f"{row['output']}, {settings['losses'][row['output']]}"
         rows.append([named, f"{row['budget']:g}", str(row["draw"] + 1), *cells])
     times = "; ".join(
@@ -325,7 +327,7 @@ def maps_and_tokens() -> str:
     )
     loops = [seconds["pairs"][0] / _ratio(seconds, "forward") for seconds in found["seconds"].values()]
     words = {name: [verdict(row["minus_diagonal"][name]) for row in found["rows"]] for name in compared}
-    words["beside"] = [verdict(row["measured_minus_same"]) for row in found["rows"]]
+    words["beside"] = [verdict(row["measured_minus_same"]) for row in found["rows"] if "predicted" in row]
     said = {name: f"better in {own.count('helps')}, worse in {own.count('hurts')}" for name, own in words.items()}
     head = [
         "loss",
@@ -337,6 +339,8 @@ def maps_and_tokens() -> str:
         "measured, minus the diagonal's",
         "the uncorrected diagonal's, minus the diagonal's",
         "measured, minus the uncorrected diagonal's",
+        "diagonal, predicted / measured",
+        "measured, predicted / measured",
     ]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
@@ -347,11 +351,18 @@ by binary cross-entropy of the map (16,384 places an image) and once by squared 
 (whole profiles of the same samples, in turns, median); a forward for every pair, with weights rounded beforehand, would take {_span(loops)} times
 as long (counted from the time of one). By more than two standard errors the plan of all interactions is {said["all"]} of {len(found["rows"])} rows than the
 diagonal's, the measured one {said["measured"]}{"" if "hurts" in words["measured"] else ": measuring keeps harm away"}. The diagonal's plan of the matrix as it was measured, not corrected for the fit, is {said["same"]} of {len(found["rows"])};
-beside that one, which is among those that are measured, the measured plan is {said["beside"]}.
+beside that one, which is among those that are measured, the measured plan is {said["beside"]} of {len(words["beside"])}{_older(found["rows"])}.
+"Predicted / measured" is what the matrix with its interactions says of a plan over its loss on the photographs that judge.
 `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
 {_dense_pairs(found)}"""
+
+
+def _older(rows: list[dict[str, Any]]) -> str:
+    """Where rows are of a shorter list of plans."""
+    draws = sorted({row["draw"] + 1 for row in rows if "predicted" not in row})
+    return f" (draw {', '.join(map(str, draws))} was measured before it was)" if draws else ""
 
 
 def _dense_pairs(found: dict[str, Any]) -> str:
