@@ -131,6 +131,7 @@ class Bench:
             "loss": {name: clustered(losses, self.shown) for name, losses in held.items()},
             "minus_diagonal": {name: clustered(losses - held["diagonal"], self.shown) for name, losses in held.items()},
             "predicted": {name: clado.given_plan(sens, plan.schemes).objective for name, plan in plans.items()},
+            "alone": plans["diagonal"].objective,
             "measured_minus_same": clustered(held["measured"] - held["same"], self.shown),
         }
 

@@ -2,12 +2,14 @@
 
 For every layer and width the mean square of what rounding adds to the layer's output, on samples that decided nothing over that
 on the samples that did, beside the factor of the profile (docs/numerics.md, "Optimism"); in plain torch, module by module. The
-quickstart's net on digits, and with ``--photographs`` EfficientNet-Lite0.
+quickstart's net on digits, and with ``--photographs`` EfficientNet-Lite0 and the trained vision transformer of
+bench/study/dense.py, by photographs of the things that decided and of others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -23,6 +25,8 @@ from clado.common import atomic_file, heap
 from clado.runs import load_data, load_model
 
 from ..harness import machine
+from .dense import SAMPLES
+from .dense import Bench as Transformer
 from .interactions import BITS, Bench
 from .numbers import compact
 from .real_nets import LITE
@@ -30,30 +34,71 @@ from .real_page import OPTIMISM
 
 COUNTS, OTHERS = (64, 128, 256, 512), 600
 PHOTOGRAPHS, OTHER_PHOTOGRAPHS = (64, 192), 300
+DRAW, OTHER_DRAW = (
+    1,
+    2,
+)  # of the transformer's sensitivity photographs: those that decide, and others of the same things
 TOGETHER = 32
+NETS = ("digits", LITE[0], "dinov2")
+Rows = Iterator[dict[str, Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path, help="folder that bench.study.photographs wrote")
+    parser.add_argument("--nets", help=f"of {', '.join(NETS)}; by default all there is data for; rows of others stay")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/study/dense"), help="of bench.study.dense: its profiles"
+    )
     parser.add_argument("--json", type=Path, default=OPTIMISM)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    deciding, others = load_data("sensitivity")[0], load_data("heldout")[0][:OTHERS]
+    every = NETS if options.photographs else NETS[:1]
+    nets = options.nets.split(",") if options.nets else every
+    known = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    makers = (
+        of_digits,
+        lambda: of_photographs(options.photographs),
+        lambda: of_transformer(options.photographs, options.work),
+    )
+    rows = []
     with heap():
-        rows = [row("digits", load_model(), deciding[:count], others) for count in COUNTS]
-        if options.photographs is not None:
-            own = Bench.of(LITE[0], options.photographs, OTHER_PHOTOGRAPHS, Path())
-            held = own.judges["heldout"][0]
-            rows += [row(LITE[0], own.model, own.sensitivity[:count], held) for count in PHOTOGRAPHS]
+        for net, make in zip(NETS, makers, strict=True):
+            rows += list(make()) if net in nets else [row for row in known if row["net"] == net]
     with atomic_file(options.json) as temporary:
         Path(temporary).write_text(compact({"benchmark": "optimism", "machine": machine(), "rows": rows}) + "\n")
 
 
-def row(net: str, model: nn.Module, deciding: Tensor, others: Tensor) -> dict[str, Any]:
-    """Quantiles of the true factors, and how far the profile's are from them, in logarithms."""
+def of_digits() -> Rows:
+    deciding, others = load_data("sensitivity")[0], load_data("heldout")[0][:OTHERS]
+    model = load_model()
+    for count in COUNTS:
+        yield row(NETS[0], "others", model, profiled(model, deciding[:count]), deciding[:count], others)
+
+
+def of_photographs(folder: Path) -> Rows:
+    own = Bench.of(LITE[0], folder, OTHER_PHOTOGRAPHS, Path())
+    for count in PHOTOGRAPHS:
+        images = own.sensitivity[:count]
+        yield row(LITE[0], "of other things", own.model, profiled(own.model, images), images, own.judges["heldout"][0])
+
+
+def of_transformer(folder: Path, work: Path) -> Rows:
+    """By a profile of its tokens: which loss was measured decides nothing of the weights."""
+    own = Transformer(folder, work)
+    sens = own.profile("tokens", DRAW)
+    deciding, same = (own.images["sensitivity"][k * SAMPLES : (k + 1) * SAMPLES] for k in (DRAW, OTHER_DRAW))
+    for which, others in (("of the same things", same), ("of other things", own.images["heldout"][:SAMPLES])):
+        yield row(NETS[2], which, own.model, sens, deciding, others)
+
+
+def profiled(model: nn.Module, deciding: Tensor) -> Sensitivity:
     how: dict[str, Any] = {"estimator": "diagonal", "num_samples": len(deciding), "verbose": False}
-    sens = clado.profile(model, [deciding], BITS, **how)
+    return clado.profile(model, [deciding], BITS, **how)
+
+
+def row(net: str, which: str, model: nn.Module, sens: Sensitivity, deciding: Tensor, others: Tensor) -> dict[str, Any]:
+    """Quantiles of the true factors, and how far the profile's are from them, in logarithms."""
     own, other = (added(model, sens, images) for images in (deciding, others))
     assert sens.rounded is not None
     known = np.array([sens.rounded.optimism[name][number] for name, number in own])
@@ -63,6 +108,7 @@ def row(net: str, model: nn.Module, deciding: Tensor, others: Tensor) -> dict[st
         "net": net,
         "samples": len(deciding),
         "others": len(others),
+        "which": which,
         "weights": len(own),
         "true": np.quantile(true, (0.1, 0.5, 0.9, 1)).tolist(),
         "known": np.quantile(known, (0.1, 0.5, 0.9, 1)).tolist(),
@@ -105,7 +151,9 @@ def read_tokens(model: nn.Module, sens: Sensitivity, images: Tensor) -> dict[str
 
     hooks = [model.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in sens.layers]
     with torch.enable_grad():
-        slopes = torch.autograd.grad(model(images).square().sum(), list(outputs.values()))
+        found = model(images)
+        parts = [found] if isinstance(found, Tensor) else list(found.values())
+        slopes = torch.autograd.grad(sum(part.square().sum() for part in parts), list(outputs.values()))
     for hook in hooks:
         hook.remove()
     return {name: slope.movedim(1, 0).flatten(1).any(1) for name, slope in zip(outputs, slopes, strict=True)}

@@ -50,7 +50,9 @@ than two standard errors. "A quarter" to "all" keep that share of every interact
 diagonal's where that is not behind by more than 1.96 standard errors.
 
 The matrix is corrected for the fit of the weights to the photographs that rounded them (docs/numerics.md, "Optimism"). "Same" is the
-matrix as it was measured. Finished plans and MobileNetV2 among the formats were measured with the correction, all else on this page before.
+matrix as it was measured. DINOv2, finished plans and MobileNetV2 among the formats were measured with the correction, all else on this page before.
+These rows are from before the uncorrected diagonal's plan was among those that are measured; on the photographs that judge its mean is below the
+corrected one's in {sum(row["minus_diagonal"]["same 0"]["mean"] < 0 for row in measured)} of the {len(measured)}.
 Plans of the corrected matrix beside those of the other, with the same weights, photographs and forwards:
 
 {table(["plan of the corrected matrix", "beside, of the other", "better", "ties", "worse"], corrected)}
@@ -151,24 +153,24 @@ def _where_measured_hurts(rows: list[dict[str, Any]]) -> str:
 def how_optimistic() -> str:
     """The factor by which losses are corrected, beside the true one."""
     measured = json.loads(OPTIMISM.read_text())["rows"]
-    others = ", ".join(f"{net}: {count}" for net, count in {row["net"]: row["others"] for row in measured}.items())
     rows = [
         [
             row["net"],
             str(row["samples"]),
+            f"{row['others']} {row['which']}",
             *(f"{row['true'][k]:.2f} / {row['known'][k]:.2f}" for k in range(4)),
             f"{row['error_without']:.1%}",
             f"{row['error']:.1%}",
         ]
         for row in measured
     ]
-    head = ["net", "samples", "10 % below", "median", "90 % below", "most", "error without", "error with"]
+    head = ["net", "samples", "others", "10 % below", "median", "90 % below", "most", "error without", "error with"]
     return f"""
 ### Whether the factor is right
 
 By how much what rounding adds to a layer's output is larger on samples that decided nothing than on those that decided: over all
-layers and widths the true factor (others, {others}) and the profile's, and the error of the logarithm of losses
-(root mean square) without and with it. `python -m bench.study.optimism --photographs …` writes `{OPTIMISM}`.
+layers and widths the true factor and the profile's, and the error of the logarithm of losses (root mean square) without and with it.
+Photographs of other things than those that decided have a factor that no split of the latter can show. `python -m bench.study.optimism --photographs …` writes `{OPTIMISM}`.
 
 {table(head, rows)}
 """
@@ -317,8 +319,7 @@ def maps_and_tokens() -> str:
         cells = [f"{1e3 * losses[name]['mean']:.3f}" if name in losses else "" for name in ("uniform", "diagonal")]
         for gap in (*(minus[name] for name in compared), row.get("measured_minus_same")):
             cells.append(f"{1e3 * gap['mean']:+.3f} ± {1e3 * gap['stderr']:.3f}{MARKS[verdict(gap)]}" if gap else "")
-        for name in ("diagonal", "measured"):
-            cells.append(f"{row['predicted'][name] / losses[name]['mean']:.2f}" if "predicted" in row else "")
+        cells.append(f"{row['predicted']['measured'] / losses['measured']['mean']:.2f}" if "predicted" in row else "")
         named = f"{row['output']}, {settings['losses'][row['output']]}"
         rows.append([named, f"{row['budget']:g}", str(row["draw"] + 1), *cells])
     times = "; ".join(
@@ -339,8 +340,7 @@ def maps_and_tokens() -> str:
         "measured, minus the diagonal's",
         "the uncorrected diagonal's, minus the diagonal's",
         "measured, minus the uncorrected diagonal's",
-        "diagonal, predicted / measured",
-        "measured, predicted / measured",
+        "predicted / measured",
     ]
     return f"""
 ## A map and features: DINOv2 with a saliency decoder
@@ -352,7 +352,7 @@ by binary cross-entropy of the map (16,384 places an image) and once by squared 
 as long (counted from the time of one). By more than two standard errors the plan of all interactions is {said["all"]} of {len(found["rows"])} rows than the
 diagonal's, the measured one {said["measured"]}{"" if "hurts" in words["measured"] else ": measuring keeps harm away"}. The diagonal's plan of the matrix as it was measured, not corrected for the fit, is {said["same"]} of {len(found["rows"])};
 beside that one, which is among those that are measured, the measured plan is {said["beside"]} of {len(words["beside"])}{_older(found["rows"])}.
-"Predicted / measured" is what the matrix with its interactions says of a plan over its loss on the photographs that judge.
+"Predicted / measured" is what the matrix with its interactions says of the measured plan over its loss on the photographs that judge.
 `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
