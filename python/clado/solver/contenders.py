@@ -30,7 +30,7 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
         that is not the best under its objective says in ``info["contender"]`` what it is.
 
     Raises:
-        CladoError: as :func:`clado.solve`.
+        CladoError: as :func:`clado.solve`; a corrected matrix without the file of its weights, which holds the factors.
     """
     least_loss_only("shortlist", arguments)
     require("objective" not in arguments, "shortlist", "objective", "be left out: every one is tried", "one")
