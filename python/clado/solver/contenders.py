@@ -17,7 +17,7 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     """Distinct plans within the budgets: the best under every objective, then the best few beside the original's.
 
     Where the matrix was corrected for the fit of the weights to the samples that decided them, the plan of the layers alone as
-    they were measured is among them, too: the correction helps on most nets, not on every one.
+    they were measured is among them, too: where interactions are much of the loss, better single losses make no better plan.
 
     Args:
         sens: the sensitivity matrix.
