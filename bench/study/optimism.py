@@ -34,10 +34,8 @@ from .real_page import OPTIMISM
 
 COUNTS, OTHERS = (64, 128, 256, 512), 600
 PHOTOGRAPHS, OTHER_PHOTOGRAPHS = (64, 192), 300
-DRAW, OTHER_DRAW = (
-    1,
-    2,
-)  # of the transformer's sensitivity photographs: those that decide, and others of the same things
+# Of the transformer's sensitivity photographs: those that decide, and others of the same things.
+DRAW, OTHER_DRAW = 1, 2
 TOGETHER = 32
 NETS = ("digits", LITE[0], "dinov2")
 Rows = Iterator[dict[str, Any]]
