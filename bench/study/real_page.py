@@ -236,6 +236,13 @@ def _beside_exact(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _of_the_best_rival(scores: dict[str, Any], stages: tuple[str, ...]) -> float | None:
+    """Our KL at its last stage as a share of the least of other tools' plans, where there is one."""
+    ours = [scores[f"measured {stage}"]["mean"] for stage in stages if f"measured {stage}" in scores]
+    rivals = [score["mean"] for name, score in scores.items() if name.startswith(("mct", "modelopt"))]
+    return ours[-1] / min(rivals) if rivals else None
+
+
 def finished_real_nets() -> str:
     """Plans that are finished, beside the plan made under nearest rounding, uniform widths, and what other tools make."""
     found = json.loads(SHIPPED.read_text())
@@ -245,6 +252,7 @@ def finished_real_nets() -> str:
     ours = ("zero points", "more widths")  # plans of the package's own, of other schemes
     against = [minus for row in found["rows"] for name, minus in row["minus"].items() if name not in ours]
     sure = sum(minus["mean"] < -2 * minus["stderr"] for minus in against)
+    shares = [share for row in found["rows"] if (share := _of_the_best_rival(row["scores"], stages)) is not None]
     return f"""
 ## The same, finished
 
@@ -261,7 +269,8 @@ at our last stage, and of our uniform plan to their uniform ones, each at its be
 the kind that choose are better off by more than an error. Those with † were learned from {settings["sensitivity"]} of the photographs alone, which show
 116 things; those with ‡ were so too, and taken where 128 were better off at all: a loss above that of the stage before is one that those liked
 and these do not.
-Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
+Ours is below what the others come to in {sum(minus["mean"] < 0 for minus in against)} of {len(against)} comparisons, in {sure} by more than two standard errors; its KL is {min(shares):.0%} to
+{max(shares):.0%} of that of the best plan which another tool searched at equal bits. `python -m bench.study.shipped PHOTOGRAPHS` writes `{SHIPPED}`.
 
 {table(head, rows)}
 """
