@@ -360,12 +360,19 @@ by binary cross-entropy of the map (16,384 places an image) and once by squared 
 (whole profiles of the same samples, in turns, median); a forward for every pair, with weights rounded beforehand, would take {_span(loops)} times
 as long (counted from the time of one). By more than two standard errors the plan of all interactions is {said["all"]} of {len(found["rows"])} rows than the
 diagonal's, the measured one {said["measured"]}{"" if "hurts" in words["measured"] else ": measuring keeps harm away"}. The diagonal's plan of the matrix as it was measured, not corrected for the fit, is {said["same"]} of {len(found["rows"])};
-beside that one, which is among those that are measured, the measured plan is {said["beside"]} of {len(words["beside"])}{_older(found["rows"])}.
+beside that one, which is among those that are measured, the measured plan is {said["beside"]} of {len(words["beside"])}{_older(found["rows"])}{_worse(found["rows"])}.
 "Predicted / measured" is what the matrix with its interactions says of the measured plan over its loss on the photographs that judge.
 `python -m bench.study.dense PHOTOGRAPHS` writes `{DENSE}`.
 
 {table(head, rows)}
 {_dense_pairs(found)}"""
+
+
+def _worse(rows: list[dict[str, Any]]) -> str:
+    """Where the aim of never losing to the uncorrected diagonal is missed."""
+    missed = [row for row in rows if "predicted" in row and verdict(row["measured_minus_same"]) == "hurts"]
+    where = ", ".join(f"{row['output']} at {row['budget']:g} bits, draw {row['draw'] + 1}" for row in missed)
+    return f": {where}, whose photographs that choose put none of the plans surely ahead" if missed else ""
 
 
 def _older(rows: list[dict[str, Any]]) -> str:
