@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from clado import Plan, Sensitivity, solve
 from clado.artifacts import ChosenOn
 from clado.cli import main
-from clado.cli.tables import show_measured
+from clado.cli.tables import decimals, show_measured, show_plan
 from clado.profiling import Checkpoint, Sums
 from tests.models import timm_model
 
@@ -534,9 +535,13 @@ def test_random_weights_are_said_and_are_the_same_for_later_commands(
 @pytest.mark.parametrize(
     ("gaps", "decided", "said"),
     [
-        ((0.0, 0.2), True, "the winner's lead exceeds its error"),
-        ((0.0, 0.2), False, "the winner's lead is within its error"),
-        ((0.0, -0.1, 0.2), False, "the plan of the layers alone stands, as the lead of others is within its error"),
+        ((0.0, 0.2), True, "the winner's lead exceeds 1.96 standard errors"),
+        ((0.0, 0.2), False, "the winner's lead is within 1.96 standard errors"),
+        (
+            (0.0, -0.1, 0.2),
+            False,
+            "the plan of the layers alone stands, as the lead of others is within 1.96 standard errors",
+        ),
     ],
 )
 @pytest.mark.parametrize(("loss", "unit"), [("kl", ", losses in nats"), ("mse", "")])
@@ -557,6 +562,18 @@ def test_what_was_measured_says_whether_it_decided(
     *table, last = capsys.readouterr().out.splitlines()
     assert last == f"9 images{unit}; {said}"
     assert len(table) == 1 + len(gaps)
+
+
+def test_losses_of_a_table_keep_three_digits() -> None:
+    assert [decimals(largest) for largest in (0.0, 20.0, 0.001, 0.00099, 1.2e-6)] == [5, 5, 5, 6, 8]
+
+
+def test_a_refined_plan_says_so_and_claims_no_bound(digits: Path, capsys: pytest.CaptureFixture) -> None:
+    plan = Plan.load(digits)
+    show_plan(replace(plan, status="given", bound=-math.inf, info={**plan.info, "refine": []}), "nats")
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("refined: ")
+    assert second == f"predicted loss increase {plan.objective:.5f} ({plan.objective_name}), in nats"
 
 
 def test_a_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_rerank_lets_a_plan_stand_unless_another_is_surely_better() -> None:
     assert sum(stood) in range(2, len(plans))  # one beside the least stands, and one does not
     with pytest.raises(clado.CladoError, match="rerank: stands must be one of plans, got another"):
         clado.rerank(model, data, plans[1:], stands=plans[0])
+    with pytest.raises(clado.CladoError, match="rerank: stands must be one of plans, got 'diagonal'"):
+        clado.rerank(model, data, plans, stands="diagonal")
 
 
 def test_accuracies_come_with_every_cross_entropy_of_logits() -> None:

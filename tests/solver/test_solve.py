@@ -417,3 +417,6 @@ def test_shortlist_holds_every_objective_and_the_near_plans_once() -> None:
     assert all(any(p.bits == plan.bits for p in plans) for plan in best.values())
     with pytest.raises(CladoError, match="objective must be left out"):
         clado.shortlist(sens, avg_bits=4.0, objective="clipped")
+    for near in (-1, 1.5):
+        with pytest.raises(CladoError, match=f"shortlist: near must be a whole number, not negative, got {near}"):
+            clado.shortlist(sens, avg_bits=4.0, near=near)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ def show_plan(plan: Any, unit: str = "") -> None:
         return
     taken = list(plan.chosen.values())
     layers = ", ".join(f"{taken.count(scheme)} at {name}" for scheme, name in scheme_names(taken, " bits").items())
-    click.echo(f"{plan.status}: {layers}; {plan.average_in_words}, {plan.size_bytes:,} bytes")
-    losses = f"{plan.objective:.5f} ({plan.objective_name}), no plan below {plan.bound:.5f}"
+    status = "refined" if "refine" in plan.info else plan.status
+    click.echo(f"{status}: {layers}; {plan.average_in_words}, {plan.size_bytes:,} bytes")
+    proven = f", no plan below {plan.bound:.5f}" if math.isfinite(plan.bound) else ""
+    losses = f"{plan.objective:.5f} ({plan.objective_name}){proven}"
     click.echo(f"predicted loss increase {losses}{unit and f', in {unit}'}")
     for name, use in plan.usage.items():
         click.echo(f"  {name}: {use['used']:,.6g} of {use['limit']:,.6g}")
@@ -46,15 +49,21 @@ def show_measured(best: Plan) -> None:
     table = Table(box=None, header_style="bold")
     for name in ("plan", "true increase", "behind", "± s.e.", "bytes"):
         table.add_column(name, justify="left" if name == "plan" else "right")
+    places = decimals(max(abs(row["loss_increase"]) for row in best.info["rerank"]))
     for row in best.info["rerank"]:
-        numbers = (f"{row['loss_increase']:.5f}", f"{row['behind']:.5f}", f"{row['stderr']:.5f}")
+        numbers = (f"{row[name]:.{places}f}" for name in ("loss_increase", "behind", "stderr"))
         table.add_row(row["plan"], *numbers, f"{row['size_bytes']:,}")
     console().print(table)
-    leads = "exceeds its error" if best.info["rerank_decided"] else "is within its error"
+    leads = "exceeds 1.96 standard errors" if best.info["rerank_decided"] else "is within 1.96 standard errors"
     stood = any(row["behind"] < 0 for row in best.info["rerank"])
     who = "the plan of the layers alone stands, as the lead of others" if stood else "the winner's lead"
     unit = unit_of(best.info["rerank_loss"])
     click.echo(f"{best.info['rerank_samples']} images{unit and f', losses in {unit}'}; {who} {leads}")
+
+
+def decimals(largest: float) -> int:
+    """Of losses in a table: five, and more where the largest would not have three digits."""
+    return max(5, 2 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 5
 
 
 def show_drop(plan: Plan) -> None:
@@ -64,7 +73,7 @@ def show_drop(plan: Plan) -> None:
         f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f}" for key in ("drop", "stderr", "limit")
     )
     what = "top-1" if found["metric"] == "top1" else f"{found['metric']}, in {unit_of(found['metric'])}"
-    lead = "exceeds its error" if found["decided"] else "is within its error"
+    lead = "exceeds 1.96 standard errors" if found["decided"] else "is within 1.96 standard errors"
     click.echo(
         f"  measured drop of {what}: {drop} ± {error} of {limit} on {found['samples']:,} held-out samples, which chose it; "
         f"what is left to the limit {lead}"

@@ -137,7 +137,7 @@ def refine(
     note["refine_forward_equivalents"] = ground.runner.work / ground.runner.forward_share / ground.samples
     if ground.runner.note is not None:
         note["refine_note"] = ground.runner.note
-    return replace(result, info=note)
+    return replace(result, info={**result.info, **note})
 
 
 def _loss(sens: Sensitivity, loss: Any, **given: Any) -> LossChoice:

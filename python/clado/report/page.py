@@ -149,12 +149,15 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
         }
     )
     predicted = plan.values.get("original", plan.objective)
+    own = (
+        "" if plan.objective_name == "original" else f", {plan.objective:.4f}"
+    )  # what is proven is of its own objective
     unit = sens.provenance.unit
     out.append(
         {
             "label": "predicted loss increase",
             "value": f"{predicted:.4f}",
-            "detail": f"{in_unit('interactions included', unit)}; {_proof(plan)} for the {plan.objective_name} objective",
+            "detail": f"{in_unit('interactions included', unit)}; {_proof(plan)} for the {plan.objective_name} objective{own}",
         }
     )
     chosen = next((r for r in contents.measured if r["kind"] == "chosen"), None)

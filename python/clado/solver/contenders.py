@@ -34,7 +34,7 @@ def shortlist(sens: Sensitivity, *, near: int = 4, time_limit: float = 60.0, **a
     """
     least_loss_only("shortlist", arguments)
     require("objective" not in arguments, "shortlist", "objective", "be left out: every one is tried", "one")
-    require(near >= 0, "shortlist", "near", "not be negative", near)
+    require(type(near) is int and near >= 0, "shortlist", "near", "be a whole number, not negative", repr(near))
     known = errors_known(sens.stderr, sens.candidates.same_layer)
     names = ["original", *(name for name in NAMES if name != "original" and (name != "shrunk" or known))]
     solver = Solver(sens)
