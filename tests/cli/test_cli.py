@@ -103,7 +103,7 @@ def test_every_stage_on_an_image_folder(folder: Path) -> None:
     assert "6 samples" in result.output  # twenty less the eight that were profiled and the six that chose the plan
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 5, "--no-measure")
     assert result.exit_code == 0, result.output
-    assert " images, losses in nats; " not in result.output
+    assert re.search(r" images(, losses in nats)?; ", result.output) is None
     assert "12 samples" in call("evaluate", run).output
     result = call("solve", run, "--avg-bits", 3, "--time-limit", 8, "--refine", 1, "--rerank", 5)
     assert result.exit_code == 0, result.output

@@ -54,16 +54,21 @@ def show_measured(best: Plan) -> None:
         numbers = (f"{row[name]:.{places}f}" for name in ("loss_increase", "behind", "stderr"))
         table.add_row(row["plan"], *numbers, f"{row['size_bytes']:,}")
     console().print(table)
-    leads = "exceeds 1.96 standard errors" if best.info["rerank_decided"] else "is within 1.96 standard errors"
     stood = any(row["behind"] < 0 for row in best.info["rerank"])
     who = "the plan of the layers alone stands, as the lead of others" if stood else "the winner's lead"
-    unit = unit_of(best.info["rerank_loss"])
-    click.echo(f"{best.info['rerank_samples']} images{unit and f', losses in {unit}'}; {who} {leads}")
+    lead, unit = lead_in_words(best.info["rerank_decided"]), unit_of(best.info["rerank_loss"])
+    click.echo(f"{best.info['rerank_samples']} images{unit and f', losses in {unit}'}; {who} {lead}")
 
 
 def decimals(largest: float) -> int:
     """Of losses in a table: five, and more where the largest would not have three digits."""
     return max(5, 2 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 5
+
+
+def lead_in_words(decided: bool) -> str:
+    from ..improve import SURE
+
+    return f"{'exceeds' if decided else 'is within'} {SURE} standard errors"
 
 
 def show_drop(plan: Plan) -> None:
@@ -73,10 +78,9 @@ def show_drop(plan: Plan) -> None:
         f"{found[key]:.2%}" if found["metric"] == "top1" else f"{found[key]:.5f}" for key in ("drop", "stderr", "limit")
     )
     what = "top-1" if found["metric"] == "top1" else f"{found['metric']}, in {unit_of(found['metric'])}"
-    lead = "exceeds 1.96 standard errors" if found["decided"] else "is within 1.96 standard errors"
     click.echo(
         f"  measured drop of {what}: {drop} ± {error} of {limit} on {found['samples']:,} held-out samples, which chose it; "
-        f"what is left to the limit {lead}"
+        f"what is left to the limit {lead_in_words(found['decided'])}"
     )
 
 

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from .corrector import correct
     from .finisher import finish
     from .refiner import refine
-    from .true_loss import Score, evaluate, loss_increases, rerank, standard_error, standing
+    from .true_loss import SURE, Score, evaluate, loss_increases, rerank, standard_error, standing
     from .within_drop import smallest_within
 else:
     __getattr__, __dir__ = door(__name__)
 
 __all__ = [
+    "SURE",
     "Score",
     "correct",
     "evaluate",

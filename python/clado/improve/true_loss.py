@@ -180,14 +180,8 @@ def rerank(
     require(len(plans) > 0, "rerank", "plans", "not be empty", "none")
     distinct = list({tuple(plan.schemes.items()): plan for plan in reversed(plans)}.values())[::-1]
     known = [plan.schemes for plan in distinct]
-    is_known = isinstance(stands, Plan) and stands.schemes in known
-    require(
-        stands is None or is_known,
-        "rerank",
-        "stands",
-        "be one of plans",
-        repr(stands) if isinstance(stands, str) else "another",
-    )
+    require(stands is None or isinstance(stands, Plan), "rerank", "stands", "be one of plans", repr(stands))
+    require(stands is None or stands.schemes in known, "rerank", "stands", "be one of plans", "another")
     chosen = LossChoice(loss, loss_func, loss_dim, loss_against, ignore_index, class_weights, op="rerank")
     increases = loss_increases(model, heldout, distinct, chosen, device, forward_step=forward_step)
     order = sorted(range(len(distinct)), key=lambda k: (increases[k].mean().item(), distinct[k].size_bytes))

@@ -149,9 +149,8 @@ def tiles(contents: Contents) -> list[dict[str, str]]:
         }
     )
     predicted = plan.values.get("original", plan.objective)
-    own = (
-        "" if plan.objective_name == "original" else f", {plan.objective:.4f}"
-    )  # what is proven is of its own objective
+    # What is proven is of the plan's own objective.
+    own = "" if plan.objective_name == "original" else f", {plan.objective:.4f}"
     unit = sens.provenance.unit
     out.append(
         {
